@@ -1,0 +1,82 @@
+# make test | bench | lint | format | wheel | sdist | clean | distclean
+#
+# Each target sets up what it needs, once, in $(VENV). Variables:
+#   PYTHON=python3.12         the interpreter the environment is made from
+#   VENV=none                 use PYTHON's own environment as it is (it has torch); nothing is installed, no network is used
+#   TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+#                             what pip installs as torch: plain PyPI has the CUDA build, which is several GB
+#   ARGS="-k gates -x"        more arguments for pytest or the benchmark runner
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+ifeq ($(VENV),none)
+PY := $(PYTHON)
+else
+PY := $(abspath $(VENV))/bin/python
+endif
+READY = $(if $(filter none,$(VENV)),,$(VENV)/.ready-$(1))
+PIP := $(PY) -m pip --disable-pip-version-check --quiet --quiet
+CLANG_FORMAT := $(PY) -c "import clang_format; clang_format.clang_format()"
+CPP_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' 2>/dev/null)
+
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+.PHONY: test bench lint format wheel sdist build internals clean distclean
+.DELETE_ON_ERROR:
+
+test: build internals
+	$(PY) -m pytest -q tests $(ARGS)
+
+bench: $(call READY,bench) build
+	$(PY) benchmarks/run.py $(ARGS)
+
+lint: $(call READY,dev)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(if $(CPP_FILES),$(CLANG_FORMAT) --dry-run -Werror $(CPP_FILES),@echo "no C++ files to check")
+
+format: $(call READY,dev)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(if $(CPP_FILES),$(CLANG_FORMAT) -i $(CPP_FILES))
+
+# ninja decides what is out of date, so these run every time and take about a second when nothing is.
+build: $(call READY,test)
+	$(PY) setup.py -q build_ext --inplace
+
+internals: build
+	@if $(PY) -c "import pybind11" 2>/dev/null; then $(PY) setup.py -q build_internals; \
+	else echo "pybind11 is not installed: the tests of C++ internals will be skipped"; fi
+
+# setuptools packs whatever an earlier build left in build/lib*.
+wheel: $(call READY,test)
+	rm -rf build/lib* build/bdist*
+	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+sdist: $(call READY,test)
+	$(PY) setup.py -q sdist --dist-dir dist
+	@ls dist/*.tar.gz
+
+# torch comes first and is then held: the requirement torch>=2.11 alone would fetch the newest CUDA build.
+$(VENV)/.ready-torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip --disable-pip-version-check install $(TORCH)
+	$(PY) -c "import importlib.metadata as m; print('torch==' + m.version('torch'))" > $(VENV)/constraints.txt
+	$(PIP) install -c $(VENV)/constraints.txt "setuptools>=77" wheel "ninja>=1.11"
+	touch $@
+
+$(VENV)/.ready-%: $(VENV)/.ready-torch pyproject.toml setup.py
+	$(PIP) install -c $(VENV)/constraints.txt --no-build-isolation -e ".[$*]"
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info depthlstm_fast/_C.abi3.so depthlstm_fast/_C.build_failed.txt tests/_internals*.so
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv

@@ -1,0 +1,489 @@
+// Gates of the depth-wise LSTM, forward and backward, for one instruction set: this file is compiled once for each.
+//
+// One pass over memory: a row of z is converted into a scratch row that stays in L1/L2, where the statistics, the gates and,
+// backward, the two LayerNorm means are taken. Scratch, affine and partial sums are stored by blocks of one vector,
+// [block][gate][lane]: rows 2^n bytes apart would fall into the same cache sets, and a block is one stream to prefetch.
+// The lanes beyond D of the last block hold zeros in z, c and the gradients and in gamma, so that they add nothing to sums.
+#include "gates.h"
+#include "simd.h"
+
+namespace depthlstm::DEPTHLSTM_ISA {
+namespace {
+
+template <class T>
+constexpr int64_t width = int64_t(Vector<T>::size);
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+bool computes_double(const GatesCall& call) { return call.z_dtype == DType::float64; }
+int gate_count(const GatesCall& call) { return call.activation == Activation::given ? 3 : 4; }
+int64_t lanes(const GatesCall& call) { return computes_double(call) ? width<double> : width<float>; }
+int64_t feature_blocks(const GatesCall& call) { return (call.features + lanes(call) - 1) / lanes(call); }
+int64_t row_bytes(const GatesCall& call, int64_t vectors) {
+    return round_up(feature_blocks(call) * lanes(call) * vectors * (computes_double(call) ? 8 : 4), 64);
+}
+
+// packed: [block][gamma_0.., beta_0.., z_bias_0..][lane]
+int64_t packed_bytes(const GatesCall& call) { return row_bytes(call, 3 * gate_count(call)); }
+// scratch: z [block][gate][lane], u [block][gate][lane], dropout factors [feature], with room for Philox to overrun
+int64_t scratch_bytes(const GatesCall& call) { return row_bytes(call, 2 * gate_count(call) + 1) + 1024; }
+// partial: [block][dgamma_0.., dbeta_0.., dz_bias_0..][lane]
+int64_t partial_bytes(const GatesCall& call) { return row_bytes(call, 3 * gate_count(call)); }
+
+template <class T>
+typename Vector<T>::batch_bool_type first_lanes(int64_t count) {
+    alignas(64) T lane[width<T>];
+    for (int64_t i = 0; i < width<T>; ++i) lane[i] = T(i);
+    return Vector<T>::load_aligned(lane) < Vector<T>(T(count));
+}
+
+template <class T>
+Vector<T> read_as(DType dtype, const void* data, int64_t index, int64_t count) {
+    if constexpr (sizeof(T) == 8) {
+        return load_part(static_cast<const double*>(data) + index, count);
+    } else {
+        switch (dtype) {
+            case DType::bfloat16: return load_part(static_cast<const BFloat16*>(data) + index, count);
+            case DType::float16: return load_part(static_cast<const Float16*>(data) + index, count);
+            default: return load_part(static_cast<const float*>(data) + index, count);
+        }
+    }
+}
+
+template <class T>
+void write_as(DType dtype, void* data, int64_t index, Vector<T> v, int64_t count) {
+    if constexpr (sizeof(T) == 8) {
+        store_part(static_cast<double*>(data) + index, v, count);
+    } else {
+        switch (dtype) {
+            case DType::bfloat16: return store_part(static_cast<BFloat16*>(data) + index, v, count);
+            case DType::float16: return store_part(static_cast<Float16*>(data) + index, v, count);
+            default: return store_part(static_cast<float*>(data) + index, v, count);
+        }
+    }
+}
+
+template <class T>
+void pack_as(const GatesCall& call, T* packed) {
+    constexpr int64_t W = width<T>;
+    const int gates = gate_count(call);
+    const int64_t blocks = feature_blocks(call), D = call.features;
+    for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t d = block * W, count = D - d < W ? D - d : W;
+        for (int k = 0; k < gates; ++k) {
+            T* at = packed + (block * 3 * gates + k) * W;
+            Vector<T> gamma(T(0)), beta(T(0)), z_bias(T(0));
+            if (call.weight != nullptr) {
+                gamma = read_as<T>(call.affine_dtype, call.weight, k * D + d, count);
+                beta = read_as<T>(call.affine_dtype, call.bias, k * D + d, count);
+            } else {
+                gamma = xsimd::select(first_lanes<T>(count), Vector<T>(T(1)), gamma);
+            }
+            if (call.z_bias != nullptr) z_bias = read_as<T>(call.z_bias_dtype, call.z_bias, k * D + d, count);
+            gamma.store_aligned(at);
+            beta.store_aligned(at + gates * W);
+            z_bias.store_aligned(at + 2 * gates * W);
+        }
+    }
+}
+
+void pack(const GatesCall& call, void* packed) {
+    if (computes_double(call)) {
+        pack_as(call, static_cast<double*>(packed));
+    } else {
+        pack_as(call, static_cast<float*>(packed));
+    }
+}
+
+// factor[d] = 1 / (1 - p) where feature d of the row is kept, else 0
+template <class T>
+__attribute__((noinline)) void dropout_factors(const GatesCall& call, int64_t row, T* factor) {
+    const uint32_t threshold = uint32_t(call.dropout_p * 4294967296.0);
+    const T kept = T(1 / (1 - call.dropout_p));
+    constexpr int group = 16;  // philox blocks side by side: the compiler makes vectors of them
+    for (int64_t first = 0; first * 4 < call.features; first += group) {
+        uint32_t words[4][group];
+        for (int j = 0; j < group; ++j) {
+            uint32_t out[4];
+            philox(call.seed, uint64_t(row), uint32_t(first + j), out);
+            for (int w = 0; w < 4; ++w) words[w][j] = out[w];
+        }
+        for (int j = 0; j < group && (first + j) * 4 < call.features; ++j) {
+            for (int w = 0; w < 4; ++w) factor[(first + j) * 4 + w] = words[w][j] >= threshold ? kept : T(0);
+        }
+    }
+}
+
+// One row of one operand. The part of it beyond the last whole vector is read from, or written to, a padded copy, so that the
+// loops over blocks call nothing: a call in them would spill every accumulator.
+template <class M>
+struct ReadRow {
+    static constexpr int64_t W = width<typename ComputeType<M>::type>;
+    const M* p;
+    int64_t whole;
+    alignas(64) M tail[W];
+    inline __attribute__((always_inline)) ReadRow(const ConstRows& rows, int64_t row, int64_t features)
+        : p(static_cast<const M*>(rows.data) + row * rows.stride), whole(features / W * W) {
+        if (whole < features) {
+            std::memset(tail, 0, sizeof tail);
+            std::memcpy(tail, p + whole, std::size_t(features - whole) * sizeof(M));
+        }
+    }
+    inline __attribute__((always_inline)) auto operator()(int64_t d) const { return Memory<M>::load(d < whole ? p + d : tail); }
+};
+
+template <class M>
+struct WriteRow {
+    static constexpr int64_t W = width<typename ComputeType<M>::type>;
+    M* p;
+    int64_t whole;
+    alignas(64) M tail[W];
+    inline __attribute__((always_inline)) WriteRow(const Rows& rows, int64_t row, int64_t features)
+        : p(static_cast<M*>(rows.data) + row * rows.stride), whole(features / W * W) {}
+    inline __attribute__((always_inline)) void operator()(int64_t d, Vector<typename ComputeType<M>::type> v, bool stream) {
+        M* at = d < whole ? p + d : tail;
+        if (stream) {
+            Memory<M>::stream(at, v);
+        } else {
+            Memory<M>::store(at, v);
+        }
+    }
+    inline __attribute__((always_inline)) void finish(int64_t features) const {
+        if (whole < features) std::memcpy(p + whole, tail, std::size_t(features - whole) * sizeof(M));
+    }
+};
+
+inline __attribute__((always_inline)) void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+template <class T, int K>
+struct Statistics {
+    Vector<T> mean[K], r[K];
+};
+
+// Reads a row of z into scratch, adds z_bias, and takes the statistics in two passes.
+template <class MZ, int K>
+inline __attribute__((always_inline)) void stage_row(const GatesCall& call, int64_t row, const typename ComputeType<MZ>::type* packed,
+                                                     typename ComputeType<MZ>::type* staged,
+                                                     Statistics<typename ComputeType<MZ>::type, K>& statistics) {
+    using T = typename ComputeType<MZ>::type;
+    using V = Vector<T>;
+    constexpr int64_t W = width<T>;
+    const int64_t D = call.features;
+    const int64_t whole = D / W, rest = D - whole * W;
+    const MZ* z = static_cast<const MZ*>(call.z.data) + row * call.z.stride;
+    V sum[K];
+    for (int k = 0; k < K; ++k) sum[k] = V(T(0));
+    const auto put = [&](int64_t block, int k, V v) {
+        v.store_aligned(staged + (block * K + k) * W);
+        sum[k] += v;
+    };
+    if (call.z_bias == nullptr) {
+        for (int64_t block = 0; block < whole; ++block) {
+            for (int k = 0; k < K; ++k) put(block, k, Memory<MZ>::load(z + k * D + block * W));
+        }
+        if (rest > 0) {
+            for (int k = 0; k < K; ++k) put(whole, k, load_part(z + k * D + whole * W, rest));
+        }
+    } else {
+        const T* z_bias = packed + 2 * K * W;
+        for (int64_t block = 0; block < whole; ++block) {
+            for (int k = 0; k < K; ++k) put(block, k, Memory<MZ>::load(z + k * D + block * W) + V::load_aligned(z_bias + (3 * block * K + k) * W));
+        }
+        if (rest > 0) {
+            for (int k = 0; k < K; ++k) put(whole, k, load_part(z + k * D + whole * W, rest) + V::load_aligned(z_bias + (3 * whole * K + k) * W));
+        }
+    }
+    for (int k = 0; k < K; ++k) statistics.mean[k] = V(T(0)), statistics.r[k] = V(T(1));
+    if (call.norm == Norm::none) return;
+
+    T mean[K], square[K];
+    for (int k = 0; k < K; ++k) mean[k] = xsimd::reduce_add(sum[k]) / T(D);
+    if (call.norm == Norm::joint) {
+        T all = 0;
+        for (int k = 0; k < K; ++k) all += mean[k];
+        for (int k = 0; k < K; ++k) mean[k] = all / T(K);
+    }
+    for (int k = 0; k < K; ++k) statistics.mean[k] = V(mean[k]), sum[k] = V(T(0));
+    for (int64_t block = 0; block < whole; ++block) {
+        for (int k = 0; k < K; ++k) {
+            const V centred = V::load_aligned(staged + (block * K + k) * W) - statistics.mean[k];
+            sum[k] = xsimd::fma(centred, centred, sum[k]);
+        }
+    }
+    if (rest > 0) {
+        for (int k = 0; k < K; ++k) {
+            V centred = V::load_aligned(staged + (whole * K + k) * W) - statistics.mean[k];
+            centred = xsimd::select(first_lanes<T>(rest), centred, V(T(0)));
+            sum[k] = xsimd::fma(centred, centred, sum[k]);
+        }
+    }
+    for (int k = 0; k < K; ++k) square[k] = xsimd::reduce_add(sum[k]);
+    if (call.norm == Norm::joint) {
+        T all = 0;
+        for (int k = 0; k < K; ++k) all += square[k];
+        for (int k = 0; k < K; ++k) square[k] = all / T(K);
+    }
+    for (int k = 0; k < K; ++k) statistics.r[k] = V(T(1) / std::sqrt(square[k] / T(D) + T(call.eps)));
+}
+
+struct Given {};  // g comes from `hidden`
+
+template <class MZ, class MC, class Act, bool fast>
+void forward_rows(const GatesCall& call, const void* packed_memory, void* scratch, int64_t row_begin, int64_t row_end) {
+    using T = typename ComputeType<MZ>::type;
+    using V = Vector<T>;
+    constexpr int64_t W = width<T>;
+    constexpr bool given = std::is_same_v<Act, Given>;
+    constexpr int K = given ? 3 : 4;
+    const int64_t D = call.features;
+    const T* packed = static_cast<const T*>(packed_memory);
+    T* staged = static_cast<T*>(scratch);
+    T* factor = staged + 2 * K * feature_blocks(call) * W;
+    const bool dropout = call.dropout_p > 0, stream = call.stream;
+
+    for (int64_t row = row_begin; row < row_end; ++row) {
+        Statistics<T, K> statistics;
+        stage_row<MZ, K>(call, row, packed, staged, statistics);
+        if (dropout) dropout_factors(call, row, factor);
+        const ReadRow<MC> c_in(call.c, row, D);
+        const ReadRow<MZ> hidden(given ? call.hidden : call.z, row, D);
+        WriteRow<MZ> h_out(call.h, row, D);
+        WriteRow<MC> c_out(call.c_out, row, D);
+        // the next row is fetched while this one is computed: without it the two take turns
+        const int64_t ahead = row + 1 < row_end ? row + 1 : row;
+        const MZ* next_z = static_cast<const MZ*>(call.z.data) + ahead * call.z.stride;
+        const MC* next_c = static_cast<const MC*>(call.c.data) + ahead * call.c.stride;
+        for (int64_t d = 0, block = 0; d < D; d += W, ++block) {
+            for (int k = 0; k < K; ++k) prefetch(next_z + k * D + d);
+            prefetch(next_c + d);
+            V a[K];
+            for (int k = 0; k < K; ++k) {
+                const V n = (V::load_aligned(staged + (block * K + k) * W) - statistics.mean[k]) * statistics.r[k];
+                a[k] = xsimd::fma(n, V::load_aligned(packed + (3 * block * K + k) * W), V::load_aligned(packed + ((3 * block + 1) * K + k) * W));
+            }
+            V g;
+            if constexpr (given) {
+                g = hidden(d);
+            } else {
+                g = Act::template value<fast>(a[3]);
+            }
+            if (dropout) g *= V::load_unaligned(factor + d);
+            V c, h;
+            cell_forward(sigmoid<fast>(a[0]), sigmoid<fast>(a[1]), sigmoid<fast>(a[2]), g, c_in(d), c, h);
+            c_out(d, c, stream);
+            h_out(d, h, stream);
+        }
+        c_out.finish(D);
+        h_out.finish(D);
+    }
+#if defined(__x86_64__)
+    if (call.stream) _mm_sfence();
+#endif
+}
+
+template <class MZ, class MC, class Act, bool fast>
+void backward_rows(const GatesCall& call, const void* packed_memory, void* scratch, void* partial_memory, int64_t row_begin, int64_t row_end) {
+    using T = typename ComputeType<MZ>::type;
+    using V = Vector<T>;
+    constexpr int64_t W = width<T>;
+    constexpr bool given = std::is_same_v<Act, Given>;
+    constexpr int K = given ? 3 : 4;
+    const int64_t D = call.features;
+    const int64_t row_elements = K * feature_blocks(call) * W;
+    const T* packed = static_cast<const T*>(packed_memory);
+    T* normalised = static_cast<T*>(scratch);
+    T* u_row = normalised + row_elements;
+    T* factor = u_row + row_elements;
+    T* partial = static_cast<T*>(partial_memory);
+    const bool dropout = call.dropout_p > 0, stream = call.stream;
+    const bool affine_gradient = partial != nullptr && call.dweight != nullptr;
+    const bool z_bias_gradient = partial != nullptr && call.dz_bias != nullptr;
+    if (partial != nullptr) std::memset(partial, 0, std::size_t(partial_bytes(call)));
+
+    for (int64_t row = row_begin; row < row_end; ++row) {
+        Statistics<T, K> statistics;
+        stage_row<MZ, K>(call, row, packed, normalised, statistics);
+        if (dropout) dropout_factors(call, row, factor);
+        const ReadRow<MC> c_in(call.c, row, D), dc(call.dc, row, D);
+        const ReadRow<MZ> dh(call.dh, row, D), hidden(given ? call.hidden : call.dh, row, D);
+        WriteRow<MC> dc_in(call.dc_in, row, D);
+        WriteRow<MZ> dhidden(given ? call.dhidden : call.dz, row, D);
+        const int64_t ahead = row + 1 < row_end ? row + 1 : row;
+        const MZ* next_z = static_cast<const MZ*>(call.z.data) + ahead * call.z.stride;
+        const MZ* next_dh = static_cast<const MZ*>(call.dh.data) + ahead * call.dh.stride;
+        const MC* next_c = static_cast<const MC*>(call.c.data) + ahead * call.c.stride;
+        const MC* next_dc = static_cast<const MC*>(call.dc.data) + ahead * call.dc.stride;
+        V sum_u[K], sum_un[K];
+        for (int k = 0; k < K; ++k) sum_u[k] = sum_un[k] = V(T(0));
+
+        for (int64_t d = 0, block = 0; d < D; d += W, ++block) {
+            for (int k = 0; k < K; ++k) prefetch(next_z + k * D + d);
+            prefetch(next_c + d);
+            prefetch(next_dh + d);
+            prefetch(next_dc + d);
+            V n[K], a[K];
+            for (int k = 0; k < K; ++k) {
+                n[k] = (V::load_aligned(normalised + (block * K + k) * W) - statistics.mean[k]) * statistics.r[k];
+                a[k] = xsimd::fma(n[k], V::load_aligned(packed + (3 * block * K + k) * W), V::load_aligned(packed + ((3 * block + 1) * K + k) * W));
+            }
+            V g, slope;
+            if constexpr (given) {
+                g = hidden(d);
+            } else {
+                Act::template value_and_slope<fast>(a[3], g, slope);
+            }
+            V keep(T(1));
+            if (dropout) keep = V::load_unaligned(factor + d);
+            g *= keep;
+            const CellGradient<V> gradient = cell_backward(sigmoid<fast>(a[0]), sigmoid<fast>(a[1]), sigmoid<fast>(a[2]), g, c_in(d),
+                                                           dh(d), dc(d));
+            dc_in(d, gradient.dc_in, stream);
+            V da[K];
+            da[0] = gradient.da_i, da[1] = gradient.da_f, da[2] = gradient.da_o;
+            if constexpr (given) {
+                dhidden(d, gradient.dg * keep, stream);
+            } else {
+                da[3] = gradient.dg * keep * slope;
+            }
+            for (int k = 0; k < K; ++k) {
+                if (affine_gradient) {
+                    T* dgamma = partial + (3 * block * K + k) * W;
+                    T* dbeta = dgamma + K * W;
+                    xsimd::fma(da[k], n[k], V::load_aligned(dgamma)).store_aligned(dgamma);
+                    (V::load_aligned(dbeta) + da[k]).store_aligned(dbeta);
+                }
+                const V u = da[k] * V::load_aligned(packed + (3 * block * K + k) * W);
+                sum_u[k] += u;
+                sum_un[k] = xsimd::fma(u, n[k], sum_un[k]);
+                u.store_aligned(u_row + (block * K + k) * W);
+                n[k].store_aligned(normalised + (block * K + k) * W);
+            }
+        }
+
+        // dz_k = r_k (u - mean(u) - n mean(u n)): in this order a constant row's difference cancels before r_k = 1/sqrt(eps) meets it
+        const bool normalises = call.norm != Norm::none;
+        V mean_u[K], mean_un[K];
+        T total_u = 0, total_un = 0;
+        for (int k = 0; k < K; ++k) total_u += xsimd::reduce_add(sum_u[k]), total_un += xsimd::reduce_add(sum_un[k]);
+        for (int k = 0; k < K; ++k) {
+            const bool joint = call.norm == Norm::joint;
+            mean_u[k] = V(joint ? total_u / T(K * D) : xsimd::reduce_add(sum_u[k]) / T(D));
+            mean_un[k] = V(joint ? total_un / T(K * D) : xsimd::reduce_add(sum_un[k]) / T(D));
+        }
+        MZ* dz = static_cast<MZ*>(call.dz.data) + row * call.dz.stride;
+        const auto dz_of = [&](int64_t block, int k) {
+            const V u = V::load_aligned(u_row + (block * K + k) * W);
+            if (!normalises) return u;
+            const V n = V::load_aligned(normalised + (block * K + k) * W);
+            return statistics.r[k] * xsimd::fnma(n, mean_un[k], u - mean_u[k]);
+        };
+        const auto add_z_bias = [&](int64_t block, int k, V v) {
+            T* sum = partial + ((3 * block + 2) * K + k) * W;
+            (V::load_aligned(sum) + v).store_aligned(sum);
+        };
+        const int64_t whole = D / W;
+        for (int64_t block = 0; block < whole; ++block) {
+            for (int k = 0; k < K; ++k) {
+                const V v = dz_of(block, k);
+                if (stream) {
+                    Memory<MZ>::stream(dz + k * D + block * W, v);
+                } else {
+                    Memory<MZ>::store(dz + k * D + block * W, v);
+                }
+                if (z_bias_gradient) add_z_bias(block, k, v);
+            }
+        }
+        if (whole * W < D) {
+            for (int k = 0; k < K; ++k) {
+                const V v = dz_of(whole, k);
+                store_part(dz + k * D + whole * W, v, D - whole * W);
+                if (z_bias_gradient) add_z_bias(whole, k, v);
+            }
+        }
+        dc_in.finish(D);
+        if constexpr (given) dhidden.finish(D);
+    }
+#if defined(__x86_64__)
+    if (call.stream) _mm_sfence();
+#endif
+}
+
+template <class T>
+void reduce_as(const GatesCall& call, const T* partials, int64_t count, int64_t block_begin, int64_t block_end) {
+    const int gates = gate_count(call);
+    const int64_t D = call.features;
+    const int64_t stride = partial_bytes(call) / int64_t(sizeof(T));
+    for (int64_t block = block_begin; block < block_end; ++block) {
+        for (int j = 0; j < 3 * gates; ++j) {
+            void* out = j < gates ? call.dweight : j < 2 * gates ? call.dbias : call.dz_bias;
+            if (out == nullptr) continue;
+            Vector<T> sum(T(0));
+            for (int64_t p = 0; p < count; ++p) sum += Vector<T>::load_aligned(partials + p * stride + (block * 3 * gates + j) * width<T>);
+            const int64_t d = block * width<T>;
+            const DType dtype = j < 2 * gates ? call.affine_dtype : call.z_bias_dtype;
+            write_as<T>(dtype, out, (j % gates) * D + d, sum, D - d < width<T> ? D - d : width<T>);
+        }
+    }
+}
+
+void reduce(const GatesCall& call, const void* partials, int64_t count, int64_t block_begin, int64_t block_end) {
+    if (computes_double(call)) {
+        reduce_as(call, static_cast<const double*>(partials), count, block_begin, block_end);
+    } else {
+        reduce_as(call, static_cast<const float*>(partials), count, block_begin, block_end);
+    }
+}
+
+template <class MZ, class MC, bool fast, class Visitor>
+void with_activation(const GatesCall& call, Visitor visit) {
+    switch (call.activation) {
+        case Activation::gelu: return visit.template operator()<MZ, MC, Gelu, fast>();
+        case Activation::gelu_tanh: return visit.template operator()<MZ, MC, GeluTanh, fast>();
+        case Activation::relu: return visit.template operator()<MZ, MC, Relu, fast>();
+        case Activation::tanh: return visit.template operator()<MZ, MC, Tanh, fast>();
+        case Activation::silu: return visit.template operator()<MZ, MC, Silu, fast>();
+        case Activation::sigmoid: return visit.template operator()<MZ, MC, Sigmoid, fast>();
+        case Activation::given: return visit.template operator()<MZ, MC, Given, fast>();
+    }
+}
+
+// The fast formulas serve where every result is rounded to 16 bits; one float32 operand asks for float32 results.
+template <class M, class Visitor>
+void with_half(const GatesCall& call, Visitor visit) {
+    const bool wide_affine = call.weight != nullptr && call.affine_dtype == DType::float32;
+    const bool wide_z_bias = call.z_bias != nullptr && call.z_bias_dtype == DType::float32;
+    if (call.c_dtype == DType::float32) return with_activation<M, float, false>(call, visit);
+    if (wide_affine || wide_z_bias) return with_activation<M, M, false>(call, visit);
+    return with_activation<M, M, true>(call, visit);
+}
+
+template <class Visitor>
+void with_types(const GatesCall& call, Visitor visit) {
+    switch (call.z_dtype) {
+        case DType::float32: return with_activation<float, float, false>(call, visit);
+        case DType::float64: return with_activation<double, double, false>(call, visit);
+        case DType::bfloat16: return with_half<BFloat16>(call, visit);
+        case DType::float16: return with_half<Float16>(call, visit);
+    }
+}
+
+void forward(const GatesCall& call, const void* packed, void* scratch, int64_t row_begin, int64_t row_end) {
+    with_types(call, [&]<class MZ, class MC, class Act, bool fast>() {
+        forward_rows<MZ, MC, Act, fast>(call, packed, scratch, row_begin, row_end);
+    });
+}
+
+void backward(const GatesCall& call, const void* packed, void* scratch, void* partial, int64_t row_begin, int64_t row_end) {
+    with_types(call, [&]<class MZ, class MC, class Act, bool fast>() {
+        backward_rows<MZ, MC, Act, fast>(call, packed, scratch, partial, row_begin, row_end);
+    });
+}
+
+}  // namespace
+
+#define DEPTHLSTM_STRING(x) #x
+#define DEPTHLSTM_NAME(x) DEPTHLSTM_STRING(x)
+const GatesKernels gates_kernels{DEPTHLSTM_NAME(DEPTHLSTM_ISA), packed_bytes, scratch_bytes, partial_bytes, feature_blocks,
+                                        pack, forward, backward, reduce};
+
+}  // namespace depthlstm::DEPTHLSTM_ISA

@@ -1,0 +1,260 @@
+// Vectors of float or double for the instruction set this file is compiled for: xsimd's arithmetic, our own conversions.
+#pragma once
+
+#include <cstring>
+#include <xsimd/xsimd.hpp>
+
+#include "../gate_math.h"
+
+// Everything here differs between instruction sets, so it lives in the namespace of one.
+namespace depthlstm::DEPTHLSTM_ISA {
+
+struct BFloat16 {
+    uint16_t bits;
+};
+struct Float16 {
+    uint16_t bits;
+};
+
+template <class T>
+using Vector = xsimd::batch<T, xsimd::default_arch>;
+
+// Half formats are read into fp32; everything else is computed in its own type.
+template <class T>
+struct ComputeType {
+    using type = float;
+};
+template <>
+struct ComputeType<double> {
+    using type = double;
+};
+
+inline __attribute__((always_inline)) float bfloat16_to_float(uint16_t bits) {
+    const uint32_t wide = uint32_t(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, 4);
+    return value;
+}
+
+inline __attribute__((always_inline)) uint16_t float_to_bfloat16(float value) {
+    uint32_t wide;
+    std::memcpy(&wide, &value, 4);
+    if ((wide & 0x7fffffffu) > 0x7f800000u) return uint16_t((wide >> 16) | 0x40u);  // NaN stays NaN
+    return uint16_t((wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16);
+}
+
+#if !defined(__F16C__)
+inline __attribute__((always_inline)) float float16_to_float(uint16_t bits) {
+    const uint32_t sign = uint32_t(bits & 0x8000u) << 16;
+    const uint32_t magnitude = bits & 0x7fffu;
+    uint32_t wide;
+    float value;
+    if (magnitude >= 0x7c00u) {
+        wide = sign | 0x7f800000u | (magnitude & 0x3ffu) << 13;
+        std::memcpy(&value, &wide, 4);
+        return value;
+    }
+    // the exponent is rebased by a multiplication, which is right for subnormals too
+    wide = magnitude << 13;
+    std::memcpy(&value, &wide, 4);
+    value *= 5.192296858534828e33f;  // 2^112
+    return sign ? -value : value;
+}
+
+inline __attribute__((always_inline)) uint16_t float_to_float16(float value) {
+    uint32_t wide;
+    std::memcpy(&wide, &value, 4);
+    const uint32_t sign = (wide >> 16) & 0x8000u;
+    const uint32_t magnitude = wide & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00u);
+    if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // rounds past 65504
+    if (magnitude < 0x38800000u) {                                   // subnormal: let the addition of 1/2 round
+        float small;
+        std::memcpy(&small, &magnitude, 4);
+        small += 0.5f;
+        uint32_t rounded;
+        std::memcpy(&rounded, &small, 4);
+        return uint16_t(sign | (rounded - 0x3f000000u));
+    }
+    const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u;
+    return uint16_t(sign | (rounded >> 13));
+}
+#endif
+
+// One vector from or to memory of type T, which need not be aligned.
+template <class T>
+struct Memory {
+    static inline __attribute__((always_inline)) Vector<T> load(const T* p) { return Vector<T>::load_unaligned(p); }
+    static inline __attribute__((always_inline)) void store(T* p, Vector<T> v) { v.store_unaligned(p); }
+    static inline __attribute__((always_inline)) void stream(T* p, Vector<T> v) {
+#if defined(__AVX512F__)
+        if constexpr (sizeof(T) == 4) {
+            _mm512_stream_ps(p, v);
+        } else {
+            _mm512_stream_pd(p, v);
+        }
+#else
+        v.store_aligned(p);
+#endif
+    }
+};
+
+template <>
+struct Memory<BFloat16> {
+    using V = Vector<float>;
+    static inline __attribute__((always_inline)) V load(const BFloat16* p) {
+#if defined(__AVX512F__)
+        const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+#elif defined(__AVX2__)
+        const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+#else
+        alignas(64) float wide[V::size];
+        for (std::size_t lane = 0; lane < V::size; ++lane) wide[lane] = bfloat16_to_float(p[lane].bits);
+        return V::load_aligned(wide);
+#endif
+    }
+#if defined(__AVX512F__)
+    static inline __attribute__((always_inline)) __m256i round(V v) {
+        const __m512i bits = _mm512_castps_si512(v);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+        const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+        return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)), 16));
+    }
+#endif
+    static inline __attribute__((always_inline)) void store(BFloat16* p, V v) {
+#if defined(__AVX512F__)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round(v));
+#elif defined(__AVX2__)
+        const __m256i bits = _mm256_castps_si256(v);
+        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+        const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+        rounded = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
+        const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+#else
+        alignas(64) float wide[V::size];
+        v.store_aligned(wide);
+        for (std::size_t lane = 0; lane < V::size; ++lane) p[lane].bits = float_to_bfloat16(wide[lane]);
+#endif
+    }
+    static inline __attribute__((always_inline)) void stream(BFloat16* p, V v) {
+#if defined(__AVX512F__)
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(p), round(v));
+#else
+        store(p, v);
+#endif
+    }
+};
+
+template <>
+struct Memory<Float16> {
+    using V = Vector<float>;
+    static inline __attribute__((always_inline)) V load(const Float16* p) {
+#if defined(__AVX512F__)
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+        return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+        alignas(64) float wide[V::size];
+        for (std::size_t lane = 0; lane < V::size; ++lane) wide[lane] = float16_to_float(p[lane].bits);
+        return V::load_aligned(wide);
+#endif
+    }
+    static inline __attribute__((always_inline)) void store(Float16* p, V v) {
+#if defined(__AVX512F__)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+        alignas(64) float wide[V::size];
+        v.store_aligned(wide);
+        for (std::size_t lane = 0; lane < V::size; ++lane) p[lane].bits = float_to_float16(wide[lane]);
+#endif
+    }
+    static inline __attribute__((always_inline)) void stream(Float16* p, V v) {
+#if defined(__AVX512F__)
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+        store(p, v);
+#endif
+    }
+};
+
+// The first `count` lanes; the others are read as zero and never written.
+template <class T>
+__attribute__((noinline)) static Vector<typename ComputeType<T>::type> load_part(const T* p, int64_t count) {
+    alignas(64) T whole[Vector<typename ComputeType<T>::type>::size] = {};
+    std::memcpy(whole, p, std::size_t(count) * sizeof(T));
+    return Memory<T>::load(whole);
+}
+
+template <class T>
+__attribute__((noinline)) static void store_part(T* p, Vector<typename ComputeType<T>::type> v, int64_t count) {
+    alignas(64) T whole[Vector<typename ComputeType<T>::type>::size];
+    Memory<T>::store(whole, v);
+    std::memcpy(p, whole, std::size_t(count) * sizeof(T));
+}
+
+}  // namespace depthlstm::DEPTHLSTM_ISA
+
+namespace depthlstm {
+
+// max(low, x), then min(high, .): x86's min and max return their second operand on NaN, so that NaN passes.
+template <class T, class A>
+struct Primitives<xsimd::batch<T, A>> {
+    using Scalar = T;
+    using V = xsimd::batch<T, A>;
+    static DEPTHLSTM_HD V fma(V a, V b, V c) { return xsimd::fma(a, b, c); }
+    static DEPTHLSTM_HD V abs(V x) { return xsimd::abs(x); }
+    static DEPTHLSTM_HD V erfc(V x) { return xsimd::erfc(x); }
+    static DEPTHLSTM_HD V clamp(V x, V low, V high) { return xsimd::min(high, xsimd::max(low, x)); }
+    static DEPTHLSTM_HD V select_negative(V x, V yes, V no) { return xsimd::select(x < V(T(0)), yes, no); }
+
+    template <bool fast>
+    static DEPTHLSTM_HD V reciprocal(V x) {
+#if defined(__AVX512F__)
+        if constexpr (fast && sizeof(T) == 4) return _mm512_rcp14_ps(x);  // 6e-5
+#endif
+        return V(T(1)) / x;
+    }
+
+    template <bool fast>
+    static DEPTHLSTM_HD V exp2(V x) {
+        if constexpr (sizeof(T) == 8) {
+            return xsimd::exp2(clamp(x, V(-1021.0), V(1021.0)));
+        } else {
+#if defined(__AVX512F__)
+            // reduce gives 0 for +-infinity and scalef saturates, so that no clamp is needed
+            const V r = _mm512_reduce_ps(x, 8);
+            return _mm512_scalef_ps(power<fast>(r), x - r);
+#else
+            const V y = clamp(x, V(-126.0f), V(126.0f));
+            const V n = xsimd::nearbyint(y);
+            return xsimd::ldexp(power<fast>(y - n), xsimd::to_int(n));
+#endif
+        }
+    }
+
+private:
+    // 2^r for |r| <= 1/2: 7.5e-8, or 7.5e-5 when fast
+    template <bool fast>
+    static DEPTHLSTM_HD V power(V r) {
+        if constexpr (fast) {
+            V p = fma(r, V(0.0551716685f), V(0.242611125f));
+            p = fma(r, p, V(0.693260968f));
+            return fma(r, p, V(0.999928057f));
+        } else {
+            V p = fma(r, V(0.00132764713f), V(0.00967554096f));
+            p = fma(r, p, V(0.0555071309f));
+            p = fma(r, p, V(0.240221202f));
+            p = fma(r, p, V(0.693146944f));
+            return fma(r, p, V(1.00000012f));
+        }
+    }
+};
+
+}  // namespace depthlstm

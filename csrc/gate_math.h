@@ -1,0 +1,235 @@
+// The formulas of the depth-wise LSTM once, for scalars and SIMD vectors, host and device.
+//
+// V is a floating-point value or vector; Primitives<V> supplies what differs between them:
+//     Scalar, fma(a, b, c), exp2<fast>(x), reciprocal<fast>(x), clamp(x, low, high), select_negative(x, yes, no), abs(x), erfc(x)
+// NaN must pass through every primitive. `fast` is for 16-bit results: errors of about 5e-5, a tenth of an fp16 rounding.
+// The polynomial coefficients are weighted minimax fits made for this file; the largest errors stand beside them.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define DEPTHLSTM_HD __host__ __device__ __forceinline__
+#else
+#define DEPTHLSTM_HD inline __attribute__((always_inline))
+#endif
+
+namespace depthlstm {
+
+template <class V>
+struct Primitives;
+
+template <class T>
+struct ScalarPrimitives {
+    using Scalar = T;
+    static DEPTHLSTM_HD T fma(T a, T b, T c) { return ::fma(a, b, c); }
+    template <bool fast>
+    static DEPTHLSTM_HD T exp2(T x) {
+        return ::exp2(x);
+    }
+    template <bool fast>
+    static DEPTHLSTM_HD T reciprocal(T x) {
+        return T(1) / x;
+    }
+    static DEPTHLSTM_HD T clamp(T x, T low, T high) { return x < low ? low : (x > high ? high : x); }
+    static DEPTHLSTM_HD T select_negative(T x, T yes, T no) { return x < T(0) ? yes : no; }
+    static DEPTHLSTM_HD T abs(T x) { return ::fabs(x); }
+    static DEPTHLSTM_HD T erfc(T x) { return ::erfc(x); }
+};
+template <>
+struct Primitives<float> : ScalarPrimitives<float> {};
+template <>
+struct Primitives<double> : ScalarPrimitives<double> {};
+
+// 1 / (1 + e^-a)
+template <bool fast, class V>
+DEPTHLSTM_HD V sigmoid(V a) {
+    using P = Primitives<V>;
+    using T = typename P::Scalar;
+    return P::template reciprocal<fast>(V(T(1)) + P::template exp2<fast>(a * V(T(-1.4426950408889634))));
+}
+
+// The standard normal distribution's cumulative function and density.
+template <class V>
+struct Normal {
+    V cdf, pdf;
+};
+
+template <bool fast, class V>
+DEPTHLSTM_HD Normal<V> normal(V a) {
+    using P = Primitives<V>;
+    using T = typename P::Scalar;
+    const V half_density = P::template exp2<fast>(a * a * V(T(-0.72134752044448170)));  // exp(-a^2 / 2)
+    const V pdf = half_density * V(T(0.39894228040143268));
+    if constexpr (sizeof(T) == 8) {
+        return {V(T(0.5)) * P::erfc(a * V(T(-0.70710678118654752))), pdf};
+    } else {
+        // cdf(-|a|) = exp(-a^2 / 2) m(t): Mills' ratio as a polynomial in t, so that the tail keeps its relative accuracy
+        V m, t;
+        if constexpr (fast) {  // 1.5e-5
+            t = P::template reciprocal<fast>(P::fma(P::abs(a), V(T(0.33)), V(T(1))));
+            m = P::fma(t, V(T(0.386598391)), V(T(-0.0642068398)));
+            m = P::fma(t, m, V(T(0.177593372)));
+        } else {  // 9.3e-9
+            t = P::template reciprocal<fast>(P::fma(P::abs(a), V(T(0.28)), V(T(1))));
+            m = P::fma(t, V(T(-0.105807978)), V(T(0.389872949)));
+            m = P::fma(t, m, V(T(-0.236991772)));
+            m = P::fma(t, m, V(T(0.268908808)));
+            m = P::fma(t, m, V(T(0.0674972889)));
+            m = P::fma(t, m, V(T(0.116520695)));
+        }
+        const V tail = m * t * half_density;
+        return {P::select_negative(a, tail, V(T(1)) - tail), pdf};
+    }
+}
+
+// The cumulative function alone.
+template <bool fast, class V>
+DEPTHLSTM_HD V normal_cdf(V a) {
+    using P = Primitives<V>;
+    using T = typename P::Scalar;
+    if constexpr (fast && sizeof(T) == 4) {  // 1/2 + a p(a^2) / q(a^2), 4.9e-5: half the work of the form above
+        const V x = P::clamp(a, V(T(-4.4)), V(T(4.4)));
+        const V s = x * x;
+        V p = P::fma(s, V(T(-1.91085691e-05)), V(T(0.00213476805)));
+        p = P::fma(s, p, V(T(0.0455299943)));
+        p = P::fma(s, p, V(T(0.39873578)));
+        V q = P::fma(s, V(T(0.0285111895)), V(T(0.279035214)));
+        q = P::fma(s, q, V(T(1)));
+        return P::fma(x * p, P::template reciprocal<fast>(q), V(T(0.5)));
+    } else {
+        return normal<fast>(a).cdf;
+    }
+}
+
+struct Gelu {
+    template <bool fast, class V>
+    static DEPTHLSTM_HD V value(V a) {
+        return a * normal_cdf<fast>(a);
+    }
+    template <bool fast, class V>
+    static DEPTHLSTM_HD void value_and_slope(V a, V& value, V& slope) {
+        const Normal<V> n = normal<fast>(a);
+        value = a * n.cdf;
+        slope = Primitives<V>::fma(a, n.pdf, n.cdf);
+    }
+};
+
+// 0.5 a (1 + tanh u) = a sigmoid(2 u),  u = sqrt(2 / pi) (a + 0.044715 a^3)
+struct GeluTanh {
+    template <bool fast, class V>
+    static DEPTHLSTM_HD V value(V a) {
+        using T = typename Primitives<V>::Scalar;
+        const V cubic = Primitives<V>::fma(a * a, V(T(0.071354816272600248)), V(T(1.5957691216057308)));
+        return a * sigmoid<fast>(a * cubic);
+    }
+    template <bool fast, class V>
+    static DEPTHLSTM_HD void value_and_slope(V a, V& value, V& slope) {
+        using T = typename Primitives<V>::Scalar;
+        const V square = a * a;
+        const V s = sigmoid<fast>(a * Primitives<V>::fma(square, V(T(0.071354816272600248)), V(T(1.5957691216057308))));
+        const V inner = Primitives<V>::fma(square, V(T(0.21406444881780074)), V(T(1.5957691216057308)));  // d 2u / d a
+        value = a * s;
+        slope = Primitives<V>::fma(value * (V(T(1)) - s), inner, s);
+    }
+};
+
+struct Relu {
+    template <bool fast, class V>
+    static DEPTHLSTM_HD V value(V a) {
+        return Primitives<V>::select_negative(a, V(typename Primitives<V>::Scalar(0)), a);
+    }
+    template <bool fast, class V>
+    static DEPTHLSTM_HD void value_and_slope(V a, V& v, V& slope) {
+        using T = typename Primitives<V>::Scalar;
+        v = value<fast>(a);
+        slope = Primitives<V>::select_negative(-a, V(T(1)), V(T(0)));  // 0 at a = 0, as torch
+    }
+};
+
+struct Tanh {
+    template <bool fast, class V>
+    static DEPTHLSTM_HD V value(V a) {
+        using T = typename Primitives<V>::Scalar;
+        return Primitives<V>::fma(sigmoid<fast>(a + a), V(T(2)), V(T(-1)));
+    }
+    template <bool fast, class V>
+    static DEPTHLSTM_HD void value_and_slope(V a, V& v, V& slope) {
+        using T = typename Primitives<V>::Scalar;
+        const V s = sigmoid<fast>(a + a);
+        v = Primitives<V>::fma(s, V(T(2)), V(T(-1)));
+        slope = V(T(4)) * s * (V(T(1)) - s);
+    }
+};
+
+struct Silu {
+    template <bool fast, class V>
+    static DEPTHLSTM_HD V value(V a) {
+        return a * sigmoid<fast>(a);
+    }
+    template <bool fast, class V>
+    static DEPTHLSTM_HD void value_and_slope(V a, V& v, V& slope) {
+        using T = typename Primitives<V>::Scalar;
+        const V s = sigmoid<fast>(a);
+        v = a * s;
+        slope = Primitives<V>::fma(v, V(T(1)) - s, s);
+    }
+};
+
+struct Sigmoid {
+    template <bool fast, class V>
+    static DEPTHLSTM_HD V value(V a) {
+        return sigmoid<fast>(a);
+    }
+    template <bool fast, class V>
+    static DEPTHLSTM_HD void value_and_slope(V a, V& v, V& slope) {
+        using T = typename Primitives<V>::Scalar;
+        v = sigmoid<fast>(a);
+        slope = v * (V(T(1)) - v);
+    }
+};
+
+// c = f c' + i g,  h = o c
+template <class V>
+DEPTHLSTM_HD void cell_forward(V i, V f, V o, V g, V c_in, V& c, V& h) {
+    c = Primitives<V>::fma(f, c_in, i * g);
+    h = o * c;
+}
+
+// Gradients of a_i, a_f, a_o, of g and of c', given those of h and c. g stands after dropout.
+template <class V>
+struct CellGradient {
+    V da_i, da_f, da_o, dg, dc_in;
+};
+
+template <class V>
+DEPTHLSTM_HD CellGradient<V> cell_backward(V i, V f, V o, V g, V c_in, V dh, V dc) {
+    using P = Primitives<V>;
+    using T = typename P::Scalar;
+    const V one = V(T(1));
+    const V c = P::fma(f, c_in, i * g);
+    const V t = P::fma(dh, o, dc);
+    const V ti = t * i;
+    const V tf = t * f;
+    return {ti * (one - i) * g, tf * (one - f) * c_in, dh * c * o * (one - o), ti, tf};
+}
+
+// One block of Philox4x32-10 (Salmon et al., SC 2011): the dropout bits of features 4 block .. 4 block + 3 of a row.
+DEPTHLSTM_HD void philox(uint64_t seed, uint64_t row, uint32_t block, uint32_t out[4]) {
+    uint32_t x0 = block, x1 = uint32_t(row), x2 = uint32_t(row >> 32), x3 = 0;
+    uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+        const uint64_t product0 = uint64_t(0xD2511F53u) * x0;
+        const uint64_t product1 = uint64_t(0xCD9E8D57u) * x2;
+        x0 = uint32_t(product1 >> 32) ^ x1 ^ key0;
+        x1 = uint32_t(product1);
+        x2 = uint32_t(product0 >> 32) ^ x3 ^ key1;
+        x3 = uint32_t(product0);
+        key0 += 0x9E3779B9u;
+        key1 += 0xBB67AE85u;
+    }
+    out[0] = x0, out[1] = x1, out[2] = x2, out[3] = x3;
+}
+
+}  // namespace depthlstm

@@ -1,0 +1,28 @@
+"""Fused kernels for the depth-wise LSTM."""
+
+from . import reference
+from .functional import depth_lstm_cell, depth_lstm_gates
+from .layers import (
+    DepthLSTMCell,
+    DepthLSTMDecoder,
+    DepthLSTMDecoderLayer,
+    DepthLSTMEncoder,
+    DepthLSTMEncoderLayer,
+    fold_output_projections,
+)
+from .models import DepthLSTMTransformer, param_groups
+
+__version__ = "0.1.0"
+__all__ = [
+    "depth_lstm_cell",
+    "depth_lstm_gates",
+    "DepthLSTMCell",
+    "DepthLSTMEncoderLayer",
+    "DepthLSTMDecoderLayer",
+    "DepthLSTMEncoder",
+    "DepthLSTMDecoder",
+    "DepthLSTMTransformer",
+    "param_groups",
+    "fold_output_projections",
+    "reference",
+]

@@ -1,0 +1,224 @@
+"""The layers of :mod:`depthlstm_fast.reference` with their cells fused; parameters keep their names, so state_dicts interchange.
+
+What is fused: everything of the cell after its matrix product (:func:`depth_lstm_gates`); [x ; h'] is never concatenated, x and h' are
+K-slices of the product (:func:`depth_lstm_cell`); with ``merge="add"`` the output projection of the cross-attention accumulates onto s.
+A submodule that is no longer a plain nn.Linear (LoRA, quantised, hooked, parametrised) is called as a module, and what follows it
+stays fused.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import reference
+from .functional import depth_lstm_cell, depth_lstm_gates
+from .reference.attention import CrossAttention, SelfAttention
+
+
+def _hookless(module: nn.Module) -> bool:
+    """Whether calling ``module`` runs its class's forward and nothing else."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooks and "forward" not in module.__dict__
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether ``module(x)`` is ``F.linear(x, module.weight, module.bias)`` and nothing else, so that its weight may be used directly."""
+    return type(module) is nn.Linear and type(module.weight) in (nn.Parameter, Tensor) and _hookless(module)
+
+
+def _accumulate(base: Tensor, x: Tensor, weight: Tensor, fresh: bool) -> Tensor:
+    """base + x W^T, the product accumulating onto base: in place where ``fresh`` says that base is nobody else's."""
+    rows, x = base.reshape(-1, base.shape[-1]), x.reshape(-1, x.shape[-1])
+    if fresh and not torch.is_autocast_enabled(base.device.type):  # autocast does not reach in-place products
+        return rows.addmm_(x, weight.t()).view(base.shape)
+    return torch.addmm(rows, x, weight.t()).view(base.shape)
+
+
+def linear_slices(inputs: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None) -> Tensor:
+    """W [inputs] + b without the concatenation; inputs (..., I_j) with the I_j adding to the columns of weight (R, I) -> (..., R)."""
+    # one split: its backward writes the weight's gradient once, where a slice each would write zeros and add
+    first, *rest = weight.split([x.shape[-1] for x in inputs], dim=1)
+    total = F.linear(inputs[0], first, bias)
+    for x, columns in zip(inputs[1:], rest, strict=True):
+        total = _accumulate(total, x, columns, True)
+    return total
+
+
+class DepthLSTMCell(reference.DepthLSTMCell):
+    __doc__ = reference.DepthLSTMCell.__doc__
+
+    def forward(self, input: Tensor | tuple[Tensor, ...], state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """See :meth:`depthlstm_fast.reference.DepthLSTMCell.forward`."""
+        inputs, h, c = self._unpack(input, state)
+        hidden = None
+        if self.hidden == "ffn":
+            if is_plain_linear(self.ffn_in):
+                inner = linear_slices((*inputs, h), self.ffn_in.weight, self.ffn_in.bias)  # type: ignore[arg-type]
+            else:
+                inner = self.ffn_in(torch.cat((*inputs, h), dim=-1))
+            hidden = self._ffn_tail(inner)
+        if is_plain_linear(self.gates):
+            return self._step(inputs, h, c, self.gates.weight, self.gates.bias, hidden)  # type: ignore[arg-type]
+        return depth_lstm_gates(self.gates(torch.cat((*inputs, h), dim=-1)), c, **self._options(hidden))
+
+    def _step(
+        self, inputs: tuple[Tensor, ...], h: Tensor, c: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return depth_lstm_cell(inputs, h, c, weight, bias, **self._options(hidden))
+
+    def _folded_step(self, inputs: tuple[Tensor, ...], state: tuple[Tensor, Tensor], fold: Fold) -> tuple[Tensor, Tensor]:
+        """:meth:`forward` with the weights of ``fold``, the last of inputs being the attention's context."""
+        inputs, h, c = self._unpack(inputs, state)
+        hidden = None
+        if fold.ffn_weight is not None:
+            hidden = self._ffn_tail(linear_slices((*inputs, h), fold.ffn_weight, fold.ffn_bias))
+        return self._step(inputs, h, c, fold.weight, fold.bias, hidden)
+
+
+class Fold(NamedTuple):
+    """A cell's weights with an output projection folded in, and what they were made from."""
+
+    sources: tuple
+    weight: Tensor
+    bias: Tensor | None
+    ffn_weight: Tensor | None
+    ffn_bias: Tensor | None
+
+
+def _fold_linear(linear: nn.Linear, projection: nn.Linear, first: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """``linear`` with ``projection`` folded into the columns from ``first`` on: computed in fp64 (fp32 for half types), rounded once."""
+    exact = torch.float64 if linear.weight.dtype in (torch.float32, torch.float64) and linear.weight.device.type != "mps" else torch.float32
+    weight, inner = linear.weight.to(exact, copy=True), projection.weight.to(exact)
+    columns = weight[:, first : first + inner.shape[0]].clone()
+    weight[:, first : first + inner.shape[0]] = columns @ inner
+    bias = None if linear.bias is None else linear.bias.to(exact)
+    if projection.bias is not None:
+        shift = columns @ projection.bias.to(exact)
+        bias = shift if bias is None else bias + shift
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+class _FoldingLayer(nn.Module):
+    """Folding an attention's output projection into the cell that follows, for inference."""
+
+    folds_output_projection: bool = False
+    _folds: dict[str, Fold] | None = None
+
+    def fold_output_projection(self, enabled: bool = True) -> None:
+        """Use W_x W_o, computed once, in place of W_o and then W_x: one D x D product less for each attention that is folded.
+
+        Only in eval mode with gradients off, outside torch.compile, and where it saves work: in encoder layers; in decoder layers with
+        ``merge="cells"`` both attentions, with ``"concat"`` the cross-attention; not with ``"add"``, where s is needed anyway and the
+        D x D product would become a 4D x D one. Results differ by rounding. The folded weights (as many numbers as the cell's) are
+        made on the first call and again when a source weight has changed, as its version counter and address tell; a change
+        through ``parameter.data`` escapes the counter: call this method again, or ``train()`` and ``eval()``.
+        """
+        self.folds_output_projection, self._folds = enabled, None
+
+    def train(self, mode: bool = True) -> _FoldingLayer:
+        self._folds = None
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._folds = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_folds": None}
+
+    def _fold(self, name: str, attention: SelfAttention | CrossAttention, cell: nn.Module, first: int) -> Fold | None:
+        """The folded weights of ``cell`` for ``attention``, whose context takes the columns from ``first`` on; None where not to fold."""
+        if not self.folds_output_projection or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        projection = attention.out_proj
+        if type(cell) is not DepthLSTMCell or cell.training or attention.training or not (_hookless(attention) and _hookless(cell)):
+            return None
+        linears = [cell.gates, cell.ffn_in] if cell.hidden == "ffn" else [cell.gates]
+        if not is_plain_linear(projection) or not all(is_plain_linear(linear) for linear in linears):
+            return None
+        tensors = [t for module in (projection, *linears) for t in (module.weight, module.bias) if isinstance(t, Tensor)]
+        if any(t.is_inference() for t in tensors):  # these keep no version: a change would go unseen
+            return None
+        device = tensors[0].device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensors[0].dtype
+        sources = (dtype, *((t.data_ptr(), t._version, t.dtype, t.device) for t in tensors))
+        if self._folds is None:
+            self._folds = {}
+        fold = self._folds.get(name)
+        if fold is None or fold.sources != sources:
+            folded = [_fold_linear(linear, projection, first, dtype) for linear in linears]  # type: ignore[arg-type]
+            fold = Fold(sources, *folded[0], *(folded[1] if len(folded) == 2 else (None, None)))
+            self._folds[name] = fold
+        return fold
+
+    def _attend_and_step(
+        self,
+        attention: SelfAttention | CrossAttention,
+        arguments: tuple,
+        options: dict[str, Any],
+        name: str,
+        state: tuple[Tensor, Tensor],
+        before: tuple[Tensor, ...] = (),
+    ) -> tuple[Tensor, Tensor]:
+        """Attention, then the cell called ``name``; ``before`` comes before the attention's output in the cell's input."""
+        cell = getattr(self, name)
+        fold = self._fold(name, attention, cell, sum(x.shape[-1] for x in before))
+        if fold is not None:
+            return cell._folded_step((*before, attention.context(*arguments, **options)), state, fold)
+        output = attention(*arguments, **options)
+        return cell((*before, output) if before else output, state)
+
+
+class DepthLSTMEncoderLayer(_FoldingLayer, reference.DepthLSTMEncoderLayer):
+    __doc__ = reference.DepthLSTMEncoderLayer.__doc__
+    cell_class = DepthLSTMCell
+
+    def _run(self, h: Tensor, c: Tensor, mask: Tensor | None, is_causal: bool) -> tuple[Tensor, Tensor]:
+        return self._attend_and_step(self.self_attn, (h, mask, is_causal), {}, "cell", (h, c))
+
+
+class DepthLSTMDecoderLayer(_FoldingLayer, reference.DepthLSTMDecoderLayer):
+    __doc__ = reference.DepthLSTMDecoderLayer.__doc__
+    cell_class = DepthLSTMCell
+
+    def _run(self, h: Tensor, c: Tensor, self_options: dict[str, Any], cross_options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        if self.merge == "cells":
+            h, c = self._attend_and_step(self.self_attn, (h,), self_options, "cell", (h, c))
+            return self._attend_and_step(self.cross_attn, (h,), cross_options, "cross_cell", (h, c))
+        s = self.self_attn(h, **self_options)
+        if self.merge == "concat":
+            return self._attend_and_step(self.cross_attn, (s,), cross_options, "cell", (h, c), (s,))
+        return self.cell(self._add_cross_attention(s, cross_options), (h, c))
+
+    def _add_cross_attention(self, s: Tensor, options: dict[str, Any]) -> Tensor:
+        """s + CrossAttn(s), the output projection accumulating onto s."""
+        projection = self.cross_attn.out_proj
+        if not is_plain_linear(projection) or not _hookless(self.cross_attn):
+            return s + self.cross_attn(s, **options)
+        weight, bias = projection.weight, projection.bias
+        # s + b costs what copying s into the product's output would: the product then accumulates in place
+        base = s if bias is None else s + bias.to(s.dtype)  # type: ignore[operator]
+        return _accumulate(base, self.cross_attn.context(s, **options), weight, bias is not None)  # type: ignore[arg-type]
+
+
+class DepthLSTMEncoder(reference.DepthLSTMEncoder):
+    __doc__ = reference.DepthLSTMEncoder.__doc__
+
+
+class DepthLSTMDecoder(reference.DepthLSTMDecoder):
+    __doc__ = reference.DepthLSTMDecoder.__doc__
+
+
+def fold_output_projections(model: nn.Module, enabled: bool = True) -> int:
+    """Call ``fold_output_projection(enabled)`` on every fused layer in ``model``; returns how many there are.
+
+    Folding is for inference, see :meth:`DepthLSTMEncoderLayer.fold_output_projection` for what it does and when.
+    """
+    layers = [module for module in model.modules() if isinstance(module, _FoldingLayer)]
+    for layer in layers:
+        layer.fold_output_projection(enabled)
+    return len(layers)

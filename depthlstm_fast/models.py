@@ -1,0 +1,51 @@
+"""The fused translation Transformer, and how to group parameters for an optimiser."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from . import reference
+from .layers import DepthLSTMDecoder, DepthLSTMDecoderLayer, DepthLSTMEncoder, DepthLSTMEncoderLayer
+
+
+class DepthLSTMTransformer(reference.DepthLSTMTransformer):
+    __doc__ = reference.DepthLSTMTransformer.__doc__
+    encoder_layer_class = DepthLSTMEncoderLayer
+    decoder_layer_class = DepthLSTMDecoderLayer
+    encoder_class = DepthLSTMEncoder
+    decoder_class = DepthLSTMDecoder
+
+
+NORMS = (reference.GateNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+
+
+def param_groups(model: nn.Module, weight_decay: float = 0.01) -> list[dict[str, Any]]:
+    """Two groups for an optimiser: parameters that decay, and those that must not.
+
+    No decay for everything with fewer than two dimensions (biases, learned initial states) and for the parameters of normalisations,
+    of which the gates' are two-dimensional, (4, D). Frozen parameters are left out; shared ones come once.
+
+    Returns:
+        [{"params": [...], "weight_decay": weight_decay}, {"params": [...], "weight_decay": 0.0}], usable as
+        ``torch.optim.AdamW(param_groups(model))``.
+
+    Raises:
+        TypeError, ValueError: weight_decay is not a finite number of at least 0.
+    """
+    if isinstance(weight_decay, bool) or not isinstance(weight_decay, (int, float)):
+        raise TypeError(f"weight_decay must be a float; found {type(weight_decay).__name__}")
+    if not 0.0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay must be finite and not negative; found {weight_decay}")
+    decays: dict[nn.Parameter, bool] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad:
+                decay = parameter.dim() > 1 and not isinstance(module, NORMS)
+                decays[parameter] = decay and decays.get(parameter, True)
+    return [
+        {"params": [parameter for parameter, decay in decays.items() if decay], "weight_decay": weight_decay},
+        {"params": [parameter for parameter, decay in decays.items() if not decay], "weight_decay": 0.0},
+    ]

@@ -1,0 +1,259 @@
+"""Multi-head attention with its heads split and merged by layout, the masks of ``torch.nn.Transformer*``, and the decoding cache."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import checks
+
+INITS = ("lipschitz", "glorot")
+
+
+def initialise_linear(linear: nn.Module, init: str, matrices: int = 1) -> None:
+    """Draw the weight of ``linear`` anew and set its bias to zero.
+
+    ``init="lipschitz"`` draws from U(+-1/sqrt(fan_in)); ``"glorot"`` is Xavier's uniform for each of the ``matrices``
+    logical matrices stacked in the weight. A module with no plain ``weight`` that stands where an nn.Linear was is left alone.
+    """
+    if not isinstance(linear, nn.Linear):
+        return
+    fan_out, fan_in = linear.weight.shape
+    bound = 1 / math.sqrt(fan_in) if init == "lipschitz" else math.sqrt(6 / (fan_in + fan_out // matrices))
+    nn.init.uniform_(linear.weight, -bound, bound)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+
+
+def _check_mask(argument: str, mask: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{argument} must be a torch.Tensor; found {type(mask).__name__}")
+    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+        raise TypeError(f"{argument} must be bool or floating point; found {mask.dtype}")
+    if tuple(mask.shape) not in shapes:
+        raise ValueError(f"{argument} must have shape {' or '.join(map(str, shapes))}; found {tuple(mask.shape)}")
+
+
+def attention_mask(
+    attention: Tensor | None,
+    key_padding: Tensor | None,
+    is_causal: bool,
+    *,
+    sizes: tuple[int, int, int, int],
+    device: torch.device,
+    arguments: tuple[str, str] = ("mask", "key_padding_mask"),
+) -> tuple[Tensor | None, bool]:
+    """One mask for ``scaled_dot_product_attention`` from the two of ``nn.MultiheadAttention``.
+
+    Args:
+        attention: (L, S) or (batch * nhead, L, S); bool (True: may not attend) or floating point (added to the scores).
+        key_padding: (batch, S); bool (True: not attended) or floating point (added to the scores).
+        is_causal: the mask is causal. As in torch, a mask that comes with this hint is not looked at unless there is
+            a key padding mask too; unlike in torch, the hint also works alone.
+        sizes: (batch, nhead, L, S).
+        device: where a causal mask that has to be built is put.
+        arguments: names of the two masks for the error messages.
+
+    Returns:
+        (mask, is_causal) for ``scaled_dot_product_attention``: bool with True for "attend", or floating point, broadcastable to
+        (batch, nhead, L, S); never both a mask and ``is_causal``.
+
+    Raises:
+        TypeError: a mask is no tensor, or neither bool nor floating point.
+        ValueError: a mask has the wrong shape.
+    """
+    batch, nhead, queries, keys = sizes
+    if attention is not None:
+        _check_mask(arguments[0], attention, ((queries, keys), (batch * nhead, queries, keys)))
+    if key_padding is not None:
+        _check_mask(arguments[1], key_padding, ((batch, keys),))
+    if is_causal and key_padding is None:
+        return None, True
+    if is_causal and attention is None:
+        attention = torch.ones(queries, keys, dtype=torch.bool, device=device).triu(1)
+    masks = []
+    if attention is not None:
+        masks.append(attention.view(1, 1, queries, keys) if attention.dim() == 2 else attention.unflatten(0, (batch, nhead)))
+    if key_padding is not None:
+        masks.append(key_padding[:, None, None, :])
+    if not masks:
+        return None, False
+    if all(mask.dtype == torch.bool for mask in masks):
+        return ~(masks[0] | masks[1] if len(masks) == 2 else masks[0]), False
+    dtype = next(mask.dtype for mask in masks if mask.dtype != torch.bool)
+    added = [torch.zeros_like(m, dtype=dtype).masked_fill_(m, -math.inf) if m.dtype == torch.bool else m for m in masks]
+    return (added[0] + added[1] if len(added) == 2 else added[0]), False
+
+
+@dataclass
+class DecoderCache:
+    """What one decoder layer keeps between the steps of incremental decoding.
+
+    Keys and values of its self-attention, (rows, nhead, capacity, D / nhead) of which the first ``length`` positions are in use, and
+    those of its cross-attention, (batch, nhead, S, D / nhead), computed once. ``rows`` is ``batch`` times the number of beams. There
+    is no cell state to keep: the depth-wise LSTM's state runs over the layers of one token and starts afresh with the next.
+    """
+
+    memory: tuple[Tensor, Tensor]
+    memory_mask: Tensor | None = None
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    length: int = 0
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the key and value of one position, (rows, nhead, 1, D / nhead); returns those of all positions so far."""
+        if self.keys is None or self.values is None:
+            self.keys, self.values = keys, values
+        else:
+            if self.length == self.keys.shape[2]:  # doubling: appending costs one copy per position, amortised
+                self.keys, self.values = (torch.cat((t, torch.zeros_like(t)), 2) for t in (self.keys, self.values))
+            self.keys[:, :, self.length] = keys[:, :, 0]
+            self.values[:, :, self.length] = values[:, :, 0]
+        self.length += 1
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i goes on from what row ``rows[i]`` has seen; rows int64, only ever moved within the beams of one source."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+
+
+class _Attention(nn.Module):
+    """What self- and cross-attention share. Inputs are (batch, length, D)."""
+
+    out_proj: nn.Module
+
+    def __init__(self, d_model: int, nhead: int, dropout: float, init: str) -> None:
+        super().__init__()
+        checks.check_size("d_model", d_model)
+        checks.check_size("nhead", nhead)
+        checks.check_probability("dropout", dropout)
+        checks.check_name("init", init, INITS)
+        if d_model % nhead:
+            raise ValueError(f"nhead must divide d_model, {d_model}; found {nhead}")
+        self.d_model, self.nhead, self.dropout, self.init = d_model, nhead, dropout, init
+
+    def extra_repr(self) -> str:
+        return f"d_model={self.d_model}, nhead={self.nhead}, dropout={self.dropout}"
+
+    def _split(self, projected: Tensor, parts: int) -> list[Tensor]:
+        """(batch, length, parts * D) -> parts views of shape (batch, nhead, length, D / nhead)."""
+        heads = projected.unflatten(-1, (parts, self.nhead, self.d_model // self.nhead))
+        return [part.transpose(1, 2) for part in heads.unbind(-3)]
+
+    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+        """Attention with its heads merged, (batch, L, D); a query that may attend to nothing gets zeros."""
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(query.dtype)
+        heads = F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0, is_causal=is_causal
+        )
+        # the flash kernels lay their output out as (batch, L, nhead, D / nhead), so this is a view
+        return heads.transpose(1, 2).flatten(2)
+
+
+class SelfAttention(_Attention):
+    """Multi-head self-attention.
+
+    Parameters: ``in_proj`` (D -> 3D: queries, keys, values) and ``out_proj`` (D -> D), both nn.Linear. Dropout acts on the attention
+    probabilities.
+
+    Raises:
+        TypeError, ValueError: a size, a probability or a name is not what is wanted, or nhead does not divide d_model.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        *,
+        dropout: float = 0.0,
+        bias: bool = True,
+        init: str = "lipschitz",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(d_model, nhead, dropout, init)
+        self.in_proj: nn.Module = nn.Linear(d_model, 3 * d_model, bias, device, dtype)
+        self.out_proj = nn.Linear(d_model, d_model, bias, device, dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        initialise_linear(self.in_proj, self.init, 3)
+        initialise_linear(self.out_proj, self.init)
+
+    def context(self, x: Tensor, mask: Tensor | None = None, is_causal: bool = False, cache: DecoderCache | None = None) -> Tensor:
+        """All of :meth:`forward` but the output projection."""
+        query, keys, values = self._split(self.in_proj(x), 3)
+        if cache is not None:
+            keys, values = cache.append(keys, values)
+        return self._attend(query, keys, values, mask, is_causal)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, is_causal: bool = False, cache: DecoderCache | None = None) -> Tensor:
+        """Attend; x (batch, L, D) -> (batch, L, D).
+
+        Args:
+            x: (batch, L, D); with ``cache`` L is 1.
+            mask, is_causal: as returned by :func:`attention_mask`. A row that may attend to nothing gets zeros before ``out_proj``.
+            cache: keys and values of earlier positions; those of x are appended.
+        """
+        return self.out_proj(self.context(x, mask, is_causal, cache))
+
+
+class CrossAttention(_Attention):
+    """Multi-head attention to an encoder's output.
+
+    Parameters: ``q_proj`` (D -> D), ``kv_proj`` (D -> 2D: keys, values) and ``out_proj`` (D -> D), all nn.Linear. Dropout acts on the
+    attention probabilities.
+
+    Raises:
+        TypeError, ValueError: a size, a probability or a name is not what is wanted, or nhead does not divide d_model.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        *,
+        dropout: float = 0.0,
+        bias: bool = True,
+        init: str = "lipschitz",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(d_model, nhead, dropout, init)
+        self.q_proj: nn.Module = nn.Linear(d_model, d_model, bias, device, dtype)
+        self.kv_proj: nn.Module = nn.Linear(d_model, 2 * d_model, bias, device, dtype)
+        self.out_proj = nn.Linear(d_model, d_model, bias, device, dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        initialise_linear(self.q_proj, self.init)
+        initialise_linear(self.kv_proj, self.init, 2)
+        initialise_linear(self.out_proj, self.init)
+
+    def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, (batch, nhead, S, D / nhead) each, of memory (batch, S, D)."""
+        keys, values = self._split(self.kv_proj(memory), 2)
+        return keys, values
+
+    def context(self, x: Tensor, memory: Tensor | tuple[Tensor, Tensor], mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """All of :meth:`forward` but the output projection."""
+        keys, values = memory if isinstance(memory, tuple) else self.keys_values(memory)
+        queries = x if x.shape[0] == keys.shape[0] else x.reshape(keys.shape[0], -1, self.d_model)
+        (query,) = self._split(self.q_proj(queries), 1)
+        return self._attend(query, keys, values, mask, is_causal).view(x.shape)
+
+    def forward(self, x: Tensor, memory: Tensor | tuple[Tensor, Tensor], mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Attend; x (batch, L, D) -> (batch, L, D).
+
+        Args:
+            x: (batch, L, D), or in incremental decoding (batch * beams, 1, D): beams are then queries of their common source.
+            memory: (batch, S, D), or what :meth:`keys_values` made of it.
+            mask, is_causal: as returned by :func:`attention_mask`. A row that may attend to nothing gets zeros before ``out_proj``.
+        """
+        return self.out_proj(self.context(x, memory, mask, is_causal))

@@ -1,0 +1,129 @@
+"""Greedy and beam search over any function that gives the next token's logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NextLogits = Callable[[Tensor], Tensor]
+Reorder = Callable[[Tensor], None]
+
+
+class Settings(NamedTuple):
+    """What a search needs to know besides the logits."""
+
+    batch: int
+    beams: int
+    max_length: int
+    length_penalty: float
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    device: torch.device
+
+
+def penalty(length: int, alpha: float) -> float:
+    """The length penalty of Wu et al. (2016), ((5 + length) / 6) ** alpha, by which log-probabilities are divided."""
+    return ((5 + length) / 6) ** alpha
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """log softmax in fp32, or fp64 for fp64."""
+    return F.log_softmax(logits, dim=-1, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
+
+
+def best(scores: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """The ``number`` largest of each row of scores (rows, n) in falling order, and their indices; of equal ones the first comes first.
+
+    torch.topk leaves the order of equal scores open; argmax does not.
+    """
+    scores = scores.clone()
+    values, indices = [], []
+    for _ in range(number):
+        index = scores.argmax(dim=1, keepdim=True)
+        values.append(scores.gather(1, index))
+        indices.append(index)
+        scores.scatter_(1, index, -torch.inf)
+    return torch.cat(values, 1), torch.cat(indices, 1)
+
+
+def greedy_search(next_logits: NextLogits, reorder: Reorder, settings: Settings) -> tuple[Tensor, Tensor]:
+    """The likeliest token at every step.
+
+    Args:
+        next_logits: ids (batch, n) int64 that start with bos_id -> (batch, vocab).
+        reorder: not used; for the signature of :func:`beam_search`.
+        settings: see :class:`Settings`; ``beams`` is not used.
+
+    Returns:
+        Tokens (batch, n) without bos_id, and scores (batch,).
+    """
+    ids = torch.full((settings.batch, 1), settings.bos_id, device=settings.device)
+    finished = torch.zeros(settings.batch, dtype=torch.bool, device=settings.device)
+    total = scores = torch.zeros((), device=settings.device)
+    for length in range(1, settings.max_length + 1):
+        logp = log_probabilities(next_logits(ids))
+        token = logp.argmax(dim=1, keepdim=True)
+        total = total + logp.gather(1, token)[:, 0]
+        scores = torch.where(finished, scores, total / penalty(length, settings.length_penalty))
+        token = token.masked_fill(finished[:, None], settings.pad_id)
+        finished = finished | (token[:, 0] == settings.eos_id)
+        ids = torch.cat((ids, token), 1)
+        if finished.all():
+            break
+    return ids[:, 1:], scores
+
+
+def beam_search(next_logits: NextLogits, reorder: Reorder, settings: Settings) -> tuple[Tensor, Tensor]:
+    """The best of the hypotheses that ``beams`` beams a source find.
+
+    At every step the best 2 * beams continuations are looked at. Those among the first ``beams`` that end in eos_id are hypotheses;
+    the first ``beams`` that do not end go on. At max_length the first ``beams`` are hypotheses whether they end or not. A source
+    is finished with ``beams`` hypotheses.
+
+    Args:
+        next_logits: ids (batch * beams, n) int64 that start with bos_id -> (batch * beams, vocab).
+        reorder: called with rows (batch * beams,) int64 before the next step: row i goes on from what row ``rows[i]`` has seen.
+        settings: see :class:`Settings`.
+
+    Returns:
+        Tokens (batch, n) without bos_id, and scores (batch,), of the best hypothesis of each source.
+    """
+    batch, beams, device = settings.batch, settings.beams, settings.device
+    first_row = torch.arange(batch, device=device)[:, None] * beams
+    ids = torch.full((batch * beams, 1), settings.bos_id, device=device)
+    live = torch.full((batch, beams), -torch.inf, device=device)
+    live[:, 0] = 0  # all beams start alike: one is enough
+    hypotheses = torch.full((batch, beams, settings.max_length), settings.pad_id, device=device)
+    scores = torch.full((batch, beams), -torch.inf, device=device)
+    lengths = torch.zeros(batch, beams, dtype=torch.int64, device=device)
+    found = torch.zeros(batch, dtype=torch.int64, device=device)
+    for length in range(1, settings.max_length + 1):
+        logp = log_probabilities(next_logits(ids))
+        vocab = logp.shape[1]
+        candidates, index = best((live.to(logp.dtype).view(-1, 1) + logp).view(batch, beams * vocab), 2 * beams)
+        rows, token = first_row + index // vocab, index % vocab
+        extended = torch.cat((ids[rows], token[..., None]), -1)
+
+        ends = token == settings.eos_id
+        complete = (ends | (length == settings.max_length))[:, :beams] & (found < beams)[:, None] & (candidates[:, :beams] > -torch.inf)
+        new = (candidates[:, :beams] / penalty(length, settings.length_penalty)).masked_fill(~complete, -torch.inf)
+        padded = F.pad(extended[:, :beams, 1:], (0, settings.max_length - length), value=settings.pad_id)
+        scores, kept = torch.cat((scores.to(new.dtype), new), 1).sort(dim=1, descending=True, stable=True)
+        scores, kept = scores[:, :beams], kept[:, :beams]
+        lengths = torch.cat((lengths, torch.full_like(lengths, length)), 1).gather(1, kept)
+        hypotheses = torch.cat((hypotheses, padded), 1).gather(1, kept[..., None].expand(-1, -1, settings.max_length))
+        found = found + complete.sum(1)
+        if length == settings.max_length or (found >= beams).all():
+            break
+
+        onward = ends.to(torch.int8).argsort(dim=1, stable=True)[:, :beams]
+        live = candidates.gather(1, onward)
+        rows = rows.gather(1, onward).view(-1)
+        ids = torch.cat((ids[rows], token.gather(1, onward).view(-1, 1)), 1)
+        reorder(rows)
+    return hypotheses[:, 0, : int(lengths[:, 0].max())], scores[:, 0]

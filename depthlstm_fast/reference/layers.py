@@ -1,0 +1,294 @@
+"""Transformer layers whose residual connections are replaced by depth-wise LSTMs, and stacks of them, in plain PyTorch.
+
+Layout: whatever ``batch_first`` says outside, inside a layer everything is (batch, length, D).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import checks
+from .attention import CrossAttention, DecoderCache, SelfAttention, attention_mask, initialise_linear
+from .cell import DepthLSTMCell
+from .gates import activate
+
+MERGES = ("add", "concat", "cells")
+
+
+class _Layer(nn.Module):
+    """What encoder and decoder layers share: layout, and with ``sublayer=True`` the feed-forward network with a cell of its own."""
+
+    cell_class: type[DepthLSTMCell] = DepthLSTMCell
+
+    def __init__(self, d_model: int, nhead: int, batch_first: bool, sublayer: bool, cell: dict[str, Any], dim_feedforward: int) -> None:
+        super().__init__()
+        checks.check_size("dim_feedforward", dim_feedforward)
+        self.d_model, self.nhead, self.batch_first, self.sublayer = d_model, nhead, batch_first, sublayer
+        self.dim_feedforward, self.dropout, self.activation, self.init = dim_feedforward, cell["dropout"], cell["activation"], cell["init"]
+        if sublayer:
+            bias, device, dtype = cell["bias"], cell["device"], cell["dtype"]
+            self.linear1: nn.Module = nn.Linear(d_model, dim_feedforward, bias, device, dtype)
+            self.linear2: nn.Module = nn.Linear(dim_feedforward, d_model, bias, device, dtype)
+            self.ffn_cell = self.cell_class(d_model, d_model, **cell)
+            self._reset_feed_forward()
+
+    def _reset_feed_forward(self) -> None:
+        initialise_linear(self.linear1, self.init)
+        initialise_linear(self.linear2, self.init)
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter of the layer anew."""
+        for child in self.children():
+            if isinstance(child, (DepthLSTMCell, SelfAttention, CrossAttention)):
+                child.reset_parameters()
+        if self.sublayer:
+            self._reset_feed_forward()
+
+    def extra_repr(self) -> str:
+        return f"d_model={self.d_model}, nhead={self.nhead}, batch_first={self.batch_first}, sublayer={self.sublayer}"
+
+    def _enter(self, argument: str, outside: Tensor) -> Tensor:
+        """(batch, length, D) from whatever layout the caller uses."""
+        checks.check_float_tensor(argument, outside)
+        if outside.dim() not in (2, 3) or outside.shape[-1] != self.d_model:
+            shape = f"({'batch, length' if self.batch_first else 'length, batch'}, {self.d_model}) or (length, {self.d_model})"
+            raise ValueError(f"{argument} must have shape {shape}; found {tuple(outside.shape)}")
+        if outside.dim() == 2:
+            return outside.unsqueeze(0)
+        # _leave returns such a view, so in a stack only the first layer copies; without this every consumer of it would
+        return outside if self.batch_first else outside.transpose(0, 1).contiguous()
+
+    def _leave(self, inside: Tensor, like: Tensor) -> Tensor:
+        if like.dim() == 2:
+            return inside.squeeze(0)
+        return inside if self.batch_first else inside.transpose(0, 1)
+
+    def _enter_states(self, argument: str, outside: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        h = self._enter(argument, outside)
+        if state is None:
+            return h, torch.zeros_like(h)
+        checks.check_float_tensor("state", state)
+        checks.check_shape("state", state, tuple(outside.shape))
+        return h, self._enter("state", state)
+
+    def _masks(
+        self,
+        h: Tensor,
+        keys: Tensor,
+        mask: Tensor | None,
+        padding: Tensor | None,
+        causal: bool,
+        arguments: tuple[str, str],
+        unbatched: bool,
+    ) -> tuple[Tensor | None, bool]:
+        if unbatched and padding is not None and isinstance(padding, Tensor) and padding.dim() == 1:
+            padding = padding.unsqueeze(0)
+        sizes = (h.shape[0], self.nhead, h.shape[1], keys.shape[1])
+        return attention_mask(mask, padding, causal, sizes=sizes, device=h.device, arguments=arguments)
+
+    def _feed_forward(self, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.sublayer:
+            return h, c
+        inner = F.dropout(activate(self.linear1(h), self.activation), self.dropout, self.training)
+        return self.ffn_cell(self.linear2(inner), (h, c))
+
+
+class DepthLSTMEncoderLayer(_Layer):
+    """Encoder layer: a = SelfAttn(h'); (h, c) = cell(a, (h', c')). No residual connection, no other LayerNorm, no feed-forward network.
+
+    Args:
+        d_model: D.
+        nhead: attention heads.
+        dim_feedforward: inner size of the feed-forward network of ``hidden="ffn"`` or ``sublayer=True``, 4D if None; otherwise unused.
+        dropout: of attention probabilities, of the cell's g and inside a feed-forward network.
+        activation: of the cell's g and of a feed-forward network; a name, see :class:`DepthLSTMCell`.
+        layer_norm_eps: eps of the gates' normalisation.
+        batch_first: (batch, length, D) outside, else (length, batch, D).
+        bias: whether the linear maps have a bias.
+        hidden, norm, forget_bias, init: see :class:`DepthLSTMCell`.
+        sublayer: keep the feed-forward network and put a second cell (``ffn_cell``) after it.
+
+    Parameters: ``self_attn.in_proj``, ``self_attn.out_proj``, ``cell.*``; with ``sublayer=True`` ``linear1``, ``linear2``, ``ffn_cell.*``.
+
+    Raises:
+        TypeError, ValueError: a size, name or number is not what is wanted.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int | None = None,
+        dropout: float = 0.1,
+        activation: str = "gelu",
+        layer_norm_eps: float = 1e-6,
+        batch_first: bool = False,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        hidden: str = "linear",
+        norm: str = "gate",
+        forget_bias: float = 0.0,
+        sublayer: bool = False,
+        init: str = "lipschitz",
+    ) -> None:
+        checks.check_size("d_model", d_model)
+        inner = 4 * d_model if dim_feedforward is None else dim_feedforward
+        shared: dict[str, Any] = {"dropout": dropout, "bias": bias, "init": init, "device": device, "dtype": dtype}
+        cell = {**shared, "hidden": hidden, "ffn_size": inner, "norm": norm, "activation": activation, "eps": layer_norm_eps}
+        cell["forget_bias"] = forget_bias
+        super().__init__(d_model, nhead, batch_first, sublayer, cell, inner)
+        self.self_attn = SelfAttention(d_model, nhead, **shared)
+        self.cell = self.cell_class(d_model, d_model, **cell)
+
+    def forward(
+        self,
+        src: Tensor,
+        state: Tensor | None = None,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the layer.
+
+        Args:
+            src: h', (batch, L, D), (L, batch, D) or, unbatched, (L, D).
+            state: c', the cell of the layer below, same shape; zeros if None.
+            src_mask, src_key_padding_mask, is_causal: see :func:`attention_mask`.
+
+        Returns:
+            (h, c), both in src's shape and layout. A position that may attend to nothing takes a zero context; nothing becomes NaN.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was found and what was wanted.
+        """
+        h, c = self._enter_states("src", src, state)
+        arguments = ("src_mask", "src_key_padding_mask")
+        mask, is_causal = self._masks(h, h, src_mask, src_key_padding_mask, is_causal, arguments, src.dim() == 2)
+        h, c = self._feed_forward(*self._run(h, c, mask, is_causal))
+        return self._leave(h, src), self._leave(c, src)
+
+    def _run(self, h: Tensor, c: Tensor, mask: Tensor | None, is_causal: bool) -> tuple[Tensor, Tensor]:
+        return self.cell(self.self_attn(h, mask, is_causal), (h, c))
+
+
+class DepthLSTMDecoderLayer(_Layer):
+    """Decoder layer: s = SelfAttn(h'), m = CrossAttn(s, memory), then the cell.
+
+    ``merge`` says how the two meet: "add": cell(s + m); "concat": cell([s ; m]), a cell of input size 2D; "cells": one cell
+    after each, (h1, c1) = cell(s, (h', c')), m = CrossAttn(h1, memory), (h, c) = cross_cell(m, (h1, c1)). With ``sublayer=True`` a
+    feed-forward network and its cell follow; one cell after each sub-layer is ``merge="cells", sublayer=True``.
+
+    The other arguments are those of :class:`DepthLSTMEncoderLayer`.
+
+    Parameters: ``self_attn.*``, ``cross_attn.q_proj``, ``cross_attn.kv_proj``, ``cross_attn.out_proj``, ``cell.*``; with ``merge="cells"``
+    ``cross_cell.*``; with ``sublayer=True`` ``linear1``, ``linear2``, ``ffn_cell.*``.
+
+    Raises:
+        TypeError, ValueError: a size, name or number is not what is wanted.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int | None = None,
+        dropout: float = 0.1,
+        activation: str = "gelu",
+        layer_norm_eps: float = 1e-6,
+        batch_first: bool = False,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        hidden: str = "linear",
+        norm: str = "gate",
+        forget_bias: float = 0.0,
+        sublayer: bool = False,
+        init: str = "lipschitz",
+        merge: str = "add",
+    ) -> None:
+        checks.check_size("d_model", d_model)
+        checks.check_name("merge", merge, MERGES)
+        inner = 4 * d_model if dim_feedforward is None else dim_feedforward
+        shared: dict[str, Any] = {"dropout": dropout, "bias": bias, "init": init, "device": device, "dtype": dtype}
+        cell = {**shared, "hidden": hidden, "ffn_size": inner, "norm": norm, "activation": activation, "eps": layer_norm_eps}
+        cell["forget_bias"] = forget_bias
+        super().__init__(d_model, nhead, batch_first, sublayer, cell, inner)
+        self.merge = merge
+        self.self_attn = SelfAttention(d_model, nhead, **shared)
+        self.cross_attn = CrossAttention(d_model, nhead, **shared)
+        self.cell = self.cell_class(2 * d_model if merge == "concat" else d_model, d_model, **cell)
+        if merge == "cells":
+            self.cross_cell = self.cell_class(d_model, d_model, **cell)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, merge={self.merge!r}"
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        state: Tensor | None = None,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the layer.
+
+        Args:
+            tgt: h', (batch, L, D), (L, batch, D) or, unbatched, (L, D).
+            memory: the encoder's output, (batch, S, D), (S, batch, D) or (S, D).
+            state: c', the cell of the layer below, in tgt's shape; zeros if None.
+            tgt_mask and the other masks and hints: see :func:`attention_mask`.
+
+        Returns:
+            (h, c), both in tgt's shape and layout. A position that may attend to nothing takes a zero context; nothing becomes NaN.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was found and what was wanted.
+        """
+        h, c = self._enter_states("tgt", tgt, state)
+        unbatched = tgt.dim() == 2
+        keys = self._enter("memory", memory)
+        if keys.shape[0] != h.shape[0] or memory.dim() != tgt.dim():
+            raise ValueError(f"memory must be batched as tgt, {tuple(tgt.shape)}, is; found {tuple(memory.shape)}")
+        arguments = ("tgt_mask", "tgt_key_padding_mask")
+        mask, causal = self._masks(h, h, tgt_mask, tgt_key_padding_mask, tgt_is_causal, arguments, unbatched)
+        self_options = {"mask": mask, "is_causal": causal}
+        arguments = ("memory_mask", "memory_key_padding_mask")
+        mask, causal = self._masks(h, keys, memory_mask, memory_key_padding_mask, memory_is_causal, arguments, unbatched)
+        cross_options = {"memory": keys, "mask": mask, "is_causal": causal}
+        h, c = self._feed_forward(*self._run(h, c, self_options, cross_options))
+        return self._leave(h, tgt), self._leave(c, tgt)
+
+    def _run(self, h: Tensor, c: Tensor, self_options: dict[str, Any], cross_options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        s = self.self_attn(h, **self_options)
+        if self.merge == "cells":
+            h, c = self.cell(s, (h, c))
+            return self.cross_cell(self.cross_attn(h, **cross_options), (h, c))
+        m = self.cross_attn(s, **cross_options)
+        return self.cell((s, m) if self.merge == "concat" else s + m, (h, c))
+
+    def new_cache(self, memory: Tensor, memory_key_padding_mask: Tensor | None = None) -> DecoderCache:
+        """Start incremental decoding: memory (batch, S, D), mask (batch, S) bool or floating point; always batch first."""
+        sizes = (memory.shape[0], self.nhead, 1, memory.shape[1])
+        arguments = ("memory_mask", "memory_key_padding_mask")
+        mask, _ = attention_mask(None, memory_key_padding_mask, False, sizes=sizes, device=memory.device, arguments=arguments)
+        return DecoderCache(self.cross_attn.keys_values(memory), mask)
+
+    def step(self, tgt: Tensor, cache: DecoderCache, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """:meth:`forward` for the next position alone, causal; tgt and state (rows, 1, D), always batch first.
+
+        rows is the batch of the cache times any number of beams, the beams of one source side by side. The cache is updated.
+        """
+        c = torch.zeros_like(tgt) if state is None else state
+        return self._feed_forward(*self._run(tgt, c, {"cache": cache}, {"memory": cache.memory, "mask": cache.memory_mask}))

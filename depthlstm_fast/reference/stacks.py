@@ -1,0 +1,165 @@
+"""Stacks of depth-wise LSTM layers in plain PyTorch."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .. import checks
+from .attention import DecoderCache
+from .cell import DepthLSTMCell
+from .layers import DepthLSTMDecoderLayer, DepthLSTMEncoderLayer
+
+INIT_CELLS = ("zeros", "learned")
+CELLS = ("cell", "cross_cell", "ffn_cell")
+
+
+class _Stack(nn.Module):
+    """``num_layers`` copies of a layer, each drawn anew, through which the states (h, c) run."""
+
+    def __init__(
+        self,
+        layer: DepthLSTMEncoderLayer | DepthLSTMDecoderLayer,
+        num_layers: int,
+        norm: nn.Module | None,
+        share_cell: bool,
+        init_cell: str,
+    ) -> None:
+        super().__init__()
+        checks.check_size("num_layers", num_layers)
+        checks.check_name("init_cell", init_cell, INIT_CELLS)
+        self.layers = nn.ModuleList([copy.deepcopy(layer) for _ in range(num_layers)])
+        self.num_layers, self.norm, self.share_cell, self.init_cell = num_layers, norm, share_cell, init_cell
+        self.d_model, self.batch_first = layer.d_model, layer.batch_first
+        self.gradient_checkpointing = False
+        for copied in self.layers:
+            copied.reset_parameters()  # type: ignore[operator]
+            if share_cell:
+                for name in CELLS:
+                    if isinstance(getattr(copied, name, None), DepthLSTMCell):
+                        setattr(copied, name, getattr(self.layers[0], name))
+        if init_cell == "learned":
+            like = next(layer.parameters())
+            self.initial_cell: Tensor | None = nn.Parameter(torch.zeros(layer.d_model, device=like.device, dtype=like.dtype))
+        else:
+            self.register_parameter("initial_cell", None)
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter of the stack anew; the learned initial cell goes back to zero."""
+        for layer in self.layers:
+            layer.reset_parameters()  # type: ignore[operator]
+        if self.norm is not None and hasattr(self.norm, "reset_parameters"):
+            self.norm.reset_parameters()  # type: ignore[operator]
+        if self.initial_cell is not None:
+            nn.init.zeros_(self.initial_cell)
+
+    def extra_repr(self) -> str:
+        return f"num_layers={self.num_layers}, share_cell={self.share_cell}, init_cell={self.init_cell!r}"
+
+    def _initial_cell(self, h: Tensor) -> Tensor | None:
+        return None if self.initial_cell is None else self.initial_cell.expand_as(h)
+
+    def _through_layers(self, h: Tensor, arguments: tuple, options: dict) -> Tensor:
+        c = self._initial_cell(h)
+        for layer in self.layers:
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                h, c = checkpoint(layer, h, *arguments, c, use_reentrant=False, **options)
+            else:
+                h, c = layer(h, *arguments, c, **options)
+        return h if self.norm is None else self.norm(h)
+
+
+class DepthLSTMEncoder(_Stack):
+    """A stack of encoder layers: h at depth 0 is the input; c at depth 0 is zeros, or a learned vector.
+
+    Args:
+        layer: copied ``num_layers`` times; each copy is initialised anew.
+        num_layers: how many.
+        norm: applied to the output, as in nn.TransformerEncoder; None for nothing.
+        share_cell: all layers share the cells of the first.
+        init_cell: "zeros", or "learned": a parameter ``initial_cell`` (D,) that starts at zero.
+
+    Set ``gradient_checkpointing = True`` on the stack to recompute each layer in the backward pass instead of keeping its activations.
+
+    Raises:
+        TypeError, ValueError: a size or name is not what is wanted.
+    """
+
+    def __init__(
+        self,
+        layer: DepthLSTMEncoderLayer,
+        num_layers: int,
+        norm: nn.Module | None = None,
+        share_cell: bool = False,
+        init_cell: str = "zeros",
+    ) -> None:
+        super().__init__(layer, num_layers, norm, share_cell, init_cell)
+
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Tensor:
+        """h of the top layer, in src's shape; src and the masks as in :class:`DepthLSTMEncoderLayer`.
+
+        ``is_causal=None`` means False: the mask is used as it is, and not examined (torch looks whether it is causal).
+        """
+        options = {"src_mask": mask, "src_key_padding_mask": src_key_padding_mask, "is_causal": bool(is_causal)}
+        return self._through_layers(src, (), options)
+
+
+class DepthLSTMDecoder(_Stack):
+    """A stack of decoder layers; the arguments are those of :class:`DepthLSTMEncoder`."""
+
+    def __init__(
+        self,
+        layer: DepthLSTMDecoderLayer,
+        num_layers: int,
+        norm: nn.Module | None = None,
+        share_cell: bool = False,
+        init_cell: str = "zeros",
+    ) -> None:
+        super().__init__(layer, num_layers, norm, share_cell, init_cell)
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """h of the top layer, in tgt's shape; tgt, memory and the masks as in :class:`DepthLSTMDecoderLayer`.
+
+        ``tgt_is_causal=None`` means False: the mask is used as it is, and not examined (torch looks whether it is causal).
+        """
+        if memory.dim() == 3 and not self.batch_first:
+            memory = memory.transpose(0, 1).contiguous().transpose(0, 1)  # once here, not once in every layer
+        options = {
+            "tgt_mask": tgt_mask,
+            "memory_mask": memory_mask,
+            "tgt_key_padding_mask": tgt_key_padding_mask,
+            "memory_key_padding_mask": memory_key_padding_mask,
+            "tgt_is_causal": bool(tgt_is_causal),
+            "memory_is_causal": memory_is_causal,
+        }
+        return self._through_layers(tgt, (memory,), options)
+
+    def new_caches(self, memory: Tensor, memory_key_padding_mask: Tensor | None = None) -> list[DecoderCache]:
+        """Start incremental decoding: one cache a layer for memory (batch, S, D), always batch first."""
+        return [layer.new_cache(memory, memory_key_padding_mask) for layer in self.layers]  # type: ignore[operator]
+
+    def step(self, tgt: Tensor, caches: list[DecoderCache]) -> Tensor:
+        """:meth:`forward` for the next position alone; tgt and the result (rows, 1, D), see :meth:`DepthLSTMDecoderLayer.step`."""
+        h, c = tgt, self._initial_cell(tgt)
+        for layer, cache in zip(self.layers, caches, strict=True):
+            h, c = layer.step(h, cache, c)  # type: ignore[operator]
+        return h if self.norm is None else self.norm(h)

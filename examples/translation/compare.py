@@ -1,0 +1,106 @@
+"""Train the same model twice, plain PyTorch beside fused: same weights, same batches, step by step in turn."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+import torch
+from batches import collate, encode_pairs, endless_batches, group
+from console import progress_bar
+from data import Dataset, Pair, load_dataset
+from decoding import translate
+from tokenizer import train_tokenizer
+from training import Settings, StepResult, Trainer
+
+import depthlstm_fast as dl
+
+SIDES = ("reference", "fused")
+# rounding differs from the first step on, and Adam divides by the gradient's own size: runs drift apart, slowly
+TOLERANCE = 1e-2
+UNTIMED = 3  # first steps: allocations, thread start, caches
+
+
+def show(dataset: Dataset, count: int) -> list[Pair]:
+    """Return up to ``count`` held-out pairs to print, those of four to twelve words first."""
+    return sorted(dataset.heldout, key=lambda pair: not 4 <= len(pair.source.split()) <= 12)[:count]
+
+
+def run_comparison(
+    steps: int | None = None,
+    *,
+    settings: Settings | None = None,
+    data: str = "auto",
+    dataset: Dataset | None = None,
+    backend: str = "auto",
+    examples: int = 5,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train reference and fused model side by side and return plain numbers, strings and lists, fit for JSON.
+
+    Args:
+        steps: training steps of each; None takes them from ``settings``.
+        settings: model size and training; None is the default. Dropout is off in both, so that losses compare.
+        data: "auto", "django" or "builtin", see ``data.load_dataset``; ``dataset`` goes before it.
+        dataset: the pairs, where the caller has them.
+        backend: backend of the fused model.
+        examples: held-out translations of the fused model to return.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        a dict whose "losses", "heldout_loss" and "tokens_per_second" (median) have the keys "reference" and "fused";
+        "speedup" is the median over steps of the fused model's tokens a second over the reference's in the same step.
+    """
+    settings = settings or Settings()
+    steps = settings.steps if steps is None else steps
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1; found {steps}")
+    dataset = dataset or load_dataset(data)
+    tokenizer = train_tokenizer((text for pair in dataset.train for text in pair), settings.vocab_size)
+    train = encode_pairs(dataset.train, tokenizer)
+    arguments = settings.model_arguments(len(tokenizer)) | {"dropout": 0.0}
+    torch.manual_seed(settings.seed)
+    reference = dl.reference.DepthLSTMTransformer(**arguments)
+    fused = dl.DepthLSTMTransformer(**arguments)
+    fused.load_state_dict(reference.state_dict())
+    trainers = {"reference": Trainer(reference, settings), "fused": Trainer(fused, settings, backend)}
+    results: dict[str, list[StepResult]] = {side: [] for side in SIDES}
+    ran = None
+    batches = endless_batches(train, settings.token_budget, settings.seed)
+    with progress_bar("reference and fused", steps, progress) as advance:
+        for step in range(steps):
+            batch = next(batches)
+            # who goes second finds warm caches and a warm batch: take turns
+            for side in SIDES if step % 2 == 0 else SIDES[::-1]:
+                results[side].append(trainers[side].step(batch))
+                ran = dl.last_backend() if side == "fused" else ran
+            advance(results["fused"][-1])
+    losses = {side: [result.loss for result in results[side]] for side in SIDES}
+    speeds = {side: [result.tokens_per_second for result in results[side]][UNTIMED if steps > UNTIMED else 0 :] for side in SIDES}
+    difference = max(abs(a - b) / abs(a) for a, b in zip(losses["reference"], losses["fused"], strict=True))
+    heldout = [collate(rows) for rows in group(encode_pairs(dataset.heldout, tokenizer), settings.token_budget)]
+    shown = show(dataset, examples)
+    with dl.use_backend(backend):
+        translations = translate(fused, tokenizer, [pair.source for pair in shown], max_length=64)
+    return {
+        "dataset": dataset.name,
+        "pairs": len(dataset.train) + len(dataset.heldout),
+        "heldout_pairs": len(dataset.heldout),
+        "vocabulary": len(tokenizer),
+        "d_model": settings.d_model,
+        "encoder_layers": settings.layers,
+        "decoder_layers": settings.layers,
+        "parameters": sum(parameter.numel() for parameter in fused.parameters()),
+        "device": settings.device,
+        "threads": torch.get_num_threads(),
+        "backend": ran,
+        "steps": steps,
+        "losses": losses,
+        "max_relative_loss_difference": difference,
+        "tolerance": TOLERANCE,
+        "losses_agree": difference <= TOLERANCE,
+        "heldout_loss": {side: trainers[side].evaluate(heldout) for side in SIDES},
+        "tokens_per_second": {side: median(speeds[side]) for side in SIDES},
+        "speedup": median(b / a for a, b in zip(speeds["reference"], speeds["fused"], strict=True)),
+        "examples": [(pair.source, pair.target, text) for pair, text in zip(shown, translations, strict=True)],
+    }

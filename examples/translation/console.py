@@ -1,0 +1,66 @@
+"""What a run shows on the terminal: a progress bar with loss and speed, and the comparison as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+try:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+except ImportError as error:
+    raise ImportError("the translation example needs rich: pip install rich") from error
+
+if TYPE_CHECKING:
+    from training import StepResult
+
+
+@contextmanager
+def progress_bar(name: str, steps: int, enabled: bool = True) -> Iterator[Callable[[StepResult], None]]:
+    """Show a bar of ``steps`` steps on stderr; yields the function that takes the result of each."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not enabled) as progress:
+        task = progress.add_task(name, total=steps, loss=float("nan"), speed=0.0)
+
+        def advance(result: StepResult) -> None:
+            progress.update(task, advance=1, loss=result.loss, speed=result.tokens_per_second)
+
+        yield advance
+
+
+def print_examples(examples: list[tuple[str, str, str]]) -> None:
+    """Print sources, reference translations and the model's own, as they are."""
+    # markup and highlighting off: the sentences hold brackets, which rich would read as styles
+    out = Console(markup=False, highlight=False, soft_wrap=True)
+    out.print("\nheld-out sentences after this short training:")
+    for source, target, translation in examples:
+        out.print(f"  source     {source}\n  reference  {target}\n  model      {translation or '(nothing)'}\n")
+
+
+def print_comparison(result: dict[str, Any]) -> None:
+    """Print what ``run_comparison`` returned."""
+    out = Console(highlight=False)
+    out.print(f"{result['dataset']}: {result['pairs']} pairs, {result['heldout_pairs']} of them held out", markup=False)
+    layers = f"{result['encoder_layers']}+{result['decoder_layers']} layers of {result['d_model']}"
+    out.print(f"{layers}, {result['parameters'] / 1e6:.1f}M parameters, {result['vocabulary']} subwords")
+    out.print(f"device: {result['device']}, {result['threads']} threads; fused backend: {result['backend']}")
+    table = Table()
+    for heading in ("", "first loss", "last loss", "held-out loss", "tokens/s"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for side, losses in result["losses"].items():
+        speed = f"{result['tokens_per_second'][side]:,.0f}"
+        table.add_row(side, f"{losses[0]:.4f}", f"{losses[-1]:.4f}", f"{result['heldout_loss'][side]:.4f}", speed)
+    out.print(table)
+    verdict = "agree" if result["losses_agree"] else "DISAGREE"
+    difference = f"{result['max_relative_loss_difference']:.1e} at most over {result['steps']} steps, {result['tolerance']:.0e} allowed"
+    out.print(f"losses {verdict}: relative difference {difference}")
+    out.print(f"fused over reference: {result['speedup']:.2f}x tokens/s, median over steps taken in turn")
+    print_examples(result["examples"])

@@ -1,0 +1,169 @@
+"""Sentence pairs: the German catalogs in the Django wheel (BSD licence), two aligned text files, or the pairs of ``sentences.py``."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from sentences import PAIRS
+
+DJANGO_VERSION = "5.2.19"
+DATASETS = ("auto", "django", "builtin")
+PLACEHOLDER = re.compile(r"%\(\w+\)[a-z]|%[a-z%]|\{\w*\}")
+WORD = re.compile(r"[^\W\d_]{3,}")
+
+
+class Pair(NamedTuple):
+    """One sentence and its translation."""
+
+    source: str
+    target: str
+
+
+class Dataset(NamedTuple):
+    """Named sentence pairs, split into those to train on and those held out."""
+
+    name: str
+    train: list[Pair]
+    heldout: list[Pair]
+
+
+class DownloadError(RuntimeError):
+    """The wheel could not be fetched; the message is one line."""
+
+
+def cache_folder() -> Path:
+    """The folder that downloads are kept in: below ``XDG_CACHE_HOME`` where that is set, else below ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "depthlstm_fast"
+
+
+def fetch_wheel(version: str = DJANGO_VERSION, timeout: float = 60.0) -> Path:
+    """Return the path of the Django wheel, downloaded by pip the first time.
+
+    Raises:
+        DownloadError: pip is missing, found no network or no such version, or took longer than ``timeout`` seconds.
+    """
+    wheel = cache_folder() / f"django-{version}-py3-none-any.whl"
+    if wheel.exists():
+        return wheel
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input", "--retries", "1"]
+    try:
+        wheel.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=wheel.parent) as folder:
+            what = ["--timeout", "10", "--no-deps", "--only-binary=:all:", "--dest", folder, f"django=={version}"]
+            done = subprocess.run([*pip, *what], capture_output=True, text=True, timeout=timeout, check=False)
+            found = sorted(Path(folder).glob("*.whl"))
+            if done.returncode != 0 or not found:
+                errors = [line for line in done.stderr.splitlines() if "ERROR" in line]
+                raise DownloadError(f"pip download django=={version}: {errors[-1] if errors else f'exit status {done.returncode}'}")
+            os.replace(found[0], wheel)  # at once, so that a second process never reads half a file
+    except subprocess.TimeoutExpired:
+        raise DownloadError(f"pip download django=={version}: no answer within {timeout:.0f} s") from None
+    except OSError as error:
+        raise DownloadError(f"pip download django=={version}: {error}") from error
+    return wheel
+
+
+def parse_catalog(text: str) -> list[Pair]:
+    """Return the finished translations of a .po catalog, given as text: neither fuzzy, obsolete nor empty.
+
+    A message with plural forms gives one pair, its plural: the singular says nearly the same.
+    """
+    try:
+        import polib  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise ImportError("reading .po catalogs needs polib: pip install polib") from error
+    pairs = []
+    for entry in polib.pofile(text):
+        if entry.obsolete or not entry.translated():
+            continue
+        plural = entry.msgid_plural and entry.msgstr_plural.get(1)
+        pairs.append(Pair(entry.msgid_plural, plural) if plural else Pair(entry.msgid, entry.msgstr or entry.msgstr_plural[0]))
+    return pairs
+
+
+def read_wheel(wheel: Path, language: str = "de") -> list[Pair]:
+    """Return the pairs of every catalog for ``language`` in ``wheel``, in the order of the files' names.
+
+    Raises:
+        ValueError: the file is no wheel, or holds no such catalog.
+    """
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = sorted(name for name in archive.namelist() if name.endswith(".po") and f"/locale/{language}/" in name)
+            pairs = [pair for name in names for pair in parse_catalog(archive.read(name).decode("utf-8"))]
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"wheel must be a zip archive; found a damaged file, remove it and try again: {wheel}") from error
+    if not pairs:
+        raise ValueError(f"wheel must hold .po catalogs for language {language!r}; found none in {wheel}")
+    return pairs
+
+
+def read_aligned(source: Path, target: Path) -> list[Pair]:
+    """Return the pairs of two UTF-8 text files, line n of the one being the translation of line n of the other.
+
+    Raises:
+        ValueError: the files differ in their number of lines.
+    """
+    # split("\n") after stripping the end: splitlines() would also split at form feeds and U+2028 inside a line
+    left, right = (path.read_text(encoding="utf-8").removesuffix("\n").split("\n") for path in (source, target))
+    if len(left) != len(right):
+        raise ValueError(f"source and target must have equally many lines; found {len(left)} in {source} and {len(right)} in {target}")
+    return [Pair(*pair) for pair in zip(left, right, strict=True)]
+
+
+def clean(pairs: Iterable[Pair]) -> list[Pair]:
+    """Return the pairs with single spaces, less empty and untranslated ones, bare formats, mark-up, and repeated sources."""
+    kept: dict[str, Pair] = {}
+    for pair in pairs:
+        source, target = (" ".join(text.split()) for text in pair)
+        words = all(WORD.search(PLACEHOLDER.sub(" ", text)) for text in (source, target))
+        if words and source != target and "<" not in source:
+            kept.setdefault(source.casefold(), Pair(source, target))
+    return list(kept.values())
+
+
+def split(name: str, pairs: Iterable[Pair], heldout_share: float = 0.05) -> Dataset:
+    """Hold out the share of ``pairs`` whose sources have the smallest hashes, one at least: the same ones in every run.
+
+    Raises:
+        ValueError: fewer than two pairs.
+    """
+    ranked = sorted(pairs, key=lambda pair: hashlib.sha256(pair.source.encode()).digest())
+    if len(ranked) < 2:
+        raise ValueError(f"pairs must be two at least after cleaning; found {len(ranked)}")
+    count = max(1, round(heldout_share * len(ranked)))
+    return Dataset(name, ranked[count:], ranked[:count])
+
+
+def load_dataset(data: str = "auto", source: Path | None = None, target: Path | None = None) -> Dataset:
+    """Return the pairs to train on: those of ``source`` and ``target`` where given, else those that ``data`` names.
+
+    ``"auto"`` is ``"django"``, or ``"builtin"`` with one line on stderr where the wheel cannot be fetched.
+
+    Raises:
+        ValueError: an unknown ``data``, or one of ``source`` and ``target`` without the other.
+        DownloadError: ``data="django"`` and no network.
+    """
+    if (source is None) != (target is None):
+        raise ValueError(f"source and target must be given together; found source={source}, target={target}")
+    if source is not None and target is not None:
+        return split(f"{source.name} + {target.name}", clean(read_aligned(source, target)))
+    if data not in DATASETS:
+        raise ValueError(f"data must be one of {', '.join(DATASETS)}; found {data!r}")
+    if data != "builtin":
+        try:
+            return split(f"gettext catalogs of Django {DJANGO_VERSION}, en-de", clean(read_wheel(fetch_wheel())))
+        except DownloadError as error:
+            if data == "django":
+                raise
+            print(f"no Django wheel ({error}); using the {len(PAIRS)} built-in sentence pairs", file=sys.stderr)
+    return split("built-in everyday sentences, en-de", (Pair(*pair) for pair in PAIRS))

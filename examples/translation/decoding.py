@@ -1,0 +1,25 @@
+"""Sentences in, sentences out: tokenize, generate, and turn the ids back into text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from batches import pad
+from tokenizer import EOS
+
+
+def translate(model: Any, tokenizer: Any, lines: Sequence[str], max_length: int = 128, beam_size: int = 1) -> list[str]:
+    """Return the translation of each of ``lines``, all in one batch; a blank line stays blank."""
+    filled = [index for index, line in enumerate(lines) if line.strip()]
+    translations = [""] * len(lines)
+    if filled:
+        model.eval()
+        device = next(model.parameters()).device
+        source = pad([tokenizer.encode(lines[index].strip()) + [EOS] for index in filled]).to(device)
+        with torch.no_grad():
+            ids = model.generate(source, max_length=max_length, beam_size=beam_size)
+        for index, row in zip(filled, ids.tolist(), strict=True):
+            translations[index] = tokenizer.decode(row[: row.index(EOS)] if EOS in row else row)
+    return translations

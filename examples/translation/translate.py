@@ -1,0 +1,36 @@
+"""Translate standard input line by line with a checkpoint of train.py.
+
+python examples/translation/translate.py CHECKPOINT < english.txt > german.txt
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from itertools import islice
+from pathlib import Path
+
+from checkpoint import load_checkpoint
+from decoding import translate
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Read the command line, translate, and return the exit status."""
+    parser = argparse.ArgumentParser(description="Translate standard input line by line with a checkpoint of train.py.")
+    parser.add_argument("checkpoint", type=Path, help="folder that train.py --output wrote")
+    parser.add_argument("--beam-size", type=int, default=1, help="1 is greedy (default: %(default)s)")
+    parser.add_argument("--max-length", type=int, default=128, help="tokens of a translation at most (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="lines translated at once (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    try:
+        model, tokenizer = load_checkpoint(options.checkpoint, options.device)
+    except (ImportError, ValueError) as error:
+        parser.exit(2, f"translate.py: {error}\n")
+    while lines := list(islice(sys.stdin, options.batch_size)):
+        print(*translate(model, tokenizer, lines, options.max_length, options.beam_size), sep="\n", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

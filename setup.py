@@ -1,0 +1,301 @@
+"""Builds depthlstm_fast/_C.abi3.so with the C++ compiler and ninja.
+
+The library uses PyTorch's stable ABI only and is loaded by torch.ops.load_library: it is no Python extension module, so one
+binary serves every Python and every torch from 2.11 on. Kernel sources (csrc/cpu) see neither torch nor Python; a source named
+*_kernel.cpp is compiled once per instruction set. ninja makes rebuilds incremental (the objects stay in build/).
+
+    python setup.py build_ext --inplace    the library, into depthlstm_fast/
+    python setup.py build_internals        tests/_internals.*.so: csrc/testing.cpp, a pybind11 module for the tests only
+    python setup.py build_smoke            build/*/smoke: tests/cpp/smoke.cpp, the kernels without Python and torch
+
+Environment: CXX, MAX_JOBS, DEPTHLSTM_SANITIZE=address,undefined (own build folder), DEPTHLSTM_TESTING=1 (build_ext builds
+the internals too), DEPTHLSTM_NO_EXTENSION=1 (install the pure PyTorch part only).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import ClassVar, NoReturn
+
+from setuptools import Command, Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+VERSION = re.search(r'^version = "(.+?)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M).group(1)  # type: ignore[union-attr]
+TORCH_FLOOR = (2, 11)
+TORCH_TARGET = "0x020b000000000000ULL"  # the stable ABI of 2.11: newer headers then bind no newer symbol
+TORCH_INSTALL = "pip install torch==2.13.0"
+LIBRARY = "_C.abi3.so"
+FAILURE_FILE = ROOT / "depthlstm_fast" / "_C.build_failed.txt"  # read by `python -m depthlstm_fast`
+
+COMMON_FLAGS = [
+    *("-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra"),
+    # errno and trap flags block vectorisation; NaN and infinity keep their meaning, so -ffast-math is out.
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
+]
+ISA_FLAGS = {
+    "generic": ["-march=x86-64"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    # xsimd wants CD beside DQ; gcc 12 warns of its own _mm512_undefined_ps.
+    "avx512": [
+        *("-mavx512f", "-mavx512cd", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+        *("-mprefer-vector-width=512", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-uninitialized"),
+    ],
+}
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the build with one readable line instead of a traceback, and keeps it for the report command."""
+    text = f"depthlstm_fast: {message}"
+    FAILURE_FILE.write_text(text + "\n", encoding="utf-8")
+    raise SystemExit(f"\nerror: {text}\n")
+
+
+def isas() -> dict[str, list[str]]:
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return ISA_FLAGS
+    return {"generic": []}
+
+
+def find_torch() -> tuple[Path, str]:
+    """The folder and version of the installed torch, which is not imported (an isolated build cannot)."""
+    candidates = []
+    spec = importlib.util.find_spec("torch")
+    if spec is not None and spec.submodule_search_locations:
+        candidates += list(spec.submodule_search_locations)
+    # Inside pip's isolated build these still point at the target environment.
+    candidates += [os.path.join(sysconfig.get_paths()[key], "torch") for key in ("purelib", "platlib")]
+    for folder in map(Path, candidates):
+        if not (folder / "version.py").is_file() or not (folder / "include" / "torch").is_dir():
+            continue
+        found = re.search(r"""__version__ = ['"](.+?)['"]""", (folder / "version.py").read_text(encoding="utf-8"))
+        version = found.group(1) if found else "0.0"
+        numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+        if numbers < TORCH_FLOOR:
+            fail(f"torch {version} in {folder} is too old, 2.11 or newer is needed. Run: {TORCH_INSTALL}")
+        return folder, version
+    fail(f"torch is not installed for {sys.executable}. Run: {TORCH_INSTALL} && pip install --no-build-isolation .")
+
+
+def find_compiler() -> tuple[str, str]:
+    """The C++ compiler and the first line it says about itself; it must know C++20."""
+    wanted = os.environ.get("CXX")
+    names = [wanted] if wanted else ["g++", "c++", "clang++"]
+    compiler = next((name for name in names if shutil.which(name.split()[0])), None)
+    if compiler is None:
+        fail(f"no C++ compiler found (looked for {', '.join(names)}). Install one (Debian, Ubuntu: apt-get install g++) or set CXX.")
+    about = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True, check=False).stdout.splitlines()
+    identity = about[0] if about else compiler
+    probe = "#include <bit>\n#include <concepts>\ntemplate <std::integral T> T f(T x) { return x; }\nint main() { return f(0); }\n"
+    command = [*compiler.split(), "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
+    result = subprocess.run(command, input=probe, capture_output=True, text=True, check=False)
+    if result.returncode:
+        reason = next((line for line in result.stderr.splitlines() if "error" in line), "no reason given")
+        fail(f"{identity} cannot compile C++20 ({reason.strip()}). Install g++ 11 or newer, or set CXX to one.")
+    return compiler, identity
+
+
+def find_ninja() -> str:
+    if importlib.util.find_spec("ninja") is not None:
+        import ninja
+
+        local = Path(ninja.BIN_DIR) / "ninja"
+        if local.is_file():
+            return str(local)
+    found = shutil.which("ninja") or shutil.which("ninja-build")
+    if found is None:
+        fail("ninja is not installed. Run: pip install ninja")
+    return found
+
+
+def sanitizers() -> str:
+    return ",".join(part.strip() for part in os.environ.get("DEPTHLSTM_SANITIZE", "").split(",") if part.strip())
+
+
+class NinjaBuild:
+    """Writes build.ninja for the requested target and runs it."""
+
+    def __init__(self) -> None:
+        self.compiler, self.identity = find_compiler()
+        self.ninja = find_ninja()
+        self.sanitize = sanitizers()
+        self.changed = False
+        name = "ninja" + ("-" + self.sanitize.replace(",", "-") if self.sanitize else "")
+        self.folder = ROOT / "build" / name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.includes = [f"-I{ROOT / 'csrc'}", "-isystem", str(ROOT / "third_party" / "xsimd" / "include")]
+        # gcc spells the limit differently from clang; a template error floods the terminal without one.
+        self.limit_flags = ["-ferror-limit=5"] if "clang" in self.identity else ["-fmax-errors=5"]
+        self.sanitize_flags: list[str] = []
+        if self.sanitize:
+            self.sanitize_flags = [f"-fsanitize={self.sanitize}", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
+
+    def cpu_units(self) -> list[tuple[str, Path, list[str]]]:
+        """(object, source, flags) of everything in csrc/cpu."""
+        units = []
+        for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+            if source.stem.endswith("_kernel"):
+                for isa, flags in isas().items():
+                    units.append((f"{source.stem}.{isa}.o", source, [*flags, f"-DDEPTHLSTM_ISA={isa}", f"-DDEPTHLSTM_ISA_{isa.upper()}=1"]))
+            else:
+                units.append((f"{source.stem}.o", source, isas()["generic"]))
+        if not units:
+            fail(f"no C++ sources in {ROOT / 'csrc' / 'cpu'}: the source tree is incomplete")
+        return units
+
+    def library(self) -> Path:
+        torch_folder, torch_version = find_torch()
+        compiler = re.sub(r"[;'\"\\]", " ", self.identity)
+        stamp = f"depthlstm_fast build: version={VERSION};compiler={compiler};torch={torch_version};isa={','.join(isas())}"
+        stamp += f";sanitize={self.sanitize or 'none'}"
+        headers = [
+            "-isystem",
+            str(torch_folder / "include"),
+            "-isystem",
+            str(torch_folder / "include" / "torch" / "csrc" / "api" / "include"),
+        ]
+        flags = [*isas()["generic"], *headers, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f'-DDEPTHLSTM_BUILD_INFO="{stamp}"']
+        ops = [(f"torch_{source.stem}.o", source, flags) for source in [ROOT / "csrc" / "ops.cpp"]]
+        # --no-as-needed: the linker would drop libtorch.so, whose loading is what makes torch's symbols available.
+        link = ["-shared", f"-L{torch_folder / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
+        link += ["-Wl,--exclude-libs,ALL", "-Wl,-z,relro,-z,now"]
+        if not self.sanitize:
+            link += ["-Wl,--no-undefined", f"-Wl,-rpath-link,{torch_folder / 'lib'}"]
+        return self.run(LIBRARY, [*self.cpu_units(), *ops], link)
+
+    def internals(self) -> Path | None:
+        source = ROOT / "csrc" / "testing.cpp"
+        if not source.is_file():
+            print("depthlstm_fast: csrc/testing.cpp is absent, nothing to build for the tests")
+            return None
+        if importlib.util.find_spec("pybind11") is None:
+            fail("pybind11 is not installed, the tests' internals need it. Run: pip install pybind11")
+        import pybind11
+
+        flags = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
+        name = "_internals" + str(sysconfig.get_config_var("EXT_SUFFIX"))
+        return self.run(name, [*self.cpu_units(), (f"testing.{sys.implementation.cache_tag}.o", source, flags)], ["-shared"])
+
+    def smoke(self) -> Path | None:
+        source = ROOT / "tests" / "cpp" / "smoke.cpp"
+        if not source.is_file():
+            print("depthlstm_fast: tests/cpp/smoke.cpp is absent, nothing to build")
+            return None
+        return self.run("smoke", [*self.cpu_units(), ("smoke.o", source, isas()["generic"])], ["-pthread"])
+
+    def run(self, target: str, units: list[tuple[str, Path, list[str]]], link_flags: list[str]) -> Path:
+        def quote(words: list[str]) -> str:
+            # One shell (single quotes around what needs them), then ninja's own escape.
+            return " ".join(w if re.fullmatch(r"[\w@%+=:,./-]+", w) else f"'{w}'" for w in words).replace("$", "$$")
+
+        def path(value: Path | str) -> str:
+            return str(value).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+        flags = quote([*COMMON_FLAGS, *self.limit_flags, *self.sanitize_flags, *self.includes])
+        lines = [
+            "rule compile",
+            f"  command = {self.compiler} {flags} $flags -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = compile $out",
+            "rule link",
+            f"  command = {self.compiler} -o $out $in {quote([*self.sanitize_flags, *link_flags])}",
+            "  description = link $out",
+        ]
+        for name, source, unit_flags in units:
+            lines += [f"build {path(name)}: compile {path(source)}", f"  flags = {quote(unit_flags)}"]
+        lines += [f"build {path(target)}: link {' '.join(path(name) for name, _, _ in units)}", ""]
+        script = self.folder / f"{target}.ninja"
+        text = "\n".join(lines)
+        if not script.is_file() or script.read_text(encoding="utf-8") != text:
+            script.write_text(text, encoding="utf-8")
+        command = [self.ninja, "-f", script.name]
+        if os.environ.get("MAX_JOBS"):
+            command += ["-j", os.environ["MAX_JOBS"]]
+        result = subprocess.run(
+            [*command, target], cwd=self.folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+        )
+        self.changed = "ninja: no work to do." not in result.stdout
+        if self.changed:
+            print(result.stdout, end="", flush=True)
+        if result.returncode:
+            first = next((line for line in result.stdout.splitlines() if re.search(r"\berror\b|undefined reference", line)), None)
+            fail(f"the C++ build failed with {self.identity}. First error: {first or result.stdout.strip()[-500:]}")
+        return self.folder / target
+
+
+class BuildExtension(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        builder = NinjaBuild()
+        built = builder.library()
+        target = Path(self.get_ext_fullpath(ext.name))
+        place(built, target)
+        FAILURE_FILE.unlink(missing_ok=True)
+        if builder.changed:
+            print("depthlstm_fast: CUDA C++ kernels are not part of this build; " + describe_nvcc())
+        if os.environ.get("DEPTHLSTM_TESTING") == "1":
+            place_internals(builder)
+
+
+class BuildInternals(Command):
+    description = "build the pybind11 module that the tests use"
+    user_options: ClassVar[list[tuple[str, str | None, str]]] = []
+
+    def initialize_options(self) -> None: ...
+
+    def finalize_options(self) -> None: ...
+
+    def run(self) -> None:
+        place_internals(NinjaBuild())
+
+
+class BuildSmoke(BuildInternals):
+    description = "build tests/cpp/smoke.cpp, the kernels without Python and torch"
+
+    def run(self) -> None:
+        built = NinjaBuild().smoke()
+        if built is not None:
+            print(built)
+
+
+def describe_nvcc() -> str:
+    nvcc = shutil.which("nvcc")
+    return f"nvcc is at {nvcc} and not used" if nvcc else "nvcc is absent and not needed"
+
+
+def place(built: Path, target: Path) -> None:
+    """Copies by rename: a process that has the old library mapped keeps it intact."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    shutil.copy2(built, partial)
+    os.replace(partial, target)
+
+
+def place_internals(builder: NinjaBuild) -> None:
+    built = builder.internals()
+    if built is not None:
+        place(built, ROOT / "tests" / built.name)
+
+
+def extensions() -> list[Extension]:
+    if os.environ.get("DEPTHLSTM_NO_EXTENSION") == "1":
+        return []
+    if not sys.platform.startswith("linux"):
+        print(f"depthlstm_fast: the compiled kernels are built on Linux only; on {sys.platform} the reference backend is installed alone")
+        return []
+    return [Extension("depthlstm_fast._C", sources=[], py_limited_api=True)]
+
+
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildExtension, "build_internals": BuildInternals, "build_smoke": BuildSmoke},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

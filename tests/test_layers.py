@@ -1,0 +1,462 @@
+"""Layers and stacks: the fused ones against the reference ones, masks against torch's attention, layouts, folding, errors."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import depthlstm_fast as dl
+
+D, HEADS, BATCH, LENGTH, SOURCE = 12, 3, 2, 5, 4
+MERGES = ("add", "concat", "cells")
+
+
+def build(module: Any, kind: str, **options: Any) -> nn.Module:
+    return getattr(module, f"DepthLSTM{kind}Layer")(D, HEADS, **{"dropout": 0.0, "batch_first": True, "dtype": torch.float64, **options})
+
+
+def pair(kind: str, **options: Any) -> tuple[nn.Module, nn.Module]:
+    """A reference layer with every parameter random and a fused one with the same parameters."""
+    reference, fused = build(dl.reference, kind, **options), build(dl, kind, **options)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    fused.load_state_dict(reference.state_dict())
+    return reference, fused
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def assert_same(found: Any, wanted: Any, tolerance: float = 1e-10) -> None:
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def results(layer: nn.Module, tensors: list[Tensor], cotangents: list[Tensor], **masks: Any) -> list[Tensor]:
+    *inputs, state = tensors
+    outputs = layer(*inputs, state, **masks)
+    return [*outputs, *torch.autograd.grad(outputs, [*tensors, *layer.parameters()], cotangents)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"hidden": h, "norm": n, "sublayer": s, "bias": b}
+        for h, n, s, b in product(("linear", "ffn"), ("gate", "joint"), (False, True), (True, False))
+    ],
+    ids=str,
+)
+def test_fused_encoder_layer(options: dict) -> None:
+    reference, fused = pair("Encoder", **options)
+    tensors = [normal(BATCH, LENGTH, D), normal(BATCH, LENGTH, D)]
+    cotangents = [torch.randn_like(tensors[0]) for _ in range(2)]
+    padding = torch.tensor([[False] * LENGTH, [False] * 3 + [True] * 2])
+    for masks in ({}, {"src_key_padding_mask": padding}, {"is_causal": True}):
+        assert_same(results(fused, tensors, cotangents, **masks), results(reference, tensors, cotangents, **masks))
+
+
+@pytest.mark.parametrize("merge", MERGES)
+@pytest.mark.parametrize(
+    "options", [{"hidden": h, "sublayer": s, "bias": b} for h, s, b in product(("linear", "ffn"), (False, True), (True, False))], ids=str
+)
+def test_fused_decoder_layer(merge: str, options: dict) -> None:
+    reference, fused = pair("Decoder", merge=merge, **options)
+    tensors = [normal(BATCH, LENGTH, D), normal(BATCH, SOURCE, D), normal(BATCH, LENGTH, D)]
+    cotangents = [torch.randn_like(tensors[0]) for _ in range(2)]
+    padding = torch.tensor([[False] * SOURCE, [False] * 2 + [True] * 2])
+    masks = {"tgt_is_causal": True, "memory_key_padding_mask": padding}
+    assert_same(results(fused, tensors, cotangents, **masks), results(reference, tensors, cotangents, **masks))
+
+
+@pytest.mark.parametrize(("kind", "options"), [("Encoder", {}), *(("Decoder", {"merge": merge}) for merge in MERGES)], ids=str)
+def test_dropout_is_the_same_under_the_same_seed(kind: str, options: dict) -> None:
+    reference, fused = pair(kind, dropout=0.3, sublayer=True, **options)
+    tensors = [normal(BATCH, LENGTH, D) for _ in range(2 if kind == "Encoder" else 3)]
+    cotangents = [torch.randn_like(tensors[0]) for _ in range(2)]
+    found = []
+    for layer in (fused, reference):
+        torch.manual_seed(7)
+        found.append(results(layer, tensors, cotangents))
+    assert_same(*found)
+
+
+def test_equations_of_the_decoder() -> None:
+    tgt, memory, state = normal(BATCH, LENGTH, D), normal(BATCH, SOURCE, D), normal(BATCH, LENGTH, D)
+    for module in (dl, dl.reference):
+        for merge in MERGES:
+            layer = build(module, "Decoder", merge=merge)
+            s = layer.self_attn(tgt, None, True)
+            if merge == "cells":
+                h, c = layer.cell(s, (tgt, state))
+                wanted = layer.cross_cell(layer.cross_attn(h, memory), (h, c))
+            else:
+                m = layer.cross_attn(s, memory)
+                wanted = layer.cell(s + m if merge == "add" else torch.cat((s, m), -1), (tgt, state))
+            assert_same(layer(tgt, memory, state, tgt_is_causal=True), wanted)
+
+
+@pytest.mark.parametrize("merge", MERGES)
+def test_reference_decoder_gradients_against_finite_differences(merge: str) -> None:
+    layer = dl.reference.DepthLSTMDecoderLayer(2, 1, 3, 0.0, batch_first=True, hidden="ffn", merge=merge, dtype=torch.float64)
+    names = [name for name, _ in layer.named_parameters()]
+
+    def run(tgt: Tensor, memory: Tensor, state: Tensor, *parameters: Tensor) -> Any:
+        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (tgt, memory, state), {"tgt_is_causal": True})
+
+    parameters = [parameter.detach().clone().requires_grad_() for parameter in layer.parameters()]
+    assert torch.autograd.gradcheck(run, (normal(1, 3, 2), normal(1, 2, 2), normal(1, 3, 2), *parameters), fast_mode=True)
+
+
+def torch_attention(attention: nn.Module) -> nn.MultiheadAttention:
+    """torch's own attention with the weights of ours."""
+    twin = nn.MultiheadAttention(D, HEADS, batch_first=True, dtype=torch.float64)
+    parts = [attention.in_proj] if hasattr(attention, "in_proj") else [attention.q_proj, attention.kv_proj]
+    with torch.no_grad():
+        twin.in_proj_weight.copy_(torch.cat([part.weight for part in parts]))
+        twin.in_proj_bias.copy_(torch.cat([part.bias for part in parts]))
+        twin.out_proj.load_state_dict(attention.out_proj.state_dict())
+    return twin
+
+
+def random_masks(keys: int) -> list[tuple[Tensor | None, Tensor | None]]:
+    blocked = torch.rand(LENGTH, keys) < 0.4
+    blocked[:, 0] = False
+    heads = torch.rand(BATCH * HEADS, LENGTH, keys) < 0.4
+    heads[..., 0] = False
+    padding = torch.tensor([[False] * keys, [False] * (keys - 2) + [True] * 2])
+    attention: list[Tensor | None] = [
+        None,
+        blocked,
+        torch.randn(LENGTH, keys, dtype=torch.float64),
+        heads,
+        torch.randn(heads.shape, dtype=torch.float64),
+    ]
+    return list(product(attention, [None, padding, torch.randn(BATCH, keys, dtype=torch.float64)]))
+
+
+@pytest.mark.filterwarnings("ignore:Support for mismatched")
+@pytest.mark.parametrize("cross", [False, True])
+def test_masks_as_in_torch(cross: bool) -> None:
+    reference = dl.reference
+    attention = (reference.CrossAttention if cross else reference.SelfAttention)(D, HEADS, dtype=torch.float64)
+    nn.init.normal_(attention.out_proj.bias)
+    twin = torch_attention(attention)
+    x, memory = normal(BATCH, LENGTH, D), normal(BATCH, SOURCE, D)
+    keys = memory if cross else x
+    for attention_mask, padding in random_masks(keys.shape[1]):
+        sizes = (BATCH, HEADS, LENGTH, keys.shape[1])
+        mask, causal = reference.attention_mask(attention_mask, padding, False, sizes=sizes, device=x.device)
+        found = attention(x, memory, mask, causal) if cross else attention(x, mask, causal)
+        wanted, _ = twin(x, keys, keys, key_padding_mask=padding, attn_mask=attention_mask, need_weights=False)
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_causal_hint() -> None:
+    layer = build(dl.reference, "Encoder")
+    src, state = normal(BATCH, LENGTH, D), normal(BATCH, LENGTH, D)
+    causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+    padding = torch.tensor([[False] * LENGTH, [False] * 3 + [True] * 2])
+    wanted = layer(src, state, causal)
+    assert_same(layer(src, state, causal, is_causal=True), wanted)
+    assert_same(layer(src, state, is_causal=True), wanted)
+    assert_same(layer(src, state, nn.Transformer.generate_square_subsequent_mask(LENGTH, dtype=torch.float64)), wanted)
+    assert_same(layer(src, state, None, padding, True), layer(src, state, causal, padding))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fully_masked_rows_are_finite(dtype: torch.dtype) -> None:
+    layer = build(dl, "Encoder", dtype=dtype)
+    src = torch.randn(BATCH, LENGTH, D, dtype=dtype, requires_grad=True)
+    padding = torch.tensor([[True] * LENGTH, [False] * LENGTH])
+    for mask in (padding, torch.zeros(BATCH, LENGTH, dtype=dtype).masked_fill_(padding, -torch.inf)):
+        h, c = layer(src, None, None, mask)
+        gradients = torch.autograd.grad((h, c), [src, *layer.parameters()], [torch.randn_like(h), torch.randn_like(c)])
+        assert all(t.isfinite().all() for t in (h, c, *gradients))
+    zeros = layer.self_attn.out_proj.bias.expand(1, LENGTH, D)
+    torch.testing.assert_close(h[:1], layer.cell(zeros, (src[:1], torch.zeros_like(src[:1])))[0])
+
+
+@pytest.mark.parametrize("module", [dl, dl.reference])
+def test_layouts(module: Any) -> None:
+    first = build(module, "Decoder")
+    second = build(module, "Decoder", batch_first=False)
+    second.load_state_dict(first.state_dict())
+    tgt, memory, state = normal(BATCH, LENGTH, D), normal(BATCH, SOURCE, D), normal(BATCH, LENGTH, D)
+    masks = {
+        "tgt_key_padding_mask": torch.tensor([[False] * LENGTH, [False] * 3 + [True] * 2]),
+        "memory_mask": torch.randn(LENGTH, SOURCE, dtype=torch.float64),
+    }
+    wanted = first(tgt, memory, state, **masks)
+    swapped = second(tgt.transpose(0, 1), memory.transpose(0, 1), state.transpose(0, 1), **masks)
+    assert_same([t.transpose(0, 1) for t in swapped], wanted)
+    masks["tgt_key_padding_mask"] = masks["tgt_key_padding_mask"][1]
+    for layer in (first, second):
+        assert_same(layer(tgt[1], memory[1], state[1], **masks), [t[1] for t in wanted])
+
+
+def test_heads_are_split_and_merged_without_copies() -> None:
+    attention = dl.reference.SelfAttention(D, HEADS)
+    projected = torch.randn(BATCH, LENGTH, 3 * D)
+    assert all(part.data_ptr() == projected[..., i * D :].data_ptr() for i, part in enumerate(attention._split(projected, 3)))
+    query, keys, values = attention._split(projected, 3)
+    storage = []
+    original = nn.functional.scaled_dot_product_attention
+
+    def spy(*args: Any, **kwargs: Any) -> Tensor:
+        output = original(*args, **kwargs)
+        storage.append(output.data_ptr())
+        return output
+
+    padding = torch.ones(BATCH, 1, 1, LENGTH, dtype=torch.bool)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.functional, "scaled_dot_product_attention", spy)
+        for mask, causal in ((None, False), (None, True), (padding, False)):
+            merged = attention._attend(query, keys, values, mask, causal)
+            assert merged.data_ptr() == storage[-1]
+            assert merged.is_contiguous()
+
+
+def test_matrices_have_the_size_of_a_residual_layer() -> None:
+    def matrices(layer: nn.Module) -> int:
+        return sum(p.numel() for m in layer.modules() if isinstance(m, nn.Linear) for p in m.parameters())
+
+    assert matrices(build(dl, "Encoder", bias=False)) == 12 * D * D
+    assert matrices(build(dl, "Decoder", bias=False)) == 16 * D * D
+
+
+@pytest.mark.parametrize("kind", ["Encoder", "Decoder"])
+def test_copies_and_reset(kind: str) -> None:
+    for module in (dl, dl.reference):
+        layer = build(module, kind, sublayer=True)
+        assert repr(pickle.loads(pickle.dumps(layer))) == repr(copy.deepcopy(layer)) == repr(layer)
+        before = copy.deepcopy(layer.state_dict())
+        layer.reset_parameters()
+        changed = {name for name, value in layer.state_dict().items() if not torch.equal(value, before[name])}
+        assert changed == {name for name in before if name.endswith("weight") and "norm" not in name}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "options", "names"),
+    [
+        ("Encoder", {}, {"cell"}),
+        ("Encoder", {"hidden": "ffn", "sublayer": True}, {"cell"}),
+        ("Decoder", {"merge": "cells"}, {"cell", "cross_cell"}),
+        ("Decoder", {"merge": "concat", "hidden": "ffn"}, {"cell"}),
+        ("Decoder", {"merge": "add"}, None),
+    ],
+    ids=str,
+)
+def test_fold_output_projection(kind: str, options: dict, names: set[str] | None, bias: bool) -> None:
+    _, layer = pair(kind, bias=bias, **options)
+    inputs = [torch.randn(BATCH, LENGTH, D, dtype=torch.float64) for _ in range(2 if kind == "Encoder" else 3)]
+    wanted = layer(*inputs)
+    assert dl.fold_output_projections(nn.ModuleList([layer])) == 1
+    layer.eval()
+    assert_same(layer(*inputs), wanted)
+    assert layer._folds is None  # gradients are on
+    with torch.no_grad():
+        assert_same(layer(*inputs), wanted)
+        assert layer._folds == names or set(layer._folds) == names
+        if names is None:
+            return
+        kept = layer._folds["cell"]
+        layer(*inputs)
+        assert layer._folds["cell"] is kept
+        for linear in (
+            layer.self_attn.out_proj,
+            layer.cell.gates,
+            layer.cross_attn.out_proj if kind == "Decoder" else layer.self_attn.out_proj,
+        ):
+            linear.weight.mul_(1.5)
+            found = layer(*inputs)
+            layer.fold_output_projection(False)
+            assert_same(found, layer(*inputs))
+            layer.fold_output_projection()
+        layer.load_state_dict({name: 0.5 * value for name, value in layer.state_dict().items()})
+        found = layer(*inputs)
+        assert layer._folds is not None
+        assert copy.deepcopy(layer)._folds is None
+        layer.fold_output_projection(False)
+        assert_same(found, layer(*inputs))
+        assert "fold" not in "".join(layer.state_dict())
+        layer.fold_output_projection()
+        layer.self_attn.out_proj.register_forward_hook(lambda module, args, output: 2 * output)
+        if kind == "Encoder":
+            found = layer(*inputs)
+            layer.fold_output_projection(False)
+            assert_same(found, layer(*inputs), 0)
+
+
+def test_fold_saves_the_projection() -> None:
+    layer = build(dl, "Encoder", dtype=torch.float32).eval()
+    src = torch.randn(BATCH, LENGTH, D)
+    flops = []
+    for enabled in (False, True):
+        layer.fold_output_projection(enabled)
+        with torch.no_grad():
+            layer(src)
+            with FlopCounterMode(display=False) as counter:
+                layer(src)
+        flops.append(counter.get_total_flops())
+    assert flops[0] - flops[1] == 2 * BATCH * LENGTH * D * D
+
+
+@pytest.mark.parametrize("how", ["hook", "lora"])
+def test_replaced_output_projection_is_called(how: str) -> None:
+    reference, fused = pair("Decoder")
+    for layer in (reference, fused):
+        if how == "hook":
+            layer.cross_attn.out_proj.register_forward_hook(lambda module, args, output: 2 * output)
+        else:
+            layer.cross_attn.out_proj = nn.Sequential(layer.cross_attn.out_proj, nn.Tanh())
+    tgt, memory = normal(BATCH, LENGTH, D), normal(BATCH, SOURCE, D)
+    assert_same(fused(tgt, memory), reference(tgt, memory))
+
+
+def calls(function: Any, name: str) -> int:
+    with torch.profiler.profile() as profile:
+        function()
+    return sum(event.count for event in profile.key_averages() if event.key == name)
+
+
+@pytest.mark.parametrize("merge", ["add", "cells"])
+def test_no_concatenation_in_a_fused_layer(merge: str) -> None:
+    _, fused = pair("Decoder", merge=merge, hidden="ffn")
+    fused.float()
+    tgt, memory = torch.randn(BATCH, LENGTH, D), torch.randn(BATCH, SOURCE, D)
+    inner = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dl.layers, "depth_lstm_cell", lambda x, h, c, *a, **k: (inner.append(x), (h, c))[1])
+        assert calls(lambda: fused(tgt, memory, tgt_is_causal=True), "aten::cat") == 0
+    assert len(inner) == (2 if merge == "cells" else 1)
+
+
+@pytest.mark.parametrize("share_cell", [False, True])
+@pytest.mark.parametrize("init_cell", ["zeros", "learned"])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_stacks(share_cell: bool, init_cell: str, batch_first: bool) -> None:
+    stacks = {}
+    for module in (dl.reference, dl):
+        encoder = module.DepthLSTMEncoder(
+            build(module, "Encoder", batch_first=batch_first), 3, nn.LayerNorm(D, dtype=torch.float64), share_cell, init_cell
+        )
+        decoder = module.DepthLSTMDecoder(build(module, "Decoder", batch_first=batch_first), 2, None, share_cell, init_cell)
+        stacks[module] = nn.ModuleList([encoder, decoder])
+    if init_cell == "learned":
+        for stack in stacks[dl.reference]:
+            assert stack.initial_cell.shape == (D,)
+            assert stack.initial_cell.eq(0).all()
+            nn.init.normal_(stack.initial_cell)
+    stacks[dl].load_state_dict(stacks[dl.reference].state_dict())
+    shape = (BATCH, LENGTH) if batch_first else (LENGTH, BATCH)
+    src, tgt, padding = normal(*shape, D), normal(*shape, D), torch.tensor([[False] * LENGTH, [False] * 3 + [True] * 2])
+    cotangent = torch.randn_like(tgt)
+    found = []
+    for encoder, decoder in stacks.values():
+        memory = encoder(src, src_key_padding_mask=padding)
+        output = decoder(tgt, memory, memory_key_padding_mask=padding, tgt_is_causal=True)
+        parameters = [*encoder.parameters(), *decoder.parameters()]
+        found.append([output, *torch.autograd.grad(output, [src, tgt, *parameters], cotangent)])
+        cells = {id(layer.cell) for layer in encoder.layers}
+        assert len(cells) == (1 if share_cell else 3)
+        weights = [layer.self_attn.in_proj.weight for layer in encoder.layers]
+        assert not torch.equal(weights[0], weights[1])
+        h, c = src, None if encoder.initial_cell is None else encoder.initial_cell.expand_as(src)
+        for layer in encoder.layers:
+            h, c = layer(h, c, None, padding)
+        assert_same([memory], [encoder.norm(h)])
+    assert_same(*found)
+
+
+def test_gradient_checkpointing() -> None:
+    stack = dl.DepthLSTMEncoder(build(dl, "Encoder", dropout=0.2), 2)
+    src = normal(BATCH, LENGTH, D)
+    cotangent = torch.randn_like(src)
+    gradients = []
+    for stack.gradient_checkpointing in (False, True):
+        torch.manual_seed(2)
+        gradients.append(torch.autograd.grad(stack(src), [src, *stack.parameters()], cotangent))
+    assert_same(*gradients)
+
+
+@pytest.mark.parametrize("merge", MERGES)
+def test_steps_equal_the_whole(merge: str) -> None:
+    decoder = dl.DepthLSTMDecoder(
+        build(dl, "Decoder", merge=merge, sublayer=True), 2, nn.LayerNorm(D, dtype=torch.float64), init_cell="learned"
+    ).eval()
+    nn.init.normal_(decoder.initial_cell)
+    tgt, memory = normal(BATCH, LENGTH, D), normal(BATCH, SOURCE, D)
+    padding = torch.tensor([[False] * SOURCE, [False] * 2 + [True] * 2])
+    with torch.no_grad():
+        wanted = decoder(tgt, memory, memory_key_padding_mask=padding, tgt_is_causal=True)
+        caches = decoder.new_caches(memory, padding)
+        found = torch.cat([decoder.step(tgt[:, t : t + 1], caches) for t in range(LENGTH)], 1)
+    assert_same([found], [wanted])
+
+
+def test_zero_rows() -> None:
+    for kind, count in (("Encoder", 2), ("Decoder", 3)):
+        layer = build(dl, kind)
+        h, c = layer(*(normal(0, LENGTH, D) for _ in range(count)))
+        assert h.shape == c.shape == (0, LENGTH, D)
+
+
+@pytest.mark.parametrize("module", [dl, dl.reference])
+def test_constructor_errors(module: Any) -> None:
+    for options, text in (
+        ({"nhead": 5}, "nhead must divide d_model, 12; found 5"),
+        ({"nhead": 0}, "nhead must be at least 1; found 0"),
+        ({"d_model": 0}, "d_model must be at least 1; found 0"),
+        ({"dim_feedforward": 0}, "dim_feedforward must be at least 1; found 0"),
+        ({"dropout": 1.5}, r"must be in \[0, 1\); found 1.5"),
+        ({"hidden": "x"}, "hidden must be one of"),
+        ({"merge": "sum"}, "merge must be one of 'add', 'concat', 'cells'; found 'sum'"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            module.DepthLSTMDecoderLayer(**{"d_model": D, "nhead": HEADS, **options})
+    with pytest.raises(ValueError, match="num_layers must be at least 1; found 0"):
+        module.DepthLSTMEncoder(build(module, "Encoder"), 0)
+    with pytest.raises(ValueError, match="init_cell must be one of 'zeros', 'learned'; found 'ones'"):
+        module.DepthLSTMEncoder(build(module, "Encoder"), 1, init_cell="ones")
+
+
+@pytest.mark.parametrize("module", [dl, dl.reference])
+def test_forward_errors(module: Any) -> None:
+    layer = build(module, "Decoder")
+    good: dict[str, Any] = {"tgt": normal(BATCH, LENGTH, D), "memory": normal(BATCH, SOURCE, D)}
+    for options, error, text in (
+        (
+            {"tgt": normal(BATCH, LENGTH, D + 1)},
+            ValueError,
+            r"tgt must have shape \(batch, length, 12\) or \(length, 12\); found \(2, 5, 13\)",
+        ),
+        ({"tgt": torch.zeros(BATCH, LENGTH, D, dtype=torch.int64)}, TypeError, "tgt must be float32"),
+        ({"memory": normal(3, SOURCE, D)}, ValueError, "memory must be batched as tgt"),
+        ({"memory": normal(SOURCE, D)}, ValueError, "memory must be batched as tgt"),
+        ({"state": normal(BATCH, 3, D)}, ValueError, r"state must have shape \(2, 5, 12\); found \(2, 3, 12\)"),
+        ({"tgt_mask": torch.zeros(3, 3)}, ValueError, r"tgt_mask must have shape \(5, 5\) or \(6, 5, 5\); found \(3, 3\)"),
+        ({"tgt_mask": torch.zeros(5, 5, dtype=torch.int64)}, TypeError, "tgt_mask must be bool or floating point; found torch.int64"),
+        ({"memory_mask": [1]}, TypeError, "memory_mask must be a torch.Tensor; found list"),
+        ({"tgt_key_padding_mask": torch.zeros(2, 4)}, ValueError, r"tgt_key_padding_mask must have shape \(2, 5\); found \(2, 4\)"),
+        ({"memory_key_padding_mask": torch.zeros(4)}, ValueError, r"memory_key_padding_mask must have shape \(2, 4\); found \(4,\)"),
+    ):
+        with pytest.raises(error, match=text):
+            layer(**{**good, **options})
+
+
+def test_compiled_without_graph_breaks() -> None:
+    for kind, count in (("Encoder", 2), ("Decoder", 3)):
+        layer = build(dl, kind, dtype=torch.float32)
+        inputs = [torch.randn(BATCH, LENGTH, D) for _ in range(count)]
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        assert_same(compiled(*inputs), layer(*inputs), 1e-5)

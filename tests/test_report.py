@@ -1,0 +1,71 @@
+"""`python -m depthlstm_fast` says what is there, says why something is not, and never fails."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import depthlstm_fast
+from depthlstm_fast import __main__ as command
+
+
+def test_every_line_is_answered() -> None:
+    lines = dict(line.split(":", 1) for line in command.report().splitlines())
+    for name in ("depthlstm_fast", "python", "torch", "triton", "system", "cpu", "threads", "devices", "library", "built with"):
+        assert lines[name].strip(), name
+        assert "unknown (" not in lines[name], lines[name]
+    assert depthlstm_fast.__version__ in lines["depthlstm_fast"]
+    assert "generic" in lines["cpu instruction sets"]
+
+
+def test_runs_as_a_module(tmp_path: Path) -> None:
+    root = str(Path(depthlstm_fast.__file__).resolve().parent.parent)
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-m", "depthlstm_fast"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("depthlstm_fast:")
+
+
+def test_every_backend_is_listed() -> None:
+    text = command.report()
+    for name in ("reference", "cpp", "cuda", "triton"):
+        assert re.search(rf"^backend {name}:\s+\S", text, re.M), text
+
+
+def test_missing_library_shows_the_first_compiler_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failure = tmp_path / "_C.build_failed.txt"
+    failure.write_text("depthlstm_fast: the C++ build failed. First error: gates.h:1: error: unknown type\n", encoding="utf-8")
+    monkeypatch.setattr(command, "LIBRARY", tmp_path / "_C.abi3.so")
+    monkeypatch.setattr(command, "BUILD_FAILURE", failure)
+    text = command.report()
+    assert "gates.h:1: error: unknown type" in text
+    assert re.search(r"^built with:\s+none$", text, re.M)
+
+
+def test_missing_library_without_a_failed_build_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "LIBRARY", tmp_path / "_C.abi3.so")
+    monkeypatch.setattr(command, "BUILD_FAILURE", tmp_path / "absent.txt")
+    assert "pip install --no-build-isolation" in command.library()
+    assert command.chosen_isa().startswith("none")
+
+
+def test_library_that_does_not_load_shows_the_loaders_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "_C.abi3.so"
+    broken.write_bytes(b"no library\x00depthlstm_fast build: version=9.9;compiler=none\x00")
+    monkeypatch.setattr(command, "LIBRARY", broken)
+    assert "does not load" in command.library()
+    assert "version=9.9" in command.build_stamp()
+
+
+def test_a_surprise_becomes_a_line() -> None:
+    def surprise() -> str:
+        raise RuntimeError("boom")
+
+    assert command.guarded(surprise) == "unknown (RuntimeError: boom)"
