@@ -1,7 +1,8 @@
 // The formulas of the depth-wise LSTM once, for scalars and SIMD vectors, host and device.
 //
 // V is a floating-point value or vector; Primitives<V> supplies what differs between them:
-//     Scalar, fma(a, b, c), exp2<fast>(x), reciprocal<fast>(x), clamp(x, low, high), select_negative(x, yes, no), abs(x), erfc(x)
+//     Scalar, fma(a, b, c), exp2<fast>(x), reciprocal<fast>(x) for x >= 1, clamp(x, low, high), select_negative(x, yes, no),
+//     abs(x), erfc(x)
 // NaN must pass through every primitive. `fast` is for 16-bit results: errors of about 5e-5, a tenth of an fp16 rounding.
 // The polynomial coefficients are weighted minimax fits made for this file; the largest errors stand beside them.
 #pragma once
@@ -42,12 +43,20 @@ struct Primitives<float> : ScalarPrimitives<float> {};
 template <>
 struct Primitives<double> : ScalarPrimitives<double> {};
 
+constexpr double minus_log2_e = -1.4426950408889634;
+
+// sigmoid(a) where x = minus_log2_e * a is at hand: the forward pass scales its affine by that factor instead of every a
+template <bool fast, class V>
+DEPTHLSTM_HD V sigmoid_of_scaled(V x) {
+    using P = Primitives<V>;
+    using T = typename P::Scalar;
+    return P::template reciprocal<fast>(V(T(1)) + P::template exp2<fast>(x));
+}
+
 // 1 / (1 + e^-a)
 template <bool fast, class V>
 DEPTHLSTM_HD V sigmoid(V a) {
-    using P = Primitives<V>;
-    using T = typename P::Scalar;
-    return P::template reciprocal<fast>(V(T(1)) + P::template exp2<fast>(a * V(T(-1.4426950408889634))));
+    return sigmoid_of_scaled<fast>(a * V(typename Primitives<V>::Scalar(minus_log2_e)));
 }
 
 // The standard normal distribution's cumulative function and density.

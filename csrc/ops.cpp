@@ -12,6 +12,10 @@
 #include <optional>
 #include <tuple>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "cpu/gates.h"
 
 #ifndef DEPTHLSTM_BUILD_INFO
@@ -28,8 +32,10 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr int64_t grain_elements = 16384;
 // Rows are cut into chunks by their number alone, never by the threads, so that parameter gradients are bitwise repeatable.
 constexpr int64_t max_chunks = 64, min_chunk_rows = 32;
-// Outputs that no cache holds until they are read are written past the caches.
-constexpr int64_t stream_bytes = int64_t(1) << 62;
+// Above this traffic no last-level cache of this class keeps the outputs until they are read, and they are written past the
+// caches: N=4096, D=512 backward 4.6 -> 3.4 ms (fp32), 3.4 -> 2.8 ms (bf16), forward 2.2 -> 1.9 ms (fp32). The forward pass of
+// 16-bit types keeps ordinary stores: its half-line writes come out slower that way (1.4 -> 1.6 ms).
+constexpr int64_t stream_bytes = int64_t(32) << 20;
 
 int32_t dtype_code(const Tensor& tensor) {
     int32_t code;
@@ -50,6 +56,21 @@ DType dtype_of(const Tensor& tensor, const char* argument) {
 
 int64_t element_bytes(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
+// Fresh outputs of this size come from mmap, and their page faults cost more than the kernel: huge pages make them few.
+// (N=4096, D=512, fp32: backward 16.5 ms with 4 KiB pages, 4.8 ms with 2 MiB pages.)
+constexpr int64_t huge_bytes = int64_t(4) << 20;
+
+void use_huge_pages([[maybe_unused]] const Tensor& tensor, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+    if (bytes < huge_bytes) return;
+    constexpr uintptr_t page = 4096;
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + page - 1) / page * page;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + uintptr_t(bytes)) / page * page;
+    // advice only: where the kernel knows no huge pages nothing changes
+    (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 Tensor empty(const int64_t* sizes, int64_t dims, int32_t dtype) {
     int64_t strides[64];
     STD_TORCH_CHECK(dims <= 64, "at most 64 dimensions are supported; found ", dims);
@@ -60,7 +81,9 @@ Tensor empty(const int64_t* sizes, int64_t dims, int32_t dtype) {
     }
     AtenTensorHandle handle;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
-    return Tensor(handle);
+    Tensor tensor(handle);
+    use_huge_pages(tensor, tensor.numel() * element_bytes(dtype_of(tensor, "output")));
+    return tensor;
 }
 
 Tensor empty_as(const Tensor& tensor) {
@@ -124,8 +147,11 @@ struct Freer {
 };
 using Memory = std::unique_ptr<void, Freer>;
 
+// Pages of its own, and one more: where two threads' scratch lies side by side, the hardware prefetcher of each pulls at the
+// other's lines (bf16 forward 1.9 ms instead of 1.4 ms).
 Memory allocate(int64_t bytes) {
-    Memory memory(std::aligned_alloc(64, std::size_t((std::max<int64_t>(bytes, 64) + 63) / 64 * 64)));
+    constexpr int64_t page = 4096;
+    Memory memory(std::aligned_alloc(page, std::size_t((bytes + page - 1) / page + 1) * page));
     STD_TORCH_CHECK(memory != nullptr, "out of memory: ", bytes, " bytes of scratch");
     return memory;
 }
@@ -212,7 +238,7 @@ std::tuple<Tensor, Tensor> gates_forward(const Tensor& z, const OptionalTensor& 
     call.h = {h.mutable_data_ptr(), call.features};
     call.c_out = {c_out.mutable_data_ptr(), call.features};
     const int64_t traffic = call.rows * call.features * (5 * element_bytes(call.z_dtype) + 2 * element_bytes(call.c_dtype));
-    call.stream = traffic > stream_bytes && call.features % 64 == 0;
+    call.stream = traffic > stream_bytes && call.features % 64 == 0 && element_bytes(call.z_dtype) > 2;
 
     const GatesKernels& isa = kernels();
     const Memory packed = allocate(isa.packed_bytes(call));

@@ -79,6 +79,10 @@ void pack_as(const GatesCall& call, T* packed) {
             } else {
                 gamma = xsimd::select(first_lanes<T>(count), Vector<T>(T(1)), gamma);
             }
+            if (k < 3 && call.h.data != nullptr) {  // forward: see sigmoid_of_scaled
+                gamma *= Vector<T>(T(minus_log2_e));
+                beta *= Vector<T>(T(minus_log2_e));
+            }
             if (call.z_bias != nullptr) z_bias = read_as<T>(call.z_bias_dtype, call.z_bias, k * D + d, count);
             gamma.store_aligned(at);
             beta.store_aligned(at + gates * W);
@@ -114,46 +118,55 @@ __attribute__((noinline)) void dropout_factors(const GatesCall& call, int64_t ro
     }
 }
 
-// One row of one operand. The part of it beyond the last whole vector is read from, or written to, a padded copy, so that the
-// loops over blocks call nothing: a call in them would spill every accumulator.
 template <class M>
-struct ReadRow {
-    static constexpr int64_t W = width<typename ComputeType<M>::type>;
-    const M* p;
-    int64_t whole;
-    alignas(64) M tail[W];
-    inline __attribute__((always_inline)) ReadRow(const ConstRows& rows, int64_t row, int64_t features)
-        : p(static_cast<const M*>(rows.data) + row * rows.stride), whole(features / W * W) {
-        if (whole < features) {
-            std::memset(tail, 0, sizeof tail);
-            std::memcpy(tail, p + whole, std::size_t(features - whole) * sizeof(M));
-        }
-    }
-    inline __attribute__((always_inline)) auto operator()(int64_t d) const { return Memory<M>::load(d < whole ? p + d : tail); }
-};
+const M* row_of(const ConstRows& rows, int64_t row) {
+    return static_cast<const M*>(rows.data) + row * rows.stride;
+}
+template <class M>
+M* row_of(const Rows& rows, int64_t row) {
+    return static_cast<M*>(rows.data) + row * rows.stride;
+}
 
-template <class M>
-struct WriteRow {
-    static constexpr int64_t W = width<typename ComputeType<M>::type>;
-    M* p;
-    int64_t whole;
-    alignas(64) M tail[W];
-    inline __attribute__((always_inline)) WriteRow(const Rows& rows, int64_t row, int64_t features)
-        : p(static_cast<M*>(rows.data) + row * rows.stride), whole(features / W * W) {}
-    inline __attribute__((always_inline)) void operator()(int64_t d, Vector<typename ComputeType<M>::type> v, bool stream) {
-        M* at = d < whole ? p + d : tail;
+// One vector of a row: whole, or its last `count` lanes. Loops over whole blocks must call nothing, a call in them would
+// spill every accumulator; so their bodies are written once over a Part and instantiated for both.
+struct Whole {
+    template <class M>
+    inline __attribute__((always_inline)) auto load(const M* p) const {
+        return Memory<M>::load(p);
+    }
+    template <class M, class V>
+    inline __attribute__((always_inline)) void store(M* p, V v, bool stream) const {
         if (stream) {
-            Memory<M>::stream(at, v);
+            Memory<M>::stream(p, v);
         } else {
-            Memory<M>::store(at, v);
+            Memory<M>::store(p, v);
         }
     }
-    inline __attribute__((always_inline)) void finish(int64_t features) const {
-        if (whole < features) std::memcpy(p + whole, tail, std::size_t(features - whole) * sizeof(M));
+};
+struct Partial {
+    int64_t count;
+    template <class M>
+    auto load(const M* p) const {
+        return load_part(p, count);
+    }
+    template <class M, class V>
+    void store(M* p, V v, bool) const {
+        store_part(p, v, count);
     }
 };
 
-inline __attribute__((always_inline)) void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+template <int64_t W, class Body>
+inline __attribute__((always_inline)) void for_blocks(int64_t features, Body body) {
+    int64_t block = 0;
+    for (; (block + 1) * W <= features; ++block) body(Whole{}, block);
+    if (block * W < features) body(Partial{features - block * W}, block);
+}
+
+// Into L1 where a row is short, else into L2.
+template <class M>
+inline __attribute__((always_inline)) void prefetch(const M* p) {
+    __builtin_prefetch(p, 0, sizeof(M) == 2 ? 3 : 2);
+}
 
 template <class T, int K>
 struct Statistics {
@@ -169,29 +182,22 @@ inline __attribute__((always_inline)) void stage_row(const GatesCall& call, int6
     using V = Vector<T>;
     constexpr int64_t W = width<T>;
     const int64_t D = call.features;
-    const int64_t whole = D / W, rest = D - whole * W;
-    const MZ* z = static_cast<const MZ*>(call.z.data) + row * call.z.stride;
+    const MZ* z = row_of<MZ>(call.z, row);
+    const T* z_bias = packed + 2 * K * W;
     V sum[K];
     for (int k = 0; k < K; ++k) sum[k] = V(T(0));
-    const auto put = [&](int64_t block, int k, V v) {
-        v.store_aligned(staged + (block * K + k) * W);
-        sum[k] += v;
+    const auto stage = [&](auto part, int64_t block, auto biased) __attribute__((always_inline)) {
+        for (int k = 0; k < K; ++k) {
+            V v = part.load(z + k * D + block * W);
+            if constexpr (biased) v += V::load_aligned(z_bias + (3 * block * K + k) * W);
+            v.store_aligned(staged + (block * K + k) * W);
+            sum[k] += v;
+        }
     };
     if (call.z_bias == nullptr) {
-        for (int64_t block = 0; block < whole; ++block) {
-            for (int k = 0; k < K; ++k) put(block, k, Memory<MZ>::load(z + k * D + block * W));
-        }
-        if (rest > 0) {
-            for (int k = 0; k < K; ++k) put(whole, k, load_part(z + k * D + whole * W, rest));
-        }
+        for_blocks<W>(D, [&](auto part, int64_t block) __attribute__((always_inline)) { stage(part, block, std::false_type()); });
     } else {
-        const T* z_bias = packed + 2 * K * W;
-        for (int64_t block = 0; block < whole; ++block) {
-            for (int k = 0; k < K; ++k) put(block, k, Memory<MZ>::load(z + k * D + block * W) + V::load_aligned(z_bias + (3 * block * K + k) * W));
-        }
-        if (rest > 0) {
-            for (int k = 0; k < K; ++k) put(whole, k, load_part(z + k * D + whole * W, rest) + V::load_aligned(z_bias + (3 * whole * K + k) * W));
-        }
+        for_blocks<W>(D, [&](auto part, int64_t block) __attribute__((always_inline)) { stage(part, block, std::true_type()); });
     }
     for (int k = 0; k < K; ++k) statistics.mean[k] = V(T(0)), statistics.r[k] = V(T(1));
     if (call.norm == Norm::none) return;
@@ -204,19 +210,15 @@ inline __attribute__((always_inline)) void stage_row(const GatesCall& call, int6
         for (int k = 0; k < K; ++k) mean[k] = all / T(K);
     }
     for (int k = 0; k < K; ++k) statistics.mean[k] = V(mean[k]), sum[k] = V(T(0));
-    for (int64_t block = 0; block < whole; ++block) {
+    for_blocks<W>(D, [&](auto part, int64_t block) __attribute__((always_inline)) {
         for (int k = 0; k < K; ++k) {
-            const V centred = V::load_aligned(staged + (block * K + k) * W) - statistics.mean[k];
+            V centred = V::load_aligned(staged + (block * K + k) * W) - statistics.mean[k];
+            if constexpr (std::is_same_v<decltype(part), Partial>) {
+                centred = xsimd::select(first_lanes<T>(part.count), centred, V(T(0)));
+            }
             sum[k] = xsimd::fma(centred, centred, sum[k]);
         }
-    }
-    if (rest > 0) {
-        for (int k = 0; k < K; ++k) {
-            V centred = V::load_aligned(staged + (whole * K + k) * W) - statistics.mean[k];
-            centred = xsimd::select(first_lanes<T>(rest), centred, V(T(0)));
-            sum[k] = xsimd::fma(centred, centred, sum[k]);
-        }
-    }
+    });
     for (int k = 0; k < K; ++k) square[k] = xsimd::reduce_add(sum[k]);
     if (call.norm == Norm::joint) {
         T all = 0;
@@ -245,36 +247,39 @@ void forward_rows(const GatesCall& call, const void* packed_memory, void* scratc
         Statistics<T, K> statistics;
         stage_row<MZ, K>(call, row, packed, staged, statistics);
         if (dropout) dropout_factors(call, row, factor);
-        const ReadRow<MC> c_in(call.c, row, D);
-        const ReadRow<MZ> hidden(given ? call.hidden : call.z, row, D);
-        WriteRow<MZ> h_out(call.h, row, D);
-        WriteRow<MC> c_out(call.c_out, row, D);
+        const MC* c_in = row_of<MC>(call.c, row);
+        const MZ* hidden = row_of<MZ>(given ? call.hidden : call.z, row);
+        MZ* h_out = row_of<MZ>(call.h, row);
+        MC* c_out = row_of<MC>(call.c_out, row);
         // the next row is fetched while this one is computed: without it the two take turns
         const int64_t ahead = row + 1 < row_end ? row + 1 : row;
-        const MZ* next_z = static_cast<const MZ*>(call.z.data) + ahead * call.z.stride;
-        const MC* next_c = static_cast<const MC*>(call.c.data) + ahead * call.c.stride;
-        for (int64_t d = 0, block = 0; d < D; d += W, ++block) {
+        const MZ* next_z = row_of<MZ>(call.z, ahead);
+        const MC* next_c = row_of<MC>(call.c, ahead);
+        for_blocks<W>(D, [&](auto part, int64_t block) __attribute__((always_inline)) {
+            const int64_t d = block * W;
             for (int k = 0; k < K; ++k) prefetch(next_z + k * D + d);
             prefetch(next_c + d);
             V a[K];
             for (int k = 0; k < K; ++k) {
                 const V n = (V::load_aligned(staged + (block * K + k) * W) - statistics.mean[k]) * statistics.r[k];
-                a[k] = xsimd::fma(n, V::load_aligned(packed + (3 * block * K + k) * W), V::load_aligned(packed + ((3 * block + 1) * K + k) * W));
+                const T* gamma = packed + (3 * block * K + k) * W;
+                a[k] = xsimd::fma(n, V::load_aligned(gamma), V::load_aligned(gamma + K * W));
             }
             V g;
             if constexpr (given) {
-                g = hidden(d);
+                g = part.load(hidden + d);
             } else {
                 g = Act::template value<fast>(a[3]);
             }
             if (dropout) g *= V::load_unaligned(factor + d);
+            Group<V, 3> ifo;
+            for (int k = 0; k < 3; ++k) ifo.v[k] = a[k];
+            ifo = sigmoid_of_scaled<fast>(ifo);
             V c, h;
-            cell_forward(sigmoid<fast>(a[0]), sigmoid<fast>(a[1]), sigmoid<fast>(a[2]), g, c_in(d), c, h);
-            c_out(d, c, stream);
-            h_out(d, h, stream);
-        }
-        c_out.finish(D);
-        h_out.finish(D);
+            cell_forward(ifo.v[0], ifo.v[1], ifo.v[2], g, part.load(c_in + d), c, h);
+            part.store(c_out + d, c, stream);
+            part.store(h_out + d, h, stream);
+        });
     }
 #if defined(__x86_64__)
     if (call.stream) _mm_sfence();
@@ -304,19 +309,18 @@ void backward_rows(const GatesCall& call, const void* packed_memory, void* scrat
         Statistics<T, K> statistics;
         stage_row<MZ, K>(call, row, packed, normalised, statistics);
         if (dropout) dropout_factors(call, row, factor);
-        const ReadRow<MC> c_in(call.c, row, D), dc(call.dc, row, D);
-        const ReadRow<MZ> dh(call.dh, row, D), hidden(given ? call.hidden : call.dh, row, D);
-        WriteRow<MC> dc_in(call.dc_in, row, D);
-        WriteRow<MZ> dhidden(given ? call.dhidden : call.dz, row, D);
+        const MC *c_in = row_of<MC>(call.c, row), *dc = row_of<MC>(call.dc, row);
+        const MZ *dh = row_of<MZ>(call.dh, row), *hidden = row_of<MZ>(given ? call.hidden : call.dh, row);
+        MC* dc_in = row_of<MC>(call.dc_in, row);
+        MZ *dz = row_of<MZ>(call.dz, row), *dhidden = row_of<MZ>(given ? call.dhidden : call.dz, row);
         const int64_t ahead = row + 1 < row_end ? row + 1 : row;
-        const MZ* next_z = static_cast<const MZ*>(call.z.data) + ahead * call.z.stride;
-        const MZ* next_dh = static_cast<const MZ*>(call.dh.data) + ahead * call.dh.stride;
-        const MC* next_c = static_cast<const MC*>(call.c.data) + ahead * call.c.stride;
-        const MC* next_dc = static_cast<const MC*>(call.dc.data) + ahead * call.dc.stride;
+        const MZ *next_z = row_of<MZ>(call.z, ahead), *next_dh = row_of<MZ>(call.dh, ahead);
+        const MC *next_c = row_of<MC>(call.c, ahead), *next_dc = row_of<MC>(call.dc, ahead);
         V sum_u[K], sum_un[K];
         for (int k = 0; k < K; ++k) sum_u[k] = sum_un[k] = V(T(0));
 
-        for (int64_t d = 0, block = 0; d < D; d += W, ++block) {
+        for_blocks<W>(D, [&](auto part, int64_t block) __attribute__((always_inline)) {
+            const int64_t d = block * W;
             for (int k = 0; k < K; ++k) prefetch(next_z + k * D + d);
             prefetch(next_c + d);
             prefetch(next_dh + d);
@@ -324,24 +328,28 @@ void backward_rows(const GatesCall& call, const void* packed_memory, void* scrat
             V n[K], a[K];
             for (int k = 0; k < K; ++k) {
                 n[k] = (V::load_aligned(normalised + (block * K + k) * W) - statistics.mean[k]) * statistics.r[k];
-                a[k] = xsimd::fma(n[k], V::load_aligned(packed + (3 * block * K + k) * W), V::load_aligned(packed + ((3 * block + 1) * K + k) * W));
+                const T* gamma = packed + (3 * block * K + k) * W;
+                a[k] = xsimd::fma(n[k], V::load_aligned(gamma), V::load_aligned(gamma + K * W));
             }
             V g, slope;
             if constexpr (given) {
-                g = hidden(d);
+                g = part.load(hidden + d);
             } else {
                 Act::template value_and_slope<fast>(a[3], g, slope);
             }
             V keep(T(1));
             if (dropout) keep = V::load_unaligned(factor + d);
             g *= keep;
-            const CellGradient<V> gradient = cell_backward(sigmoid<fast>(a[0]), sigmoid<fast>(a[1]), sigmoid<fast>(a[2]), g, c_in(d),
-                                                           dh(d), dc(d));
-            dc_in(d, gradient.dc_in, stream);
+            Group<V, 3> ifo;
+            for (int k = 0; k < 3; ++k) ifo.v[k] = a[k];
+            ifo = sigmoid<fast>(ifo);
+            const CellGradient<V> gradient =
+                cell_backward(ifo.v[0], ifo.v[1], ifo.v[2], g, part.load(c_in + d), part.load(dh + d), part.load(dc + d));
+            part.store(dc_in + d, gradient.dc_in, stream);
             V da[K];
             da[0] = gradient.da_i, da[1] = gradient.da_f, da[2] = gradient.da_o;
             if constexpr (given) {
-                dhidden(d, gradient.dg * keep, stream);
+                part.store(dhidden + d, gradient.dg * keep, stream);
             } else {
                 da[3] = gradient.dg * keep * slope;
             }
@@ -358,7 +366,7 @@ void backward_rows(const GatesCall& call, const void* packed_memory, void* scrat
                 u.store_aligned(u_row + (block * K + k) * W);
                 n[k].store_aligned(normalised + (block * K + k) * W);
             }
-        }
+        });
 
         // dz_k = r_k (u - mean(u) - n mean(u n)): in this order a constant row's difference cancels before r_k = 1/sqrt(eps) meets it
         const bool normalises = call.norm != Norm::none;
@@ -370,38 +378,20 @@ void backward_rows(const GatesCall& call, const void* packed_memory, void* scrat
             mean_u[k] = V(joint ? total_u / T(K * D) : xsimd::reduce_add(sum_u[k]) / T(D));
             mean_un[k] = V(joint ? total_un / T(K * D) : xsimd::reduce_add(sum_un[k]) / T(D));
         }
-        MZ* dz = static_cast<MZ*>(call.dz.data) + row * call.dz.stride;
-        const auto dz_of = [&](int64_t block, int k) {
-            const V u = V::load_aligned(u_row + (block * K + k) * W);
-            if (!normalises) return u;
-            const V n = V::load_aligned(normalised + (block * K + k) * W);
-            return statistics.r[k] * xsimd::fnma(n, mean_un[k], u - mean_u[k]);
-        };
-        const auto add_z_bias = [&](int64_t block, int k, V v) {
-            T* sum = partial + ((3 * block + 2) * K + k) * W;
-            (V::load_aligned(sum) + v).store_aligned(sum);
-        };
-        const int64_t whole = D / W;
-        for (int64_t block = 0; block < whole; ++block) {
+        for_blocks<W>(D, [&](auto part, int64_t block) __attribute__((always_inline)) {
             for (int k = 0; k < K; ++k) {
-                const V v = dz_of(block, k);
-                if (stream) {
-                    Memory<MZ>::stream(dz + k * D + block * W, v);
-                } else {
-                    Memory<MZ>::store(dz + k * D + block * W, v);
+                V v = V::load_aligned(u_row + (block * K + k) * W);
+                if (normalises) {
+                    const V n = V::load_aligned(normalised + (block * K + k) * W);
+                    v = statistics.r[k] * xsimd::fnma(n, mean_un[k], v - mean_u[k]);
                 }
-                if (z_bias_gradient) add_z_bias(block, k, v);
+                part.store(dz + k * D + block * W, v, stream);
+                if (z_bias_gradient) {
+                    T* sum = partial + ((3 * block + 2) * K + k) * W;
+                    (V::load_aligned(sum) + v).store_aligned(sum);
+                }
             }
-        }
-        if (whole * W < D) {
-            for (int k = 0; k < K; ++k) {
-                const V v = dz_of(whole, k);
-                store_part(dz + k * D + whole * W, v, D - whole * W);
-                if (z_bias_gradient) add_z_bias(whole, k, v);
-            }
-        }
-        dc_in.finish(D);
-        if constexpr (given) dhidden.finish(D);
+        });
     }
 #if defined(__x86_64__)
     if (call.stream) _mm_sfence();

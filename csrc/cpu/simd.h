@@ -203,58 +203,133 @@ __attribute__((noinline)) static void store_part(T* p, Vector<typename ComputeTy
 
 namespace depthlstm {
 
-// max(low, x), then min(high, .): x86's min and max return their second operand on NaN, so that NaN passes.
+// 2^x from its two parts, and 1 / x for x >= 1, for one vector or a group of them.
+template <bool fast, class V>
+DEPTHLSTM_HD V exp2_of(V x) {
+    using P = Primitives<V>;
+    using T = typename P::Scalar;
+    if constexpr (sizeof(T) == 8) {
+        return P::library_exp2(x);
+    } else {
+        const V r = P::fraction(x);
+        V p;  // 2^r for 0 <= r <= 1: 7.5e-8, or 7.5e-5 when fast
+        if constexpr (fast) {
+            p = P::fma(r, V(T(0.0780245219)), V(T(0.22606716)));
+            p = P::fma(r, p, V(T(0.695833541)));
+            p = P::fma(r, p, V(T(0.999925219)));
+        } else {
+            p = P::fma(r, V(T(0.00187757667)), V(T(0.00898934009)));
+            p = P::fma(r, p, V(T(0.0558263181)));
+            p = P::fma(r, p, V(T(0.240153617)));
+            p = P::fma(r, p, V(T(0.693153073)));
+            p = P::fma(r, p, V(T(0.999999925)));
+        }
+        return P::scale(p, x);
+    }
+}
+
+template <bool fast, class V>
+DEPTHLSTM_HD V reciprocal_of(V x) {
+    using P = Primitives<V>;
+    using T = typename P::Scalar;
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) {
+        // a division takes the pipe that the multiplications need
+        if constexpr (fast) return P::approximate_reciprocal(x);
+        const V y = P::minimum(x, V(T(4e37)));  // 1 / y is no subnormal, infinity becomes finite, NaN stays
+        const V r = P::approximate_reciprocal(y);
+        return P::fma(r, P::fnma(y, r, V(T(1))), r);
+    }
+#endif
+    return V(T(1)) / x;
+}
+
 template <class T, class A>
 struct Primitives<xsimd::batch<T, A>> {
     using Scalar = T;
     using V = xsimd::batch<T, A>;
     static DEPTHLSTM_HD V fma(V a, V b, V c) { return xsimd::fma(a, b, c); }
+    static DEPTHLSTM_HD V fnma(V a, V b, V c) { return xsimd::fnma(a, b, c); }
     static DEPTHLSTM_HD V abs(V x) { return xsimd::abs(x); }
     static DEPTHLSTM_HD V erfc(V x) { return xsimd::erfc(x); }
+    // x86's min and max return their second operand on NaN, so that NaN passes
+    static DEPTHLSTM_HD V minimum(V x, V high) { return xsimd::min(high, x); }
     static DEPTHLSTM_HD V clamp(V x, V low, V high) { return xsimd::min(high, xsimd::max(low, x)); }
     static DEPTHLSTM_HD V select_negative(V x, V yes, V no) { return xsimd::select(x < V(T(0)), yes, no); }
-
+    static DEPTHLSTM_HD V library_exp2(V x) { return xsimd::exp2(clamp(x, V(T(-1021)), V(T(1021)))); }
     template <bool fast>
     static DEPTHLSTM_HD V reciprocal(V x) {
-#if defined(__AVX512F__)
-        if constexpr (fast && sizeof(T) == 4) return _mm512_rcp14_ps(x);  // 6e-5
-#endif
-        return V(T(1)) / x;
+        return reciprocal_of<fast>(x);
     }
-
     template <bool fast>
     static DEPTHLSTM_HD V exp2(V x) {
-        if constexpr (sizeof(T) == 8) {
-            return xsimd::exp2(clamp(x, V(-1021.0), V(1021.0)));
-        } else {
-#if defined(__AVX512F__)
-            // reduce gives 0 for +-infinity and scalef saturates, so that no clamp is needed
-            const V r = _mm512_reduce_ps(x, 8);
-            return _mm512_scalef_ps(power<fast>(r), x - r);
-#else
-            const V y = clamp(x, V(-126.0f), V(126.0f));
-            const V n = xsimd::nearbyint(y);
-            return xsimd::ldexp(power<fast>(y - n), xsimd::to_int(n));
-#endif
-        }
+        return exp2_of<fast>(x);
     }
+#if defined(__AVX512F__)
+    static DEPTHLSTM_HD V approximate_reciprocal(V x) { return _mm512_rcp14_ps(x); }  // 6e-5
+    // x - floor(x), which is 0 for +-infinity; scalef takes the floor of its second operand itself, and saturates
+    static DEPTHLSTM_HD V fraction(V x) { return _mm512_reduce_ps(x, 9); }
+    static DEPTHLSTM_HD V scale(V p, V x) { return _mm512_scalef_ps(p, x); }
+#else
+    static DEPTHLSTM_HD V bounded(V x) { return clamp(x, V(T(-126)), V(T(126))); }
+    static DEPTHLSTM_HD V fraction(V x) {
+        const V y = bounded(x);
+        return y - xsimd::floor(y);
+    }
+    static DEPTHLSTM_HD V scale(V p, V x) { return xsimd::ldexp(p, xsimd::to_int(xsimd::floor(bounded(x)))); }
+#endif
+};
 
-private:
-    // 2^r for |r| <= 1/2: 7.5e-8, or 7.5e-5 when fast
-    template <bool fast>
-    static DEPTHLSTM_HD V power(V r) {
-        if constexpr (fast) {
-            V p = fma(r, V(0.0551716685f), V(0.242611125f));
-            p = fma(r, p, V(0.693260968f));
-            return fma(r, p, V(0.999928057f));
-        } else {
-            V p = fma(r, V(0.00132764713f), V(0.00967554096f));
-            p = fma(r, p, V(0.0555071309f));
-            p = fma(r, p, V(0.240221202f));
-            p = fma(r, p, V(0.693146944f));
-            return fma(r, p, V(1.00000012f));
-        }
+// Several vectors that take each step of a formula together: their dependency chains then overlap in the processor's window,
+// which does not reach from the end of one sigmoid to the start of the next.
+template <class Vector, int n>
+struct Group {
+    Vector v[n];
+    Group() = default;
+    explicit DEPTHLSTM_HD Group(typename Primitives<Vector>::Scalar x) {
+        for (int i = 0; i < n; ++i) v[i] = Vector(x);
     }
 };
+
+#define DEPTHLSTM_EACH(expression)               \
+    Group<V, n> out;                             \
+    for (int i = 0; i < n; ++i) out.v[i] = expression; \
+    return out
+
+template <class V, int n>
+DEPTHLSTM_HD Group<V, n> operator+(Group<V, n> a, Group<V, n> b) {
+    DEPTHLSTM_EACH(a.v[i] + b.v[i]);
+}
+template <class V, int n>
+DEPTHLSTM_HD Group<V, n> operator*(Group<V, n> a, Group<V, n> b) {
+    DEPTHLSTM_EACH(a.v[i] * b.v[i]);
+}
+template <class V, int n>
+DEPTHLSTM_HD Group<V, n> operator/(Group<V, n> a, Group<V, n> b) {
+    DEPTHLSTM_EACH(a.v[i] / b.v[i]);
+}
+
+template <class V, int n>
+struct Primitives<Group<V, n>> {
+    using G = Group<V, n>;
+    using P = Primitives<V>;
+    using Scalar = typename P::Scalar;
+    static DEPTHLSTM_HD G fma(G a, G b, G c) { DEPTHLSTM_EACH(P::fma(a.v[i], b.v[i], c.v[i])); }
+    static DEPTHLSTM_HD G fnma(G a, G b, G c) { DEPTHLSTM_EACH(P::fnma(a.v[i], b.v[i], c.v[i])); }
+    static DEPTHLSTM_HD G minimum(G x, G high) { DEPTHLSTM_EACH(P::minimum(x.v[i], high.v[i])); }
+    static DEPTHLSTM_HD G approximate_reciprocal(G x) { DEPTHLSTM_EACH(P::approximate_reciprocal(x.v[i])); }
+    static DEPTHLSTM_HD G fraction(G x) { DEPTHLSTM_EACH(P::fraction(x.v[i])); }
+    static DEPTHLSTM_HD G scale(G p, G x) { DEPTHLSTM_EACH(P::scale(p.v[i], x.v[i])); }
+    static DEPTHLSTM_HD G library_exp2(G x) { DEPTHLSTM_EACH(P::library_exp2(x.v[i])); }
+    template <bool fast>
+    static DEPTHLSTM_HD G reciprocal(G x) {
+        return reciprocal_of<fast>(x);
+    }
+    template <bool fast>
+    static DEPTHLSTM_HD G exp2(G x) {
+        return exp2_of<fast>(x);
+    }
+};
+#undef DEPTHLSTM_EACH
 
 }  // namespace depthlstm
