@@ -1,6 +1,7 @@
 """Fused kernels for the depth-wise LSTM."""
 
 from . import reference
+from .backends import backends, last_backend, set_backend, use_backend
 from .functional import depth_lstm_cell, depth_lstm_gates
 from .layers import (
     DepthLSTMCell,
@@ -24,5 +25,9 @@ __all__ = [
     "DepthLSTMTransformer",
     "param_groups",
     "fold_output_projections",
+    "backends",
+    "last_backend",
+    "set_backend",
+    "use_backend",
     "reference",
 ]

@@ -127,9 +127,9 @@ def environment() -> str:
 
 
 def backend_lines() -> list[tuple[str, str]]:
-    from depthlstm_fast import backends
+    from depthlstm_fast.backends import backends
 
-    found = backends.backends().items()
+    found = backends().items()
     return [(f"backend {name}", f"{'available' if status.available else 'not available'}: {status.detail}") for name, status in found]
 
 

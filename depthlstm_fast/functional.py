@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends, checks, ops
+from . import checks, ops
+from .backends import choose
 from .reference import gates as reference
 
 
@@ -53,7 +54,7 @@ def depth_lstm_gates(
     checks.check_options(norm, activation, eps, dropout_p)
     checks.check_gates(z, c, weight, bias, hidden, norm, seed)
     drops = training and dropout_p > 0
-    if backends.choose(backend, z) == "reference":
+    if choose(backend, z) == "reference":
         return reference.depth_lstm_gates(
             z, c, weight, bias, hidden=hidden, norm=norm, activation=activation, eps=eps, dropout_p=dropout_p, training=training, seed=seed
         )
@@ -104,7 +105,7 @@ def depth_lstm_cell(
         hidden = None if hidden is None else _autocast(hidden, dtype)
     checks.check_cell(inputs, h, c, w, b, weight, bias, hidden, norm, seed)
     drops = training and dropout_p > 0
-    if backends.choose(backend, h) == "reference":
+    if choose(backend, h) == "reference":
         return reference.depth_lstm_cell(
             inputs, h, c, w, b, weight, bias,
             hidden=hidden, norm=norm, activation=activation, eps=eps, dropout_p=dropout_p, training=training, seed=seed,

@@ -31,21 +31,27 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def _accumulate(base: Tensor, x: Tensor, weight: Tensor, fresh: bool) -> Tensor:
-    """base + x W^T, the product accumulating onto base: in place where ``fresh`` says that base is nobody else's."""
-    rows, x = base.reshape(-1, base.shape[-1]), x.reshape(-1, x.shape[-1])
+    """base + x W^T for matrices, the product accumulating onto base: in place where ``fresh`` says that base is nobody else's.
+
+    A fresh base must not be a view: autograd would copy it back and forth.
+    """
     if fresh and not torch.is_autocast_enabled(base.device.type):  # autocast does not reach in-place products
-        return rows.addmm_(x, weight.t()).view(base.shape)
-    return torch.addmm(rows, x, weight.t()).view(base.shape)
+        return base.addmm_(x, weight.t())
+    return torch.addmm(base, x, weight.t())
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def linear_slices(inputs: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None) -> Tensor:
     """W [inputs] + b without the concatenation; inputs (..., I_j) with the I_j adding to the columns of weight (R, I) -> (..., R)."""
     # one split: its backward writes the weight's gradient once, where a slice each would write zeros and add
     first, *rest = weight.split([x.shape[-1] for x in inputs], dim=1)
-    total = F.linear(inputs[0], first, bias)
+    total = F.linear(_rows(inputs[0]), first, bias)
     for x, columns in zip(inputs[1:], rest, strict=True):
-        total = _accumulate(total, x, columns, True)
-    return total
+        total = _accumulate(total, _rows(x), columns, True)
+    return total.view(*inputs[0].shape[:-1], weight.shape[0])
 
 
 class DepthLSTMCell(reference.DepthLSTMCell):
@@ -201,8 +207,9 @@ class DepthLSTMDecoderLayer(_FoldingLayer, reference.DepthLSTMDecoderLayer):
             return s + self.cross_attn(s, **options)
         weight, bias = projection.weight, projection.bias
         # s + b costs what copying s into the product's output would: the product then accumulates in place
-        base = s if bias is None else s + bias.to(s.dtype)  # type: ignore[operator]
-        return _accumulate(base, self.cross_attn.context(s, **options), weight, bias is not None)  # type: ignore[arg-type]
+        base = _rows(s) if bias is None else _rows(s) + bias.to(s.dtype)  # type: ignore[operator]
+        context = _rows(self.cross_attn.context(s, **options))
+        return _accumulate(base, context, weight, bias is not None).view(s.shape)  # type: ignore[arg-type]
 
 
 class DepthLSTMEncoder(reference.DepthLSTMEncoder):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from . import backends
+from .backends import load_error
 from .checks import ACTIVATIONS, NORMS
 
 NORM_CODES = {name: code for code, name in enumerate(NORMS)}
@@ -188,5 +188,5 @@ def _register() -> tuple[Callable[..., Any], Callable[..., Any]]:
     return torch.ops.depthlstm_fast.gates_forward.default, torch.ops.depthlstm_fast.gates_backward.default
 
 
-if backends.load_error is None:
+if load_error is None:
     gates_forward, gates_backward = _register()

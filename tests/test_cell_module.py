@@ -216,6 +216,8 @@ def test_replaced_linears_are_called(hidden: str, how: str) -> None:
         assert len(calls) == 2 * len(names)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(not hasattr(torch.ao, "quantization"), reason="this torch has no torch.ao.quantization")
 def test_dynamic_quantisation() -> None:
     cell = dl.DepthLSTMCell(16, 16).eval()
     x = torch.randn(4, 16)

@@ -1,4 +1,4 @@
-"""Layers and stacks: the fused ones against the reference ones, masks against torch's attention, layouts, folding, errors."""
+"""Layers: the fused ones against the reference ones, masks against torch's attention, layouts, errors."""
 
 from __future__ import annotations
 
@@ -9,36 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from layer_helpers import BATCH, HEADS, LENGTH, MERGES, SOURCE, D, assert_same, build, normal, pair
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import depthlstm_fast as dl
-
-D, HEADS, BATCH, LENGTH, SOURCE = 12, 3, 2, 5, 4
-MERGES = ("add", "concat", "cells")
-
-
-def build(module: Any, kind: str, **options: Any) -> nn.Module:
-    return getattr(module, f"DepthLSTM{kind}Layer")(D, HEADS, **{"dropout": 0.0, "batch_first": True, "dtype": torch.float64, **options})
-
-
-def pair(kind: str, **options: Any) -> tuple[nn.Module, nn.Module]:
-    """A reference layer with every parameter random and a fused one with the same parameters."""
-    reference, fused = build(dl.reference, kind, **options), build(dl, kind, **options)
-    with torch.no_grad():
-        for parameter in reference.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    fused.load_state_dict(reference.state_dict())
-    return reference, fused
-
-
-def normal(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-
-
-def assert_same(found: Any, wanted: Any, tolerance: float = 1e-10) -> None:
-    for a, b in zip(found, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def results(layer: nn.Module, tensors: list[Tensor], cotangents: list[Tensor], **masks: Any) -> list[Tensor]:
@@ -244,73 +218,6 @@ def test_copies_and_reset(kind: str) -> None:
         assert changed == {name for name in before if name.endswith("weight") and "norm" not in name}
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(
-    ("kind", "options", "names"),
-    [
-        ("Encoder", {}, {"cell"}),
-        ("Encoder", {"hidden": "ffn", "sublayer": True}, {"cell"}),
-        ("Decoder", {"merge": "cells"}, {"cell", "cross_cell"}),
-        ("Decoder", {"merge": "concat", "hidden": "ffn"}, {"cell"}),
-        ("Decoder", {"merge": "add"}, None),
-    ],
-    ids=str,
-)
-def test_fold_output_projection(kind: str, options: dict, names: set[str] | None, bias: bool) -> None:
-    _, layer = pair(kind, bias=bias, **options)
-    inputs = [torch.randn(BATCH, LENGTH, D, dtype=torch.float64) for _ in range(2 if kind == "Encoder" else 3)]
-    wanted = layer(*inputs)
-    assert dl.fold_output_projections(nn.ModuleList([layer])) == 1
-    layer.eval()
-    assert_same(layer(*inputs), wanted)
-    assert layer._folds is None  # gradients are on
-    with torch.no_grad():
-        assert_same(layer(*inputs), wanted)
-        assert layer._folds == names or set(layer._folds) == names
-        if names is None:
-            return
-        kept = layer._folds["cell"]
-        layer(*inputs)
-        assert layer._folds["cell"] is kept
-        for linear in (
-            layer.self_attn.out_proj,
-            layer.cell.gates,
-            layer.cross_attn.out_proj if kind == "Decoder" else layer.self_attn.out_proj,
-        ):
-            linear.weight.mul_(1.5)
-            found = layer(*inputs)
-            layer.fold_output_projection(False)
-            assert_same(found, layer(*inputs))
-            layer.fold_output_projection()
-        layer.load_state_dict({name: 0.5 * value for name, value in layer.state_dict().items()})
-        found = layer(*inputs)
-        assert layer._folds is not None
-        assert copy.deepcopy(layer)._folds is None
-        layer.fold_output_projection(False)
-        assert_same(found, layer(*inputs))
-        assert "fold" not in "".join(layer.state_dict())
-        layer.fold_output_projection()
-        layer.self_attn.out_proj.register_forward_hook(lambda module, args, output: 2 * output)
-        if kind == "Encoder":
-            found = layer(*inputs)
-            layer.fold_output_projection(False)
-            assert_same(found, layer(*inputs), 0)
-
-
-def test_fold_saves_the_projection() -> None:
-    layer = build(dl, "Encoder", dtype=torch.float32).eval()
-    src = torch.randn(BATCH, LENGTH, D)
-    flops = []
-    for enabled in (False, True):
-        layer.fold_output_projection(enabled)
-        with torch.no_grad():
-            layer(src)
-            with FlopCounterMode(display=False) as counter:
-                layer(src)
-        flops.append(counter.get_total_flops())
-    assert flops[0] - flops[1] == 2 * BATCH * LENGTH * D * D
-
-
 @pytest.mark.parametrize("how", ["hook", "lora"])
 def test_replaced_output_projection_is_called(how: str) -> None:
     reference, fused = pair("Decoder")
@@ -323,85 +230,31 @@ def test_replaced_output_projection_is_called(how: str) -> None:
     assert_same(fused(tgt, memory), reference(tgt, memory))
 
 
-def calls(function: Any, name: str) -> int:
+def calls(function: Any) -> dict[str, int]:
     with torch.profiler.profile() as profile:
         function()
-    return sum(event.count for event in profile.key_averages() if event.key == name)
-
-
-@pytest.mark.parametrize("merge", ["add", "cells"])
-def test_no_concatenation_in_a_fused_layer(merge: str) -> None:
-    _, fused = pair("Decoder", merge=merge, hidden="ffn")
-    fused.float()
-    tgt, memory = torch.randn(BATCH, LENGTH, D), torch.randn(BATCH, SOURCE, D)
-    inner = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dl.layers, "depth_lstm_cell", lambda x, h, c, *a, **k: (inner.append(x), (h, c))[1])
-        assert calls(lambda: fused(tgt, memory, tgt_is_causal=True), "aten::cat") == 0
-    assert len(inner) == (2 if merge == "cells" else 1)
-
-
-@pytest.mark.parametrize("share_cell", [False, True])
-@pytest.mark.parametrize("init_cell", ["zeros", "learned"])
-@pytest.mark.parametrize("batch_first", [False, True])
-def test_stacks(share_cell: bool, init_cell: str, batch_first: bool) -> None:
-    stacks = {}
-    for module in (dl.reference, dl):
-        encoder = module.DepthLSTMEncoder(
-            build(module, "Encoder", batch_first=batch_first), 3, nn.LayerNorm(D, dtype=torch.float64), share_cell, init_cell
-        )
-        decoder = module.DepthLSTMDecoder(build(module, "Decoder", batch_first=batch_first), 2, None, share_cell, init_cell)
-        stacks[module] = nn.ModuleList([encoder, decoder])
-    if init_cell == "learned":
-        for stack in stacks[dl.reference]:
-            assert stack.initial_cell.shape == (D,)
-            assert stack.initial_cell.eq(0).all()
-            nn.init.normal_(stack.initial_cell)
-    stacks[dl].load_state_dict(stacks[dl.reference].state_dict())
-    shape = (BATCH, LENGTH) if batch_first else (LENGTH, BATCH)
-    src, tgt, padding = normal(*shape, D), normal(*shape, D), torch.tensor([[False] * LENGTH, [False] * 3 + [True] * 2])
-    cotangent = torch.randn_like(tgt)
-    found = []
-    for encoder, decoder in stacks.values():
-        memory = encoder(src, src_key_padding_mask=padding)
-        output = decoder(tgt, memory, memory_key_padding_mask=padding, tgt_is_causal=True)
-        parameters = [*encoder.parameters(), *decoder.parameters()]
-        found.append([output, *torch.autograd.grad(output, [src, tgt, *parameters], cotangent)])
-        cells = {id(layer.cell) for layer in encoder.layers}
-        assert len(cells) == (1 if share_cell else 3)
-        weights = [layer.self_attn.in_proj.weight for layer in encoder.layers]
-        assert not torch.equal(weights[0], weights[1])
-        h, c = src, None if encoder.initial_cell is None else encoder.initial_cell.expand_as(src)
-        for layer in encoder.layers:
-            h, c = layer(h, c, None, padding)
-        assert_same([memory], [encoder.norm(h)])
-    assert_same(*found)
-
-
-def test_gradient_checkpointing() -> None:
-    stack = dl.DepthLSTMEncoder(build(dl, "Encoder", dropout=0.2), 2)
-    src = normal(BATCH, LENGTH, D)
-    cotangent = torch.randn_like(src)
-    gradients = []
-    for stack.gradient_checkpointing in (False, True):
-        torch.manual_seed(2)
-        gradients.append(torch.autograd.grad(stack(src), [src, *stack.parameters()], cotangent))
-    assert_same(*gradients)
+    return {event.key: event.count for event in profile.key_averages()}
 
 
 @pytest.mark.parametrize("merge", MERGES)
-def test_steps_equal_the_whole(merge: str) -> None:
-    decoder = dl.DepthLSTMDecoder(
-        build(dl, "Decoder", merge=merge, sublayer=True), 2, nn.LayerNorm(D, dtype=torch.float64), init_cell="learned"
-    ).eval()
-    nn.init.normal_(decoder.initial_cell)
-    tgt, memory = normal(BATCH, LENGTH, D), normal(BATCH, SOURCE, D)
-    padding = torch.tensor([[False] * SOURCE, [False] * 2 + [True] * 2])
-    with torch.no_grad():
-        wanted = decoder(tgt, memory, memory_key_padding_mask=padding, tgt_is_causal=True)
-        caches = decoder.new_caches(memory, padding)
-        found = torch.cat([decoder.step(tgt[:, t : t + 1], caches) for t in range(LENGTH)], 1)
-    assert_same([found], [wanted])
+@pytest.mark.parametrize("bias", [True, False])
+def test_passes_of_a_fused_decoder_layer(merge: str, bias: bool) -> None:
+    """No concatenation and no copy; of the additions only s + bias, which is the accumulator's copy of s."""
+    layer = build(dl, "Decoder", merge=merge, bias=bias, dtype=torch.float32)
+    inputs = [torch.randn(BATCH, LENGTH, D, requires_grad=True) for _ in range(3)]
+    outputs = layer(*inputs, tgt_is_causal=True)
+    cotangents = [torch.randn(BATCH, LENGTH, D) for _ in range(2)]
+    torch.autograd.backward(outputs, cotangents)
+    forward = calls(lambda: layer(*inputs, tgt_is_causal=True))
+    if "depthlstm_fast::gates_forward" not in forward:
+        pytest.skip("the extension is not in use")
+    assert forward["depthlstm_fast::gates_forward"] == (2 if merge == "cells" else 1)
+    assert forward.get("aten::add", 0) == (1 if merge == "add" and bias else 0)
+    outputs = layer(*inputs, tgt_is_causal=True)
+    backward = calls(lambda: torch.autograd.backward(outputs, cotangents))
+    for unwanted in ("aten::cat", "aten::clone", "aten::contiguous", "aten::slice_backward", "aten::new_zeros"):
+        assert unwanted not in forward
+        assert unwanted not in backward or unwanted == "aten::cat"  # the gradients of queries, keys and values are put together
 
 
 def test_zero_rows() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -23,7 +22,7 @@ sys.path.insert(0, str(FOLDER))
 import batches  # noqa: E402
 import compare  # noqa: E402
 import data  # noqa: E402
-import decoding  # noqa: E402
+import inference  # noqa: E402
 import tokenizer  # noqa: E402
 import train  # noqa: E402
 import translate  # noqa: E402
@@ -223,6 +222,7 @@ def test_comparison_of_two_steps(dataset: data.Dataset) -> None:
     ((source, target, translation),) = result["examples"]
     assert data.Pair(source, target) in dataset.heldout
     assert isinstance(translation, str)
+    assert compare.run_comparison(5, settings=TINY, dataset=dataset, progress=False, limit_seconds=0.0)["steps"] == 1
     with pytest.raises(ValueError, match="steps must be at least 1"):
         compare.run_comparison(0, dataset=dataset)
 
@@ -260,11 +260,19 @@ def test_train_then_translate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     assert len(printed) == 4
     assert printed[1] == printed[3] == ""
     model, subwords = translate.load_checkpoint(tmp_path / "kept")
-    assert printed[:3] == decoding.translate(model, subwords, lines, max_length=8)
+    assert printed[:3] == inference.translate(model, subwords, lines, max_length=8)
 
 
-def test_translate_names_what_a_checkpoint_lacks(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, FOLDER / "translate.py", tmp_path], capture_output=True, text=True, input="", check=False)
-    assert done.returncode == 2
-    assert "found no model.safetensors, tokenizer.model, config.json" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_backend_that_cannot_run_is_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    missing = [name for name, status in dl.backends().items() if not status.available]
+    if not missing:
+        pytest.skip("every backend runs on this machine")
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--backend", missing[0], "--data", "builtin"])
+    assert f"--backend {missing[0]}: {dl.backends()[missing[0]].detail}" in " ".join(capsys.readouterr().err.split())
+
+
+def test_translate_names_what_a_checkpoint_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        translate.main([str(tmp_path)])
+    assert "found no model.safetensors, tokenizer.model, config.json" in capsys.readouterr().err

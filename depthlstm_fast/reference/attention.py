@@ -245,7 +245,7 @@ class CrossAttention(_Attention):
         """All of :meth:`forward` but the output projection."""
         keys, values = memory if isinstance(memory, tuple) else self.keys_values(memory)
         queries = x if x.shape[0] == keys.shape[0] else x.reshape(keys.shape[0], -1, self.d_model)
-        (query,) = self._split(self.q_proj(queries), 1)
+        query = self.q_proj(queries).unflatten(-1, (self.nhead, -1)).transpose(1, 2)
         return self._attend(query, keys, values, mask, is_causal).view(x.shape)
 
     def forward(self, x: Tensor, memory: Tensor | tuple[Tensor, Tensor], mask: Tensor | None = None, is_causal: bool = False) -> Tensor:

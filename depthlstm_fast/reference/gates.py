@@ -100,7 +100,7 @@ def depth_lstm_gates(
     a = z.unflatten(-1, (-1, features))
     if norm == "gate":
         a = F.layer_norm(a, (features,), None, None, eps)
-        if weight is not None:
+        if weight is not None and bias is not None:
             a = a * weight + bias
     elif norm == "joint":
         # layer_norm wants z's own dtype in its affine, or fp32

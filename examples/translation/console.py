@@ -51,7 +51,7 @@ def print_comparison(result: dict[str, Any]) -> None:
     out.print(f"{result['dataset']}: {result['pairs']} pairs, {result['heldout_pairs']} of them held out", markup=False)
     layers = f"{result['encoder_layers']}+{result['decoder_layers']} layers of {result['d_model']}"
     out.print(f"{layers}, {result['parameters'] / 1e6:.1f}M parameters, {result['vocabulary']} subwords")
-    out.print(f"device: {result['device']}, {result['threads']} threads; fused backend: {result['backend']}")
+    out.print(f"device: {result['device']}; threads: {result['threads']}; fused backend: {result['backend']}")
     table = Table()
     for heading in ("", "first loss", "last loss", "held-out loss", "tokens/s"):
         table.add_column(heading, justify="right" if heading else "left")

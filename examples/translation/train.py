@@ -17,7 +17,7 @@ from checkpoint import save_checkpoint
 from compare import run_comparison, show
 from console import print_comparison, print_examples, progress_bar
 from data import DATASETS, Dataset, DownloadError, load_dataset
-from decoding import translate
+from inference import translate
 from tokenizer import train_tokenizer
 from training import Settings, Trainer
 
@@ -52,14 +52,21 @@ def train(dataset: Dataset, settings: Settings, backend: str = "auto", output: P
 
 def command_line() -> argparse.ArgumentParser:
     """Return the parser: one option for each of ``Settings``, and those of the run."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for field in fields(Settings):
-        parser.add_argument("--" + field.name.replace("_", "-"), type=type(field.default), default=field.default, help=" ")
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"), type=type(field.default), default=field.default, help="default: %(default)s"
+        )
     parser.add_argument(
-        "--backend", default="auto", choices=("auto", "reference", "cpp", "cuda", "triton"), help="reference is plain PyTorch"
+        "--backend",
+        default="auto",
+        choices=("auto", "reference", "cpp", "cuda", "triton"),
+        help="reference is plain PyTorch; default: %(default)s",
     )
     parser.add_argument("--compare", action="store_true", help="train reference and fused model side by side")
-    parser.add_argument("--data", default="auto", choices=DATASETS, help="auto is django, and builtin without a network")
+    parser.add_argument(
+        "--data", default="auto", choices=DATASETS, help="auto is django, and builtin without a network; default: %(default)s"
+    )
     parser.add_argument("--source", type=Path, help="text file, one sentence a line, to train on instead; needs --target")
     parser.add_argument("--target", type=Path, help="its translation, line by line")
     parser.add_argument("--output", type=Path, help="folder to keep the trained model in, for translate.py")
@@ -73,6 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
     settings = replace(Settings(), **{field.name: getattr(options, field.name) for field in fields(Settings)})
     if options.compare and options.output:
         parser.error("--output keeps a trained model; leave out --compare")
+    if options.backend != "auto" and not (status := dl.backends()[options.backend]).available:
+        parser.error(f"--backend {options.backend}: {status.detail}")
     try:
         dataset = load_dataset(options.data, options.source, options.target)
     except (DownloadError, ImportError, OSError, ValueError) as error:

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from checkpoint import load_checkpoint
-from decoding import translate
+from inference import translate
 
 
 def main(arguments: list[str] | None = None) -> int:

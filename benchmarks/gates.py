@@ -1,0 +1,121 @@
+"""What follows the GEMM, alone: forward, and forward + backward, against the bytes that have to move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+import depthlstm_fast as dl
+from benchmarks.compiled import Compiled, reference_gates
+from benchmarks.rows import Row, Settings, Target, timed_row
+
+ROWS, FEATURES = 4096, 512
+DTYPES = (torch.float32, torch.bfloat16)
+FORWARD_ELEMENTS = 7  # of D a token: z (4) and c' read, h and c written
+BACKWARD_ELEMENTS = 12  # z (4), c', dh and dc read, dz (4) and dc' written
+SHARE_OF_COPY = {torch.float32: 0.80, torch.bfloat16: 0.60}
+
+Function = Callable[..., tuple[Tensor, Tensor]]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float64: "fp64"}[dtype]
+
+
+def moved_bytes(rows: int, features: int, dtype: torch.dtype, elements: int) -> int:
+    """Bytes that ``elements`` * D elements a token make."""
+    return rows * features * elements * dtype.itemsize
+
+
+def make_inputs(rows: int, features: int, dtype: torch.dtype) -> list[Tensor]:
+    """z (rows, 4D), c (rows, D), weight and bias (4, D), random, the affine near its initial value."""
+    z, c = torch.randn(rows, 4 * features), torch.randn(rows, features)
+    weight, bias = 1 + 0.1 * torch.randn(4, features), 0.1 * torch.randn(4, features)
+    return [tensor.to(dtype) for tensor in (z, c, weight, bias)]
+
+
+def forward_and_backward(function: Function, leaves: list[Tensor], cotangents: list[Tensor]) -> tuple[Tensor, ...]:
+    """(h, c) and then the gradients of all ``leaves``."""
+    outputs = function(*leaves)
+    return (*outputs, *torch.autograd.grad(outputs, leaves, cotangents))
+
+
+def copy_forward(z: Tensor, scratch: Tensor) -> Callable[[], object]:
+    """A copy of as many bytes as the forward moves, 3.5D read and 3.5D written a token, 2D of them into outputs allocated afresh."""
+    size = z.numel() // 4
+    source, half = z.view(-1), size // 2
+
+    def run() -> object:
+        h, c = torch.empty(size, dtype=z.dtype), torch.empty(size, dtype=z.dtype)
+        h.copy_(source[:size])
+        c.copy_(source[size : 2 * size])
+        scratch[: size + half].copy_(source[2 * size : 3 * size + half])
+        return h, c
+
+    return run
+
+
+def copy_backward(z: Tensor, c: Tensor, dh: Tensor, scratch: Tensor) -> Callable[[], object]:
+    """A copy of as many bytes as the backward moves, 6D read and 6D written a token, 5D of them into outputs allocated afresh."""
+
+    def run() -> object:
+        dz, dc = torch.empty_like(z), torch.empty_like(c)
+        dz.copy_(z)
+        dc.copy_(c)
+        scratch[: dh.numel()].copy_(dh.view(-1))
+        return dz, dc
+
+    return run
+
+
+def compile_for(compiled: Compiled, dtype: torch.dtype) -> tuple[Function | None, Function | None]:
+    """The compiled reference for the forward alone and for training."""
+    inputs = make_inputs(ROWS, FEATURES, dtype)
+
+    def infer(function: Function) -> object:
+        with torch.no_grad():
+            return function(*inputs)
+
+    def train(function: Function) -> object:
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        return forward_and_backward(function, leaves, [torch.randn_like(inputs[1]) for _ in range(2)])
+
+    return compiled.get(reference_gates, infer), compiled.get(reference_gates, train)
+
+
+def measure(settings: Settings, compiled: Compiled, tick: Callable[[], None]) -> Iterator[Row]:
+    """Two rows for each dtype."""
+    size = f"N={ROWS} D={FEATURES}"
+    for dtype in DTYPES:
+        z, c, weight, bias = inputs = make_inputs(ROWS, FEATURES, dtype)
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        cotangents = [torch.randn_like(c), torch.randn_like(c)]
+        scratch = torch.empty(2 * c.numel(), dtype=dtype)
+        copies = copy_forward(z, scratch), copy_backward(z, c, cotangents[0], scratch)
+        infer, train = compile_for(compiled, dtype)
+        missing = {} if compiled.reason is None else {"compile": compiled.reason}
+        speedups = [Target("eager", "speedup", 8.0), Target("compile", "speedup", 3.5)]
+
+        def both(copies: tuple[Callable[[], object], ...] = copies) -> object:
+            return [copy() for copy in copies]
+
+        runs: dict[str, Callable[[], object]] = {"eager": lambda i=inputs: reference_gates(*i)}  # type: ignore[misc]
+        if infer is not None:
+            runs["compile"] = lambda f=infer, i=inputs: f(*i)  # type: ignore[misc]
+        runs |= {"fused": lambda i=inputs: dl.depth_lstm_gates(*i), "against": copies[0]}  # type: ignore[misc]
+        row = Row("gates", "gates forward", name_of(dtype), size, "ms", against=f"copy of {FORWARD_ELEMENTS}D", missing=missing)
+        row.note = f"{moved_bytes(ROWS, FEATURES, dtype, FORWARD_ELEMENTS) / 1e6:.1f} MB moved"
+        with torch.no_grad():
+            yield timed_row(row, runs, [*speedups, Target("against", "share", SHARE_OF_COPY[dtype])], settings, 2.0, tick)
+
+        runs = {"eager": lambda v=leaves, g=cotangents: forward_and_backward(reference_gates, v, g)}  # type: ignore[misc]
+        if train is not None:
+            runs["compile"] = lambda f=train, v=leaves, g=cotangents: forward_and_backward(f, v, g)  # type: ignore[misc]
+        runs["fused"] = lambda v=leaves, g=cotangents: forward_and_backward(dl.depth_lstm_gates, v, g)  # type: ignore[misc]
+        runs["against"] = both
+        elements = FORWARD_ELEMENTS + BACKWARD_ELEMENTS
+        row = Row("gates", "gates forward + backward", name_of(dtype), size, "ms", against=f"copy of {elements}D", missing=missing)
+        row.note = f"{moved_bytes(ROWS, FEATURES, dtype, elements) / 1e6:.1f} MB moved"
+        yield timed_row(row, runs, [*speedups, Target("against", "share")], settings, 3.0, tick)

@@ -1,0 +1,233 @@
+"""One run as a terminal table, Markdown, CSV and JSON; as a program, puts a run's table into a README.
+
+python benchmarks/report.py benchmarks/results/MACHINE/results.json                     prints the Markdown
+python benchmarks/report.py --readme README.md benchmarks/results/MACHINE/results.json  rewrites what stands between
+    <!-- benchmarks:begin --> and <!-- benchmarks:end -->
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+COLUMNS = ("eager", "compile", "fused", "against")
+Run = dict[str, Any]
+RowData = dict[str, Any]
+
+
+def significant(number: float) -> str:
+    """Three significant digits, never an exponent: 1.93, 22.2, 501, 12345 -> "12,345"."""
+    magnitude = abs(number)
+    digits = 2 if magnitude < 10 else 1 if magnitude < 100 else 0
+    return f"{number:,.{digits}f}"
+
+
+def value_text(row: RowData, column: str) -> str:
+    """A contestant's median with its unit; "-" where it did not take part."""
+    if row["failure"] is not None or column not in row["values"]:
+        return "-"
+    return f"{significant(row['values'][column]['median'])} {row['unit']}"
+
+
+def _number(kind: str, value: float, unit: str) -> str:
+    if kind == "share":
+        return f"{value:.0%}"
+    if kind == "value":
+        return f"{significant(value)} {unit}"
+    # what is held to "at most" a ratio near 1 needs the second digit
+    return f"{value:.2f}x" if kind == "ratio" or value < 10 else f"{value:.1f}x"
+
+
+def target_text(figure: dict[str, Any], unit: str) -> str:
+    """ "≥ 8x reached" or "≤ 1.06x short"; empty without a target."""
+    if figure["target"] is None:
+        return ""
+    sign = "≥" if figure["sense"] == "at least" else "≤"
+    number = {"share": f"{figure['target']:.0%}", "value": f"{figure['target']:g} {unit}"}.get(figure["kind"], f"{figure['target']:g}x")
+    return f"{sign} {number} {'reached' if figure['reached'] else 'short'}"
+
+
+def figure_of(row: RowData, column: str) -> dict[str, Any] | None:
+    """The row's figure in one column, None where there is none or none may be shown."""
+    if row["failure"] is not None:
+        return None
+    return next((figure for figure in row["figures"] if figure["column"] == column), None)
+
+
+def figure_text(row: RowData, column: str) -> tuple[str, str]:
+    """A figure and its target with the verdict, as two texts."""
+    figure = figure_of(row, column)
+    if figure is None:
+        return "-", ""
+    return _number(figure["kind"], figure["value"], row["unit"]), target_text(figure, row["unit"])
+
+
+def tally(run: Run) -> tuple[int, int]:
+    """How many targets were reached, and how many there are among the rows that may be shown."""
+    judged = [f["reached"] for row in run["rows"] if row["failure"] is None for f in row["figures"] if f["reached"] is not None]
+    return sum(judged), len(judged)
+
+
+def terminal_table(run: Run) -> Table:
+    """The run as a rich table for 100 columns and more."""
+    from rich.table import Table
+    from rich.text import Text
+
+    def cell(first: str, second: str, style: str = "dim") -> Text:
+        return Text.assemble(first, ("\n" + second, style)) if second else Text(first)
+
+    def judged(row: RowData, column: str) -> Text:
+        number, target = figure_text(row, column)
+        return cell(number, target, "green" if target.endswith("reached") else "red")
+
+    table = Table(padding=(0, 1), show_lines=False, header_style="bold")
+    table.add_column("", max_width=26)
+    for heading in ("eager", "compiled", "fused", "floor or rival", "over eager", "over compiled", "against floor"):
+        table.add_column(heading, justify="right")
+    previous = run["rows"][0]["subject"] if run["rows"] else ""
+    for row in run["rows"]:
+        if row["subject"] != previous:
+            table.add_section()
+        previous = row["subject"]
+        label = cell(f"{row['name']}", f"{row['dtype']}, {row['size']}")
+        if row["failure"] is not None:
+            table.add_row(label, Text("check red", "bold red"), *[""] * 6)
+            continue
+        fused = figure_text(row, "fused")[1]
+        table.add_row(
+            label,
+            value_text(row, "eager"),
+            value_text(row, "compile"),
+            cell(value_text(row, "fused"), fused, "green" if fused.endswith("reached") else "red"),
+            cell(value_text(row, "against"), row["against"].removeprefix("nn.")),
+            *(judged(row, column) for column in ("eager", "compile", "against")),
+        )
+    return table
+
+
+def footnotes(run: Run) -> list[str]:
+    """What was left out and why, and every red check."""
+    lines = dict.fromkeys(f"{column}: {reason}" for row in run["rows"] for column, reason in row["missing"].items())
+    red = [f"no numbers for {row['name']} ({row['dtype']}): {row['failure']}" for row in run["rows"] if row["failure"] is not None]
+    return [*lines, *red]
+
+
+def machine_text(run: Run) -> str:
+    """Machine, versions and date in one sentence."""
+    machine = run["machine"]
+    commit = (machine["commit"] or "unknown")[:12] + (" with changes" if machine["dirty"] else "")
+    cache = machine["last_level_cache"]
+    if re.fullmatch(r"\d+K", cache):
+        cache = f"{int(cache[:-1]) / 1024:g} MiB"
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['isa']}, {cache} last-level cache, "
+        f"{machine['memory_gib']} GiB; {machine['os']}, Python {machine['python']}, torch {machine['torch']}, "
+        f"depthlstm_fast {machine['depthlstm_fast']} at {commit}; {run['date']}"
+    )
+
+
+def markdown(run: Run) -> str:
+    """The run as a Markdown table with the machine above it."""
+    headings = ("", "eager", "compiled", "fused", "floor or rival", "fused over eager", "over compiled", "against floor or rival")
+    lines = [f"Measured on {machine_text(run)}.", ""]
+    lines += ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]
+
+    def joined(first: str, second: str) -> str:
+        verdict = second.replace("short", "**short**")
+        return f"{first} ({verdict})" if second else first
+
+    for row in run["rows"]:
+        label = f"{row['name']}, {row['dtype']}, {row['size']}"
+        if row["failure"] is not None:
+            lines.append(f"| {label} | check red |" + " |" * (len(headings) - 2))
+            continue
+        against = value_text(row, "against")
+        cells = (
+            label,
+            value_text(row, "eager"),
+            value_text(row, "compile"),
+            joined(value_text(row, "fused"), figure_text(row, "fused")[1]),
+            against if against == "-" else f"{against}, {row['against']}",
+            *(joined(*figure_text(row, column)) for column in ("eager", "compile", "against")),
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    reached, targets = tally(run)
+    lines += ["", f"{reached} of {targets} targets reached. Times are medians, contestants timed in turn; ratios are of medians."]
+    if run["quick"]:
+        lines.append("A quick run: fewer repetitions than a figure to quote needs.")
+    lines += [f"- {line}" for line in footnotes(run)]
+    return "\n".join(lines) + "\n"
+
+
+def write_csv(run: Run, path: Path) -> None:
+    """One line a number: every contestant and every figure of every row."""
+    fields = ("subject", "name", "dtype", "size", "quantity", "unit", "median", "p10", "p90", "repetitions", "target", "reached", "failure")
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(fields)
+        for row in run["rows"]:
+            common = [row[name] for name in ("subject", "name", "dtype", "size")]
+            if row["failure"] is not None:
+                writer.writerow([*common, *[""] * 8, row["failure"]])
+                continue
+            for column in filter(row["values"].__contains__, COLUMNS):
+                found = row["values"][column]
+                quantity = row["against"] if column == "against" else column
+                writer.writerow(
+                    [*common, quantity, row["unit"], found["median"], found["p10"], found["p90"], row["repetitions"], "", "", ""]
+                )
+            for figure in row["figures"]:
+                quantity = f"fused {figure['kind']} to {row['against'] if figure['column'] == 'against' else figure['column']}"
+                numbers = [figure["value"], figure["p10"], figure["p90"], row["repetitions"]]
+                target = ["" if figure[name] is None else figure[name] for name in ("target", "reached")]
+                writer.writerow([*common, quantity, figure["kind"], *numbers, *target, ""])
+
+
+def write_all(run: Run, folder: Path) -> None:
+    """results.json, results.csv and report.md in ``folder``, which is made where it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_csv(run, folder / "results.csv")
+    (folder / "report.md").write_text(markdown(run), encoding="utf-8")
+
+
+def embed(readme: str, block: str) -> str:
+    """``readme`` with ``block`` between the two markers.
+
+    Raises:
+        ValueError: the markers are not there once each, in this order.
+    """
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
+        raise ValueError(f"readme must hold {BEGIN} and then {END}, once each")
+    head, rest = readme.split(BEGIN)
+    return f"{head}{BEGIN}\n{block.strip()}\n{END}{rest.split(END)[1]}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="A benchmark run as Markdown, printed or put into a README.")
+    parser.add_argument("results", type=Path, help="results.json of a run")
+    parser.add_argument("--readme", type=Path, help=f"rewrite what stands between {BEGIN} and {END} in this file")
+    options = parser.parse_args(arguments)
+    try:
+        block = markdown(json.loads(options.results.read_text(encoding="utf-8")))
+        if options.readme is None:
+            print(block, end="")
+        else:
+            options.readme.write_text(embed(options.readme.read_text(encoding="utf-8"), block), encoding="utf-8")
+    except (OSError, ValueError) as error:
+        print(f"report.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""The benchmark suite: checks first, then one table. `make bench`, or `python benchmarks/run.py`; about two minutes on two cores."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    # run as a program, sys.path[0] is this folder, whose module names the translation example has too
+    sys.path[0] = str(ROOT)
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+import depthlstm_fast as dl
+from benchmarks import cell, checks, compiled, decoding, gates, layer, machine, memory, overhead, plots, report, translation
+from benchmarks.rows import Row, Settings
+
+LIMIT_SECONDS = 120
+# what the translation needs beyond its training steps, then tables and pictures
+AFTER_SECONDS = 14
+MEASURES: dict[str, Callable[..., Any]] = {
+    "gates": gates.measure,
+    "cell": cell.measure,
+    "layer": layer.measure,
+    "decoding": decoding.measure,
+    "memory": memory.measure,
+    "overhead": overhead.measure,
+}
+SUBJECTS = (*MEASURES, "translation")
+# ticks of the progress bar: a repetition each, as many as a subject makes at least
+TICKS = {"checks": 6, "compile": 2, "gates": 4, "cell": 2, "layer": 1, "decoding": 2, "memory": 2, "overhead": 10, "translation": 1}
+REPEATING = ("gates", "cell", "layer", "decoding")
+
+
+class Bar:
+    """Progress on stderr, silent where that is no terminal."""
+
+    def __init__(self, subjects: list[str], settings: Settings) -> None:
+        self.ticks = {name: TICKS[name] * (settings.minimum if name in REPEATING else 1) for name in ("checks", "compile", *subjects)}
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
+        # redrawn by hand: a thread that redraws would be timed with the rest
+        console = Console(stderr=True)
+        self.progress = Progress(*columns, console=console, disable=not console.is_terminal, auto_refresh=False, transient=True)
+        self.task = self.progress.add_task("", total=sum(self.ticks.values()))
+        self.before, self.stage, self.count = 0, "", 0
+
+    def start(self, stage: str, text: str) -> None:
+        self.before += self.ticks.get(self.stage, 0)
+        self.stage, self.count = stage, 0
+        self.progress.update(self.task, completed=self.before, description=f"{text:<34}", refresh=True)
+
+    def tick(self) -> None:
+        # more repetitions than the fewest must not push the bar beyond the stage
+        self.count = min(self.count + 1, self.ticks[self.stage])
+        self.progress.update(self.task, completed=self.before + self.count, refresh=True)
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="no torch.compile, three repetitions, few translation steps: not to be quoted")
+    parser.add_argument("--no-translation", action="store_true", help="leave out the translation example")
+    parser.add_argument(
+        "--only", action="append", choices=SUBJECTS, metavar="SUBJECT", help=f"one of {', '.join(SUBJECTS)}; may be repeated"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "benchmarks" / "results" / "latest", help="folder for JSON, CSV, Markdown and PNG"
+    )
+    return parser
+
+
+def fill_compiler_cache(references: compiled.Compiled, bar: Bar) -> None:
+    """Compile every eager baseline, half of them in a second process."""
+    helper = compiled.start_cache_filler(torch.bfloat16)
+    compiled.compile_all(references, torch.float32)
+    bar.tick()
+    helper.wait()
+    compiled.compile_all(references, torch.bfloat16)
+    bar.tick()
+
+
+def measure(subjects: list[str], settings: Settings, bar: Bar, found: list[checks.Check]) -> list[Row]:
+    """All rows but the translation's; a subject whose check is red is not timed."""
+    references = compiled.Compiled(settings.compile)
+    if settings.compile and {"gates", "cell"} & set(subjects):
+        bar.start("compile", "compiling the eager baselines")
+        fill_compiler_cache(references, bar)
+    rows = []
+    for subject in subjects:
+        if subject == "translation":
+            continue
+        bar.start(subject, f"timing: {subject}")
+        red = checks.failure(found, subject)
+        if red is not None:
+            rows.append(Row(subject, subject, "", "", "", failure=red))
+            continue
+        torch.manual_seed(0)
+        rows += MEASURES[subject](settings, references, bar.tick)
+    return rows
+
+
+def translate(settings: Settings, bar: Bar, found: list[checks.Check], left_seconds: float) -> tuple[Row, dict[str, Any] | None]:
+    """The last row, and what the example returned; it draws its own progress bar."""
+    bar.start("translation", "training translation models")
+    red = checks.failure(found, "translation")
+    if red is not None:
+        return Row("translation", "translation training", "", "", "", failure=red), None
+    bar.progress.stop()
+    try:
+        result = translation.run(max(left_seconds, 10.0), None if settings.minimum >= 7 else 6, not bar.progress.disable)
+    except ImportError as error:
+        row = Row("translation", "translation training", "fp32", "", "tokens/s")
+        row.missing["translation"] = f"not run: {error}"
+        return row, None
+    return translation.row(result), result
+
+
+def show(run: dict[str, Any], folder: Path) -> None:
+    """Checks, table, footnotes and translations on stdout."""
+    console = Console(highlight=False)
+    if not console.is_terminal or console.width < 100:
+        console = Console(highlight=False, width=116)
+    console.print(report.machine_text(run), markup=False)
+    console.print(report.terminal_table(run))
+    for line in report.footnotes(run):
+        console.print(line, markup=False)
+    result = run["translation"]
+    if result is not None:
+        losses = ", ".join(f"{side} {values[0]:.3f} -> {values[-1]:.3f}" for side, values in result["losses"].items())
+        console.print(f"translation losses over {result['steps']} steps: {losses}")
+        console.print(f"held-out sentences after so few steps ({result['dataset']}), as they are:")
+        for source, target, text in result["examples"]:
+            console.print(f"  source     {source}\n  reference  {target}\n  model      {text or '(nothing)'}", markup=False, soft_wrap=True)
+    reached, targets = report.tally(run)
+    console.print(f"{reached} of {targets} targets reached; {run['elapsed_seconds']:.0f} s; results in {folder}", markup=False)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Return 0, or 1 where a check is red, or 2 where there is nothing to measure."""
+    started = time.perf_counter()
+    parser = command_line()
+    options = parser.parse_args(arguments)
+    status = dl.backends()[checks.BACKEND]
+    if not status.available:
+        print(f"benchmarks: nothing to measure, the {checks.BACKEND} backend is not available: {status.detail}", file=sys.stderr)
+        return 2
+    subjects = [name for name in SUBJECTS if not options.only or name in options.only]
+    if options.no_translation:
+        subjects = [name for name in subjects if name != "translation"]
+    if not subjects:
+        parser.error("--only translation with --no-translation leaves nothing to run")
+    settings = Settings(minimum=3, seconds=0.3, compile=False) if options.quick else Settings()
+    about = machine.describe()
+    bar = Bar(subjects, settings)
+    result = None
+    # "cpp", not "auto": a call that would fall back raises instead of being timed
+    with dl.use_backend(checks.BACKEND), bar.progress if not bar.progress.disable else nullcontext():
+        torch.manual_seed(0)
+        bar.start("checks", "checking against fp64")
+        found = checks.run_checks(subjects, bar.tick)
+        rows = measure(subjects, settings, bar, found)
+        if "translation" in subjects:
+            row, result = translate(settings, bar, found, LIMIT_SECONDS - AFTER_SECONDS - (time.perf_counter() - started))
+            rows.append(row)
+    run = {
+        "schema": 1,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "quick": options.quick,
+        "machine": about,
+        "settings": asdict(settings),
+        "checks": [asdict(check) for check in found],
+        "rows": [{**asdict(row), "figures": [{**asdict(f), "reached": f.reached} for f in row.figures]} for row in rows],
+        "translation": result,
+        "elapsed_seconds": time.perf_counter() - started,
+    }
+    report.write_all(run, options.output)
+    plots.write_all(run, options.output)
+    green = sum(check.passed for check in found)
+    print(
+        f"checks against fp64: {green} of {len(found)} green"
+        + "".join(f"\n  {c.subject} {c.dtype} {c.summary}" for c in found if not c.passed)
+    )
+    show(run, options.output)
+    return 1 if green < len(found) or any(row.failure is not None for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
