@@ -89,7 +89,8 @@ def measure(settings: Settings, compiled: Compiled, tick: Callable[[], None]) ->
     """Two rows for each dtype."""
     size = f"N={ROWS} D={FEATURES}"
     for dtype in DTYPES:
-        z, c, weight, bias = inputs = make_inputs(ROWS, FEATURES, dtype)
+        inputs = make_inputs(ROWS, FEATURES, dtype)
+        z, c = inputs[:2]
         leaves = [tensor.clone().requires_grad_() for tensor in inputs]
         cotangents = [torch.randn_like(c), torch.randn_like(c)]
         scratch = torch.empty(2 * c.numel(), dtype=dtype)

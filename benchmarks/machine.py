@@ -81,11 +81,3 @@ def describe() -> dict[str, Any]:
         "dirty": None if status is None else bool(status),
         "load_before": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
     }
-
-
-def one_line(machine: dict[str, Any]) -> str:
-    """The machine in one line, for titles."""
-    cache = machine["last_level_cache"]
-    if re.fullmatch(r"\d+K", cache):
-        cache = f"{int(cache[:-1]) / 1024:g} MiB"
-    return f"{machine['cpu']}, {machine['cores']} cores, {machine['isa']}, {cache} last-level cache, torch {machine['torch']}"

@@ -9,6 +9,7 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.patches import Rectangle
 
 EAGER, COMPILED, RIVAL, FLOOR, INK = "#0072B2", "#E69F00", "#009E73", "#56B4E9", "#222222"
 BAR = 0.36
@@ -34,6 +35,7 @@ def _finish(run: dict[str, Any], figure: Any, axes: Any, title: str, path: Path)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="y", length=0)
+    figure.get_layout_engine().set(rect=(0, 0.35 / figure.get_figheight(), 1, 1 - 0.35 / figure.get_figheight()))
     figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold", color=INK)
     caption = f"{machine['cpu']}, {machine['cores']} cores, {machine['isa']} · torch {machine['torch']} · {run['date'][:10]}"
     figure.text(0.012, 0.012, caption + (" · quick run" if run["quick"] else ""), fontsize=9, color="#555555")
@@ -51,45 +53,37 @@ def _bar(axes: Any, y: float, figure: dict[str, Any], scale: float, colour: str,
         axes.plot([scale * figure["target"]] * 2, [y - BAR / 2, y + BAR / 2], color=INK, linewidth=2, linestyle=(0, (1.2, 0.8)))
 
 
+def _inverted(figure: dict[str, Any]) -> dict[str, Any]:
+    """A share of the rival's time as a multiple of its speed."""
+    target = None if figure["target"] is None else 1 / figure["target"]
+    return {"value": 1 / figure["value"], "p10": 1 / figure["p90"], "p90": 1 / figure["p10"], "target": target}
+
+
+def _speeds(row: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """The row's bars: figures as times faster, each with its colour."""
+    found = [(_figure(row, column, "speedup"), colour) for column, colour in (("eager", EAGER), ("compile", COMPILED))]
+    rival = _figure(row, "against", "ratio") if row["subject"] == "layer" else None
+    found.append((None if rival is None else _inverted(rival), RIVAL))
+    return [(figure, colour) for figure, colour in found if figure is not None]
+
+
 def speed_plot(run: dict[str, Any], path: Path) -> None:
     """Times faster than eager, than torch.compile of it, and than torch's residual layer."""
     rows = [row for row in _shown(run) if row["unit"] != "MB" and _figure(row, "eager", "speedup")]
     figure, axes = plt.subplots(figsize=(9, 1.5 + 0.55 * len(rows)), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0.05, 1, 0.95))
     for y, row in enumerate(rows):
-        found = [
-            (row_figure, colour)
-            for column, colour in (("eager", EAGER), ("compile", COMPILED))
-            if (row_figure := _figure(row, column, "speedup"))
-        ]
-        rival = _figure(row, "against", "ratio") if row["subject"] == "layer" else None
-        if rival is not None:
-            # held as a share of the rival's time; drawn, like the others, as times faster
-            found.append(
-                ({"value": 1 / rival["value"], "p10": 1 / rival["p90"], "p90": 1 / rival["p10"], "target": 1 / rival["target"]}, RIVAL)
-            )
-        for index, (row_figure, colour) in enumerate(found):
-            offset = (index - (len(found) - 1) / 2) * (BAR + 0.04)
-            _bar(
-                axes,
-                y + offset,
-                row_figure,
-                1,
-                colour,
-                f"{row_figure['value']:.2f}x" if row_figure["value"] < 10 else f"{row_figure['value']:.1f}x",
-            )
+        bars = _speeds(row)
+        for index, (found, colour) in enumerate(bars):
+            offset = (index - (len(bars) - 1) / 2) * (BAR + 0.04)
+            _bar(axes, y + offset, found, 1, colour, f"{found['value']:.{2 if found['value'] < 10 else 1}f}x")
     axes.axvline(1, color=INK, linewidth=0.8)
     axes.set_yticks(range(len(rows)), [_label(row) for row in rows])
-    axes.set_xlabel("times faster (1 = as fast); dashed: target; thin line: p10 to p90")
+    axes.set_xlabel("times faster (1 = as fast); dotted: target; thin line: p10 to p90")
     axes.margins(x=0.1)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in (EAGER, COMPILED, RIVAL)]
-    axes.legend(
-        handles,
-        ["over eager PyTorch", "over torch.compile", "over nn.TransformerEncoderLayer"],
-        loc="lower right",
-        frameon=False,
-        fontsize=9,
-    )
+    colours = {"over eager PyTorch": EAGER, "over torch.compile": COMPILED, "over nn.TransformerEncoderLayer": RIVAL}
+    used = {colour for row in rows for _, colour in _speeds(row)}
+    handles = [Rectangle((0, 0), 1, 1, color=colour, label=text) for text, colour in colours.items() if colour in used]
+    axes.legend(handles=handles, loc="lower right", frameon=False, fontsize=9)
     _finish(run, figure, axes, "Fused depth-wise LSTM: speed", path)
 
 
@@ -97,18 +91,15 @@ def floor_plot(run: dict[str, Any], path: Path) -> None:
     """The floor's time as a share of the fused time."""
     rows = [row for row in _shown(run) if row["subject"] in ("gates", "cell") and "against" in row["values"]]
     figure, axes = plt.subplots(figsize=(9, 1.5 + 0.5 * len(rows)), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0.06, 1, 0.94))
     for y, row in enumerate(rows):
         found = _figure(row, "against", "share", "ratio")
-        if found is None:
-            continue
-        if found["kind"] == "ratio":
-            found = {"value": 1 / found["value"], "p10": 1 / found["p90"], "p90": 1 / found["p10"], "target": 1 / found["target"]}
-        _bar(axes, y, found, 100, FLOOR, f"{found['value']:.0%} of {row['against']}")
+        if found is not None:
+            found = _inverted(found) if found["kind"] == "ratio" else found
+            _bar(axes, y, found, 100, FLOOR, f"{found['value']:.0%} of {row['against']}")
     axes.axvline(100, color=INK, linewidth=0.8)
     axes.set_yticks(range(len(rows)), [_label(row) for row in rows])
-    axes.set_xlabel("share of the floor's speed, % (100 = only the bytes moved, or only the GEMMs); dashed: target")
-    axes.margins(x=0.28)
+    axes.set_xlabel("share of the floor's speed, % (100 = only the bytes moved, or only the GEMMs); dotted: target")
+    axes.margins(x=0.25)
     axes.set_xlim(left=0)
     _finish(run, figure, axes, "Fused depth-wise LSTM: how close to the floor", path)
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+SHORT = {"nn.TransformerEncoderLayer": "residual layer"}
 COLUMNS = ("eager", "compile", "fused", "against")
 Run = dict[str, Any]
 RowData = dict[str, Any]
@@ -48,12 +49,12 @@ def _number(kind: str, value: float, unit: str) -> str:
 
 
 def target_text(figure: dict[str, Any], unit: str) -> str:
-    """ "≥ 8x reached" or "≤ 1.06x short"; empty without a target."""
+    """ "≥8x met" or "≤1.06x short"; empty without a target."""
     if figure["target"] is None:
         return ""
     sign = "≥" if figure["sense"] == "at least" else "≤"
     number = {"share": f"{figure['target']:.0%}", "value": f"{figure['target']:g} {unit}"}.get(figure["kind"], f"{figure['target']:g}x")
-    return f"{sign} {number} {'reached' if figure['reached'] else 'short'}"
+    return f"{sign}{number} {'met' if figure['reached'] else 'short'}"
 
 
 def figure_of(row: RowData, column: str) -> dict[str, Any] | None:
@@ -78,38 +79,38 @@ def tally(run: Run) -> tuple[int, int]:
 
 
 def terminal_table(run: Run) -> Table:
-    """The run as a rich table for 100 columns and more."""
+    """The run as a rich table of at most 118 columns."""
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
     def cell(first: str, second: str, style: str = "dim") -> Text:
         return Text.assemble(first, ("\n" + second, style)) if second else Text(first)
 
-    def judged(row: RowData, column: str) -> Text:
-        number, target = figure_text(row, column)
-        return cell(number, target, "green" if target.endswith("reached") else "red")
+    def judged(first: str, target: str) -> Text:
+        return cell(first, target, "green" if target.endswith("met") else "red")
 
-    table = Table(padding=(0, 1), show_lines=False, header_style="bold")
-    table.add_column("", max_width=26)
-    for heading in ("eager", "compiled", "fused", "floor or rival", "over eager", "over compiled", "against floor"):
-        table.add_column(heading, justify="right")
-    previous = run["rows"][0]["subject"] if run["rows"] else ""
-    for row in run["rows"]:
-        if row["subject"] != previous:
+    def value(row: RowData, column: str) -> str:
+        return value_text(row, column).replace("tokens/s", "tok/s")
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("", min_width=25, no_wrap=True)
+    for heading in ("eager", "compiled", "fused", "floor or rival", "over eager", "over\ncompiled", "against\nfloor"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for index, row in enumerate(run["rows"]):
+        if index and row["subject"] != run["rows"][index - 1]["subject"]:
             table.add_section()
-        previous = row["subject"]
-        label = cell(f"{row['name']}", f"{row['dtype']}, {row['size']}")
+        label = cell(row["name"], ", ".join(filter(None, (row["dtype"], row["size"]))))
         if row["failure"] is not None:
             table.add_row(label, Text("check red", "bold red"), *[""] * 6)
             continue
-        fused = figure_text(row, "fused")[1]
         table.add_row(
             label,
-            value_text(row, "eager"),
-            value_text(row, "compile"),
-            cell(value_text(row, "fused"), fused, "green" if fused.endswith("reached") else "red"),
-            cell(value_text(row, "against"), row["against"].removeprefix("nn.")),
-            *(judged(row, column) for column in ("eager", "compile", "against")),
+            value(row, "eager"),
+            value(row, "compile"),
+            judged(value(row, "fused"), figure_text(row, "fused")[1]),
+            cell(value(row, "against"), SHORT.get(row["against"], row["against"])),
+            *(judged(*figure_text(row, column)) for column in ("eager", "compile", "against")),
         )
     return table
 
@@ -161,10 +162,10 @@ def markdown(run: Run) -> str:
         )
         lines.append("| " + " | ".join(cells) + " |")
     reached, targets = tally(run)
-    lines += ["", f"{reached} of {targets} targets reached. Times are medians, contestants timed in turn; ratios are of medians."]
+    lines += ["", f"{reached} of {targets} targets met. Times are medians, contestants timed in turn; ratios are of medians."]
     if run["quick"]:
         lines.append("A quick run: fewer repetitions than a figure to quote needs.")
-    lines += [f"- {line}" for line in footnotes(run)]
+    lines += ["", *(f"- {line}" for line in footnotes(run))] if footnotes(run) else []
     return "\n".join(lines) + "\n"
 
 

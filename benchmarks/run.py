@@ -12,10 +12,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    # run as a program, sys.path[0] is this folder, whose module names the translation example has too
-    sys.path[0] = str(ROOT)
+# run as a program, sys.path holds this folder; the package's name keeps its `decoding` apart from the translation example's
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from rich.console import Console
@@ -25,6 +23,7 @@ import depthlstm_fast as dl
 from benchmarks import cell, checks, compiled, decoding, gates, layer, machine, memory, overhead, plots, report, translation
 from benchmarks.rows import Row, Settings
 
+RESULTS = Path(__file__).resolve().parent / "results"
 LIMIT_SECONDS = 120
 # what the translation needs beyond its training steps, then tables and pictures
 AFTER_SECONDS = 14
@@ -72,9 +71,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only", action="append", choices=SUBJECTS, metavar="SUBJECT", help=f"one of {', '.join(SUBJECTS)}; may be repeated"
     )
-    parser.add_argument(
-        "--output", type=Path, default=ROOT / "benchmarks" / "results" / "latest", help="folder for JSON, CSV, Markdown and PNG"
-    )
+    parser.add_argument("--output", type=Path, default=RESULTS / "latest", help="folder for JSON, CSV, Markdown and PNG")
     return parser
 
 
@@ -127,12 +124,15 @@ def translate(settings: Settings, bar: Bar, found: list[checks.Check], left_seco
 def show(run: dict[str, Any], folder: Path) -> None:
     """Checks, table, footnotes and translations on stdout."""
     console = Console(highlight=False)
-    if not console.is_terminal or console.width < 100:
-        console = Console(highlight=False, width=116)
-    console.print(report.machine_text(run), markup=False)
+    if console.width < 118:
+        # a narrower table would cut numbers; a line that the terminal wraps can still be read
+        console = Console(highlight=False, width=118)
+    console.print(report.machine_text(run), markup=False, soft_wrap=True)
     console.print(report.terminal_table(run))
+    if any(row["against"] == layer.RESIDUAL for row in run["rows"]):
+        console.print(f"residual layer: {layer.RESIDUAL}, as many weights, fed the same batch")
     for line in report.footnotes(run):
-        console.print(line, markup=False)
+        console.print(line, markup=False, soft_wrap=True)
     result = run["translation"]
     if result is not None:
         losses = ", ".join(f"{side} {values[0]:.3f} -> {values[-1]:.3f}" for side, values in result["losses"].items())
@@ -141,7 +141,8 @@ def show(run: dict[str, Any], folder: Path) -> None:
         for source, target, text in result["examples"]:
             console.print(f"  source     {source}\n  reference  {target}\n  model      {text or '(nothing)'}", markup=False, soft_wrap=True)
     reached, targets = report.tally(run)
-    console.print(f"{reached} of {targets} targets reached; {run['elapsed_seconds']:.0f} s; results in {folder}", markup=False)
+    summary = f"{reached} of {targets} targets met; {run['elapsed_seconds']:.0f} s; results in {folder}"
+    console.print(summary, markup=False, soft_wrap=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,6 +14,7 @@ from helpers import (
     F64,
     KINDS,
     MAIN_TYPES,
+    TINY,
     Types,
     arguments,
     assert_bound,
@@ -69,10 +70,11 @@ def test_constant_rows(norm: str, types: Types, features: int, value: float) -> 
     found = results(fused, tensors, grads, **options)
     eager = results(dl.reference.depth_lstm_gates, tensors, grads, **options)
     exact = results(dl.reference.depth_lstm_gates, double(tensors), (grads[0].double(), grads[1].double()), **options)
-    # n = 0 makes dweight 0, for which a relative bound has no scale: it is held to its terms' rounding instead
+    # n = 0 makes dweight 0, for which a relative bound has no scale
+    weight_gradients = []
     for values in (found, eager, exact):
-        weight_gradient = values.pop("dweight")
-        assert weight_gradient.abs().max() <= 2e-3 * exact["dbias"].abs().max()
+        weight_gradients.append(values.pop("dweight").abs().max().item())
+    assert weight_gradients[0] <= 2 * weight_gradients[1] + TINY[types.affine] * torch.finfo(types.affine).eps
     assert_bound(found, eager, exact)
 
 
@@ -103,6 +105,8 @@ def test_values_near_the_largest_of_fp16(norm: str, types: Types, features: int)
 def test_saturated_gates(kind: str, types: Types) -> None:
     """Without a norm nothing bounds a: far from zero exp overflows or underflows, and nothing may become NaN."""
     steps = torch.tensor([0.0, 1e-30, 1e-8, 1e-3, 0.5, 1.0, 4.3, 4.5, 5.5, 9.0, 13.0, 17.0, 38.0, 88.0, 89.0, 104.0, 200.0, 720.0, 6e4])
+    if types.z == F16:
+        steps = steps[:-1]  # eager's own products overflow beyond
     a = torch.cat((steps, -steps)).double()
     grid = torch.stack([x.flatten() for x in torch.meshgrid(a, a, indexing="ij")])
     tensors, options = arguments(1, grid.shape[1], types, "none", False, kind)
@@ -230,32 +234,24 @@ def test_more_than_2_to_the_31_elements(backward: bool) -> None:
     need = rows * features * 2 * (12 if backward else 7) + 2 * 2**30
     if _memory_available() < need:
         pytest.skip(f"needs {need / 2**30:.0f} GiB of memory")
-    pattern = 97  # rows repeat, so that filling them is a copy, with a period that no power of two is a multiple of
-    tensors, options = arguments(pattern, features, Types(BF16, BF16, BF16), affine=False)
-    last = torch.arange(rows - 9, rows)
+    # random first and last rows, and those about 2^29, 2^30 and 2^31 elements; zeros, which cost little to make, in between
+    marks = [0, *(2**power // (4 * features) for power in (29, 30, 31)), rows - 4]
+    chosen = torch.tensor(sorted({row for mark in marks for row in range(max(mark - 3, 0), min(mark + 4, rows))}))
+    tensors, options = arguments(len(chosen), features, Types(BF16, BF16, BF16), affine=False)
+    grads = cotangents(tensors)
 
-    def repeat(x: Tensor) -> Tensor:
-        whole = torch.empty(rows, x.shape[1], dtype=x.dtype)
-        for start in range(0, rows, pattern):
-            whole[start : start + pattern] = x[: rows - start]
+    def scattered(x: Tensor) -> Tensor:
+        whole = torch.zeros(rows, x.shape[1], dtype=x.dtype)
+        whole[chosen] = x
         return whole
 
-    z, c = repeat(tensors["z"]).requires_grad_(backward), repeat(tensors["c"]).requires_grad_(backward)
-    grads = tuple(map(repeat, cotangents(tensors))) if backward else None
-    outputs = fused(z, c, **options)
-    if grads is None:
-        found = dict(zip(("h", "c_out"), outputs, strict=True))
-        wanted = dict(zip(("h", "c_out"), fused(z[last], c[last], **options), strict=True))
-    else:
-        gradients = torch.autograd.grad(outputs, [z, c], grads)
-        found = dict(zip(("h", "c_out", "dz", "dc"), (*outputs, *gradients), strict=True))
-        part = {"z": z.detach()[last], "c": c.detach()[last]}
-        wanted = results(fused, part, (grads[0][last], grads[1][last]), **options)
-    assert_identical({name: value.detach()[last] for name, value in found.items()}, wanted)
-    for name, value in found.items():  # every row equals the one a period before
-        for start in range(pattern, rows, 8 * 1024):
-            end = min(start + 8 * 1024, rows)
-            assert torch.equal(value.detach()[start:end], value.detach()[start - pattern : end - pattern]), name
+    z, c = (scattered(tensors[name]).requires_grad_(backward) for name in ("z", "c"))
+    found = dict(zip(("h", "c_out"), fused(z, c, **options), strict=True))
+    if backward:
+        gradients = torch.autograd.grad(tuple(found.values()), [z, c], tuple(map(scattered, grads)))
+        found.update(zip(("dz", "dc"), gradients, strict=True))
+    wanted = results(fused, tensors, grads, **options)
+    assert_identical({name: value.detach()[chosen] for name, value in found.items()}, {name: wanted[name] for name in found})
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)

@@ -259,26 +259,37 @@ void run(const GatesKernels& kernels, const Case& test) {
   if (test.has_affine) {
     call.weight = weight.data;
     call.bias = bias.data;
-    call.dweight = dweight.data;
-    call.dbias = dbias.data;
   }
-  call.h = {h.data, D};
-  call.c_out = {c_out.data, D};
-  call.dh = {dh.data, D};
-  call.dc = {dc.data, D};
-  call.dz = {dz.data, width};
-  if (given) call.dhidden = {dhidden.data, D};
-  call.dc_in = {dc_in.data, D};
-  if (test.has_z_bias) call.dz_bias = dz_bias.data;
+  // One call is either a forward or a backward: packing differs by whether h is to be written.
+  GatesCall forward = call;
+  forward.h = {h.data, D};
+  forward.c_out = {c_out.data, D};
+  {
+    Scratch packed(kernels.packed_bytes(forward)), scratch(kernels.scratch_bytes(forward));
+    kernels.pack(forward, packed.data);
+    kernels.forward(forward, packed.data, scratch.data, 0, 1);
+    kernels.forward(forward, packed.data, scratch.data, 1, kRows);
+  }
 
-  const int64_t chunks = 2, partial_bytes = kernels.partial_bytes(call);
-  Scratch packed(kernels.packed_bytes(call)), scratch(kernels.scratch_bytes(call)), partials(chunks * partial_bytes);
-  kernels.pack(call, packed.data);
-  kernels.forward(call, packed.data, scratch.data, 0, 1);
-  kernels.forward(call, packed.data, scratch.data, 1, kRows);
-  kernels.backward(call, packed.data, scratch.data, partials.data, 0, 1);
-  kernels.backward(call, packed.data, scratch.data, partials.data + partial_bytes, 1, kRows);
-  kernels.reduce(call, partials.data, chunks, 0, kernels.feature_blocks(call));
+  GatesCall backward = call;
+  backward.dh = {dh.data, D};
+  backward.dc = {dc.data, D};
+  backward.dz = {dz.data, width};
+  if (given) backward.dhidden = {dhidden.data, D};
+  backward.dc_in = {dc_in.data, D};
+  if (test.has_affine) {
+    backward.dweight = dweight.data;
+    backward.dbias = dbias.data;
+  }
+  if (test.has_z_bias) backward.dz_bias = dz_bias.data;
+  {
+    const int64_t chunks = 2, partial_bytes = kernels.partial_bytes(backward);
+    Scratch packed(kernels.packed_bytes(backward)), scratch(kernels.scratch_bytes(backward)), partials(chunks * partial_bytes);
+    kernels.pack(backward, packed.data);
+    kernels.backward(backward, packed.data, scratch.data, partials.data, 0, 1);
+    kernels.backward(backward, packed.data, scratch.data, partials.data + partial_bytes, 1, kRows);
+    kernels.reduce(backward, partials.data, chunks, 0, kernels.feature_blocks(backward));
+  }
 
   Expected wanted;
   wanted.h.resize(kRows * D);
