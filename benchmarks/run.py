@@ -52,11 +52,21 @@ class Bar:
         self.progress = Progress(*columns, console=console, disable=not console.is_terminal, auto_refresh=False, transient=True)
         self.task = self.progress.add_task("", total=sum(self.ticks.values()))
         self.before, self.stage, self.count = 0, "", 0
+        self.seconds: dict[str, float] = {}
+        self.since = time.perf_counter()
 
     def start(self, stage: str, text: str) -> None:
+        self.finish()
         self.before += self.ticks.get(self.stage, 0)
         self.stage, self.count = stage, 0
         self.progress.update(self.task, completed=self.before, description=f"{text:<34}", refresh=True)
+
+    def finish(self) -> None:
+        """Note how long the stage took."""
+        now = time.perf_counter()
+        if self.stage:
+            self.seconds[self.stage] = round(now - self.since, 1)
+        self.since = now
 
     def tick(self) -> None:
         # more repetitions than the fewest must not push the bar beyond the stage
@@ -172,6 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
         if "translation" in subjects:
             row, result = translate(settings, bar, found, LIMIT_SECONDS - AFTER_SECONDS - (time.perf_counter() - started))
             rows.append(row)
+        bar.finish()
     run = {
         "schema": 1,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -181,6 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
         "checks": [asdict(check) for check in found],
         "rows": [{**asdict(row), "figures": [{**asdict(f), "reached": f.reached} for f in row.figures]} for row in rows],
         "translation": result,
+        "stage_seconds": bar.seconds,
         "elapsed_seconds": time.perf_counter() - started,
     }
     report.write_all(run, options.output)

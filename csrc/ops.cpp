@@ -43,8 +43,8 @@ int32_t dtype_code(const Tensor& tensor) {
 }
 
 DType dtype_of(const Tensor& tensor, const char* argument) {
-    static const int32_t float32 = aoti_torch_dtype_float32(), float64 = aoti_torch_dtype_float64(),
-                         bfloat16 = aoti_torch_dtype_bfloat16(), float16 = aoti_torch_dtype_float16();
+    static const int32_t float32 = aoti_torch_dtype_float32(), float64 = aoti_torch_dtype_float64(), bfloat16 = aoti_torch_dtype_bfloat16(),
+                         float16 = aoti_torch_dtype_float16();
     const int32_t code = dtype_code(tensor);
     if (code == float32) return DType::float32;
     if (code == float64) return DType::float64;
@@ -143,7 +143,7 @@ Tensor parameter(const Tensor& tensor, int64_t elements, const char* argument, D
 
 // Working memory: on the stack where it is small, which a call on few features notices (tiny tensors, 2 of 8 us).
 class Scratch {
-public:
+  public:
     explicit Scratch(int64_t bytes) {
         if (bytes <= int64_t(sizeof local_)) return;
         // Pages of its own, and one more: where two threads' scratch lies side by side, the hardware prefetcher of each pulls
@@ -157,15 +157,15 @@ public:
     Scratch& operator=(const Scratch&) = delete;
     void* get() { return heap_ != nullptr ? heap_ : local_; }
 
-private:
+  private:
     void* heap_ = nullptr;
     alignas(64) char local_[4096];
 };
 
 const GatesKernels& kernels() {
     const GatesKernels* chosen = select_gates_kernels();
-    STD_TORCH_CHECK(chosen != nullptr, "DEPTHLSTM_CPU_ISA names an instruction set that this build or CPU does not have: ",
-                    std::getenv("DEPTHLSTM_CPU_ISA"));
+    STD_TORCH_CHECK(chosen != nullptr,
+                    "DEPTHLSTM_CPU_ISA names an instruction set that this build or CPU does not have: ", std::getenv("DEPTHLSTM_CPU_ISA"));
     return *chosen;
 }
 
@@ -233,8 +233,8 @@ struct Inputs {
 };
 
 std::tuple<Tensor, Tensor> gates_forward(const Tensor& z, const OptionalTensor& z_bias, const OptionalTensor& hidden, const Tensor& c,
-                                         const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& seed,
-                                         int64_t norm, int64_t activation, double eps, double dropout_p) {
+                                         const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& seed, int64_t norm,
+                                         int64_t activation, double eps, double dropout_p) {
     Inputs inputs(z, z_bias, hidden, c, weight, bias, seed, norm, activation, eps, dropout_p);
     GatesCall& call = inputs.call;
     const auto sizes = c.sizes();
@@ -259,8 +259,8 @@ std::tuple<Tensor, Tensor> gates_forward(const Tensor& z, const OptionalTensor& 
 // dh or dc may be None for zeros. Gradients that were not asked for, or have no input, come back with no elements.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gates_backward(
     const OptionalTensor& dh, const OptionalTensor& dc, const Tensor& z, const OptionalTensor& z_bias, const OptionalTensor& hidden,
-    const Tensor& c, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& seed, int64_t norm,
-    int64_t activation, double eps, double dropout_p, bool affine_gradient, bool z_bias_gradient) {
+    const Tensor& c, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& seed, int64_t norm, int64_t activation,
+    double eps, double dropout_p, bool affine_gradient, bool z_bias_gradient) {
     Inputs inputs(z, z_bias, hidden, c, weight, bias, seed, norm, activation, eps, dropout_p);
     GatesCall& call = inputs.call;
     std::optional<RowView> dh_rows, dc_rows;

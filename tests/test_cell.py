@@ -185,7 +185,8 @@ def test_subsets_of_gradients(wanted: tuple[str, ...]) -> None:
         torch.autograd.backward(outputs, grads)
     for name, leaf in leaves.items():
         if name in wanted:
-            assert torch.equal(leaf.grad, every[f"d{name}"]), name
+            # not bit for bit: how many gradients are wanted decides how many products there are
+            torch.testing.assert_close(leaf.grad, every[f"d{name}"], rtol=1e-5, atol=1e-6)
         else:
             assert leaf.grad is None, name
 

@@ -5,13 +5,10 @@
 // [block][gate][lane]: rows 2^n bytes apart would fall into the same cache sets, and a block is one stream to prefetch.
 // The lanes beyond D of the last block hold zeros in z, c and the gradients and in gamma, so that they add nothing to sums.
 #include "gates.h"
-#include "simd.h"
+#include "rows.h"
 
 namespace depthlstm::DEPTHLSTM_ISA {
 namespace {
-
-template <class T>
-constexpr int64_t width = int64_t(Vector<T>::size);
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -29,13 +26,6 @@ int64_t packed_bytes(const GatesCall& call) { return row_bytes(call, 3 * gate_co
 int64_t scratch_bytes(const GatesCall& call) { return row_bytes(call, 2 * gate_count(call) + 1) + 1024; }
 // partial: [block][dgamma_0.., dbeta_0.., dz_bias_0..][lane]
 int64_t partial_bytes(const GatesCall& call) { return row_bytes(call, 3 * gate_count(call)); }
-
-template <class T>
-typename Vector<T>::batch_bool_type first_lanes(int64_t count) {
-    alignas(64) T lane[width<T>];
-    for (int64_t i = 0; i < width<T>; ++i) lane[i] = T(i);
-    return Vector<T>::load_aligned(lane) < Vector<T>(T(count));
-}
 
 template <class T>
 Vector<T> read_as(DType dtype, const void* data, int64_t index, int64_t count) {
@@ -116,56 +106,6 @@ __attribute__((noinline)) void dropout_factors(const GatesCall& call, int64_t ro
             for (int w = 0; w < 4; ++w) factor[(first + j) * 4 + w] = words[w][j] >= threshold ? kept : T(0);
         }
     }
-}
-
-template <class M>
-const M* row_of(const ConstRows& rows, int64_t row) {
-    return static_cast<const M*>(rows.data) + row * rows.stride;
-}
-template <class M>
-M* row_of(const Rows& rows, int64_t row) {
-    return static_cast<M*>(rows.data) + row * rows.stride;
-}
-
-// One vector of a row: whole, or its last `count` lanes. Loops over whole blocks must call nothing, a call in them would
-// spill every accumulator; so their bodies are written once over a Part and instantiated for both.
-struct Whole {
-    template <class M>
-    inline __attribute__((always_inline)) auto load(const M* p) const {
-        return Memory<M>::load(p);
-    }
-    template <class M, class V>
-    inline __attribute__((always_inline)) void store(M* p, V v, bool stream) const {
-        if (stream) {
-            Memory<M>::stream(p, v);
-        } else {
-            Memory<M>::store(p, v);
-        }
-    }
-};
-struct Partial {
-    int64_t count;
-    template <class M>
-    auto load(const M* p) const {
-        return load_part(p, count);
-    }
-    template <class M, class V>
-    void store(M* p, V v, bool) const {
-        store_part(p, v, count);
-    }
-};
-
-template <int64_t W, class Body>
-inline __attribute__((always_inline)) void for_blocks(int64_t features, Body body) {
-    int64_t block = 0;
-    for (; (block + 1) * W <= features; ++block) body(Whole{}, block);
-    if (block * W < features) body(Partial{features - block * W}, block);
-}
-
-// Into L1 where a row is short, else into L2.
-template <class M>
-inline __attribute__((always_inline)) void prefetch(const M* p) {
-    __builtin_prefetch(p, 0, sizeof(M) == 2 ? 3 : 2);
 }
 
 template <class T, int K>
@@ -287,7 +227,8 @@ void forward_rows(const GatesCall& call, const void* packed_memory, void* scratc
 }
 
 template <class MZ, class MC, class Act, bool fast>
-void backward_rows(const GatesCall& call, const void* packed_memory, void* scratch, void* partial_memory, int64_t row_begin, int64_t row_end) {
+void backward_rows(const GatesCall& call, const void* packed_memory, void* scratch, void* partial_memory, int64_t row_begin,
+                   int64_t row_end) {
     using T = typename ComputeType<MZ>::type;
     using V = Vector<T>;
     constexpr int64_t W = width<T>;
@@ -473,7 +414,7 @@ void backward(const GatesCall& call, const void* packed, void* scratch, void* pa
 
 #define DEPTHLSTM_STRING(x) #x
 #define DEPTHLSTM_NAME(x) DEPTHLSTM_STRING(x)
-const GatesKernels gates_kernels{DEPTHLSTM_NAME(DEPTHLSTM_ISA), packed_bytes, scratch_bytes, partial_bytes, feature_blocks,
-                                        pack, forward, backward, reduce};
+const GatesKernels gates_kernels{
+    DEPTHLSTM_NAME(DEPTHLSTM_ISA), packed_bytes, scratch_bytes, partial_bytes, feature_blocks, pack, forward, backward, reduce};
 
 }  // namespace depthlstm::DEPTHLSTM_ISA

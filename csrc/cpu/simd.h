@@ -68,7 +68,7 @@ inline __attribute__((always_inline)) uint16_t float_to_float16(float value) {
     const uint32_t magnitude = wide & 0x7fffffffu;
     if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00u);
     if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // rounds past 65504
-    if (magnitude < 0x38800000u) {                                   // subnormal: let the addition of 1/2 round
+    if (magnitude < 0x38800000u) {                                  // subnormal: let the addition of 1/2 round
         float small;
         std::memcpy(&small, &magnitude, 4);
         small += 0.5f;
@@ -291,8 +291,8 @@ struct Group {
     }
 };
 
-#define DEPTHLSTM_EACH(expression)               \
-    Group<V, n> out;                             \
+#define DEPTHLSTM_EACH(expression)                     \
+    Group<V, n> out;                                   \
     for (int i = 0; i < n; ++i) out.v[i] = expression; \
     return out
 

@@ -23,22 +23,22 @@ uint64_t random_state = 1;
 
 // Roughly normal, from a 64-bit linear congruential generator.
 double random_value() {
-  double sum = 0;
-  for (int i = 0; i < 4; ++i) {
-    random_state = random_state * 6364136223846793005ULL + 1442695040888963407ULL;
-    sum += double(random_state >> 11) / double(1ULL << 53) - 0.5;
-  }
-  return 1.7 * sum;
+    double sum = 0;
+    for (int i = 0; i < 4; ++i) {
+        random_state = random_state * 6364136223846793005ULL + 1442695040888963407ULL;
+        sum += double(random_state >> 11) / double(1ULL << 53) - 0.5;
+    }
+    return 1.7 * sum;
 }
 
 size_t size_of(DType type) { return type == DType::float64 ? 8 : type == DType::float32 ? 4 : 2; }
 
 float half_to_float(uint16_t bits) {
-  const int exponent = (bits >> 10) & 31, mantissa = bits & 1023;
-  const float magnitude = exponent == 31  ? (mantissa ? NAN : INFINITY)
-                          : exponent == 0 ? std::ldexp(float(mantissa), -24)
-                                          : std::ldexp(float(mantissa + 1024), exponent - 25);
-  return bits & 0x8000 ? -magnitude : magnitude;
+    const int exponent = (bits >> 10) & 31, mantissa = bits & 1023;
+    const float magnitude = exponent == 31  ? (mantissa ? NAN : INFINITY)
+                            : exponent == 0 ? std::ldexp(float(mantissa), -24)
+                                            : std::ldexp(float(mantissa + 1024), exponent - 25);
+    return bits & 0x8000 ? -magnitude : magnitude;
 }
 
 // Memory between two pages that may not be touched. It ends where the second begins, or starts where the first ends: one element
@@ -46,295 +46,293 @@ float half_to_float(uint16_t bits) {
 bool at_the_end = true;
 
 class Guarded {
- public:
-  Guarded(int64_t bytes, int64_t alignment) {
-    const size_t page = size_t(sysconf(_SC_PAGESIZE));
-    const size_t inside = (size_t(bytes) + page - 1) / page * page;
-    total_ = inside + 2 * page;
-    base_ = static_cast<char*>(mmap(nullptr, total_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    if (base_ == MAP_FAILED || mprotect(base_, page, PROT_NONE) != 0 || mprotect(base_ + page + inside, page, PROT_NONE) != 0) std::abort();
-    const size_t slack = at_the_end ? (inside - size_t(bytes)) / size_t(alignment) * size_t(alignment) : 0;
-    data = base_ + page + slack;
-    std::memset(base_ + page, 0xff, inside);  // NaN in every type
-  }
-  ~Guarded() { munmap(base_, total_); }
-  Guarded(const Guarded&) = delete;
-  Guarded& operator=(const Guarded&) = delete;
+  public:
+    Guarded(int64_t bytes, int64_t alignment) {
+        const size_t page = size_t(sysconf(_SC_PAGESIZE));
+        const size_t inside = (size_t(bytes) + page - 1) / page * page;
+        total_ = inside + 2 * page;
+        base_ = static_cast<char*>(mmap(nullptr, total_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+        if (base_ == MAP_FAILED || mprotect(base_, page, PROT_NONE) != 0 || mprotect(base_ + page + inside, page, PROT_NONE) != 0)
+            std::abort();
+        const size_t slack = at_the_end ? (inside - size_t(bytes)) / size_t(alignment) * size_t(alignment) : 0;
+        data = base_ + page + slack;
+        std::memset(base_ + page, 0xff, inside);  // NaN in every type
+    }
+    ~Guarded() { munmap(base_, total_); }
+    Guarded(const Guarded&) = delete;
+    Guarded& operator=(const Guarded&) = delete;
 
-  char* data;
+    char* data;
 
- private:
-  char* base_;
-  size_t total_;
+  private:
+    char* base_;
+    size_t total_;
 };
 
 struct Buffer : Guarded {
-  DType type;
-  int64_t count;
+    DType type;
+    int64_t count;
 
-  Buffer(DType type, int64_t count) : Guarded(count * int64_t(size_of(type)), int64_t(size_of(type))), type(type), count(count) {}
+    Buffer(DType type, int64_t count) : Guarded(count * int64_t(size_of(type)), int64_t(size_of(type))), type(type), count(count) {}
 
-  double get(int64_t i) const {
-    if (type == DType::float64) return reinterpret_cast<const double*>(data)[i];
-    if (type == DType::float32) return reinterpret_cast<const float*>(data)[i];
-    const uint16_t bits = reinterpret_cast<const uint16_t*>(data)[i];
-    if (type == DType::float16) return half_to_float(bits);
-    const uint32_t wide = uint32_t(bits) << 16;
-    float value;
-    std::memcpy(&value, &wide, 4);
-    return value;
-  }
-  // Values are multiples of 1/32 below 4: exact in every type.
-  void set(int64_t i, double value) {
-    value = std::round(std::fmin(std::fmax(value, -3.5), 3.5) * 32) / 32;
-    if (type == DType::float64) {
-      reinterpret_cast<double*>(data)[i] = value;
-    } else if (type == DType::float32) {
-      reinterpret_cast<float*>(data)[i] = float(value);
-    } else {
-      const float single = float(value);
-      uint32_t wide;
-      std::memcpy(&wide, &single, 4);
-      uint16_t bits = uint16_t(wide >> 16);
-      if (type == DType::float16) {
-        const int exponent = int((wide >> 23) & 255) - 127;
-        bits = single == 0 ? 0 : uint16_t(((wide >> 16) & 0x8000) | ((exponent + 15) << 10) | ((wide >> 13) & 1023));
-      }
-      reinterpret_cast<uint16_t*>(data)[i] = bits;
+    double get(int64_t i) const {
+        if (type == DType::float64) return reinterpret_cast<const double*>(data)[i];
+        if (type == DType::float32) return reinterpret_cast<const float*>(data)[i];
+        const uint16_t bits = reinterpret_cast<const uint16_t*>(data)[i];
+        if (type == DType::float16) return half_to_float(bits);
+        const uint32_t wide = uint32_t(bits) << 16;
+        float value;
+        std::memcpy(&value, &wide, 4);
+        return value;
     }
-  }
-  void randomise() {
-    for (int64_t i = 0; i < count; ++i) set(i, random_value());
-  }
+    // Values are multiples of 1/32 below 4: exact in every type.
+    void set(int64_t i, double value) {
+        value = std::round(std::fmin(std::fmax(value, -3.5), 3.5) * 32) / 32;
+        if (type == DType::float64) {
+            reinterpret_cast<double*>(data)[i] = value;
+        } else if (type == DType::float32) {
+            reinterpret_cast<float*>(data)[i] = float(value);
+        } else {
+            const float single = float(value);
+            uint32_t wide;
+            std::memcpy(&wide, &single, 4);
+            uint16_t bits = uint16_t(wide >> 16);
+            if (type == DType::float16) {
+                const int exponent = int((wide >> 23) & 255) - 127;
+                bits = single == 0 ? 0 : uint16_t(((wide >> 16) & 0x8000) | ((exponent + 15) << 10) | ((wide >> 13) & 1023));
+            }
+            reinterpret_cast<uint16_t*>(data)[i] = bits;
+        }
+    }
+    void randomise() {
+        for (int64_t i = 0; i < count; ++i) set(i, random_value());
+    }
 };
 
 struct Scratch : Guarded {
-  explicit Scratch(int64_t bytes) : Guarded(bytes, 64) {}
+    explicit Scratch(int64_t bytes) : Guarded(bytes, 64) {}
 };
 
 double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
 double activate(Activation kind, double x) {
-  switch (kind) {
-    case Activation::gelu:
-      return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0)));
-    case Activation::gelu_tanh:
-      return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
-    case Activation::relu:
-      return x > 0 ? x : 0;
-    case Activation::tanh:
-      return std::tanh(x);
-    case Activation::silu:
-      return x * sigmoid(x);
-    default:
-      return sigmoid(x);
-  }
+    switch (kind) {
+        case Activation::gelu: return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0)));
+        case Activation::gelu_tanh: return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+        case Activation::relu: return x > 0 ? x : 0;
+        case Activation::tanh: return std::tanh(x);
+        case Activation::silu: return x * sigmoid(x);
+        default: return sigmoid(x);
+    }
 }
 
 double slope(Activation kind, double x) {
-  if (kind == Activation::relu) return x > 0 ? 1 : 0;
-  const double step = 1e-5;  // central difference in double: good to about 1e-10
-  return (activate(kind, x + step) - activate(kind, x - step)) / (2 * step);
+    if (kind == Activation::relu) return x > 0 ? 1 : 0;
+    const double step = 1e-5;  // central difference in double: good to about 1e-10
+    return (activate(kind, x + step) - activate(kind, x - step)) / (2 * step);
 }
 
 struct Case {
-  DType z, c, affine;
-  Norm norm;
-  Activation activation;
-  int64_t features;
-  bool has_affine, has_z_bias;
-  double dropout_p;
+    DType z, c, affine;
+    Norm norm;
+    Activation activation;
+    int64_t features;
+    bool has_affine, has_z_bias;
+    double dropout_p;
 };
 
 struct Expected {
-  std::vector<double> h, c_out, dz, dhidden, dc_in, dweight, dbias, dz_bias;
+    std::vector<double> h, c_out, dz, dhidden, dc_in, dweight, dbias, dz_bias;
 };
 
 int failures = 0;
 int checks = 0;
 
 void compare(const Case& test, const char* name, const Buffer& found, const std::vector<double>& wanted) {
-  double largest = 0;
-  for (double value : wanted) largest = std::fmax(largest, std::fabs(value));
-  // A short type anywhere may stand for shorter arithmetic everywhere: each output is held to the shortest type in the call.
-  double relative = 0;
-  for (DType type : {found.type, test.z, test.c, test.affine}) {
-    relative = std::fmax(relative, type == DType::float64 ? 1e-8 : type == DType::float32 ? 2e-4 : type == DType::float16 ? 4e-3 : 2e-2);
-  }
-  ++checks;
-  for (int64_t i = 0; i < found.count; ++i) {
-    const double value = found.get(i);
-    const bool finite_only = test.dropout_p > 0;  // the mask is the kernel's own: only finiteness is known here
-    if (finite_only ? std::isfinite(value) : std::fabs(value - wanted[i]) <= relative * (1 + largest)) continue;
-    std::printf(
-        "wrong %s[%lld]: found %.9g, wanted %.9g (z type %d, c type %d, norm %d, activation %d, D %lld, affine %d, z_bias %d, dropout "
-        "%g)\n",
-        name, (long long)i, value, wanted[i], int(test.z), int(test.c), int(test.norm), int(test.activation), (long long)test.features,
-        test.has_affine, test.has_z_bias, test.dropout_p);
-    ++failures;
-    return;
-  }
+    double largest = 0;
+    for (double value : wanted) largest = std::fmax(largest, std::fabs(value));
+    // A short type anywhere may stand for shorter arithmetic everywhere: each output is held to the shortest type in the call.
+    double relative = 0;
+    for (DType type : {found.type, test.z, test.c, test.affine}) {
+        relative = std::fmax(relative, type == DType::float64   ? 1e-8
+                                       : type == DType::float32 ? 2e-4
+                                       : type == DType::float16 ? 4e-3
+                                                                : 2e-2);
+    }
+    ++checks;
+    for (int64_t i = 0; i < found.count; ++i) {
+        const double value = found.get(i);
+        const bool finite_only = test.dropout_p > 0;  // the mask is the kernel's own: only finiteness is known here
+        if (finite_only ? std::isfinite(value) : std::fabs(value - wanted[i]) <= relative * (1 + largest)) continue;
+        std::printf(
+            "wrong %s[%lld]: found %.9g, wanted %.9g (z type %d, c type %d, norm %d, activation %d, D %lld, affine %d, z_bias %d, dropout "
+            "%g)\n",
+            name, (long long)i, value, wanted[i], int(test.z), int(test.c), int(test.norm), int(test.activation), (long long)test.features,
+            test.has_affine, test.has_z_bias, test.dropout_p);
+        ++failures;
+        return;
+    }
 }
 
 // Gates of one row, forward and backward, in double.
 void expect_row(const Case& test, int64_t gates, int64_t row, const Buffer& z, const Buffer& z_bias, const Buffer& hidden, const Buffer& c,
                 const Buffer& weight, const Buffer& bias, const Buffer& dh, const Buffer& dc, double eps, Expected& out) {
-  const int64_t D = test.features, width = gates * D;
-  std::vector<double> n(width), a(width), r(gates, 1.0), da(width), u(width);
-  const int64_t span = test.norm == Norm::joint ? width : D;
-  for (int64_t i = 0; i < width; ++i) n[i] = z.get(row * width + i) + (test.has_z_bias ? z_bias.get(i) : 0);
-  if (test.norm != Norm::none) {
+    const int64_t D = test.features, width = gates * D;
+    std::vector<double> n(width), a(width), r(gates, 1.0), da(width), u(width);
+    const int64_t span = test.norm == Norm::joint ? width : D;
+    for (int64_t i = 0; i < width; ++i) n[i] = z.get(row * width + i) + (test.has_z_bias ? z_bias.get(i) : 0);
+    if (test.norm != Norm::none) {
+        for (int64_t start = 0; start < width; start += span) {
+            double mean = 0, variance = 0;
+            for (int64_t i = start; i < start + span; ++i) mean += n[i] / span;
+            for (int64_t i = start; i < start + span; ++i) variance += (n[i] - mean) * (n[i] - mean) / span;
+            const double scale = 1 / std::sqrt(variance + eps);
+            for (int64_t i = start; i < start + span; ++i) n[i] = (n[i] - mean) * scale;
+            for (int64_t gate = start / D; gate < (start + span) / D; ++gate) r[gate] = scale;
+        }
+    }
+    for (int64_t i = 0; i < width; ++i) a[i] = test.has_affine ? weight.get(i) * n[i] + bias.get(i) : n[i];
+    for (int64_t d = 0; d < D; ++d) {
+        const int64_t at = row * D + d;
+        const double i = sigmoid(a[d]), f = sigmoid(a[D + d]), o = sigmoid(a[2 * D + d]);
+        const bool given = test.activation == Activation::given;
+        const double g = given ? hidden.get(at) : activate(test.activation, a[3 * D + d]);
+        const double before = c.get(at), after = f * before + i * g;
+        out.c_out[at] = after;
+        out.h[at] = o * after;
+        const double t = dc.get(at) + dh.get(at) * o;
+        da[d] = t * g * i * (1 - i);
+        da[D + d] = t * before * f * (1 - f);
+        da[2 * D + d] = dh.get(at) * after * o * (1 - o);
+        if (given) {
+            out.dhidden[at] = t * i;
+        } else {
+            da[3 * D + d] = t * i * slope(test.activation, a[3 * D + d]);
+        }
+        out.dc_in[at] = t * f;
+    }
+    for (int64_t i = 0; i < width; ++i) {
+        out.dweight[i] += da[i] * n[i];
+        out.dbias[i] += da[i];
+        u[i] = test.has_affine ? weight.get(i) * da[i] : da[i];
+    }
     for (int64_t start = 0; start < width; start += span) {
-      double mean = 0, variance = 0;
-      for (int64_t i = start; i < start + span; ++i) mean += n[i] / span;
-      for (int64_t i = start; i < start + span; ++i) variance += (n[i] - mean) * (n[i] - mean) / span;
-      const double scale = 1 / std::sqrt(variance + eps);
-      for (int64_t i = start; i < start + span; ++i) n[i] = (n[i] - mean) * scale;
-      for (int64_t gate = start / D; gate < (start + span) / D; ++gate) r[gate] = scale;
+        double mean_u = 0, mean_un = 0;
+        for (int64_t i = start; i < start + span; ++i) {
+            mean_u += u[i] / span;
+            mean_un += u[i] * n[i] / span;
+        }
+        for (int64_t i = start; i < start + span; ++i) {
+            const double dz = test.norm == Norm::none ? u[i] : r[i / D] * (u[i] - mean_u - n[i] * mean_un);
+            out.dz[row * width + i] = dz;
+            out.dz_bias[i] += dz;
+        }
     }
-  }
-  for (int64_t i = 0; i < width; ++i) a[i] = test.has_affine ? weight.get(i) * n[i] + bias.get(i) : n[i];
-  for (int64_t d = 0; d < D; ++d) {
-    const int64_t at = row * D + d;
-    const double i = sigmoid(a[d]), f = sigmoid(a[D + d]), o = sigmoid(a[2 * D + d]);
-    const bool given = test.activation == Activation::given;
-    const double g = given ? hidden.get(at) : activate(test.activation, a[3 * D + d]);
-    const double before = c.get(at), after = f * before + i * g;
-    out.c_out[at] = after;
-    out.h[at] = o * after;
-    const double t = dc.get(at) + dh.get(at) * o;
-    da[d] = t * g * i * (1 - i);
-    da[D + d] = t * before * f * (1 - f);
-    da[2 * D + d] = dh.get(at) * after * o * (1 - o);
-    if (given) {
-      out.dhidden[at] = t * i;
-    } else {
-      da[3 * D + d] = t * i * slope(test.activation, a[3 * D + d]);
-    }
-    out.dc_in[at] = t * f;
-  }
-  for (int64_t i = 0; i < width; ++i) {
-    out.dweight[i] += da[i] * n[i];
-    out.dbias[i] += da[i];
-    u[i] = test.has_affine ? weight.get(i) * da[i] : da[i];
-  }
-  for (int64_t start = 0; start < width; start += span) {
-    double mean_u = 0, mean_un = 0;
-    for (int64_t i = start; i < start + span; ++i) {
-      mean_u += u[i] / span;
-      mean_un += u[i] * n[i] / span;
-    }
-    for (int64_t i = start; i < start + span; ++i) {
-      const double dz = test.norm == Norm::none ? u[i] : r[i / D] * (u[i] - mean_u - n[i] * mean_un);
-      out.dz[row * width + i] = dz;
-      out.dz_bias[i] += dz;
-    }
-  }
 }
 
 void run(const GatesKernels& kernels, const Case& test) {
-  const bool given = test.activation == Activation::given;
-  const int64_t D = test.features, gates = given ? 3 : 4, width = gates * D;
-  Buffer z(test.z, kRows * width), hidden(test.z, kRows * D), c(test.c, kRows * D), z_bias(test.affine, width);
-  Buffer weight(test.affine, width), bias(test.affine, width), dh(test.z, kRows * D), dc(test.c, kRows * D);
-  for (Buffer* input : {&z, &hidden, &c, &z_bias, &weight, &bias, &dh, &dc}) input->randomise();
-  Buffer h(test.z, kRows * D), c_out(test.c, kRows * D), dz(test.z, kRows * width), dhidden(test.z, kRows * D), dc_in(test.c, kRows * D);
-  Buffer dweight(test.affine, width), dbias(test.affine, width), dz_bias(test.affine, width);
+    const bool given = test.activation == Activation::given;
+    const int64_t D = test.features, gates = given ? 3 : 4, width = gates * D;
+    Buffer z(test.z, kRows * width), hidden(test.z, kRows * D), c(test.c, kRows * D), z_bias(test.affine, width);
+    Buffer weight(test.affine, width), bias(test.affine, width), dh(test.z, kRows * D), dc(test.c, kRows * D);
+    for (Buffer* input : {&z, &hidden, &c, &z_bias, &weight, &bias, &dh, &dc}) input->randomise();
+    Buffer h(test.z, kRows * D), c_out(test.c, kRows * D), dz(test.z, kRows * width), dhidden(test.z, kRows * D), dc_in(test.c, kRows * D);
+    Buffer dweight(test.affine, width), dbias(test.affine, width), dz_bias(test.affine, width);
 
-  GatesCall call;
-  call.rows = kRows;
-  call.features = D;
-  call.z_dtype = test.z;
-  call.c_dtype = test.c;
-  call.affine_dtype = call.z_bias_dtype = test.affine;
-  call.norm = test.norm;
-  call.activation = test.activation;
-  call.eps = 1e-3;  // large enough for a comparison at D = 1 and 2, where the variance may vanish
-  call.dropout_p = test.dropout_p;
-  call.seed = 1234;
-  call.z = {z.data, width};
-  call.c = {c.data, D};
-  if (given) call.hidden = {hidden.data, D};
-  if (test.has_z_bias) call.z_bias = z_bias.data;
-  if (test.has_affine) {
-    call.weight = weight.data;
-    call.bias = bias.data;
-  }
-  // One call is either a forward or a backward: packing differs by whether h is to be written.
-  GatesCall forward = call;
-  forward.h = {h.data, D};
-  forward.c_out = {c_out.data, D};
-  {
-    Scratch packed(kernels.packed_bytes(forward)), scratch(kernels.scratch_bytes(forward));
-    kernels.pack(forward, packed.data);
-    kernels.forward(forward, packed.data, scratch.data, 0, 1);
-    kernels.forward(forward, packed.data, scratch.data, 1, kRows);
-  }
+    GatesCall call;
+    call.rows = kRows;
+    call.features = D;
+    call.z_dtype = test.z;
+    call.c_dtype = test.c;
+    call.affine_dtype = call.z_bias_dtype = test.affine;
+    call.norm = test.norm;
+    call.activation = test.activation;
+    call.eps = 1e-3;  // large enough for a comparison at D = 1 and 2, where the variance may vanish
+    call.dropout_p = test.dropout_p;
+    call.seed = 1234;
+    call.z = {z.data, width};
+    call.c = {c.data, D};
+    if (given) call.hidden = {hidden.data, D};
+    if (test.has_z_bias) call.z_bias = z_bias.data;
+    if (test.has_affine) {
+        call.weight = weight.data;
+        call.bias = bias.data;
+    }
+    // One call is either a forward or a backward: packing differs by whether h is to be written.
+    GatesCall forward = call;
+    forward.h = {h.data, D};
+    forward.c_out = {c_out.data, D};
+    {
+        Scratch packed(kernels.packed_bytes(forward)), scratch(kernels.scratch_bytes(forward));
+        kernels.pack(forward, packed.data);
+        kernels.forward(forward, packed.data, scratch.data, 0, 1);
+        kernels.forward(forward, packed.data, scratch.data, 1, kRows);
+    }
 
-  GatesCall backward = call;
-  backward.dh = {dh.data, D};
-  backward.dc = {dc.data, D};
-  backward.dz = {dz.data, width};
-  if (given) backward.dhidden = {dhidden.data, D};
-  backward.dc_in = {dc_in.data, D};
-  if (test.has_affine) {
-    backward.dweight = dweight.data;
-    backward.dbias = dbias.data;
-  }
-  if (test.has_z_bias) backward.dz_bias = dz_bias.data;
-  {
-    const int64_t chunks = 2, partial_bytes = kernels.partial_bytes(backward);
-    Scratch packed(kernels.packed_bytes(backward)), scratch(kernels.scratch_bytes(backward)), partials(chunks * partial_bytes);
-    kernels.pack(backward, packed.data);
-    kernels.backward(backward, packed.data, scratch.data, partials.data, 0, 1);
-    kernels.backward(backward, packed.data, scratch.data, partials.data + partial_bytes, 1, kRows);
-    kernels.reduce(backward, partials.data, chunks, 0, kernels.feature_blocks(backward));
-  }
+    GatesCall backward = call;
+    backward.dh = {dh.data, D};
+    backward.dc = {dc.data, D};
+    backward.dz = {dz.data, width};
+    if (given) backward.dhidden = {dhidden.data, D};
+    backward.dc_in = {dc_in.data, D};
+    if (test.has_affine) {
+        backward.dweight = dweight.data;
+        backward.dbias = dbias.data;
+    }
+    if (test.has_z_bias) backward.dz_bias = dz_bias.data;
+    {
+        const int64_t chunks = 2, partial_bytes = kernels.partial_bytes(backward);
+        Scratch packed(kernels.packed_bytes(backward)), scratch(kernels.scratch_bytes(backward)), partials(chunks * partial_bytes);
+        kernels.pack(backward, packed.data);
+        kernels.backward(backward, packed.data, scratch.data, partials.data, 0, 1);
+        kernels.backward(backward, packed.data, scratch.data, partials.data + partial_bytes, 1, kRows);
+        kernels.reduce(backward, partials.data, chunks, 0, kernels.feature_blocks(backward));
+    }
 
-  Expected wanted;
-  wanted.h.resize(kRows * D);
-  wanted.c_out = wanted.dhidden = wanted.dc_in = wanted.h;
-  wanted.dz.resize(kRows * width);
-  wanted.dweight.resize(width);
-  wanted.dbias = wanted.dz_bias = wanted.dweight;
-  for (int64_t row = 0; row < kRows; ++row) expect_row(test, gates, row, z, z_bias, hidden, c, weight, bias, dh, dc, call.eps, wanted);
-  compare(test, "h", h, wanted.h);
-  compare(test, "c", c_out, wanted.c_out);
-  compare(test, "dz", dz, wanted.dz);
-  if (given) compare(test, "dhidden", dhidden, wanted.dhidden);
-  compare(test, "dc", dc_in, wanted.dc_in);
-  if (test.has_affine) compare(test, "dweight", dweight, wanted.dweight);
-  if (test.has_affine) compare(test, "dbias", dbias, wanted.dbias);
-  if (test.has_z_bias) compare(test, "dz_bias", dz_bias, wanted.dz_bias);
+    Expected wanted;
+    wanted.h.resize(kRows * D);
+    wanted.c_out = wanted.dhidden = wanted.dc_in = wanted.h;
+    wanted.dz.resize(kRows * width);
+    wanted.dweight.resize(width);
+    wanted.dbias = wanted.dz_bias = wanted.dweight;
+    for (int64_t row = 0; row < kRows; ++row) expect_row(test, gates, row, z, z_bias, hidden, c, weight, bias, dh, dc, call.eps, wanted);
+    compare(test, "h", h, wanted.h);
+    compare(test, "c", c_out, wanted.c_out);
+    compare(test, "dz", dz, wanted.dz);
+    if (given) compare(test, "dhidden", dhidden, wanted.dhidden);
+    compare(test, "dc", dc_in, wanted.dc_in);
+    if (test.has_affine) compare(test, "dweight", dweight, wanted.dweight);
+    if (test.has_affine) compare(test, "dbias", dbias, wanted.dbias);
+    if (test.has_z_bias) compare(test, "dz_bias", dz_bias, wanted.dz_bias);
 }
 
 }  // namespace
 
 int main() {
-  const GatesKernels* kernels = select_gates_kernels();
-  if (kernels == nullptr) {
-    std::printf("smoke: DEPTHLSTM_CPU_ISA names an instruction set that this CPU lacks\n");
-    return 1;
-  }
-  const DType types[][3] = {{DType::float32, DType::float32, DType::float32},    {DType::float64, DType::float64, DType::float64},
-                            {DType::bfloat16, DType::bfloat16, DType::float32},  {DType::float16, DType::float16, DType::float32},
-                            {DType::bfloat16, DType::float32, DType::float32},   {DType::float16, DType::float32, DType::float32},
-                            {DType::bfloat16, DType::bfloat16, DType::bfloat16}, {DType::float16, DType::float16, DType::float16}};
-  for (const auto& type : types) {
-    for (int norm = 0; norm < 3; ++norm) {
-      for (int activation = 0; activation < 7; ++activation) {
-        for (int64_t features : {1, 2, 3, 7, 15, 16, 17, 31, 33, 64, 65, 130}) {
-          // Which options go together varies with the size, so that all pairs occur without running the whole product.
-          const bool affine = norm != 2 && features % 3 != 0;
-          const bool z_bias = (features + activation) % 2 == 0;
-          at_the_end = (features + activation + norm) % 4 != 0;
-          run(*kernels, {type[0], type[1], type[2], Norm(norm), Activation(activation), features, affine, z_bias, 0.0});
-          if (features % 16 == 1)
-            run(*kernels, {type[0], type[1], type[2], Norm(norm), Activation(activation), features, affine, z_bias, 0.3});
-        }
-      }
+    const GatesKernels* kernels = select_gates_kernels();
+    if (kernels == nullptr) {
+        std::printf("smoke: DEPTHLSTM_CPU_ISA names an instruction set that this CPU lacks\n");
+        return 1;
     }
-  }
-  std::printf("smoke: %s, %d outputs compared, %d wrong\n", kernels->isa, checks, failures);
-  return failures == 0 ? 0 : 1;
+    const DType types[][3] = {{DType::float32, DType::float32, DType::float32},    {DType::float64, DType::float64, DType::float64},
+                              {DType::bfloat16, DType::bfloat16, DType::float32},  {DType::float16, DType::float16, DType::float32},
+                              {DType::bfloat16, DType::float32, DType::float32},   {DType::float16, DType::float32, DType::float32},
+                              {DType::bfloat16, DType::bfloat16, DType::bfloat16}, {DType::float16, DType::float16, DType::float16}};
+    for (const auto& type : types) {
+        for (int norm = 0; norm < 3; ++norm) {
+            for (int activation = 0; activation < 7; ++activation) {
+                for (int64_t features : {1, 2, 3, 7, 15, 16, 17, 31, 33, 64, 65, 130}) {
+                    // Which options go together varies with the size, so that all pairs occur without running the whole product.
+                    const bool affine = norm != 2 && features % 3 != 0;
+                    const bool z_bias = (features + activation) % 2 == 0;
+                    at_the_end = (features + activation + norm) % 4 != 0;
+                    run(*kernels, {type[0], type[1], type[2], Norm(norm), Activation(activation), features, affine, z_bias, 0.0});
+                    if (features % 16 == 1)
+                        run(*kernels, {type[0], type[1], type[2], Norm(norm), Activation(activation), features, affine, z_bias, 0.3});
+                }
+            }
+        }
+    }
+    std::printf("smoke: %s, %d outputs compared, %d wrong\n", kernels->isa, checks, failures);
+    return failures == 0 ? 0 : 1;
 }
