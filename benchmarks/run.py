@@ -134,9 +134,9 @@ def translate(settings: Settings, bar: Bar, found: list[checks.Check], left_seco
 def show(run: dict[str, Any], folder: Path) -> None:
     """Checks, table, footnotes and translations on stdout."""
     console = Console(highlight=False)
-    if console.width < 118:
+    if console.width < 120:
         # a narrower table would cut numbers; a line that the terminal wraps can still be read
-        console = Console(highlight=False, width=118)
+        console = Console(highlight=False, width=120)
     console.print(report.machine_text(run), markup=False, soft_wrap=True)
     console.print(report.terminal_table(run))
     if any(row["against"] == layer.RESIDUAL for row in run["rows"]):
