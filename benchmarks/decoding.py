@@ -37,7 +37,7 @@ def measure(settings: Settings, compiled: Compiled, tick: Callable[[], None]) ->
     models = build()
     for batch in BATCHES:
         source = torch.randint(3, VOCABULARY, (batch, SOURCE_LENGTH))
-        for name, model in models.items():
+        for name, model in models.items():  # the warm-up, too
             length = model.generate(source, max_length=TOKENS).shape[1]
             if length != TOKENS:
                 raise RuntimeError(f"the {name} model stopped after {length} of {TOKENS} tokens")
@@ -45,7 +45,7 @@ def measure(settings: Settings, compiled: Compiled, tick: Callable[[], None]) ->
             name: lambda m=model, s=source: m.generate(s, max_length=TOKENS)  # type: ignore[misc]
             for name, model in models.items()
         }
-        samples = interleave(runs, seconds=2.5 * settings.seconds, minimum=settings.minimum, on_repetition=tick)
+        samples = interleave(runs, seconds=2.5 * settings.seconds, minimum=settings.minimum, warmups=0, on_repetition=tick)
         speeds = {name: spread([batch * TOKENS / time for time in times]) for name, times in samples.items()}
         for name in ("fused", "folded"):
             size = f"d={FEATURES} {LAYERS}+{LAYERS} layers"

@@ -109,7 +109,7 @@ def measure(settings: Settings, compiled: Compiled, tick: Callable[[], None]) ->
         row = Row("gates", "gates forward", name_of(dtype), size, "ms", against=f"copy of {FORWARD_ELEMENTS}D", missing=missing)
         row.note = f"{moved_bytes(ROWS, FEATURES, dtype, FORWARD_ELEMENTS) / 1e6:.1f} MB moved"
         with torch.no_grad():
-            yield timed_row(row, runs, [*speedups, Target("against", "share", SHARE_OF_COPY[dtype])], settings, 2.0, tick)
+            yield timed_row(row, runs, [*speedups, Target("against", "share", SHARE_OF_COPY[dtype])], settings, 1.2, tick)
 
         runs = {"eager": lambda v=leaves, g=cotangents: forward_and_backward(reference_gates, v, g)}  # type: ignore[misc]
         if train is not None:
@@ -119,4 +119,4 @@ def measure(settings: Settings, compiled: Compiled, tick: Callable[[], None]) ->
         elements = FORWARD_ELEMENTS + BACKWARD_ELEMENTS
         row = Row("gates", "gates forward + backward", name_of(dtype), size, "ms", against=f"copy of {elements}D", missing=missing)
         row.note = f"{moved_bytes(ROWS, FEATURES, dtype, elements) / 1e6:.1f} MB moved"
-        yield timed_row(row, runs, [*speedups, Target("against", "share")], settings, 3.0, tick)
+        yield timed_row(row, runs, [*speedups, Target("against", "share")], settings, 2.0, tick)

@@ -47,7 +47,7 @@ def _bar(axes: Any, y: float, figure: dict[str, Any], scale: float, colour: str,
     value = scale * figure["value"]
     axes.barh(y, value, BAR, color=colour)
     axes.plot([scale * figure["p10"], scale * figure["p90"]], [y, y], color=INK, linewidth=1)
-    end = max(value, scale * figure["p90"])
+    end = max(value, scale * figure["p90"], scale * (figure["target"] or 0))
     axes.annotate(text, (end, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9, color=INK)
     if figure["target"] is not None:
         axes.plot([scale * figure["target"]] * 2, [y - BAR / 2, y + BAR / 2], color=INK, linewidth=2, linestyle=(0, (1.2, 0.8)))
