@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import depthlstm_fast as dl
 from benchmarks.compiled import Compiled
@@ -20,7 +22,13 @@ def build(
     features: int = FEATURES, layers: int = LAYERS, vocabulary: int = VOCABULARY, dtype: torch.dtype = torch.float32
 ) -> dict[str, dl.reference.DepthLSTMTransformer]:
     """The reference model, the fused one and the fused one with folded output projections; random weights, the same in all."""
-    sizes = {"d_model": features, "nhead": HEADS, "num_encoder_layers": layers, "num_decoder_layers": layers, "dtype": dtype}
+    sizes: dict[str, Any] = {
+        "d_model": features,
+        "nhead": HEADS,
+        "num_encoder_layers": layers,
+        "num_decoder_layers": layers,
+        "dtype": dtype,
+    }
     eager = dl.reference.DepthLSTMTransformer(vocabulary, vocabulary, **sizes).eval()
     with torch.no_grad():
         # its logit is then 0, which is never the largest of thousands: every sentence takes all the tokens
@@ -32,17 +40,23 @@ def build(
     return {"eager": eager, "fused": fused, "folded": folded}
 
 
+def greedy(model: dl.reference.DepthLSTMTransformer, source: Tensor, length: int) -> Tensor:
+    """Tokens (batch, length) for source (batch, S)."""
+    tokens = model.generate(source, max_length=length)
+    return tokens if isinstance(tokens, Tensor) else tokens[0]
+
+
 def measure(settings: Settings, compiled: Compiled, tick: Callable[[], None]) -> Iterator[Row]:
     """Two rows for each batch size: fused, and fused with folded output projections."""
     models = build()
     for batch in BATCHES:
         source = torch.randint(3, VOCABULARY, (batch, SOURCE_LENGTH))
         for name, model in models.items():  # the warm-up, too
-            length = model.generate(source, max_length=TOKENS).shape[1]
+            length = greedy(model, source, TOKENS).shape[1]
             if length != TOKENS:
                 raise RuntimeError(f"the {name} model stopped after {length} of {TOKENS} tokens")
         runs: dict[str, Callable[[], object]] = {
-            name: lambda m=model, s=source: m.generate(s, max_length=TOKENS)  # type: ignore[misc]
+            name: lambda m=model, s=source: greedy(m, s, TOKENS)  # type: ignore[misc]
             for name, model in models.items()
         }
         samples = interleave(runs, seconds=2.5 * settings.seconds, minimum=settings.minimum, warmups=0, on_repetition=tick)

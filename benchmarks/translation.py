@@ -20,7 +20,7 @@ def run(limit_seconds: float, steps: int | None, progress: bool) -> dict[str, An
     """
     sys.path.insert(0, str(FOLDER))
     try:
-        from compare import run_comparison
+        from compare import run_comparison  # type: ignore[import-not-found]
     finally:
         sys.path.remove(str(FOLDER))
     return run_comparison(steps, backend="cpp", examples=3, progress=progress, limit_seconds=limit_seconds)

@@ -143,7 +143,7 @@ Tensor parameter(const Tensor& tensor, int64_t elements, const char* argument, D
 
 // Working memory: on the stack where it is small, which a call on few features notices (tiny tensors, 2 of 8 us).
 class Scratch {
-  public:
+public:
     explicit Scratch(int64_t bytes) {
         if (bytes <= int64_t(sizeof local_)) return;
         // Pages of its own, and one more: where two threads' scratch lies side by side, the hardware prefetcher of each pulls
@@ -157,7 +157,7 @@ class Scratch {
     Scratch& operator=(const Scratch&) = delete;
     void* get() { return heap_ != nullptr ? heap_ : local_; }
 
-  private:
+private:
     void* heap_ = nullptr;
     alignas(64) char local_[4096];
 };

@@ -103,7 +103,8 @@ def choose(requested: str | None, tensor: Tensor) -> str:
             if not torch.compiler.is_exporting():
                 _report_fallback(limit)
         else:
-            checks.check_name("backend", name, BACKENDS)
+            # set_backend lets no unknown name in, so an unknown default is the environment's
+            checks.check_name("DEPTHLSTM_BACKEND" if requested is None else "backend", name, BACKENDS)
             raise ValueError(f"backend={name!r} cannot run this call: {limit}")
     _last = name
     return name

@@ -27,16 +27,19 @@ _SECOND_DERIVATIVE = (
 
 
 def once_differentiable(backward: Callable[..., Grads]) -> Callable[..., Grads]:
-    """torch's decorator of this name, with an error that says what to do instead."""
+    """torch's decorator of this name for ``backward(ctx, saved_tensors, *grads)``, with an error that says what to do instead."""
 
     def wrapper(ctx: Any, *grads: Tensor | None) -> Grads:
+        saved = ctx.saved_tensors
         with torch.no_grad():
-            outputs = backward(ctx, *grads)
+            outputs = backward(ctx, saved, *grads)
         if not torch.is_grad_enabled():
             return outputs
         present = [output for output in outputs if output is not None]
-        error = torch._C._functions.DelayedError(_SECOND_DERIVATIVE.encode(), len(present))
-        marked = iter(error(*[output.detach().requires_grad_() for output in present]))
+        # the error hangs on what the gradients depend on: torch.autograd.grad runs only what leads to its inputs
+        sources = [tensor for tensor in (*grads, *saved) if tensor is not None and tensor.requires_grad]
+        error = torch._C._functions.DelayedError(_SECOND_DERIVATIVE.encode(), len(present) + len(sources))
+        marked = iter(error(*[output.detach().requires_grad_() for output in present], *sources))
         return tuple(None if output is None else next(marked) for output in outputs)
 
     return wrapper
@@ -63,11 +66,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, dh: Tensor | None, dc: Tensor | None) -> Grads:
+def _gradients(ctx: Any, saved: tuple[Tensor | None, ...], dh: Tensor | None, dc: Tensor | None) -> Grads:
     """Gradients of (z, z_bias, hidden, c, weight, bias), from the tensors that ``_save`` kept."""
     if dh is None and dc is None:
         return (None,) * 6
-    z, z_bias, hidden, c, weight, bias, seed = ctx.saved_tensors
+    z, z_bias, hidden, c, weight, bias, seed = saved
     needs = ctx.needs_input_grad
     affine, z_bias_gradient = (needs[4] or needs[5]) and weight is not None, needs[1] and z_bias is not None
     dz, dhidden, dc_in, dweight, dbias, dz_bias = gates_backward(
@@ -94,8 +97,8 @@ class GatesFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dh: Tensor | None, dc: Tensor | None) -> Grads:
-        return (*_gradients(ctx, dh, dc), None, None, None, None, None)
+    def backward(ctx: Any, saved: tuple[Tensor | None, ...], dh: Tensor | None, dc: Tensor | None) -> Grads:
+        return (*_gradients(ctx, saved, dh, dc), None, None, None, None, None)
 
 
 class CellFunction(torch.autograd.Function):
@@ -118,8 +121,8 @@ class CellFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dh: Tensor | None, dc: Tensor | None) -> Grads:
-        z, b, hidden, c, weight, bias, seed, w, *slices = ctx.saved_tensors
+    def backward(ctx: Any, saved: tuple[Any, ...], dh: Tensor | None, dc: Tensor | None) -> Grads:
+        z, b, hidden, c, weight, bias, seed, w, *slices = saved
         if dh is None and dc is None:
             return (None,) * (11 + len(slices))
         needs = ctx.needs_input_grad
@@ -185,7 +188,7 @@ def _register() -> tuple[Callable[..., Any], Callable[..., Any]]:
     torch.library.register_fake("depthlstm_fast::gates_backward", _backward_fake)
     torch.library.register_autograd(
         name,
-        lambda ctx, dh, dc: (*_gradients(ctx, dh, dc), None, None, None, None, None),
+        lambda ctx, dh, dc: (*_gradients(ctx, ctx.saved_tensors, dh, dc), None, None, None, None, None),
         setup_context=lambda ctx, inputs, output: _save(ctx, inputs),
     )
     return torch.ops.depthlstm_fast.gates_forward.default, torch.ops.depthlstm_fast.gates_backward.default

@@ -10,7 +10,6 @@ import pytest
 import torch
 from helpers import BF16, CALLS, F16, F32, F64, HAS_CPP, MAIN_TYPES, Types, arguments, cotangents, fused, fused_cell, needs_cpp, normal
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import depthlstm_fast as dl
@@ -119,9 +118,9 @@ def step(module: Any, model: nn.Module, z: Tensor, c: Tensor, grads: tuple[Tenso
     return [*outputs, *torch.autograd.grad(outputs, [z, c, *model.parameters()], grads)]
 
 
-def compiled_equals_eager(kind: type[nn.Module], backend: Any, rows: list[int], **options: Any) -> None:
+def compiled_equals_eager(kind: type[nn.Module], compiler: Any, rows: list[int], **options: Any) -> None:
     model = kind(16, **options)
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=compiler)
     for number in rows:
         z, c = normal(number, (4 if kind is Gates else 2) * 16, dtype=F32), normal(number, 16, dtype=F32)
         grads = (normal(number, 16, dtype=F32), normal(number, 16, dtype=F32))
@@ -137,9 +136,9 @@ def compiled_equals_eager(kind: type[nn.Module], backend: Any, rows: list[int], 
 @pytest.mark.parametrize("kind", [Gates, Cell])
 @pytest.mark.parametrize("options", [{}, {"norm": "joint", "activation": "silu"}, {"backend": "cpp"}], ids=str)
 def test_compiled_once_for_any_number_of_rows(kind: type[nn.Module], options: dict[str, Any]) -> None:
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled_equals_eager(kind, counter, [5, 2, 3, 4, 7, 17, 33, 64, 100, 101], **options)
-    assert counter.frame_count == 1
+    torch._dynamo.utils.counters.clear()
+    compiled_equals_eager(kind, "aot_eager", [5, 2, 3, 4, 7, 17, 33, 64, 100, 101], **options)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("kind", [Gates, Cell])
@@ -226,7 +225,7 @@ def test_gradients_may_be_kept_in_the_graph() -> None:
 
 
 def test_functorch_takes_the_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("depthlstm_fast.backends._strict", False)
+    monkeypatch.setattr(sys.modules["depthlstm_fast.backends"], "_strict", False)
     tensors, options = arguments((4, 5), 8, MAIN_TYPES[1])
     z, c, weight, bias = tensors.values()
 
@@ -251,7 +250,6 @@ BAD = {
     "z of other rows": (0, torch.randn(4, 32)),
     "z without dimensions": (0, torch.tensor(1.0)),
     "z of integers": (0, torch.ones(3, 32, dtype=torch.int64)),
-    "z on another device": (0, torch.randn(3, 32, device="meta")),
     "z_bias too short": (1, torch.randn(31)),
     "z_bias of another type": (1, torch.randn(32, dtype=F64)),
     "hidden of other rows": (2, torch.randn(2, 8)),

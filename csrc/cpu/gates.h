@@ -59,6 +59,7 @@ struct GatesKernels {
     int64_t (*scratch_bytes)(const GatesCall&);
     int64_t (*partial_bytes)(const GatesCall&);
     int64_t (*feature_blocks)(const GatesCall&);
+    // for the forward pass where h.data is set, else for the backward pass: the two differ in their scale
     void (*pack)(const GatesCall&, void* packed);
     void (*forward)(const GatesCall&, const void* packed, void* scratch, int64_t row_begin, int64_t row_end);
     // partial may be null where no parameter gradient is wanted

@@ -69,7 +69,7 @@ void pack_as(const GatesCall& call, T* packed) {
             } else {
                 gamma = xsimd::select(first_lanes<T>(count), Vector<T>(T(1)), gamma);
             }
-            if (k < 3 && call.h.data != nullptr) {  // forward: see sigmoid_of_scaled
+            if (k < 3 && call.h.data != nullptr) {  // forward: see sigmoid_of_scaled in gate_math.h
                 gamma *= Vector<T>(T(minus_log2_e));
                 beta *= Vector<T>(T(minus_log2_e));
             }
@@ -89,20 +89,21 @@ void pack(const GatesCall& call, void* packed) {
     }
 }
 
-// factor[d] = 1 / (1 - p) where feature d of the row is kept, else 0
+// factor[d] = 1 / (1 - p) where feature d of the row is kept, else 0; filled to the end of the last block, where 0 * NaN would be NaN
 template <class T>
 __attribute__((noinline)) void dropout_factors(const GatesCall& call, int64_t row, T* factor) {
     const uint32_t threshold = uint32_t(call.dropout_p * 4294967296.0);
     const T kept = T(1 / (1 - call.dropout_p));
+    const int64_t padded = round_up(call.features, width<T>);
     constexpr int group = 16;  // philox blocks side by side: the compiler makes vectors of them
-    for (int64_t first = 0; first * 4 < call.features; first += group) {
+    for (int64_t first = 0; first * 4 < padded; first += group) {
         uint32_t words[4][group];
         for (int j = 0; j < group; ++j) {
             uint32_t out[4];
             philox(call.seed, uint64_t(row), uint32_t(first + j), out);
             for (int w = 0; w < 4; ++w) words[w][j] = out[w];
         }
-        for (int j = 0; j < group && (first + j) * 4 < call.features; ++j) {
+        for (int j = 0; j < group && (first + j) * 4 < padded; ++j) {
             for (int w = 0; w < 4; ++w) factor[(first + j) * 4 + w] = words[w][j] >= threshold ? kept : T(0);
         }
     }
@@ -369,11 +370,15 @@ template <class MZ, class MC, bool fast, class Visitor>
 void with_activation(const GatesCall& call, Visitor visit) {
     switch (call.activation) {
         case Activation::gelu: return visit.template operator()<MZ, MC, Gelu, fast>();
+#if defined(DEPTHLSTM_SANITIZED)  // the sanitizers take minutes to compile all seven, which differ in gate_math.h alone
+        default: return visit.template operator()<MZ, MC, Gelu, fast>();
+#else
         case Activation::gelu_tanh: return visit.template operator()<MZ, MC, GeluTanh, fast>();
         case Activation::relu: return visit.template operator()<MZ, MC, Relu, fast>();
         case Activation::tanh: return visit.template operator()<MZ, MC, Tanh, fast>();
         case Activation::silu: return visit.template operator()<MZ, MC, Silu, fast>();
         case Activation::sigmoid: return visit.template operator()<MZ, MC, Sigmoid, fast>();
+#endif
         case Activation::given: return visit.template operator()<MZ, MC, Given, fast>();
     }
 }

@@ -186,7 +186,11 @@ def depth_lstm_cell(
 ) -> tuple[Tensor, Tensor]:
     """The twin of :func:`depthlstm_fast.depth_lstm_cell` in plain PyTorch."""
     inputs = x if isinstance(x, tuple) else (x,)
-    z = F.linear(torch.cat((*inputs, h), dim=-1), w, b)
+    checks.check_options(norm, activation, eps, dropout_p)
+    checks.check_float_tensor("h", h)
+    if not torch.is_autocast_enabled(h.device.type):
+        checks.check_cell(inputs, h, c, w, b, weight, bias, hidden, norm, seed)
+    z = F.linear(torch.cat((*inputs, h), dim=-1), w, None if b is None else b.to(w.dtype))
     return depth_lstm_gates(
         z, c, weight, bias, hidden=hidden, norm=norm, activation=activation, eps=eps, dropout_p=dropout_p, training=training, seed=seed
     )

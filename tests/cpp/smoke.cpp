@@ -46,7 +46,7 @@ float half_to_float(uint16_t bits) {
 bool at_the_end = true;
 
 class Guarded {
-  public:
+public:
     Guarded(int64_t bytes, int64_t alignment) {
         const size_t page = size_t(sysconf(_SC_PAGESIZE));
         const size_t inside = (size_t(bytes) + page - 1) / page * page;
@@ -64,7 +64,7 @@ class Guarded {
 
     char* data;
 
-  private:
+private:
     char* base_;
     size_t total_;
 };

@@ -1,0 +1,199 @@
+"""The choice of a backend: by name, by default, by environment, with the compiled extension or without it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from helpers import HAS_CPP, needs_cpp
+
+import depthlstm_fast as dl
+
+backends: ModuleType = sys.modules["depthlstm_fast.backends"]  # dl.backends is the function
+CALL = "dl.depth_lstm_gates(torch.randn(2, 8), torch.randn(2, 2))"
+
+
+def call(backend: str | None = None, device: str = "cpu") -> None:
+    dl.depth_lstm_gates(torch.randn(2, 8, device=device), torch.randn(2, 2, device=device), backend=backend)
+
+
+def python(script: str, tmp_path: Path, root: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter that sees the package of this checkout, or the one in ``root``, and these variables."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("DEPTHLSTM_")}
+    clean["PYTHONPATH"] = str(root or Path(dl.__file__).parents[1])
+    command = [sys.executable, "-c", f"import torch, depthlstm_fast as dl\n{script}"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**clean, **environment}, timeout=120, check=False)
+
+
+@pytest.fixture(autouse=True)
+def as_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a test or the environment sets: no strict mode, "auto" by default, nothing logged before."""
+    monkeypatch.setattr(backends, "_strict", False)
+    monkeypatch.setattr(backends, "_default", "auto")
+    monkeypatch.setattr(backends, "_logged", set())
+
+
+def test_every_backend_has_a_status() -> None:
+    status = dl.backends()
+    assert tuple(status) == backends.BACKENDS[1:]
+    assert status["reference"].available
+    assert all(entry.detail for entry in status.values())
+
+
+def test_by_name() -> None:
+    call("reference")
+    assert dl.last_backend() == "reference"
+    if HAS_CPP:
+        call("cpp")
+        assert dl.last_backend() == "cpp"
+        call("auto")
+        assert dl.last_backend() == "cpp"
+
+
+@needs_cpp
+def test_default() -> None:
+    for name in ("reference", "cpp", "auto"):
+        dl.set_backend(name)
+        call()
+        assert dl.last_backend() == ("cpp" if name == "auto" else name)
+    dl.set_backend("reference")
+    call("cpp")  # the call's own choice comes first
+    assert dl.last_backend() == "cpp"
+
+
+@needs_cpp
+def test_use_backend_restores() -> None:
+    with dl.use_backend("reference"):
+        call()
+        assert dl.last_backend() == "reference"
+        with dl.use_backend("cpp"):
+            call()
+            assert dl.last_backend() == "cpp"
+        call()
+        assert dl.last_backend() == "reference"
+    call()
+    assert dl.last_backend() == "cpp"
+    with pytest.raises(KeyError), dl.use_backend("reference"):
+        raise KeyError
+    call()
+    assert dl.last_backend() == "cpp"
+
+
+def test_unknown_names() -> None:
+    for function in (dl.set_backend, lambda name: dl.use_backend(name).__enter__()):
+        with pytest.raises(ValueError, match="must be one of 'auto', 'reference', 'cpp', 'cuda', 'triton'; found 'fast'"):
+            function("fast")
+    call("reference")  # the default was left alone
+
+
+def test_backends_that_cannot_run_name_their_limit() -> None:
+    for name, status in dl.backends().items():
+        if not status.available:
+            with pytest.raises(ValueError, match=f"backend='{name}' cannot run this call: "):
+                call(name)
+    if HAS_CPP:
+        with pytest.raises(ValueError, match="backend='cpp' cannot run this call: the C\\+\\+ kernels take CPU tensors; found meta"):
+            call("cpp", "meta")
+        with pytest.raises(ValueError, match="found meta"), dl.use_backend("cpp"):
+            call(device="meta")
+
+
+def test_fallback_logs_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "depthlstm_fast"):
+        for _ in range(3):
+            call(device="meta")
+    assert dl.last_backend() == "reference"
+    assert len(caplog.records) == 1
+    assert caplog.records[0].getMessage().startswith("falling back to the reference backend: ")
+
+
+def test_a_choice_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, "depthlstm_fast"):
+        call("reference")
+        if HAS_CPP:
+            call()
+    assert not caplog.records
+
+
+def test_strict_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_strict", True)
+    with pytest.raises(RuntimeError, match="DEPTHLSTM_STRICT=1 forbids the fallback to the reference backend: "):
+        call(device="meta")
+    call("reference", "meta")  # asked for by name it is no fallback
+
+
+@pytest.mark.parametrize("value", ["1", "0", ""])
+def test_strict_by_environment(value: str, tmp_path: Path) -> None:
+    run = python('dl.depth_lstm_gates(*(torch.empty(2, n, device="meta") for n in (8, 2)))', tmp_path, DEPTHLSTM_STRICT=value)
+    if value == "1":
+        assert run.returncode == 1
+        assert "DEPTHLSTM_STRICT=1 forbids the fallback" in run.stderr
+    else:
+        assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("name", ["reference", "", "auto", "cpp"])
+def test_backend_by_environment(name: str, tmp_path: Path) -> None:
+    if name != "reference" and not HAS_CPP:
+        pytest.skip("no cpp backend")
+    run = python(f"{CALL}; print(dl.last_backend())", tmp_path, DEPTHLSTM_BACKEND=name)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == ("reference" if name == "reference" else "cpp")
+
+
+def test_unknown_backend_in_the_environment(tmp_path: Path) -> None:
+    """Import never fails; the first call says which variable is wrong; a name set later replaces it."""
+    run = python(f'print("imported")\n{CALL}', tmp_path, DEPTHLSTM_BACKEND="fast")
+    assert run.returncode == 1
+    assert run.stdout.strip() == "imported"
+    assert "DEPTHLSTM_BACKEND must be one of 'auto', 'reference', 'cpp', 'cuda', 'triton'; found 'fast'" in run.stderr
+    run = python(f'dl.set_backend("reference"); {CALL}; print(dl.last_backend())', tmp_path, DEPTHLSTM_BACKEND="fast")
+    assert run.stdout.strip() == "reference", run.stderr
+
+
+def test_nothing_ran_yet(tmp_path: Path) -> None:
+    assert python("print(dl.last_backend())", tmp_path).stdout.strip() == "None"
+
+
+@pytest.fixture
+def without_extension(tmp_path: Path) -> Path:
+    """A copy of the package with the compiled library left out."""
+    ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.txt")
+    shutil.copytree(Path(dl.__file__).parent, tmp_path / "copy" / "depthlstm_fast", ignore=ignore)
+    return tmp_path / "copy"
+
+
+def test_without_the_extension(without_extension: Path, tmp_path: Path) -> None:
+    script = """
+assert "copy" in dl.__file__
+assert not dl.backends()["cpp"].available and "was not built" in dl.backends()["cpp"].detail
+layer = dl.DepthLSTMEncoderLayer(16, 2, dropout=0.1)
+h, c = layer(torch.randn(5, 3, 16))
+(h.square().sum() + c.square().sum()).backward()
+print(dl.last_backend())
+"""
+    run = python(script, tmp_path, without_extension)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "reference"
+    assert run.stderr.count("falling back to the reference backend: _C.abi3.so is not beside the package") == 1
+
+
+def test_without_the_extension_by_name_and_strict(without_extension: Path, tmp_path: Path) -> None:
+    run = python('dl.set_backend("cpp"); ' + CALL, tmp_path, without_extension)
+    assert "ValueError: backend='cpp' cannot run this call: _C.abi3.so is not beside the package" in run.stderr
+    run = python(CALL, tmp_path, without_extension, DEPTHLSTM_STRICT="1")
+    assert "RuntimeError: DEPTHLSTM_STRICT=1 forbids the fallback" in run.stderr
+
+
+def test_library_that_does_not_load(without_extension: Path, tmp_path: Path) -> None:
+    (without_extension / "depthlstm_fast" / "_C.abi3.so").write_bytes(b"no library")
+    run = python(f'{CALL}; print(dl.last_backend(), dl.backends()["cpp"].detail)', tmp_path, without_extension)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("reference _C.abi3.so did not load: ")
