@@ -12,6 +12,7 @@ from .layers import (
     fold_output_projections,
 )
 from .models import DepthLSTMTransformer, param_groups
+from .swap import SwapReport, swap, swap_rnmt_cell, unswap
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,6 +26,10 @@ __all__ = [
     "DepthLSTMTransformer",
     "param_groups",
     "fold_output_projections",
+    "swap",
+    "unswap",
+    "swap_rnmt_cell",
+    "SwapReport",
     "backends",
     "last_backend",
     "set_backend",

@@ -121,7 +121,9 @@ def excess(found: Tensor, eager: Tensor, exact: Tensor, condition: float = 0.0) 
         return 0.0, 0.0
     error = (found.double() - exact).abs().max().item()
     scale = max(exact.abs().max().item(), 1.0 if found.dtype == F64 else 0.0)
-    allowed = 2 * (eager.double() - exact).abs().max().item() + TINY[found.dtype] * (1 + condition / 8) * torch.finfo(found.dtype).eps * scale
+    allowed = (
+        2 * (eager.double() - exact).abs().max().item() + TINY[found.dtype] * (1 + condition / 8) * torch.finfo(found.dtype).eps * scale
+    )
     return error, allowed
 
 

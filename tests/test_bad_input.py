@@ -65,7 +65,11 @@ COMMON: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"norm": "layer"}, ValueError, r"norm must be one of 'gate', 'joint', 'none'; found 'layer'"),
     ({"norm": None}, ValueError, r"norm must be one of .*; found None"),
     ({"norm": ["gate"]}, ValueError, r"norm must be one of .*; found \['gate'\]"),
-    ({"activation": "swish"}, ValueError, r"activation must be one of 'gelu', 'gelu_tanh', 'relu', 'tanh', 'silu', 'sigmoid'; found 'swish'"),
+    (
+        {"activation": "swish"},
+        ValueError,
+        r"activation must be one of 'gelu', 'gelu_tanh', 'relu', 'tanh', 'silu', 'sigmoid'; found 'swish'",
+    ),
     ({"activation": torch.relu}, ValueError, r"activation must be one of"),
     ({"backend": "gpu"}, ValueError, r"backend must be one of 'auto', 'reference', 'cpp', 'cuda', 'triton'; found 'gpu'"),
     ({"backend": 3}, ValueError, r"backend must be one of .*; found 3"),
@@ -157,7 +161,10 @@ OF_CELL: list[tuple[dict[str, Any], type[Exception], str]] = [
 def label(value: Any) -> str | None:
     if not isinstance(value, dict):
         return ""
-    text = [f"{k}={tuple(v.shape)}{str(v.dtype)[5:]}{v.device.type}" if isinstance(v, torch.Tensor) else f"{k}={v!r:.20}" for k, v in value.items()]
+    text = [
+        f"{k}={tuple(v.shape)}{str(v.dtype)[5:]}{v.device.type}" if isinstance(v, torch.Tensor) else f"{k}={v!r:.20}"
+        for k, v in value.items()
+    ]
     return "-".join(text)
 
 

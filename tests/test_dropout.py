@@ -8,7 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import BF16, F32, F64, MAIN_TYPES, NORMS, Types, arguments, assert_identical, check_gates, cotangents, fused, needs_cpp, results
+from helpers import (
+    BF16,
+    F32,
+    F64,
+    MAIN_TYPES,
+    NORMS,
+    Types,
+    arguments,
+    assert_identical,
+    check_gates,
+    cotangents,
+    fused,
+    needs_cpp,
+)
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 

@@ -69,9 +69,10 @@ struct GatesKernels {
 };
 
 namespace generic { extern const GatesKernels gates_kernels; }
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(DEPTHLSTM_SANITIZED)
 namespace avx2 { extern const GatesKernels gates_kernels; }
 namespace avx512 { extern const GatesKernels gates_kernels; }
+namespace avx512_bf16 { extern const GatesKernels gates_kernels; }
 #endif
 
 // The widest set this CPU has, or the one DEPTHLSTM_CPU_ISA names; null where that one cannot run here.

@@ -109,16 +109,12 @@ __attribute__((noinline)) void dropout_factors(const GatesCall& call, int64_t ro
     }
 }
 
-template <class T, int K>
-struct Statistics {
-    Vector<T> mean[K], r[K];
-};
-
-// Reads a row of z into scratch, adds z_bias, and takes the statistics in two passes.
+// Reads a row of z into scratch, adds z_bias, and takes the statistics in two passes: scratch then holds z - mean, and r the
+// factors that normalise it.
 template <class MZ, int K>
 inline __attribute__((always_inline)) void stage_row(const GatesCall& call, int64_t row, const typename ComputeType<MZ>::type* packed,
                                                      typename ComputeType<MZ>::type* staged,
-                                                     Statistics<typename ComputeType<MZ>::type, K>& statistics) {
+                                                     Vector<typename ComputeType<MZ>::type> (&r)[K]) {
     using T = typename ComputeType<MZ>::type;
     using V = Vector<T>;
     constexpr int64_t W = width<T>;
@@ -140,7 +136,7 @@ inline __attribute__((always_inline)) void stage_row(const GatesCall& call, int6
     } else {
         for_blocks<W>(D, [&](auto part, int64_t block) __attribute__((always_inline)) { stage(part, block, std::true_type()); });
     }
-    for (int k = 0; k < K; ++k) statistics.mean[k] = V(T(0)), statistics.r[k] = V(T(1));
+    for (int k = 0; k < K; ++k) r[k] = V(T(1));
     if (call.norm == Norm::none) return;
 
     T mean[K], square[K];
@@ -150,13 +146,14 @@ inline __attribute__((always_inline)) void stage_row(const GatesCall& call, int6
         for (int k = 0; k < K; ++k) all += mean[k];
         for (int k = 0; k < K; ++k) mean[k] = all / T(K);
     }
-    for (int k = 0; k < K; ++k) statistics.mean[k] = V(mean[k]), sum[k] = V(T(0));
+    for (int k = 0; k < K; ++k) sum[k] = V(T(0));
     for_blocks<W>(D, [&](auto part, int64_t block) __attribute__((always_inline)) {
         for (int k = 0; k < K; ++k) {
-            V centred = V::load_aligned(staged + (block * K + k) * W) - statistics.mean[k];
+            V centred = V::load_aligned(staged + (block * K + k) * W) - V(mean[k]);
             if constexpr (std::is_same_v<decltype(part), Partial>) {
                 centred = xsimd::select(first_lanes<T>(part.count), centred, V(T(0)));
             }
+            centred.store_aligned(staged + (block * K + k) * W);
             sum[k] = xsimd::fma(centred, centred, sum[k]);
         }
     });
@@ -166,7 +163,7 @@ inline __attribute__((always_inline)) void stage_row(const GatesCall& call, int6
         for (int k = 0; k < K; ++k) all += square[k];
         for (int k = 0; k < K; ++k) square[k] = all / T(K);
     }
-    for (int k = 0; k < K; ++k) statistics.r[k] = V(T(1) / std::sqrt(square[k] / T(D) + T(call.eps)));
+    for (int k = 0; k < K; ++k) r[k] = V(T(1) / std::sqrt(square[k] / T(D) + T(call.eps)));
 }
 
 struct Given {};  // g comes from `hidden`
@@ -185,8 +182,8 @@ void forward_rows(const GatesCall& call, const void* packed_memory, void* scratc
     const bool dropout = call.dropout_p > 0, stream = call.stream;
 
     for (int64_t row = row_begin; row < row_end; ++row) {
-        Statistics<T, K> statistics;
-        stage_row<MZ, K>(call, row, packed, staged, statistics);
+        V r[K];
+        stage_row<MZ, K>(call, row, packed, staged, r);
         if (dropout) dropout_factors(call, row, factor);
         const MC* c_in = row_of<MC>(call.c, row);
         const MZ* hidden = row_of<MZ>(given ? call.hidden : call.z, row);
@@ -202,7 +199,7 @@ void forward_rows(const GatesCall& call, const void* packed_memory, void* scratc
             prefetch(next_c + d);
             V a[K];
             for (int k = 0; k < K; ++k) {
-                const V n = (V::load_aligned(staged + (block * K + k) * W) - statistics.mean[k]) * statistics.r[k];
+                const V n = V::load_aligned(staged + (block * K + k) * W) * r[k];
                 const T* gamma = packed + (3 * block * K + k) * W;
                 a[k] = xsimd::fma(n, V::load_aligned(gamma), V::load_aligned(gamma + K * W));
             }
@@ -248,8 +245,8 @@ void backward_rows(const GatesCall& call, const void* packed_memory, void* scrat
     if (partial != nullptr) std::memset(partial, 0, std::size_t(partial_bytes(call)));
 
     for (int64_t row = row_begin; row < row_end; ++row) {
-        Statistics<T, K> statistics;
-        stage_row<MZ, K>(call, row, packed, normalised, statistics);
+        V r[K];
+        stage_row<MZ, K>(call, row, packed, normalised, r);
         if (dropout) dropout_factors(call, row, factor);
         const MC *c_in = row_of<MC>(call.c, row), *dc = row_of<MC>(call.dc, row);
         const MZ *dh = row_of<MZ>(call.dh, row), *hidden = row_of<MZ>(given ? call.hidden : call.dh, row);
@@ -269,7 +266,7 @@ void backward_rows(const GatesCall& call, const void* packed_memory, void* scrat
             prefetch(next_dc + d);
             V n[K], a[K];
             for (int k = 0; k < K; ++k) {
-                n[k] = (V::load_aligned(normalised + (block * K + k) * W) - statistics.mean[k]) * statistics.r[k];
+                n[k] = V::load_aligned(normalised + (block * K + k) * W) * r[k];
                 const T* gamma = packed + (3 * block * K + k) * W;
                 a[k] = xsimd::fma(n[k], V::load_aligned(gamma), V::load_aligned(gamma + K * W));
             }
@@ -325,7 +322,7 @@ void backward_rows(const GatesCall& call, const void* packed_memory, void* scrat
                 V v = V::load_aligned(u_row + (block * K + k) * W);
                 if (normalises) {
                     const V n = V::load_aligned(normalised + (block * K + k) * W);
-                    v = statistics.r[k] * xsimd::fnma(n, mean_un[k], v - mean_u[k]);
+                    v = r[k] * xsimd::fnma(n, mean_un[k], v - mean_u[k]);
                 }
                 part.store(dz + k * D + block * W, v, stream);
                 if (z_bias_gradient) {

@@ -117,11 +117,15 @@ struct Memory<BFloat16> {
     }
 #if defined(__AVX512F__)
     static inline __attribute__((always_inline)) __m256i round(V v) {
+#if defined(__AVX512BF16__)
+        return (__m256i)_mm512_cvtneps_pbh(v);  // one instruction for ten; fp32 subnormals become zero
+#else
         const __m512i bits = _mm512_castps_si512(v);
         const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
         const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
         const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
         return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)), 16));
+#endif
     }
 #endif
     static inline __attribute__((always_inline)) void store(BFloat16* p, V v) {

@@ -1,0 +1,347 @@
+"""Fusing the depth-wise LSTM cells of a model that already exists, in place, and undoing it.
+
+A module is changed by giving it another class where that suffices: the object, its parameters, buffers, hooks and names stay, so that
+optimisers, state_dicts and references to it keep working, wherever it sits, at the root of the model too. What the fused class
+does not cover at a call (a hook on a submodule, an argument of its own) is run by the original class's ``forward``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import layers, models, reference
+from .functional import depth_lstm_cell, depth_lstm_gates
+
+Rules = Mapping[Any, Callable[[nn.Module], nn.Module]]
+
+_FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    reference.DepthLSTMCell: layers.DepthLSTMCell,
+    reference.DepthLSTMEncoderLayer: layers.DepthLSTMEncoderLayer,
+    reference.DepthLSTMDecoderLayer: layers.DepthLSTMDecoderLayer,
+    reference.DepthLSTMEncoder: layers.DepthLSTMEncoder,
+    reference.DepthLSTMDecoder: layers.DepthLSTMDecoder,
+    reference.DepthLSTMTransformer: models.DepthLSTMTransformer,
+}
+# What swap leaves in a module's __dict__, so that unswap finds it in copies of the model too
+_CLASS, _ORIGINAL = "_depthlstm_swapped_class", "_depthlstm_swapped_module"
+
+
+class Swapped(NamedTuple):
+    """A module that was changed: its name in the model ("" for the model itself), and its class before and after."""
+
+    name: str
+    before: str
+    after: str
+
+
+class Left(NamedTuple):
+    """A module that looks like a depth-wise LSTM cell and was left as it is, and why."""
+
+    name: str
+    kind: str
+    reason: str
+
+
+@dataclass
+class SwapReport:
+    """What :func:`swap` or :func:`unswap` did: the modules it changed, those it left, and the names of those that were fused before."""
+
+    changed: list[Swapped] = field(default_factory=list)
+    left: list[Left] = field(default_factory=list)
+    already: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.changed)} changed, {len(self.left)} left, {len(self.already)} fused before"]
+        names = [entry.name for entry in self.changed] + [entry.name for entry in self.left]
+        width = max((len(name or "(model)") for name in names), default=0)
+        lines += [f"  changed  {entry.name or '(model)':{width}}  {entry.before} -> {entry.after}" for entry in self.changed]
+        lines += [f"  left     {entry.name or '(model)':{width}}  {entry.kind}: {entry.reason}" for entry in self.left]
+        return "\n".join(lines)
+
+
+def _activation_name(act: Any) -> str | None:
+    """The name of an activation module or function among those that are fused; None where it is none of them."""
+    if type(act) is nn.GELU:
+        return "gelu_tanh" if act.approximate == "tanh" else "gelu"
+    modules: dict[Any, str] = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.SiLU: "silu", nn.Sigmoid: "sigmoid"}
+    functions: dict[Any, str] = {F.gelu: "gelu", F.silu: "silu"}
+    functions.update(dict.fromkeys((F.relu, torch.relu), "relu"))
+    functions.update(dict.fromkeys((F.tanh, torch.tanh), "tanh"))
+    functions.update(dict.fromkeys((F.sigmoid, torch.sigmoid), "sigmoid"))
+    return modules.get(type(act)) if isinstance(act, nn.Module) else functions.get(act) if callable(act) else None
+
+
+class _Parts(NamedTuple):
+    """The names of the attributes that a cell of the LSTMCell4RNMT shape is made of."""
+
+    projection: str = "trans"
+    norm: str = "normer"
+    activation: str = "act"
+    dropout: str = "drop"
+
+
+def _obstacle(module: nn.Module, parts: _Parts) -> str | None:
+    """Why ``module`` is no cell of this shape that can be fused, or None."""
+    projection, norm = getattr(module, parts.projection, None), getattr(module, parts.norm, None)
+    if not isinstance(projection, nn.Linear):
+        return f"{parts.projection} must be an nn.Linear; found {type(projection).__name__}"
+    if type(norm) is not nn.LayerNorm:
+        return f"{parts.norm} must be an nn.LayerNorm; found {type(norm).__name__}"
+    shape = tuple(norm.normalized_shape)
+    if len(shape) != 2 or shape[0] != 4:
+        return f"{parts.norm} must normalise over (4, D); found {shape}"
+    if projection.out_features != 4 * shape[1] or projection.in_features <= shape[1]:
+        wanted = f"{4 * shape[1]} rows and more than {shape[1]} columns"
+        return f"{parts.projection} must have {wanted}; found ({projection.out_features}, {projection.in_features})"
+    if (norm.weight is None) != (norm.bias is None):
+        return f"{parts.norm} must have both weight and bias, or neither"
+    act = getattr(module, parts.activation, None)
+    if _activation_name(act) is None:
+        return f"{parts.activation} must be GELU, ReLU, Tanh, SiLU or Sigmoid; found {getattr(act, '__name__', type(act).__name__)}"
+    drop = getattr(module, parts.dropout, None)
+    if drop is not None and type(drop) is not nn.Dropout:
+        return f"{parts.dropout} must be an nn.Dropout or None; found {type(drop).__name__}"
+    if drop is not None and not 0 <= drop.p < 1:
+        return f"{parts.dropout} must drop with a probability in [0, 1); found {drop.p}"
+    return None
+
+
+class _FusedRNMTCell(nn.Module):
+    """Put before a cell's class: fuses its forward(input, (h, c)) -> (h, c)."""
+
+    _plain_class: type[nn.Module]
+    _parts: _Parts
+
+    def forward(self, input: Tensor, state: tuple[Tensor, Tensor], *rest: Any, **named: Any) -> Any:
+        parts = self._parts
+        projection, norm = getattr(self, parts.projection), getattr(self, parts.norm)
+        act, drop = getattr(self, parts.activation), getattr(self, parts.dropout, None)
+        inner = [module for module in (norm, act, drop) if isinstance(module, nn.Module)]
+        activation = _activation_name(act)
+        if rest or named or activation is None or type(norm) is not nn.LayerNorm or not all(map(layers._hookless, inner)):
+            return super().forward(input, state, *rest, **named)
+        h, c = state
+        c = c.expand_as(h)
+        options: dict[str, Any] = {"norm": "joint", "activation": activation, "eps": norm.eps}
+        if drop is not None:
+            options.update(dropout_p=drop.p, training=drop.training)
+        if layers.is_plain_linear(projection):
+            return depth_lstm_cell(input, h, c, projection.weight, projection.bias, norm.weight, norm.bias, **options)
+        return depth_lstm_gates(projection(torch.cat((input, h), -1)), c, norm.weight, norm.bias, **options)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        # the class is made at run time: a pickle names the original one
+        return _new_fused_cell, (self._plain_class, tuple(self._parts)), self.__dict__
+
+
+_fused_cells: dict[tuple[type[nn.Module], _Parts], type[nn.Module]] = {}
+
+
+def _fused_cell_class(plain: type[nn.Module], parts: _Parts) -> type[nn.Module]:
+    key = (plain, parts)
+    if key not in _fused_cells:
+        members = {"_plain_class": plain, "_parts": parts, "__module__": __name__, "__doc__": plain.__doc__}
+        _fused_cells[key] = type(f"Fused{plain.__name__}", (_FusedRNMTCell, plain), members)
+    return _fused_cells[key]
+
+
+def _new_fused_cell(plain: type[nn.Module], parts: tuple[str, ...]) -> nn.Module:
+    cls = _fused_cell_class(plain, _Parts(*parts))
+    return cls.__new__(cls)
+
+
+def _change_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    module.__dict__[_CLASS] = type(module)
+    module.__class__ = cls
+
+
+@torch.no_grad()
+def _computes_another(module: nn.Module, fused: type[nn.Module], parts: _Parts) -> str | None:
+    """A reason if ``module`` gives something else than the fused class on random numbers: attributes alone do not show a formula."""
+    weight: Tensor = getattr(module, parts.projection).weight
+    if weight.is_meta:
+        return None
+    features = weight.shape[0] // 4
+    generator = torch.Generator().manual_seed(0)
+    x, h, c = (
+        torch.randn(3, size, generator=generator).to(weight.device, weight.dtype)
+        for size in (weight.shape[1] - features, features, features)
+    )
+    training = [inner for inner in module.modules() if inner.training]
+    plain = type(module)
+    try:
+        for inner in training:
+            inner.training = False
+        wanted = plain.forward(module, x, (h, c))
+        module.__class__ = fused
+        found = module.forward(x, (h, c))
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        return f"forward(input, (h, c)) raises {type(error).__name__}: {error}"
+    finally:
+        module.__class__ = plain
+        for inner in training:
+            inner.training = True
+    tolerance = 1e-9 if weight.dtype == torch.float64 else 1e-3 if weight.dtype == torch.float32 else 5e-2
+    if isinstance(wanted, tuple) and len(wanted) == 2 and all(isinstance(w, Tensor) and w.shape == h.shape for w in wanted):
+        if all(torch.allclose(f.float(), w.float(), rtol=tolerance, atol=tolerance) for f, w in zip(found, wanted, strict=True)):
+            return None
+        return "it has the attributes of the cell but computes something else"
+    return "forward(input, (h, c)) does not return (h, c)"
+
+
+def swap_rnmt_cell(
+    module: nn.Module, *, projection: str = "trans", norm: str = "normer", activation: str = "act", dropout: str = "drop"
+) -> nn.Module:
+    """Fuse one cell of the ``LSTMCell4RNMT`` shape in place; a rule for :func:`swap` where attributes have other names.
+
+        z = projection([x ; h'])                 nn.Linear(I + D, 4D), rows in the order i, f, o, g
+        i, f, o, g = norm(z as (..., 4, D))      nn.LayerNorm((4, D)): statistics over all four (``norm="joint"`` here)
+        c = sigmoid(f) c' + sigmoid(i) dropout(activation(g)),    h = sigmoid(o) c
+
+    forward(x, (h', c')) -> (h, c). That ``module`` computes this is tried on three rows of random numbers. Dropout keeps its
+    probability, but draws its masks from a counter-based generator seeded by torch's.
+
+    Args:
+        module: the cell; projection, norm, activation, dropout: the names of its attributes.
+
+    Returns:
+        ``module`` itself.
+
+    Raises:
+        ValueError: ``module`` is no such cell, with the reason.
+    """
+    parts = _Parts(projection, norm, activation, dropout)
+    if isinstance(module, _FusedRNMTCell):
+        return module
+    reason = _obstacle(module, parts)
+    if reason is None:
+        fused = _fused_cell_class(type(module), parts)
+        reason = _computes_another(module, fused, parts)
+        if reason is None:
+            _change_class(module, fused)
+            return module
+    raise ValueError(reason)
+
+
+def _fuse(module: nn.Module, rules: Rules) -> nn.Module | None:
+    """The fused form of ``module``, itself if changed in place; None where it is no candidate; ValueError with a reason to leave it."""
+    for match, build in rules.items():
+        if isinstance(module, match) if isinstance(match, type) else match(module):
+            return build(module)
+    cls = type(module)
+    if cls in _FUSED:
+        _change_class(module, _FUSED[cls])
+        return module
+    if isinstance(module, tuple(_FUSED)):
+        raise ValueError("a subclass may change what the fused class replaces; give a rule for it")
+    if hasattr(module, "trans") and hasattr(module, "normer"):
+        return swap_rnmt_cell(module)
+    return None
+
+
+def _is_fused(module: nn.Module) -> bool:
+    marked = _CLASS in module.__dict__ or _ORIGINAL in module.__dict__
+    return marked or isinstance(module, (_FusedRNMTCell, *_FUSED.values()))
+
+
+def swap(model: nn.Module, rules: Rules | None = None) -> SwapReport:
+    """Replace the depth-wise LSTM cells and layers in ``model`` by fused ones, in place.
+
+    Modules of :mod:`depthlstm_fast.reference` become their fused twins, and cells of the ``LSTMCell4RNMT`` shape, recognised by
+    their attributes and by what they compute, are fused as :func:`swap_rnmt_cell` says. Parameters are shared: the same objects under
+    the same names. A module used in several places is changed once. A second call changes nothing.
+
+    Args:
+        model: any module; it may itself be what is swapped.
+        rules: tried before the rules above: from a module class, or a predicate of a module, to a function that takes such a module
+            and returns the module to put in its place (or the same one, changed in place), with the parameters of the given
+            one. A ValueError that it raises is a reason to leave the module.
+
+    Returns:
+        A :class:`SwapReport`; print it.
+
+    Raises:
+        ValueError: nothing in ``model`` can be swapped, or ``model`` itself matches a rule that returns another object.
+        TypeError: ``model`` is no module, or a rule returned none.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; found {type(model).__name__}")
+    report = SwapReport()
+    done: dict[nn.Module, nn.Module] = {}
+
+    def visit(name: str, module: nn.Module) -> nn.Module:
+        if module in done:
+            return done[module]
+        done[module] = module
+        before = type(module).__name__
+        result: nn.Module | None = None
+        if _is_fused(module):
+            report.already.append(name)
+            if _ORIGINAL in module.__dict__:
+                return module
+        else:
+            try:
+                result = _fuse(module, rules or {})
+            except ValueError as error:
+                report.left.append(Left(name, before, str(error)))
+        if result is not None:
+            if not isinstance(result, nn.Module):
+                raise TypeError(f"the rule for {before} must return a torch.nn.Module; found {type(result).__name__}")
+            report.changed.append(Swapped(name, before, type(result).__name__))
+            if result is not module:
+                if module is model:
+                    raise ValueError(f"model itself is a {before} that its rule replaces by another object; call the rule on it instead")
+                result.train(module.training)
+                result.__dict__[_ORIGINAL] = (module,)  # in a tuple, so that it is no submodule
+                done[module] = done[result] = result
+                return result
+        for child_name, child in list(module._modules.items()):
+            if child is not None:
+                module._modules[child_name] = visit(f"{name}.{child_name}" if name else child_name, child)
+        return module
+
+    visit("", model)
+    if not report.changed and not report.already:
+        reasons = "".join(f"\n  {entry.name or '(model)'}, {entry.kind}: {entry.reason}" for entry in report.left)
+        raise ValueError(f"model holds no module that a rule matches; found {type(model).__name__}{reasons}")
+    return report
+
+
+def unswap(model: nn.Module) -> SwapReport:
+    """Undo :func:`swap`: every module gets back its class, or its place. Parameters keep their values. Returns what was changed.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; found {type(model).__name__}")
+    report = SwapReport()
+    done: dict[nn.Module, nn.Module] = {}
+
+    def visit(name: str, module: nn.Module) -> nn.Module:
+        if module in done:
+            return done[module]
+        done[module] = module
+        before = type(module).__name__
+        if _ORIGINAL in module.__dict__:
+            (original,) = module.__dict__.pop(_ORIGINAL)
+            original.train(module.training)
+            report.changed.append(Swapped(name, before, type(original).__name__))
+            done[module] = done[original] = original
+            return original
+        if _CLASS in module.__dict__:
+            module.__class__ = module.__dict__.pop(_CLASS)
+            report.changed.append(Swapped(name, before, type(module).__name__))
+        for child_name, child in list(module._modules.items()):
+            if child is not None:
+                module._modules[child_name] = visit(f"{name}.{child_name}" if name else child_name, child)
+        return module
+
+    visit("", model)
+    return report
