@@ -84,7 +84,8 @@ def depth_lstm_cell(
 ) -> tuple[Tensor, Tensor]:
     """One step of the depth-wise LSTM: z = w [x ; h] + b, then :func:`depth_lstm_gates`, as one autograd node.
 
-    [x ; h] is never built, and between the product and the outputs nothing is kept but z.
+    [x ; h] is not built (but for the few rows of a decoding step without gradients, where that is faster), and between the product
+    and the outputs nothing is kept but z.
 
     Args:
         x: (..., I), or a tuple of tensors (..., I_1), (..., I_2), ... that stand for their concatenation.
