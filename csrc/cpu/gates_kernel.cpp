@@ -109,12 +109,13 @@ __attribute__((noinline)) void dropout_factors(const GatesCall& call, int64_t ro
     }
 }
 
-// Reads a row of z into scratch, adds z_bias, and takes the statistics in two passes: scratch then holds z - mean, and r the
-// factors that normalise it.
+// Reads a row of z into scratch, adds z_bias, and takes the statistics in two passes: n = r * scratch + shift.
+// Scratch then holds z - mean as far as the mean is known. Where the row is nearly constant, the mean's rounding error is most
+// of what is left, and 1/sqrt(eps) would blow it up (z = 1000.3: h wrong by 0.4): so the second pass takes its mean too.
 template <class MZ, int K>
 inline __attribute__((always_inline)) void stage_row(const GatesCall& call, int64_t row, const typename ComputeType<MZ>::type* packed,
-                                                     typename ComputeType<MZ>::type* staged,
-                                                     Vector<typename ComputeType<MZ>::type> (&r)[K]) {
+                                                     typename ComputeType<MZ>::type* staged, Vector<typename ComputeType<MZ>::type> (&r)[K],
+                                                     Vector<typename ComputeType<MZ>::type> (&shift)[K]) {
     using T = typename ComputeType<MZ>::type;
     using V = Vector<T>;
     constexpr int64_t W = width<T>;
@@ -136,7 +137,7 @@ inline __attribute__((always_inline)) void stage_row(const GatesCall& call, int6
     } else {
         for_blocks<W>(D, [&](auto part, int64_t block) __attribute__((always_inline)) { stage(part, block, std::true_type()); });
     }
-    for (int k = 0; k < K; ++k) r[k] = V(T(1));
+    for (int k = 0; k < K; ++k) r[k] = V(T(1)), shift[k] = V(T(0));
     if (call.norm == Norm::none) return;
 
     T mean[K], square[K];
@@ -146,7 +147,8 @@ inline __attribute__((always_inline)) void stage_row(const GatesCall& call, int6
         for (int k = 0; k < K; ++k) all += mean[k];
         for (int k = 0; k < K; ++k) mean[k] = all / T(K);
     }
-    for (int k = 0; k < K; ++k) sum[k] = V(T(0));
+    V rest[K];
+    for (int k = 0; k < K; ++k) sum[k] = rest[k] = V(T(0));
     for_blocks<W>(D, [&](auto part, int64_t block) __attribute__((always_inline)) {
         for (int k = 0; k < K; ++k) {
             V centred = V::load_aligned(staged + (block * K + k) * W) - V(mean[k]);
@@ -155,15 +157,22 @@ inline __attribute__((always_inline)) void stage_row(const GatesCall& call, int6
             }
             centred.store_aligned(staged + (block * K + k) * W);
             sum[k] = xsimd::fma(centred, centred, sum[k]);
+            rest[k] += centred;
         }
     });
-    for (int k = 0; k < K; ++k) square[k] = xsimd::reduce_add(sum[k]);
+    T left[K];
+    for (int k = 0; k < K; ++k) square[k] = xsimd::reduce_add(sum[k]) / T(D), left[k] = xsimd::reduce_add(rest[k]) / T(D);
     if (call.norm == Norm::joint) {
-        T all = 0;
-        for (int k = 0; k < K; ++k) all += square[k];
-        for (int k = 0; k < K; ++k) square[k] = all / T(K);
+        T all_square = 0, all_left = 0;
+        for (int k = 0; k < K; ++k) all_square += square[k], all_left += left[k];
+        for (int k = 0; k < K; ++k) square[k] = all_square / T(K), left[k] = all_left / T(K);
     }
-    for (int k = 0; k < K; ++k) r[k] = V(T(1) / std::sqrt(square[k] / T(D) + T(call.eps)));
+    for (int k = 0; k < K; ++k) {
+        const T variance = square[k] - left[k] * left[k];
+        const T factor = T(1) / std::sqrt((variance < T(0) ? T(0) : variance) + T(call.eps));
+        r[k] = V(factor);
+        shift[k] = V(-left[k] * factor);
+    }
 }
 
 struct Given {};  // g comes from `hidden`
@@ -182,8 +191,8 @@ void forward_rows(const GatesCall& call, const void* packed_memory, void* scratc
     const bool dropout = call.dropout_p > 0, stream = call.stream;
 
     for (int64_t row = row_begin; row < row_end; ++row) {
-        V r[K];
-        stage_row<MZ, K>(call, row, packed, staged, r);
+        V r[K], shift[K];
+        stage_row<MZ, K>(call, row, packed, staged, r, shift);
         if (dropout) dropout_factors(call, row, factor);
         const MC* c_in = row_of<MC>(call.c, row);
         const MZ* hidden = row_of<MZ>(given ? call.hidden : call.z, row);
@@ -199,7 +208,7 @@ void forward_rows(const GatesCall& call, const void* packed_memory, void* scratc
             prefetch(next_c + d);
             V a[K];
             for (int k = 0; k < K; ++k) {
-                const V n = V::load_aligned(staged + (block * K + k) * W) * r[k];
+                const V n = xsimd::fma(V::load_aligned(staged + (block * K + k) * W), r[k], shift[k]);
                 const T* gamma = packed + (3 * block * K + k) * W;
                 a[k] = xsimd::fma(n, V::load_aligned(gamma), V::load_aligned(gamma + K * W));
             }
@@ -245,8 +254,8 @@ void backward_rows(const GatesCall& call, const void* packed_memory, void* scrat
     if (partial != nullptr) std::memset(partial, 0, std::size_t(partial_bytes(call)));
 
     for (int64_t row = row_begin; row < row_end; ++row) {
-        V r[K];
-        stage_row<MZ, K>(call, row, packed, normalised, r);
+        V r[K], shift[K];
+        stage_row<MZ, K>(call, row, packed, normalised, r, shift);
         if (dropout) dropout_factors(call, row, factor);
         const MC *c_in = row_of<MC>(call.c, row), *dc = row_of<MC>(call.dc, row);
         const MZ *dh = row_of<MZ>(call.dh, row), *hidden = row_of<MZ>(given ? call.hidden : call.dh, row);
@@ -266,7 +275,7 @@ void backward_rows(const GatesCall& call, const void* packed_memory, void* scrat
             prefetch(next_dc + d);
             V n[K], a[K];
             for (int k = 0; k < K; ++k) {
-                n[k] = V::load_aligned(normalised + (block * K + k) * W) * r[k];
+                n[k] = xsimd::fma(V::load_aligned(normalised + (block * K + k) * W), r[k], shift[k]);
                 const T* gamma = packed + (3 * block * K + k) * W;
                 a[k] = xsimd::fma(n[k], V::load_aligned(gamma), V::load_aligned(gamma + K * W));
             }

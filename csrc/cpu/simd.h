@@ -256,9 +256,9 @@ struct Primitives<xsimd::batch<T, A>> {
     static DEPTHLSTM_HD V fnma(V a, V b, V c) { return xsimd::fnma(a, b, c); }
     static DEPTHLSTM_HD V abs(V x) { return xsimd::abs(x); }
     static DEPTHLSTM_HD V erfc(V x) { return xsimd::erfc(x); }
-    // x86's min and max return their second operand on NaN, so that NaN passes
-    static DEPTHLSTM_HD V minimum(V x, V high) { return xsimd::min(high, x); }
-    static DEPTHLSTM_HD V clamp(V x, V low, V high) { return xsimd::min(high, xsimd::max(low, x)); }
+    // xsimd's min and max return their first operand on NaN, as std's do, so that NaN passes
+    static DEPTHLSTM_HD V minimum(V x, V high) { return xsimd::min(x, high); }
+    static DEPTHLSTM_HD V clamp(V x, V low, V high) { return xsimd::min(xsimd::max(x, low), high); }
     static DEPTHLSTM_HD V select_negative(V x, V yes, V no) { return xsimd::select(x < V(T(0)), yes, no); }
     static DEPTHLSTM_HD V library_exp2(V x) { return xsimd::exp2(clamp(x, V(T(-1021)), V(T(1021)))); }
     template <bool fast>
