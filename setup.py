@@ -135,7 +135,8 @@ class NinjaBuild:
         name = "ninja" + ("-" + self.sanitize.replace(",", "-") if self.sanitize else "")
         self.folder = ROOT / "build" / name
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.includes = [f"-I{ROOT / 'csrc'}", "-isystem", str(ROOT / "third_party" / "xsimd" / "include")]
+        # messages name the sources as the repository does, whatever folder they were built in
+        self.includes = [f"-ffile-prefix-map={ROOT}/=", f"-I{ROOT / 'csrc'}", "-isystem", str(ROOT / "third_party" / "xsimd" / "include")]
         # gcc spells the limit differently from clang; a template error floods the terminal without one.
         self.limit_flags = ["-ferror-limit=5"] if "clang" in self.identity else ["-fmax-errors=5"]
         self.sanitize_flags: list[str] = []
@@ -234,15 +235,22 @@ class NinjaBuild:
         command = [self.ninja, "-f", script.name]
         if os.environ.get("MAX_JOBS"):
             command += ["-j", os.environ["MAX_JOBS"]]
-        result = subprocess.run(
-            [*command, target], cwd=self.folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
-        )
-        self.changed = "ninja: no work to do." not in result.stdout
-        if self.changed:
-            print(result.stdout, end="", flush=True)
-        if result.returncode:
-            first = next((line for line in result.stdout.splitlines() if re.search(r"\berror\b|undefined reference", line)), None)
-            fail(f"the C++ build failed with {self.identity}. First error: {first or result.stdout.strip()[-500:]}")
+        import fcntl  # the extension is built on Linux only
+
+        lines = []
+        # one build at a time in a folder: two would write the same objects
+        with open(self.folder / "lock", "w", encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            process = subprocess.Popen([*command, target], cwd=self.folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            for line in process.stdout or ():
+                lines.append(line.rstrip())
+                if "no work to do" not in line:
+                    print(line, end="", flush=True)
+            returncode = process.wait()
+        self.changed = not any("no work to do" in line for line in lines)
+        if returncode:
+            first = next((line for line in lines if re.search(r"\berror:|undefined reference", line)), None)
+            fail(f"the C++ build failed with {self.identity}. First error: {first or ' '.join(lines)[-500:]}")
         return self.folder / target
 
 

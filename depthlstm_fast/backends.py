@@ -120,8 +120,11 @@ def _limit(name: str, tensor: Tensor) -> str | None:
         return f"the C++ kernels take CPU tensors; found {tensor.device}"
     if torch.compiler.is_exporting():
         return "export takes the decomposition into PyTorch operators"
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return "torch.func transforms need the decomposition into PyTorch operators"
+    if not torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active():
+            return "torch.func transforms need the decomposition into PyTorch operators"
+        if torch.autograd.forward_ad._current_level >= 0:
+            return "forward-mode differentiation needs the decomposition into PyTorch operators"
     return None
 
 

@@ -164,6 +164,8 @@ def check_cell(
         check_companion("x", x, "h", h, mixed=False)
         if x.dim() != h.dim() or x.shape[:-1] != h.shape[:-1]:
             raise ValueError(f"x must have shape {(*h.shape[:-1], 'I')}; found {tuple(x.shape)}")
+        if x.shape[-1] == 0:
+            raise ValueError(f"x must have at least one feature; found {tuple(x.shape)}")
     _check_state("h", h, c, hidden, weight, bias, norm, seed)
     check_shape("c", c, tuple(h.shape))
     rows = (4 if hidden is None else 3) * h.shape[-1]

@@ -339,4 +339,16 @@ def test_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
     script = "import torch, depthlstm_fast as dl; dl.depth_lstm_gates(torch.ones(1, 4), torch.ones(1, 1))"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 1
-    assert "DEPTHLSTM_CPU_ISA names an instruction set that this build or CPU does not have: avx3" in run.stderr
+    assert "DEPTHLSTM_CPU_ISA must be generic, avx2, avx512 or avx512_bf16" in run.stderr and "found avx3" in run.stderr
+
+
+@needs_cpp
+def test_forward_mode_takes_the_decomposition() -> None:
+    z, tangent, c = normal(2, 12), normal(2, 12), normal(2, 3)
+    results = []
+    for function in (dl.depth_lstm_gates, dl.reference.depth_lstm_gates):
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(z, tangent)
+            results.append(torch.autograd.forward_ad.unpack_dual(function(dual, c)[0]).tangent)
+    assert results[0] is not None
+    torch.testing.assert_close(results[0], results[1])
