@@ -165,7 +165,8 @@ private:
 const GatesKernels& kernels() {
     const GatesKernels* chosen = select_gates_kernels();
     STD_TORCH_CHECK(chosen != nullptr,
-                    "DEPTHLSTM_CPU_ISA must be generic, avx2, avx512 or avx512_bf16, as far as this build and CPU have them; found ", std::getenv("DEPTHLSTM_CPU_ISA"));
+                    "DEPTHLSTM_CPU_ISA must be generic, avx2, avx512 or avx512_bf16, as far as this build and CPU have them; found ",
+                    std::getenv("DEPTHLSTM_CPU_ISA"));
     return *chosen;
 }
 
