@@ -32,7 +32,7 @@ constexpr int64_t grain_elements = 16384;
 // Rows are cut into chunks by their number alone, never by the threads, so that parameter gradients are bitwise repeatable.
 constexpr int64_t max_chunks = 64, min_chunk_rows = 32;
 // Above this traffic no last-level cache of this class keeps the outputs until they are read, and they are written past the
-// caches: N=4096, D=512 backward 4.6 -> 3.4 ms (fp32), 3.4 -> 2.8 ms (bf16), forward 2.2 -> 1.9 ms (fp32). The forward pass of
+// caches: stand-alone, best of 15 on a noisy host, N=4096, D=512 backward 4.6 -> 3.4 ms (fp32), 3.4 -> 2.8 ms (bf16), forward 2.2 -> 1.9 ms (fp32). The forward pass of
 // 16-bit types keeps ordinary stores: its half-line writes come out slower that way (1.4 -> 1.6 ms).
 constexpr int64_t stream_bytes = int64_t(32) << 20;
 
@@ -56,7 +56,7 @@ DType dtype_of(const Tensor& tensor, const char* argument) {
 int64_t element_bytes(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 // Fresh outputs of this size come from mmap, and their page faults cost more than the kernel: huge pages make them few.
-// (N=4096, D=512, fp32: backward 16.5 ms with 4 KiB pages, 4.8 ms with 2 MiB pages.)
+// (N=4096, D=512, fp32 backward, noisy host: 16.5 ms before, 4.8 ms with torch's own THP_MEM_ALLOC_ENABLE=1, 5 to 13 ms with this.)
 constexpr int64_t huge_bytes = int64_t(4) << 20;
 
 void use_huge_pages([[maybe_unused]] const Tensor& tensor, [[maybe_unused]] int64_t bytes) {
@@ -146,8 +146,8 @@ class Scratch {
 public:
     explicit Scratch(int64_t bytes) {
         if (bytes <= int64_t(sizeof local_)) return;
-        // Pages of its own, and one more: where two threads' scratch lies side by side, the hardware prefetcher of each pulls
-        // at the other's lines (bf16 forward 1.9 ms instead of 1.4 ms).
+        // Pages of its own, and one more, to keep two threads' scratch apart: where they lay side by side a stand-alone bf16 forward
+        // took 1.9 ms instead of 1.4 ms. The hardware prefetcher is the suspect, not shown; through torch no gain was measured.
         constexpr int64_t page = 4096;
         heap_ = std::aligned_alloc(page, std::size_t((bytes + page - 1) / page + 1) * page);
         STD_TORCH_CHECK(heap_ != nullptr, "out of memory: ", bytes, " bytes of scratch");
