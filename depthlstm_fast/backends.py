@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import os
 from collections.abc import Iterator
@@ -39,7 +40,10 @@ def _load_library() -> str | None:
 
 
 load_error = _load_library()
-_NOT_BUILT = {"cuda": "CUDA C++ kernels are not part of this version", "triton": "Triton kernels are not part of this version"}
+CUDA_ERROR = "CUDA C++ kernels are not part of this version"
+TRITON_MAX_FEATURES = 8192  # kernels/gates.py: a row of more does not fit the registers of a multiprocessor
+_triton_error = None if importlib.util.find_spec("triton") else "Triton is not installed (pip install triton)"
+_triton_interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 _strict = os.environ.get("DEPTHLSTM_STRICT", "0") not in ("", "0")
 _default = os.environ.get("DEPTHLSTM_BACKEND") or "auto"
 _last: str | None = None
@@ -48,11 +52,15 @@ _logged: set[str] = set()
 
 def backends() -> dict[str, BackendStatus]:
     """Every backend by name, with whether it can run here and why not."""
-    cpp = BackendStatus(load_error is None, load_error or "C++ kernels for CPU tensors")
+    triton_error = _triton_error
+    if triton_error is None and not _triton_interpreted and not torch.cuda.is_available():
+        triton_error = "there is no GPU that torch can use"
+    interpreted = "Triton kernels, interpreted on the CPU (TRITON_INTERPRET=1): slow, for tests"
     return {
         "reference": BackendStatus(True, "plain PyTorch, any device"),
-        "cpp": cpp,
-        **{name: BackendStatus(False, reason) for name, reason in _NOT_BUILT.items()},
+        "cpp": BackendStatus(load_error is None, load_error or "C++ kernels for CPU tensors"),
+        "cuda": BackendStatus(False, CUDA_ERROR),
+        "triton": BackendStatus(triton_error is None, triton_error or (interpreted if _triton_interpreted else "Triton kernels for GPUs")),
     }
 
 
@@ -84,8 +92,8 @@ def last_backend() -> str | None:
     return _last
 
 
-def choose(requested: str | None, tensor: Tensor) -> str:
-    """The backend that runs a call on ``tensor``: the requested one, else the default one, else the fastest that can.
+def choose(requested: str | None, tensor: Tensor, features: int) -> str:
+    """The backend that runs a call on ``tensor`` with D = ``features``: the requested one, else the default, else the fastest that can.
 
     Raises:
         ValueError: the requested backend is unknown, or cannot run this call.
@@ -94,9 +102,10 @@ def choose(requested: str | None, tensor: Tensor) -> str:
     global _last
     name = _default if requested is None else requested
     if name != "reference":
-        limit = _limit("cpp" if name == "auto" else name, tensor)
+        fastest = "cpp" if tensor.device.type == "cpu" else "triton"
+        limit = _limit(fastest if name == "auto" else name, tensor, features)
         if limit is None:
-            name = "cpp" if name == "auto" else name
+            name = fastest if name == "auto" else name
         elif name == "auto":
             name = "reference"
             # export asks for the decomposition, which is no fallback
@@ -110,14 +119,24 @@ def choose(requested: str | None, tensor: Tensor) -> str:
     return name
 
 
-def _limit(name: str, tensor: Tensor) -> str | None:
+def _limit(name: str, tensor: Tensor, features: int) -> str | None:
     """Why the backend ``name`` cannot run a call on ``tensor``; None where it can."""
-    if name != "cpp":
-        return _NOT_BUILT.get(name, "there is no such backend")
-    if load_error is not None:
-        return load_error
-    if tensor.device.type != "cpu":
-        return f"the C++ kernels take CPU tensors; found {tensor.device}"
+    if name == "cpp":
+        if load_error is not None:
+            return load_error
+        if tensor.device.type != "cpu":
+            return f"the C++ kernels take CPU tensors; found {tensor.device}"
+    elif name == "triton":
+        if _triton_error is not None:
+            return _triton_error
+        if tensor.device.type != "cuda" and not (_triton_interpreted and tensor.device.type == "cpu"):
+            return f"the Triton kernels take CUDA tensors, or with TRITON_INTERPRET=1 CPU tensors; found {tensor.device}"
+        if tensor.dtype == torch.float64:
+            return "the Triton kernels take float32, bfloat16 and float16; found float64"
+        if features > TRITON_MAX_FEATURES:
+            return f"the Triton kernels take D up to {TRITON_MAX_FEATURES}; found {features}"
+    else:
+        return CUDA_ERROR if name == "cuda" else "there is no such backend"
     if torch.compiler.is_exporting():
         return "export takes the decomposition into PyTorch operators"
     if not torch.compiler.is_compiling():

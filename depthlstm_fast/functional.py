@@ -54,14 +54,16 @@ def depth_lstm_gates(
     checks.check_options(norm, activation, eps, dropout_p)
     checks.check_gates(z, c, weight, bias, hidden, norm, seed)
     drops = training and dropout_p > 0
-    if choose(backend, z) == "reference":
+    chosen = choose(backend, z, c.shape[-1])
+    if chosen == "reference":
         return reference.depth_lstm_gates(
             z, c, weight, bias, hidden=hidden, norm=norm, activation=activation, eps=eps, dropout_p=dropout_p, training=training, seed=seed
         )
     key = (reference.draw_seed(z.device) if seed is None else seed) if drops else None
     return ops.gates(
-        z, None, hidden, c, weight, bias, key, ops.NORM_CODES[norm], ops.ACTIVATION_CODES[activation], eps, dropout_p if drops else 0.0
-    )
+        z, None, hidden, c, weight, bias, key, ops.NORM_CODES[norm], ops.ACTIVATION_CODES[activation], eps, dropout_p if drops else 0.0,
+        backend=chosen,
+    )  # fmt: skip
 
 
 def depth_lstm_cell(
@@ -106,14 +108,17 @@ def depth_lstm_cell(
         hidden = None if hidden is None else _autocast(hidden, dtype)
     checks.check_cell(inputs, h, c, w, b, weight, bias, hidden, norm, seed)
     drops = training and dropout_p > 0
-    if choose(backend, h) == "reference":
+    chosen = choose(backend, h, c.shape[-1])
+    if chosen == "reference":
         return reference.depth_lstm_cell(
             inputs, h, c, w, b, weight, bias,
             hidden=hidden, norm=norm, activation=activation, eps=eps, dropout_p=dropout_p, training=training, seed=seed,
         )  # fmt: skip
     key = (reference.draw_seed(h.device) if seed is None else seed) if drops else None
     norm_code, activation_code = ops.NORM_CODES[norm], ops.ACTIVATION_CODES[activation]
-    return ops.cell([*inputs, h], w, b, hidden, c, weight, bias, key, norm_code, activation_code, eps, dropout_p if drops else 0.0)
+    return ops.cell(
+        [*inputs, h], w, b, hidden, c, weight, bias, key, norm_code, activation_code, eps, dropout_p if drops else 0.0, backend=chosen
+    )
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,17 +1,16 @@
-"""The operators of the extension in torch: shapes for tracing, autograd, and the eager functions around them.
+"""The operators of the backends in torch: shapes for tracing, autograd, and the eager functions around them.
 
-In eager an autograd.Function calls the operators below the dispatcher's autograd key, which costs a third of
-torch.library's own autograd; a tracer sees the operators themselves, with the autograd that is registered here.
+A backend is a pair of operators of one schema. In eager an autograd.Function calls them below the dispatcher's autograd key, which
+costs a third of torch.library's own autograd; a tracer sees the operators themselves, with the autograd that is registered here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from .backends import load_error
 from .checks import ACTIVATIONS, NORMS
@@ -23,7 +22,28 @@ ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 # (D=256, two cores: 73 us against 48 us for 1 row, 744 us against 537 us for 64 rows).
 FEW_ROWS = 64
 
+FORWARD_SCHEMA = (
+    "(Tensor z, Tensor? z_bias, Tensor? hidden, Tensor c, Tensor? weight, Tensor? bias, Tensor? seed, int norm, int activation, "
+    "float eps, float dropout_p) -> (Tensor h, Tensor c_out)"
+)
+BACKWARD_SCHEMA = (
+    "(Tensor? dh, Tensor? dc, Tensor z, Tensor? z_bias, Tensor? hidden, Tensor c, Tensor? weight, Tensor? bias, Tensor? seed, "
+    "int norm, int activation, float eps, float dropout_p, bool affine_gradient, bool z_bias_gradient) "
+    "-> (Tensor dz, Tensor dhidden, Tensor dc_in, Tensor dweight, Tensor dbias, Tensor dz_bias)"
+)
+
 Grads = tuple[Tensor | None, ...]
+
+
+class Operators(NamedTuple):
+    """The gates of one backend: functions of FORWARD_SCHEMA and BACKWARD_SCHEMA."""
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, ...]]
+
+
+OPERATORS: dict[str, Operators] = {}
+
 _SECOND_DERIVATIVE = (
     "trying to differentiate twice a function that was marked with @once_differentiable: the fused depth-wise LSTM has no "
     'second derivative; use backend="reference" (or depthlstm_fast.use_backend("reference")) for double backward'
@@ -70,14 +90,24 @@ def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, saved: tuple[Tensor | None, ...], dh: Tensor | None, dc: Tensor | None) -> Grads:
+def _operators(backend: str, z: Tensor) -> Operators:
+    """What an eager call on ``z`` runs."""
+    if backend == "triton" and type(z) in (Tensor, torch.nn.Parameter) and torch._C._len_torch_dispatch_stack() == 0:
+        # nobody else looks at the call, so that it need not pass the dispatcher, which takes longer than the launch
+        from .kernels import gates
+
+        return Operators(gates.gates_forward, gates.gates_backward)
+    return OPERATORS[backend]
+
+
+def _gradients(ctx: Any, saved: tuple[Tensor | None, ...], operators: Operators, dh: Tensor | None, dc: Tensor | None) -> Grads:
     """Gradients of (z, z_bias, hidden, c, weight, bias), from the tensors that ``_save`` kept."""
     if dh is None and dc is None:
         return (None,) * 6
     z, z_bias, hidden, c, weight, bias, seed = saved
     needs = ctx.needs_input_grad
     affine, z_bias_gradient = (needs[4] or needs[5]) and weight is not None, needs[1] and z_bias is not None
-    dz, dhidden, dc_in, dweight, dbias, dz_bias = gates_backward(
+    dz, dhidden, dc_in, dweight, dbias, dz_bias = operators.backward(
         dh, dc, z, z_bias, hidden, c, weight, bias, seed, *ctx.options, affine, z_bias_gradient
     )
     return (
@@ -91,35 +121,37 @@ def _gradients(ctx: Any, saved: tuple[Tensor | None, ...], dh: Tensor | None, dc
 
 
 class GatesFunction(torch.autograd.Function):
-    """(z, z_bias, hidden, c, weight, bias, seed, norm, activation, eps, dropout_p) -> (h, c)"""
+    """(z, z_bias, hidden, c, weight, bias, seed, norm, activation, eps, dropout_p, backend) -> (h, c)"""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, *inputs: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        *inputs, backend = inputs  # type: ignore[assignment]
         _save(ctx, inputs)
+        ctx.backend = backend
         with torch._C._AutoDispatchBelowAutograd():
-            return gates_forward(*inputs)
+            return _operators(backend, inputs[0]).forward(*inputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, saved: tuple[Tensor | None, ...], dh: Tensor | None, dc: Tensor | None) -> Grads:
-        return (*_gradients(ctx, saved, dh, dc), None, None, None, None, None)
+    def backward(ctx: Any, saved: tuple[Any, ...], dh: Tensor | None, dc: Tensor | None) -> Grads:
+        return (*_gradients(ctx, saved, _operators(ctx.backend, saved[0]), dh, dc), None, None, None, None, None, None)
 
 
 class CellFunction(torch.autograd.Function):
-    """(w, b, hidden, c, weight, bias, seed, norm, activation, eps, dropout_p, *slices) -> (h, c)
+    """(w, b, hidden, c, weight, bias, seed, norm, activation, eps, dropout_p, backend, *slices) -> (h, c)
 
-    ``slices`` are the parts of [x ; h'], each (rows, width): W is applied to them one after the other, so that nothing is
-    concatenated, and z is kept as it leaves the GEMM; its bias is added by the gates kernel.
+    ``slices`` are the parts of [x ; h'], each (rows, width): W is applied to them at once where they lie side by side in memory, and
+    else to one after the other, so that nothing is concatenated. z is kept as it leaves the GEMM; the gates kernel adds its bias.
     """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        w, b, hidden, c, weight, bias, seed, norm, activation, eps, dropout_p, *slices = inputs
+        w, b, hidden, c, weight, bias, seed, norm, activation, eps, dropout_p, backend, *slices = inputs
         with torch._C._AutoDispatchBelowAutograd():
             z = project(slices, w)
-            h, c_out = gates_forward(z, b, hidden, c, weight, bias, seed, norm, activation, eps, dropout_p)
+            h, c_out = _operators(backend, z).forward(z, b, hidden, c, weight, bias, seed, norm, activation, eps, dropout_p)
         ctx.save_for_backward(z, b, hidden, c, weight, bias, seed, w, *slices)
-        ctx.options = (norm, activation, eps, dropout_p)
+        ctx.options, ctx.backend = (norm, activation, eps, dropout_p), backend
         ctx.set_materialize_grads(False)
         return h, c_out
 
@@ -128,50 +160,67 @@ class CellFunction(torch.autograd.Function):
     def backward(ctx: Any, saved: tuple[Any, ...], dh: Tensor | None, dc: Tensor | None) -> Grads:
         z, b, hidden, c, weight, bias, seed, w, *slices = saved
         if dh is None and dc is None:
-            return (None,) * (11 + len(slices))
+            return (None,) * (12 + len(slices))
         needs = ctx.needs_input_grad
         affine, b_gradient = (needs[4] or needs[5]) and weight is not None, needs[1] and b is not None
-        dz, dhidden, dc_in, dweight, dbias, db = gates_backward(
+        dz, dhidden, dc_in, dweight, dbias, db = _operators(ctx.backend, z).backward(
             dh, dc, z, b, hidden, c, weight, bias, seed, *ctx.options, affine, b_gradient
         )
         widths = [part.shape[1] for part in slices]
         dslices: list[Tensor | None] = [None] * len(slices)
-        if all(needs[11:]):
+        if all(needs[12:]):
             # one GEMM and views of it: a GEMM a slice reads dz once more for each (113 ms against 96 ms at N=4096, D=512, fp32)
             dslices = list((dz @ w).split(widths, dim=1))
         else:
             for i, columns in enumerate(w.split(widths, dim=1)):
-                dslices[i] = dz @ columns if needs[11 + i] else None
+                dslices[i] = dz @ columns if needs[12 + i] else None
         dw = None
         if needs[0]:
             dw = torch.empty_like(w, memory_format=torch.contiguous_format)
-            for part, columns in zip(slices, dw.split(widths, dim=1), strict=True):
+            slices = side_by_side(slices)
+            for part, columns in zip(slices, dw.split([part.shape[1] for part in slices], dim=1), strict=True):
                 torch.mm(dz.t(), part, out=columns)
         affine_gradients = (dweight, dbias) if affine else (None, None)
         hidden_gradient = dhidden if hidden is not None else None
-        return (dw, db if b_gradient else None, hidden_gradient, dc_in, *affine_gradients, None, None, None, None, None, *dslices)
+        return (dw, db if b_gradient else None, hidden_gradient, dc_in, *affine_gradients, None, None, None, None, None, None, *dslices)
+
+
+def side_by_side(slices: list[Tensor]) -> list[Tensor]:
+    """The slices (rows, width) as one matrix where each begins in memory where the one before it ends, else as they are."""
+    first, stride, width = slices[0], slices[0].stride(0), 0
+    for part in slices:
+        beside = part.data_ptr() == first.data_ptr() + width * first.itemsize and part.stride() == (stride, 1)
+        if not beside or part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return slices
+        width += part.shape[1]
+    return [first.as_strided((first.shape[0], width), (stride, 1))]
 
 
 def project(slices: list[Tensor], w: Tensor) -> Tensor:
     """[slices] W^T for slices (rows, width) of the columns of W: the first GEMM writes, the others accumulate."""
+    tracing = torch.compiler.is_compiling()
+    if len(slices) > 1 and not tracing:
+        slices = side_by_side(slices)
     columns = w.split([part.shape[1] for part in slices], dim=1)
     z = slices[0] @ columns[0].t()
     for part, column in zip(slices[1:], columns[1:], strict=True):
-        z = torch.addmm(z, part, column.t()) if torch.compiler.is_compiling() else torch.addmm(z, part, column.t(), out=z)
+        z = torch.addmm(z, part, column.t()) if tracing else torch.addmm(z, part, column.t(), out=z)
     return z
 
 
-def gates(*inputs: Any) -> tuple[Tensor, Tensor]:
+def gates(*inputs: Any, backend: str) -> tuple[Tensor, Tensor]:
     """The gates with autograd; arguments as :class:`GatesFunction`."""
     if torch.compiler.is_compiling():
-        return gates_forward(*inputs)
+        return OPERATORS[backend].forward(*inputs)
     if torch.is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in inputs[:6]):
-        return GatesFunction.apply(*inputs)
+        return GatesFunction.apply(*inputs, backend)
     with torch._C._AutoDispatchBelowAutograd():
-        return gates_forward(*inputs)
+        return _operators(backend, inputs[0]).forward(*inputs)
 
 
-def cell(slices: list[Tensor], w: Tensor, b: Tensor | None, hidden: Tensor | None, c: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def cell(
+    slices: list[Tensor], w: Tensor, b: Tensor | None, hidden: Tensor | None, c: Tensor, *rest: Any, backend: str
+) -> tuple[Tensor, Tensor]:
     """The cell with autograd: slices of [x ; h'] and c of the same leading shape; rest as :class:`CellFunction`."""
     shape, features = c.shape, c.shape[-1]
     if c.dim() != 2:
@@ -180,29 +229,49 @@ def cell(slices: list[Tensor], w: Tensor, b: Tensor | None, hidden: Tensor | Non
         c = c.reshape(-1, features)
     if torch.compiler.is_compiling():
         # traced as plain GEMMs, which inductor plans better than an opaque operator
-        h, c = gates_forward(project(slices, w), b, hidden, c, *rest)
+        h, c = OPERATORS[backend].forward(project(slices, w), b, hidden, c, *rest)
     elif torch.is_grad_enabled():
-        h, c = CellFunction.apply(w, b, hidden, c, *rest, *slices)
+        h, c = CellFunction.apply(w, b, hidden, c, *rest, backend, *slices)
     else:
         with torch._C._AutoDispatchBelowAutograd():
             few = c.shape[0] <= FEW_ROWS
-            h, c = gates_forward(
-                torch.nn.functional.linear(torch.cat(slices, dim=1), w) if few else project(slices, w), b, hidden, c, *rest
-            )
+            z = torch.nn.functional.linear(torch.cat(slices, dim=1), w) if few else project(slices, w)
+            h, c = _operators(backend, z).forward(z, b, hidden, c, *rest)
     return (h, c) if len(shape) == 2 else (h.view(shape), c.view(shape))
 
 
-def _register() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    name = "depthlstm_fast::gates_forward"
-    torch.library.register_fake(name, _forward_fake)
-    torch.library.register_fake("depthlstm_fast::gates_backward", _backward_fake)
+def _register(prefix: str) -> Operators:
+    forward, backward = f"depthlstm_fast::{prefix}gates_forward", f"depthlstm_fast::{prefix}gates_backward"
+    torch.library.register_fake(forward, _forward_fake)
+    torch.library.register_fake(backward, _backward_fake)
+    namespace = torch.ops.depthlstm_fast
+    operators = Operators(getattr(namespace, f"{prefix}gates_forward").default, getattr(namespace, f"{prefix}gates_backward").default)
     torch.library.register_autograd(
-        name,
-        lambda ctx, dh, dc: (*_gradients(ctx, ctx.saved_tensors, dh, dc), None, None, None, None, None),
+        forward,
+        lambda ctx, dh, dc: (*_gradients(ctx, ctx.saved_tensors, operators, dh, dc), None, None, None, None, None),
         setup_context=lambda ctx, inputs, output: _save(ctx, inputs),
     )
-    return torch.ops.depthlstm_fast.gates_forward.default, torch.ops.depthlstm_fast.gates_backward.default
+    return operators
 
 
-if load_error is None:
-    gates_forward, gates_backward = _register()
+def _triton_forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    from .kernels import gates
+
+    return gates.gates_forward(*inputs)
+
+
+def _triton_backward(*inputs: Any) -> tuple[Tensor, ...]:
+    from .kernels import gates
+
+    return gates.gates_backward(*inputs)
+
+
+if load_error is None:  # the library defines and implements its operators, for the CPU
+    OPERATORS["cpp"] = _register("")
+_triton_library = torch.library.Library("depthlstm_fast", "FRAGMENT")
+_triton_library.define("triton_gates_forward" + FORWARD_SCHEMA)
+_triton_library.define("triton_gates_backward" + BACKWARD_SCHEMA)
+# one implementation for every device: Triton is imported when it first runs; interpreted, it takes CPU tensors
+_triton_library.impl("triton_gates_forward", _triton_forward, "CompositeExplicitAutograd")
+_triton_library.impl("triton_gates_backward", _triton_backward, "CompositeExplicitAutograd")
+OPERATORS["triton"] = _register("triton_")

@@ -1,0 +1,1 @@
+"""Triton kernels, one file an op; installed as depthlstm_fast.kernels and imported when one first runs."""

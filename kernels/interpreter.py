@@ -1,0 +1,66 @@
+"""Triton's interpreter (TRITON_INTERPRET=1), made to compute what a GPU computes.
+
+Known to work, and needed, with Triton 3.6 to 3.9 (tests/test_triton_interpreter.py):
+    fp32 -> bf16    truncates there; hardware rounds to nearest, ties to even.
+    loop bounds     numpy 2.4 refuses to make a Python int of the one-element arrays that Triton 3.6 keeps scalars in.
+    reductions      of tuples go element by element in Python (9 s for 17 rows of 300); here by halves of whole arrays, as hardware does.
+What stays different: scalars and loop variables are Python ints, which never overflow; programs run one after the other, so no race
+and no missing barrier can show; arithmetic in bf16 is wrong, so the kernels convert to fp32 right after loading.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import triton
+
+
+def enabled() -> bool:
+    """Whether Triton interprets kernels in this process."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def round_to_bf16(values: np.ndarray) -> np.ndarray:
+    """fp32 -> the bits of bf16, as cvt.rn.bf16.f32: to nearest, ties to even; a NaN stays a NaN."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(values), np.uint32(0x7FFF), rounded).astype(np.uint16)
+
+
+def reduce_by_halves(self: Any, values: tuple[Any, ...]) -> list[Any]:
+    """Triton's ReduceOps.generic_reduce along one axis, whose size is a power of two."""
+    arrays = [value.handle.data for value in values]
+    while arrays[0].shape[self.axis] > 1:
+        halves = [np.split(array, 2, axis=self.axis) for array in arrays]
+        low, high = ([self.to_tensor(pair[side], value.dtype) for pair, value in zip(halves, values, strict=True)] for side in (0, 1))
+        arrays = [value.handle.data for value in self.combine_fn.fn(*low, *high)]
+    if not self.keep_dims:
+        arrays = [array.squeeze(self.axis) for array in arrays]
+    return [self.to_tensor(array, value.dtype) for array, value in zip(arrays, values, strict=True)]
+
+
+@contextlib.contextmanager
+def patched() -> Iterator[None]:
+    """Interpret kernels inside the ``with`` block as the file's header says."""
+    from triton.runtime import interpreter as module
+
+    builder, reduction = module.InterpreterBuilder, module.ReduceOps
+    cast, reduce, patch_tensor = builder.cast_impl, reduction.generic_reduce, module._patch_lang_tensor
+
+    def cast_impl(self: Any, source: Any, target: Any) -> Any:
+        if source.dtype.scalar == triton.language.float32 and target.scalar == triton.language.bfloat16:
+            return module.TensorHandle(round_to_bf16(source.data), target.scalar)
+        return cast(self, source, target)
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    builder.cast_impl, reduction.generic_reduce, module._patch_lang_tensor = cast_impl, reduce_by_halves, patch_lang_tensor
+    try:
+        yield
+    finally:
+        builder.cast_impl, reduction.generic_reduce, module._patch_lang_tensor = cast, reduce, patch_tensor

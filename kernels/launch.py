@@ -1,0 +1,135 @@
+"""Compiling and launching the Triton kernels: one compilation for each (kernel, D, dtypes, flags), found again by a dictionary lookup.
+
+triton.jit would specialise on the alignment of every single argument and spends more time on a call; here the caller says whether
+everything is aligned, N and the strides are never specialised on, and the compile gate (tools/check_kernels.py) compiles by the same
+function what the launcher runs. With TRITON_INTERPRET=1 the kernels run on the CPU, slowly, for tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.compiler import ASTSource
+
+from . import interpreter
+
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+ALIGNMENT = 16  # bytes: what the widest load of a thread takes
+INTERPRETED = interpreter.enabled()
+Argument = Tensor | int | float | None
+Constant = int | str | bool
+
+
+class Launch(NamedTuple):
+    """How a kernel is launched: constants of its tile and the warps that work on it."""
+
+    warps: int
+    constants: dict[str, Constant]
+
+
+def type_of(argument: Argument) -> str | None:
+    """Triton's name for the type of a run-time argument; None for an absent one."""
+    if argument is None:
+        return None
+    if isinstance(argument, Tensor):
+        return POINTERS[argument.dtype]
+    return "fp32" if isinstance(argument, float) else "i64"
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors the GPU has; interpreted, one."""
+    return 1 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Makes the tensor's GPU the current one, where it is not already."""
+    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+def row_stride(tensor: Tensor) -> int | None:
+    """The distance between rows (all but the last dimension flattened) in elements; None where there is no single one."""
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        return None
+    stride, expected = None, 0
+    for size, step in zip(reversed(tensor.shape[:-1]), reversed(tensor.stride()[:-1]), strict=True):
+        if size == 1:
+            continue
+        if stride is None:
+            stride = step
+        elif step != expected:
+            return None
+        expected = step * size
+    return tensor.shape[-1] if stride is None else stride
+
+
+def as_rows(tensor: Tensor | None) -> tuple[Tensor | None, int]:
+    """The tensor with its row stride, copied only where no single stride exists."""
+    if tensor is None:
+        return None, 0
+    stride = row_stride(tensor)
+    return (tensor.contiguous(), tensor.shape[-1]) if stride is None else (tensor, stride)
+
+
+def is_aligned(tensors: Sequence[Tensor | None], strides: Sequence[int]) -> bool:
+    """Whether each tensor and each of its rows starts at a multiple of ALIGNMENT bytes; ``strides`` of rows in elements."""
+    for tensor, stride in zip(tensors, strides, strict=True):
+        if tensor is not None and (tensor.data_ptr() % ALIGNMENT or stride * tensor.itemsize % ALIGNMENT):
+            return False
+    return True
+
+
+def compile_kernel(
+    kernel: Any, types: Sequence[str | None], constants: dict[str, Constant], warps: int, aligned: bool, target: Any = None
+) -> Any:
+    """Compile ``kernel`` for run-time arguments of ``types`` (None: absent), for ``target`` or else the current GPU.
+
+    ``aligned`` promises what :func:`is_aligned` checks of all pointers, and of an argument called x_stride for the rows of x.
+    """
+    names = kernel.arg_names
+    by_name = dict(zip(names, types, strict=False))
+    signature = {name: by_name.get(name) or "constexpr" for name in names}
+    values: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for index, name in enumerate(names):
+        kind = by_name.get(name)
+        if kind is None:
+            values[(index,)] = constants.get(name)
+        elif aligned and kind.startswith("*") and kind != "*i64":
+            attributes[(index,)] = [["tt.divisibility", ALIGNMENT]]
+        elif aligned and name.endswith("_stride"):
+            pointer = by_name[name.removesuffix("_stride")] or "*fp32"
+            attributes[(index,)] = [["tt.divisibility", ALIGNMENT // (4 if pointer == "*fp32" else 2)]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # 3.9 warns of enable_fp_fusion's future default even where it is given
+        source = ASTSource(kernel, signature, values, attributes)
+        return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": True})
+
+
+_compiled: dict[tuple, Any] = {}
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], arguments: Sequence[Argument], constants: dict[str, Constant], plan: Launch, aligned: bool
+) -> None:
+    """Run ``kernel`` on the current stream of the current device; its parameters are ``arguments``, then ``constants`` and the plan's."""
+    if INTERPRETED:
+        with interpreter.patched():
+            kernel[grid](*arguments, **constants, **plan.constants)
+        return
+    types = tuple(type_of(argument) for argument in arguments)
+    values = (*constants.values(), *plan.constants.values())
+    key = (kernel, torch.cuda.current_device(), types, values, plan.warps, aligned)
+    compiled = _compiled.get(key)
+    if compiled is None:
+        compiled = _compiled[key] = compile_kernel(kernel, types, {**constants, **plan.constants}, plan.warps, aligned)
+    compiled[(*grid, 1, 1)[:3]](*arguments, *values)

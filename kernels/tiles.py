@@ -1,0 +1,179 @@
+"""Building blocks of the Triton kernels: tiles (ROWS, BLOCK) of several gates, their means over a row, LayerNorm.
+
+What belongs to the gates i, f, o, g is a tuple of four tiles, or of three where `hidden` gives g. Everything is fp32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _add3(a0, a1, a2, b0, b1, b2):
+    return a0 + b0, a1 + b1, a2 + b2
+
+
+@triton.jit
+def _add4(a0, a1, a2, a3, b0, b1, b2, b3):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
+
+
+@triton.jit
+def _add6(a0, a1, a2, a3, a4, a5, b0, b1, b2, b3, b4, b5):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5
+
+
+@triton.jit
+def _add8(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7
+
+
+@triton.jit
+def row_means(x, SETS: tl.constexpr, FEATURES: tl.constexpr, NORM: tl.constexpr, GATES: tl.constexpr):
+    """Means over the features of SETS * GATES tiles, (ROWS, 1) each; with norm="joint" over the features of all gates."""
+    if SETS * GATES == 3:
+        sums = tl.reduce(x, 1, _add3, keep_dims=True)
+    elif SETS * GATES == 4:
+        sums = tl.reduce(x, 1, _add4, keep_dims=True)
+    elif SETS * GATES == 6:
+        sums = tl.reduce(x, 1, _add6, keep_dims=True)
+    else:
+        sums = tl.reduce(x, 1, _add8, keep_dims=True)
+    means = ()
+    for first in tl.static_range(0, SETS * GATES, GATES):
+        if NORM == "joint":
+            total = sums[first] + sums[first + 1] + sums[first + 2]
+            if GATES == 4:
+                total += sums[first + 3]
+            for _ in tl.static_range(GATES):
+                means = means + (total * (1.0 / (GATES * FEATURES)),)
+        else:
+            for k in tl.static_range(GATES):
+                means = means + (sums[first + k] * (1.0 / FEATURES),)
+    return means
+
+
+@triton.jit
+def load(at, inside, MASKED: tl.constexpr):
+    """A tile in fp32; zeros outside."""
+    if MASKED:
+        return tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    else:
+        return tl.load(at).to(tl.float32)
+
+
+@triton.jit
+def store(at, value, inside, MASKED: tl.constexpr):
+    value = value.to(at.dtype.element_ty)
+    if MASKED:
+        tl.store(at, value, mask=inside)
+    else:
+        tl.store(at, value)
+
+
+@triton.jit
+def load_gates(at, inside, FEATURES: tl.constexpr, GATES: tl.constexpr, MASKED: tl.constexpr):
+    """The gates' tiles, which lie FEATURES apart: of z, or of a (GATES, FEATURES) parameter."""
+    tiles = ()
+    for k in tl.static_range(GATES):
+        tiles = tiles + (load(at + k * FEATURES, inside, MASKED),)
+    return tiles
+
+
+@triton.jit
+def load_z(z, z_bias, z_stride, row, column, inside, FEATURES: tl.constexpr, GATES: tl.constexpr, MASKED: tl.constexpr):
+    """z + z_bias."""
+    tiles = load_gates(z + row * z_stride + column, inside, FEATURES, GATES, MASKED)
+    if z_bias is not None:
+        biases = load_gates(z_bias + column, column < FEATURES, FEATURES, GATES, MASKED)
+        tiles = add_tiles(tiles, biases, GATES)
+    return tiles
+
+
+@triton.jit
+def products(x, y, GATES: tl.constexpr):
+    products = ()
+    for k in tl.static_range(GATES):
+        products = products + (x[k] * y[k],)
+    return products
+
+
+@triton.jit
+def add_tiles(x, y, COUNT: tl.constexpr):
+    sums = ()
+    for k in tl.static_range(COUNT):
+        sums = sums + (x[k] + y[k],)
+    return sums
+
+
+@triton.jit
+def centre(z, mean, inside, GATES: tl.constexpr, MASKED: tl.constexpr):
+    """z - mean; zeros outside."""
+    centred = ()
+    for k in tl.static_range(GATES):
+        tile = z[k] - mean[k]
+        if MASKED:
+            tile = tl.where(inside, tile, 0.0)
+        centred = centred + (tile,)
+    return centred
+
+
+@triton.jit
+def scale_and_shift(rest, eps, GATES: tl.constexpr):
+    """(r, shift) with n = (z - mean) r + shift, from the means of z - mean and of its square.
+
+    The shift takes out the rounding error of the mean: on a nearly constant row it is most of what is left of z - mean, and
+    r = 1 / sqrt(eps) would blow it up.
+    """
+    r, shift = (), ()
+    for k in tl.static_range(GATES):
+        variance = rest[GATES + k] - rest[k] * rest[k]
+        variance = tl.where(variance < 0, 0.0, variance)  # not a maximum: NaN must stay
+        r = r + (tl.math.rsqrt(variance + eps),)
+        shift = shift + (-rest[k] * r[k],)
+    return r, shift
+
+
+@triton.jit
+def row_statistics(z, inside, eps, FEATURES: tl.constexpr, NORM: tl.constexpr, GATES: tl.constexpr, MASKED: tl.constexpr):
+    """(mean, r, shift) of the gates, (ROWS, 1) each."""
+    mean = row_means(z, 1, FEATURES, NORM, GATES)
+    centred = centre(z, mean, inside, GATES, MASKED)
+    r, shift = scale_and_shift(row_means(centred + products(centred, centred, GATES), 2, FEATURES, NORM, GATES), eps, GATES)
+    return mean, r, shift
+
+
+@triton.jit
+def normalise(z, mean, r, shift, GATES: tl.constexpr):
+    n = ()
+    for k in tl.static_range(GATES):
+        n = n + ((z[k] - mean[k]) * r[k] + shift[k],)
+    return n
+
+
+@triton.jit
+def affine(n, weight, bias, column, FEATURES: tl.constexpr, GATES: tl.constexpr, MASKED: tl.constexpr):
+    """n * weight + bias, and the weight's tiles."""
+    weights = load_gates(weight + column, column < FEATURES, FEATURES, GATES, MASKED)
+    biases = load_gates(bias + column, column < FEATURES, FEATURES, GATES, MASKED)
+    a = ()
+    for k in tl.static_range(GATES):
+        a = a + (n[k] * weights[k] + biases[k],)
+    return a, weights
+
+
+@triton.jit
+def layer_norm_backward(u, n, r, mean_u, mean_un, GATES: tl.constexpr):
+    dz = ()
+    for k in tl.static_range(GATES):
+        dz = dz + ((u[k] - mean_u[k] - n[k] * mean_un[k]) * r[k],)
+    return dz
+
+
+@triton.jit
+def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    tiles = ()
+    for _ in tl.static_range(COUNT):
+        tiles = tiles + (tl.zeros((ROWS, BLOCK), tl.float32),)
+    return tiles
