@@ -83,6 +83,7 @@ def depth_lstm_cell(
     training: bool = False,
     seed: Tensor | None = None,
     backend: str | None = None,
+    left: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """One step of the depth-wise LSTM: z = w [x ; h] + b, then :func:`depth_lstm_gates`, as one autograd node.
 
@@ -94,6 +95,8 @@ def depth_lstm_cell(
         h, c: (..., D), output and cell of the layer below.
         w: (4D, I + D), or (3D, I + D) with ``hidden``; rows in the order i, f, o, g, columns x first.
         b: (4D), (3D) with ``hidden``, or None.
+        left: a hint: the width of the next cell's input. Where the backend can (Triton, in eager), h becomes the right part of a buffer
+            (..., left + D) whose left part is free, so that x can be written beside it and the next product reads [x ; h] in place.
 
     x, h, w and hidden share one dtype (under autocast they are cast to its dtype); b, c, weight and bias may be float32
     beside a 16-bit one. The other arguments, returns and errors are those of :func:`depth_lstm_gates`.
@@ -117,8 +120,9 @@ def depth_lstm_cell(
     key = (reference.draw_seed(h.device) if seed is None else seed) if drops else None
     norm_code, activation_code = ops.NORM_CODES[norm], ops.ACTIVATION_CODES[activation]
     return ops.cell(
-        [*inputs, h], w, b, hidden, c, weight, bias, key, norm_code, activation_code, eps, dropout_p if drops else 0.0, backend=chosen
-    )
+        [*inputs, h], w, b, hidden, c, weight, bias, key, norm_code, activation_code, eps, dropout_p if drops else 0.0,
+        backend=chosen, left=left,
+    )  # fmt: skip
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

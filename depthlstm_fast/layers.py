@@ -2,21 +2,26 @@
 
 What is fused: everything of the cell after its matrix product (:func:`depth_lstm_gates`); [x ; h'] is never concatenated, x and h' are
 K-slices of the product (:func:`depth_lstm_cell`); with ``merge="add"`` the output projection of the cross-attention accumulates onto s.
+Where the backend can write h beside free columns, what comes before the next cell writes its input there, and the product reads both at
+once (:mod:`depthlstm_fast.beside`).
 A submodule that is no longer a plain nn.Linear (LoRA, quantised, hooked, parametrised) is called as a module, and what follows it
 stays fused.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import reference
+from . import beside, reference
 from .functional import depth_lstm_cell, depth_lstm_gates
 from .reference.attention import CrossAttention, SelfAttention
+from .reference.stacks import CELLS
 
 
 def _hookless(module: nn.Module) -> bool:
@@ -54,8 +59,32 @@ def linear_slices(inputs: tuple[Tensor, ...], weight: Tensor, bias: Tensor | Non
     return total.view(*inputs[0].shape[:-1], weight.shape[0])
 
 
+def _linear_into(buffer: Tensor | None, first: int, linear: nn.Module, x: Tensor, base: Tensor | None = None) -> Tensor:
+    """base + linear(x), written into ``buffer`` from column ``first`` on where that can be."""
+    if buffer is None or not is_plain_linear(linear):
+        return linear(x) if base is None else base + linear(x)
+    weight: Any = linear.weight
+    bias: Any = linear.bias
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if not x.dtype == weight.dtype == buffer.dtype:
+        return linear(x) if base is None else base + linear(x)
+    return beside.linear_into(buffer, first, x, weight, bias, base)
+
+
+def _attend_into(
+    buffer: Tensor | None, first: int, attention: SelfAttention | CrossAttention, arguments: tuple, options: dict[str, Any]
+) -> Tensor:
+    """The attention's output, written into ``buffer`` from column ``first`` on where that can be."""
+    if buffer is None or not _hookless(attention):
+        return attention(*arguments, **options)
+    return _linear_into(buffer, first, attention.out_proj, attention.context(*arguments, **options))
+
+
 class DepthLSTMCell(reference.DepthLSTMCell):
     __doc__ = reference.DepthLSTMCell.__doc__
+    left = 0  # the width of the next cell's input, which the layer or the stack that holds the two sets; see depth_lstm_cell
 
     def forward(self, input: Tensor | tuple[Tensor, ...], state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """See :meth:`depthlstm_fast.reference.DepthLSTMCell.forward`."""
@@ -74,7 +103,7 @@ class DepthLSTMCell(reference.DepthLSTMCell):
     def _step(
         self, inputs: tuple[Tensor, ...], h: Tensor, c: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        return depth_lstm_cell(inputs, h, c, weight, bias, **self._options(hidden))
+        return depth_lstm_cell(inputs, h, c, weight, bias, left=self.left, **self._options(hidden))
 
     def _folded_step(self, inputs: tuple[Tensor, ...], state: tuple[Tensor, Tensor], fold: Fold) -> tuple[Tensor, Tensor]:
         """:meth:`forward` with the weights of ``fold``, the last of inputs being the attention's context."""
@@ -108,8 +137,11 @@ def _fold_linear(linear: nn.Linear, projection: nn.Linear, first: int, dtype: to
     return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-class _FoldingLayer(nn.Module):
-    """Folding an attention's output projection into the cell that follows, for inference."""
+class _FusedLayer(nn.Module):
+    """What the fused layers share: projections that write beside h, and folding of output projections into the cell, for inference."""
+
+    d_model: int
+    sublayer: bool
 
     folds_output_projection: bool = False
     _folds: dict[str, Fold] | None = None
@@ -125,7 +157,7 @@ class _FoldingLayer(nn.Module):
         """
         self.folds_output_projection, self._folds = enabled, None
 
-    def train(self, mode: bool = True) -> _FoldingLayer:
+    def train(self, mode: bool = True) -> _FusedLayer:
         self._folds = None
         return super().train(mode)
 
@@ -169,17 +201,36 @@ class _FoldingLayer(nn.Module):
         name: str,
         state: tuple[Tensor, Tensor],
         before: tuple[Tensor, ...] = (),
+        buffer: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Attention, then the cell called ``name``; ``before`` comes before the attention's output in the cell's input."""
+        """Attention, then the cell called ``name``; ``before`` comes before the attention's output in the cell's input.
+
+        The attention's output is written into ``buffer``, or where nothing comes before it, beside the state.
+        """
         cell = getattr(self, name)
-        fold = self._fold(name, attention, cell, sum(x.shape[-1] for x in before))
+        width = sum(x.shape[-1] for x in before)
+        fold = self._fold(name, attention, cell, width)
         if fold is not None:
             return cell._folded_step((*before, attention.context(*arguments, **options)), state, fold)
-        output = attention(*arguments, **options)
+        if not before:
+            buffer = beside.take(state[0], self.d_model)  # type: ignore[arg-type]
+        output = _attend_into(buffer, width, attention, arguments, options)
         return cell((*before, output) if before else output, state)
 
+    def _feed_forward(self, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.sublayer:
+            return h, c
+        x = _linear_into(beside.take(h, self.d_model), 0, self.linear2, self._inner(h))  # type: ignore[operator]
+        return self.ffn_cell(x, (h, c))  # type: ignore[operator]
 
-class DepthLSTMEncoderLayer(_FoldingLayer, reference.DepthLSTMEncoderLayer):
+    def _enter(self, argument: str, outside: Tensor) -> Tensor:
+        return beside.pass_on(outside, super()._enter(argument, outside))  # type: ignore[misc]
+
+    def _leave(self, inside: Tensor, like: Tensor) -> Tensor:
+        return beside.pass_on(inside, super()._leave(inside, like))  # type: ignore[misc]
+
+
+class DepthLSTMEncoderLayer(_FusedLayer, reference.DepthLSTMEncoderLayer):
     __doc__ = reference.DepthLSTMEncoderLayer.__doc__
     cell_class = DepthLSTMCell
 
@@ -187,7 +238,7 @@ class DepthLSTMEncoderLayer(_FoldingLayer, reference.DepthLSTMEncoderLayer):
         return self._attend_and_step(self.self_attn, (h, mask, is_causal), {}, "cell", (h, c))
 
 
-class DepthLSTMDecoderLayer(_FoldingLayer, reference.DepthLSTMDecoderLayer):
+class DepthLSTMDecoderLayer(_FusedLayer, reference.DepthLSTMDecoderLayer):
     __doc__ = reference.DepthLSTMDecoderLayer.__doc__
     cell_class = DepthLSTMCell
 
@@ -195,29 +246,45 @@ class DepthLSTMDecoderLayer(_FoldingLayer, reference.DepthLSTMDecoderLayer):
         if self.merge == "cells":
             h, c = self._attend_and_step(self.self_attn, (h,), self_options, "cell", (h, c))
             return self._attend_and_step(self.cross_attn, (h,), cross_options, "cross_cell", (h, c))
-        s = self.self_attn(h, **self_options)
+        buffer = beside.take(h, self.cell.input_size)
         if self.merge == "concat":
-            return self._attend_and_step(self.cross_attn, (s,), cross_options, "cell", (h, c), (s,))
-        return self.cell(self._add_cross_attention(s, cross_options), (h, c))
+            s = _attend_into(buffer, 0, self.self_attn, (h,), self_options)
+            return self._attend_and_step(self.cross_attn, (s,), cross_options, "cell", (h, c), (s,), buffer)
+        return self.cell(self._add_cross_attention(self.self_attn(h, **self_options), cross_options, buffer), (h, c))
 
-    def _add_cross_attention(self, s: Tensor, options: dict[str, Any]) -> Tensor:
-        """s + CrossAttn(s), the output projection accumulating onto s."""
+    def _add_cross_attention(self, s: Tensor, options: dict[str, Any], buffer: Tensor | None) -> Tensor:
+        """s + CrossAttn(s), the output projection accumulating onto s; written into ``buffer`` where there is one."""
         projection = self.cross_attn.out_proj
         if not is_plain_linear(projection) or not _hookless(self.cross_attn):
             return s + self.cross_attn(s, **options)
+        context = self.cross_attn.context(s, **options)
+        if buffer is not None:
+            return _linear_into(buffer, 0, projection, context, s)
         weight, bias = projection.weight, projection.bias
         # s + b costs what copying s into the product's output would: the product then accumulates in place
         base = _rows(s) if bias is None else _rows(s) + bias.to(s.dtype)  # type: ignore[operator]
-        context = _rows(self.cross_attn.context(s, **options))
-        return _accumulate(base, context, weight, bias is not None).view(s.shape)  # type: ignore[arg-type]
+        return _accumulate(base, _rows(context), weight, bias is not None).view(s.shape)  # type: ignore[arg-type]
+
+
+def _connect(layers: Iterable[nn.Module]) -> None:
+    """Tell each cell the width of the next one's input."""
+    cells = [getattr(layer, name) for layer in layers for name in CELLS if isinstance(getattr(layer, name, None), DepthLSTMCell)]
+    for cell, following in itertools.pairwise(cells):
+        cell.left = following.input_size
 
 
 class DepthLSTMEncoder(reference.DepthLSTMEncoder):
     __doc__ = reference.DepthLSTMEncoder.__doc__
 
+    def _connect(self) -> None:
+        _connect(self.layers)
+
 
 class DepthLSTMDecoder(reference.DepthLSTMDecoder):
     __doc__ = reference.DepthLSTMDecoder.__doc__
+
+    def _connect(self) -> None:
+        _connect(self.layers)
 
 
 def fold_output_projections(model: nn.Module, enabled: bool = True) -> int:
@@ -225,7 +292,7 @@ def fold_output_projections(model: nn.Module, enabled: bool = True) -> int:
 
     Folding is for inference, see :meth:`DepthLSTMEncoderLayer.fold_output_projection` for what it does and when.
     """
-    layers = [module for module in model.modules() if isinstance(module, _FoldingLayer)]
+    layers = [module for module in model.modules() if isinstance(module, _FusedLayer)]
     for layer in layers:
         layer.fold_output_projection(enabled)
     return len(layers)

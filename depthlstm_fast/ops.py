@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import beside
 from .backends import load_error
 from .checks import ACTIVATIONS, NORMS
+from .derivatives import Grads, once_differentiable
 
 NORM_CODES = {name: code for code, name in enumerate(NORMS)}
 ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
@@ -32,8 +34,6 @@ BACKWARD_SCHEMA = (
     "-> (Tensor dz, Tensor dhidden, Tensor dc_in, Tensor dweight, Tensor dbias, Tensor dz_bias)"
 )
 
-Grads = tuple[Tensor | None, ...]
-
 
 class Operators(NamedTuple):
     """The gates of one backend: functions of FORWARD_SCHEMA and BACKWARD_SCHEMA."""
@@ -43,30 +43,7 @@ class Operators(NamedTuple):
 
 
 OPERATORS: dict[str, Operators] = {}
-
-_SECOND_DERIVATIVE = (
-    "trying to differentiate twice a function that was marked with @once_differentiable: the fused depth-wise LSTM has no "
-    'second derivative; use backend="reference" (or depthlstm_fast.use_backend("reference")) for double backward'
-)
-
-
-def once_differentiable(backward: Callable[..., Grads]) -> Callable[..., Grads]:
-    """torch's decorator of this name for ``backward(ctx, saved_tensors, *grads)``, with an error that says what to do instead."""
-
-    def wrapper(ctx: Any, *grads: Tensor | None) -> Grads:
-        saved = ctx.saved_tensors
-        with torch.no_grad():
-            outputs = backward(ctx, saved, *grads)
-        if not torch.is_grad_enabled():
-            return outputs
-        present = [output for output in outputs if output is not None]
-        # the error hangs on what the gradients depend on: torch.autograd.grad runs only what leads to its inputs
-        sources = [tensor for tensor in (*grads, *saved) if tensor is not None and tensor.requires_grad]
-        error = torch._C._functions.DelayedError(_SECOND_DERIVATIVE.encode(), len(present) + len(sources))
-        marked = iter(error(*[output.detach().requires_grad_() for output in present], *sources))
-        return tuple(None if output is None else next(marked) for output in outputs)
-
-    return wrapper
+WRITES_INTO_BUFFER = ("triton",)  # backends whose direct forward takes h as one more argument
 
 
 def _sizes_like(*tensors: Tensor | None, like: Tensor) -> list[Tensor]:
@@ -90,10 +67,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
     ctx.set_materialize_grads(False)
 
 
+def is_direct(tensor: Tensor) -> bool:
+    """Whether nobody but the kernels looks at an eager call on ``tensor``: no subclass of Tensor, no dispatch mode."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and torch._C._len_torch_dispatch_stack() == 0
+
+
 def _operators(backend: str, z: Tensor) -> Operators:
     """What an eager call on ``z`` runs."""
-    if backend == "triton" and type(z) in (Tensor, torch.nn.Parameter) and torch._C._len_torch_dispatch_stack() == 0:
-        # nobody else looks at the call, so that it need not pass the dispatcher, which takes longer than the launch
+    if backend == "triton" and is_direct(z):  # past the dispatcher, which takes longer than the launch
         from .kernels import gates
 
         return Operators(gates.gates_forward, gates.gates_backward)
@@ -138,18 +119,19 @@ class GatesFunction(torch.autograd.Function):
 
 
 class CellFunction(torch.autograd.Function):
-    """(w, b, hidden, c, weight, bias, seed, norm, activation, eps, dropout_p, backend, *slices) -> (h, c)
+    """(w, b, hidden, c, weight, bias, seed, norm, activation, eps, dropout_p, backend, out, *slices) -> (h, c)
 
-    ``slices`` are the parts of [x ; h'], each (rows, width): W is applied to them at once where they lie side by side in memory, and
-    else to one after the other, so that nothing is concatenated. z is kept as it leaves the GEMM; the gates kernel adds its bias.
+    ``out`` is () or (h,), a tensor that h is to be written into. ``slices`` are the parts of [x ; h'], each (rows, width): W is applied to
+    them at once where they lie side by side in memory, and else to one after the other, so that nothing is concatenated. z is kept as it
+    leaves the GEMM; the gates kernel adds its bias.
     """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        w, b, hidden, c, weight, bias, seed, norm, activation, eps, dropout_p, backend, *slices = inputs
+        w, b, hidden, c, weight, bias, seed, norm, activation, eps, dropout_p, backend, out, *slices = inputs
         with torch._C._AutoDispatchBelowAutograd():
             z = project(slices, w)
-            h, c_out = _operators(backend, z).forward(z, b, hidden, c, weight, bias, seed, norm, activation, eps, dropout_p)
+            h, c_out = _operators(backend, z).forward(z, b, hidden, c, weight, bias, seed, norm, activation, eps, dropout_p, *out)
         ctx.save_for_backward(z, b, hidden, c, weight, bias, seed, w, *slices)
         ctx.options, ctx.backend = (norm, activation, eps, dropout_p), backend
         ctx.set_materialize_grads(False)
@@ -160,7 +142,7 @@ class CellFunction(torch.autograd.Function):
     def backward(ctx: Any, saved: tuple[Any, ...], dh: Tensor | None, dc: Tensor | None) -> Grads:
         z, b, hidden, c, weight, bias, seed, w, *slices = saved
         if dh is None and dc is None:
-            return (None,) * (12 + len(slices))
+            return (None,) * (13 + len(slices))
         needs = ctx.needs_input_grad
         affine, b_gradient = (needs[4] or needs[5]) and weight is not None, needs[1] and b is not None
         dz, dhidden, dc_in, dweight, dbias, db = _operators(ctx.backend, z).backward(
@@ -168,39 +150,28 @@ class CellFunction(torch.autograd.Function):
         )
         widths = [part.shape[1] for part in slices]
         dslices: list[Tensor | None] = [None] * len(slices)
-        if all(needs[12:]):
+        if all(needs[13:]):
             # one GEMM and views of it: a GEMM a slice reads dz once more for each (113 ms against 96 ms at N=4096, D=512, fp32)
             dslices = list((dz @ w).split(widths, dim=1))
         else:
             for i, columns in enumerate(w.split(widths, dim=1)):
-                dslices[i] = dz @ columns if needs[12 + i] else None
+                dslices[i] = dz @ columns if needs[13 + i] else None
         dw = None
         if needs[0]:
             dw = torch.empty_like(w, memory_format=torch.contiguous_format)
-            slices = side_by_side(slices)
+            slices = beside.side_by_side(slices)
             for part, columns in zip(slices, dw.split([part.shape[1] for part in slices], dim=1), strict=True):
                 torch.mm(dz.t(), part, out=columns)
         affine_gradients = (dweight, dbias) if affine else (None, None)
         hidden_gradient = dhidden if hidden is not None else None
-        return (dw, db if b_gradient else None, hidden_gradient, dc_in, *affine_gradients, None, None, None, None, None, None, *dslices)
-
-
-def side_by_side(slices: list[Tensor]) -> list[Tensor]:
-    """The slices (rows, width) as one matrix where each begins in memory where the one before it ends, else as they are."""
-    first, stride, width = slices[0], slices[0].stride(0), 0
-    for part in slices:
-        beside = part.data_ptr() == first.data_ptr() + width * first.itemsize and part.stride() == (stride, 1)
-        if not beside or part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
-            return slices
-        width += part.shape[1]
-    return [first.as_strided((first.shape[0], width), (stride, 1))]
+        return (dw, db if b_gradient else None, hidden_gradient, dc_in, *affine_gradients, *(None,) * 7, *dslices)
 
 
 def project(slices: list[Tensor], w: Tensor) -> Tensor:
     """[slices] W^T for slices (rows, width) of the columns of W: the first GEMM writes, the others accumulate."""
     tracing = torch.compiler.is_compiling()
     if len(slices) > 1 and not tracing:
-        slices = side_by_side(slices)
+        slices = beside.side_by_side(slices)
     columns = w.split([part.shape[1] for part in slices], dim=1)
     z = slices[0] @ columns[0].t()
     for part, column in zip(slices[1:], columns[1:], strict=True):
@@ -219,25 +190,37 @@ def gates(*inputs: Any, backend: str) -> tuple[Tensor, Tensor]:
 
 
 def cell(
-    slices: list[Tensor], w: Tensor, b: Tensor | None, hidden: Tensor | None, c: Tensor, *rest: Any, backend: str
+    slices: list[Tensor], w: Tensor, b: Tensor | None, hidden: Tensor | None, c: Tensor, *rest: Any, backend: str, left: int
 ) -> tuple[Tensor, Tensor]:
-    """The cell with autograd: slices of [x ; h'] and c of the same leading shape; rest as :class:`CellFunction`."""
+    """The cell with autograd: slices of [x ; h'] and c of the same leading shape; rest as :class:`CellFunction`.
+
+    Where the backend can, h lies in a buffer with ``left`` free columns before it.
+    """
     shape, features = c.shape, c.shape[-1]
     if c.dim() != 2:
-        slices = [part.reshape(-1, part.shape[-1]) for part in slices]
+        slices = [piece.reshape(-1, piece.shape[-1]) for piece in slices]
         hidden = None if hidden is None else hidden.reshape(-1, features)
         c = c.reshape(-1, features)
     if torch.compiler.is_compiling():
         # traced as plain GEMMs, which inductor plans better than an opaque operator
         h, c = OPERATORS[backend].forward(project(slices, w), b, hidden, c, *rest)
-    elif torch.is_grad_enabled():
-        h, c = CellFunction.apply(w, b, hidden, c, *rest, backend, *slices)
+        return (h, c) if len(shape) == 2 else (h.view(shape), c.view(shape))
+    buffer, out = None, ()
+    if left and backend in WRITES_INTO_BUFFER and is_direct(w):
+        buffer, *out = beside.reserve(c.shape[0], left, features, like=w)  # type: ignore[assignment]
+    if torch.is_grad_enabled():
+        h, c = CellFunction.apply(w, b, hidden, c, *rest, backend, out, *slices)
     else:
         with torch._C._AutoDispatchBelowAutograd():
-            few = c.shape[0] <= FEW_ROWS
+            slices = beside.side_by_side(slices)
+            few = c.shape[0] <= FEW_ROWS and len(slices) > 1
             z = torch.nn.functional.linear(torch.cat(slices, dim=1), w) if few else project(slices, w)
-            h, c = _operators(backend, z).forward(z, b, hidden, c, *rest)
-    return (h, c) if len(shape) == 2 else (h.view(shape), c.view(shape))
+            h, c = _operators(backend, z).forward(z, b, hidden, c, *rest, *out)
+    if len(shape) != 2:
+        h, c = h.view(shape), c.view(shape)
+    if buffer is not None:
+        beside.mark(h, buffer)
+    return h, c
 
 
 def _register(prefix: str) -> Operators:

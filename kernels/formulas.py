@@ -106,7 +106,7 @@ def activate_with_slope(a, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def dropout_factors(seed, row, first, threshold, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """(ROWS, BLOCK) of ``scale`` where dropout keeps an element and 0 elsewhere, for rows ``row`` (ROWS, 1) and BLOCK features from ``first`` on.
+    """``scale`` where dropout keeps an element and 0 elsewhere, for rows ``row`` (ROWS, 1) and BLOCK features from ``first`` on.
 
     Philox4x32-10 (Salmon et al., SC 2011) with the counter and key of dropout_mask in depthlstm_fast/reference/gates.py. One block
     of four words serves four features, so a quarter of the tile is drawn and its words are interleaved.

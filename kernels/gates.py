@@ -325,19 +325,19 @@ def _dropout(seed: Tensor | None, dropout_p: float) -> tuple[int, float]:
 
 def gates_forward(
     z: Tensor, z_bias: Tensor | None, hidden: Tensor | None, c: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None,
-    norm: int, activation: int, eps: float, dropout_p: float, left: int = 0,
+    norm: int, activation: int, eps: float, dropout_p: float, h: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(h, c_out); with ``left`` columns before it that nobody writes, h is the right part of (..., left + D)."""
+    """(h, c_out); h, where it is given, is written into: a matrix (rows, D) with any row stride."""
     features = c.shape[-1]
     c_out = torch.empty(c.shape, dtype=c.dtype, device=c.device)
-    buffer = torch.empty((*c.shape[:-1], left + features), dtype=z.dtype, device=z.device)
-    h = buffer[..., left:] if left else buffer
+    if h is None:
+        h = torch.empty(c.shape, dtype=z.dtype, device=c.device)
     rows = c.numel() // features
     if rows == 0:
         return h, c_out
-    (z, z_stride), (hidden, hidden_stride), (c, c_stride) = as_rows(z), as_rows(hidden), as_rows(c)  # type: ignore[assignment]
+    (z, z_stride), (hidden, hidden_stride), (c, c_stride) = as_rows(z), as_rows(hidden), as_rows(c)
+    _, h_stride = as_rows(h)
     z_bias, weight, bias = _parameters(z_bias, weight, bias)
-    h_stride = left + features
     plan = forward_plan(features)
     tensors = (z, z_bias, hidden, c, weight, bias, h, c_out)
     aligned = is_aligned(tensors, (z_stride, features, hidden_stride, c_stride, features, features, h_stride, features))
@@ -370,8 +370,8 @@ def gates_backward(
     dweight, dbias, dz_bias = result(weight, affine_gradient), result(bias, affine_gradient), result(z_bias, z_bias_gradient)
     if rows == 0:
         return dz, dhidden, dc_in, dweight, dbias, dz_bias
-    (dh, dh_stride), (dc, dc_stride), (z, z_stride) = as_rows(dh), as_rows(dc), as_rows(z)  # type: ignore[assignment]
-    (hidden, hidden_stride), (c, c_stride) = as_rows(hidden), as_rows(c)  # type: ignore[assignment]
+    (dh, dh_stride), (dc, dc_stride), (z, z_stride) = as_rows(dh), as_rows(dc), as_rows(z)
+    (hidden, hidden_stride), (c, c_stride) = as_rows(hidden), as_rows(c)
     z_bias, weight, bias = _parameters(z_bias, weight, bias)
     inputs = (dh, dc, z, z_bias, hidden, c, weight, bias)
     strides = (dh_stride, dc_stride, z_stride, features, hidden_stride, c_stride, features, features)

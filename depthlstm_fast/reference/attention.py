@@ -145,6 +145,10 @@ class _Attention(nn.Module):
         heads = projected.unflatten(-1, (parts, self.nhead, self.d_model // self.nhead))
         return [part.transpose(1, 2) for part in heads.unbind(-3)]
 
+    def _project(self, linear: nn.Module, x: Tensor) -> Tensor:
+        """linear(x), as a matrix where x is not dense: nn.Linear adds the bias of a strided batch in a pass of its own."""
+        return linear(x) if x.is_contiguous() else linear(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
         """Attention with its heads merged, (batch, L, D); a query that may attend to nothing gets zeros."""
         if mask is not None and mask.is_floating_point():
@@ -188,7 +192,7 @@ class SelfAttention(_Attention):
 
     def context(self, x: Tensor, mask: Tensor | None = None, is_causal: bool = False, cache: DecoderCache | None = None) -> Tensor:
         """All of :meth:`forward` but the output projection."""
-        query, keys, values = self._split(self.in_proj(x), 3)
+        query, keys, values = self._split(self._project(self.in_proj, x), 3)
         if cache is not None:
             keys, values = cache.append(keys, values)
         return self._attend(query, keys, values, mask, is_causal)
@@ -245,7 +249,7 @@ class CrossAttention(_Attention):
         """All of :meth:`forward` but the output projection."""
         keys, values = memory if isinstance(memory, tuple) else self.keys_values(memory)
         queries = x if x.shape[0] == keys.shape[0] else x.reshape(keys.shape[0], -1, self.d_model)
-        query = self.q_proj(queries).unflatten(-1, (self.nhead, -1)).transpose(1, 2)
+        query = self._project(self.q_proj, queries).unflatten(-1, (self.nhead, -1)).transpose(1, 2)
         return self._attend(query, keys, values, mask, is_causal).view(x.shape)
 
     def forward(self, x: Tensor, memory: Tensor | tuple[Tensor, Tensor], mask: Tensor | None = None, is_causal: bool = False) -> Tensor:

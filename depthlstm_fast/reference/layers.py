@@ -59,8 +59,12 @@ class _Layer(nn.Module):
             raise ValueError(f"{argument} must have shape {shape}; found {tuple(outside.shape)}")
         if outside.dim() == 2:
             return outside.unsqueeze(0)
+        if self.batch_first:
+            return outside
+        inside = outside.transpose(0, 1)
         # _leave returns such a view, so in a stack only the first layer copies; without this every consumer of it would
-        return outside if self.batch_first else outside.transpose(0, 1).contiguous()
+        rows_apart = inside.stride(1)
+        return inside if inside.stride(2) == 1 and inside.stride(0) == inside.shape[1] * rows_apart else inside.contiguous()
 
     def _leave(self, inside: Tensor, like: Tensor) -> Tensor:
         if like.dim() == 2:
@@ -93,8 +97,11 @@ class _Layer(nn.Module):
     def _feed_forward(self, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         if not self.sublayer:
             return h, c
-        inner = F.dropout(activate(self.linear1(h), self.activation), self.dropout, self.training)
-        return self.ffn_cell(self.linear2(inner), (h, c))
+        return self.ffn_cell(self.linear2(self._inner(h)), (h, c))
+
+    def _inner(self, h: Tensor) -> Tensor:
+        """The feed-forward network before its last matrix."""
+        return F.dropout(activate(self.linear1(h), self.activation), self.dropout, self.training)
 
 
 class DepthLSTMEncoderLayer(_Layer):

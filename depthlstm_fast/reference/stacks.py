@@ -41,6 +41,7 @@ class _Stack(nn.Module):
                 for name in CELLS:
                     if isinstance(getattr(copied, name, None), DepthLSTMCell):
                         setattr(copied, name, getattr(self.layers[0], name))
+        self._connect()
         if init_cell == "learned":
             like = next(layer.parameters())
             self.initial_cell: Tensor | None = nn.Parameter(torch.zeros(layer.d_model, device=like.device, dtype=like.dtype))
@@ -58,6 +59,9 @@ class _Stack(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_layers={self.num_layers}, share_cell={self.share_cell}, init_cell={self.init_cell!r}"
+
+    def _connect(self) -> None:
+        """For fused stacks, whose cells prepare memory for the next one."""
 
     def _initial_cell(self, h: Tensor) -> Tensor | None:
         return None if self.initial_cell is None else self.initial_cell.expand_as(h)

@@ -1,0 +1,34 @@
+"""Backward passes that cannot be differentiated again, and say so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Grads = tuple[Tensor | None, ...]
+_SECOND_DERIVATIVE = (
+    "trying to differentiate twice a function that was marked with @once_differentiable: the fused depth-wise LSTM has no "
+    'second derivative; use backend="reference" (or depthlstm_fast.use_backend("reference")) for double backward'
+)
+
+
+def once_differentiable(backward: Callable[..., Grads]) -> Callable[..., Grads]:
+    """torch's decorator of this name for ``backward(ctx, saved_tensors, *grads)``, with an error that says what to do instead."""
+
+    def wrapper(ctx: Any, *grads: Tensor | None) -> Grads:
+        saved = ctx.saved_tensors
+        with torch.no_grad():
+            outputs = backward(ctx, saved, *grads)
+        if not torch.is_grad_enabled():
+            return outputs
+        present = [output for output in outputs if output is not None]
+        # the error hangs on what the gradients depend on: torch.autograd.grad runs only what leads to its inputs
+        sources = [tensor for tensor in (*grads, *saved) if tensor is not None and tensor.requires_grad]
+        error = torch._C._functions.DelayedError(_SECOND_DERIVATIVE.encode(), len(present) + len(sources))
+        marked = iter(error(*[output.detach().requires_grad_() for output in present], *sources))
+        return tuple(None if output is None else next(marked) for output in outputs)
+
+    return wrapper
