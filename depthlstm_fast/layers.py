@@ -59,12 +59,11 @@ def linear_slices(inputs: tuple[Tensor, ...], weight: Tensor, bias: Tensor | Non
     return total.view(*inputs[0].shape[:-1], weight.shape[0])
 
 
-def _linear_into(buffer: Tensor | None, first: int, linear: nn.Module, x: Tensor, base: Tensor | None = None) -> Tensor:
+def _linear_into(buffer: Tensor | None, first: int, linear: Any, x: Tensor, base: Tensor | None = None) -> Tensor:
     """base + linear(x), written into ``buffer`` from column ``first`` on where that can be."""
     if buffer is None or not is_plain_linear(linear):
         return linear(x) if base is None else base + linear(x)
-    weight: Any = linear.weight
-    bias: Any = linear.bias
+    weight, bias = linear.weight, linear.bias
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -213,7 +212,7 @@ class _FusedLayer(nn.Module):
         if fold is not None:
             return cell._folded_step((*before, attention.context(*arguments, **options)), state, fold)
         if not before:
-            buffer = beside.take(state[0], self.d_model)  # type: ignore[arg-type]
+            buffer = beside.take(state[0], self.d_model)
         output = _attend_into(buffer, width, attention, arguments, options)
         return cell((*before, output) if before else output, state)
 

@@ -26,10 +26,12 @@ from .formulas import activate, activate_with_slope, dropout_factors, sigmoid
 from .launch import ALIGNMENT, Launch, as_rows, device_of, is_aligned, launch, multiprocessors
 from .tiles import (
     add_tiles,
-    affine,
+    apply_affine,
     centre,
     layer_norm_backward,
     load,
+    load_affine,
+    load_key,
     load_z,
     normalise,
     products,
@@ -54,19 +56,20 @@ def forward_kernel(
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (column < FEATURES)
-    a = load_z(z, z_bias, z_stride, row, column, inside, FEATURES, GATES, MASKED)
+    a = load_z(z, z_bias, z_stride, row, column, inside, 1, FEATURES, GATES, MASKED, BLOCK)
     c_in = load(c + row * c_stride + column, inside, MASKED)
     if NORM != "none":
         mean, r, shift = row_statistics(a, inside, eps, FEATURES, NORM, GATES, MASKED)
         a = normalise(a, mean, r, shift, GATES)
     if weight is not None:
-        a, _ = affine(a, weight, bias, column, FEATURES, GATES, MASKED)
+        weights, biases = load_affine(weight, bias, column, 1, FEATURES, GATES, MASKED, BLOCK)
+        a = apply_affine(a, weights, biases, GATES)
     if hidden is None:
         g = activate(a[3], ACTIVATION, FAST)
     else:
         g = load(hidden + row * hidden_stride + column, inside, MASKED)
     if seed is not None:
-        g *= dropout_factors(tl.load(seed), row, 0, threshold, scale, ROWS, BLOCK)
+        g *= dropout_factors(load_key(seed), row, 0, threshold, scale, ROWS, BLOCK)
     new_c = sigmoid(a[1]) * c_in + sigmoid(a[0]) * g
     store(c_out + row * FEATURES + column, new_c, inside, MASKED)
     store(h + row * h_stride + column, sigmoid(a[2]) * new_c, inside, MASKED)
@@ -74,21 +77,22 @@ def forward_kernel(
 
 @triton.jit
 def _gradients(
-    n, dh, dc, hidden, c, weight, bias, seed, row, column, first, inside, dh_stride, dc_stride, hidden_stride, c_stride, threshold, scale,
+    n, dh, dc, hidden, c, weight, bias, key, rows, row, column, first, inside, dh_stride, dc_stride, hidden_stride, c_stride, threshold, scale,
     FEATURES: tl.constexpr, ACTIVATION: tl.constexpr, FAST: tl.constexpr, GATES: tl.constexpr, MASKED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """(da, u, dhidden, dc'): da and u = weight * da of the gates, dhidden with `hidden` only; see cell_backward in gate_math.h."""
     a = n
     if weight is not None:
-        a, weights = affine(n, weight, bias, column, FEATURES, GATES, MASKED)
+        weights, biases = load_affine(weight, bias, column, rows, FEATURES, GATES, MASKED, BLOCK)
+        a = apply_affine(n, weights, biases, GATES)
     c_in = load(c + row * c_stride + column, inside, MASKED)
     if hidden is None:
         g, slope = activate_with_slope(a[3], ACTIVATION, FAST)
     else:
         g, slope = load(hidden + row * hidden_stride + column, inside, MASKED), 1.0
-    if seed is not None:
-        factor = dropout_factors(tl.load(seed), row, first, threshold, scale, ROWS, BLOCK)
+    if key is not None:
+        factor = dropout_factors(key, row, first, threshold, scale, ROWS, BLOCK)
         g, slope = g * factor, slope * factor
     i, f, o = sigmoid(a[0]), sigmoid(a[1]), sigmoid(a[2])
     t = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -162,16 +166,17 @@ def narrow_backward_kernel(
     MASKED: tl.constexpr = BLOCK != FEATURES or ROWS > 1
     COUNT: tl.constexpr = (2 * AFFINE_GRADIENT + Z_BIAS_GRADIENT) * GATES
     column = tl.arange(0, BLOCK)[None, :]
+    key = load_key(seed)
     sums = zeros(COUNT, ROWS, BLOCK)
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = (tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
         inside = (row < rows) & (column < FEATURES)
-        n = load_z(z, z_bias, z_stride, row, column, inside, FEATURES, GATES, MASKED)
+        n = load_z(z, z_bias, z_stride, row, column, inside, rows, FEATURES, GATES, MASKED, BLOCK)
         if NORM != "none":
             mean, r, shift = row_statistics(n, inside, eps, FEATURES, NORM, GATES, MASKED)
             n = normalise(n, mean, r, shift, GATES)
         da, dz_tiles, dg, dc_tile = _gradients(
-            n, dh, dc, hidden, c, weight, bias, seed, row, column, 0, inside, dh_stride, dc_stride, hidden_stride, c_stride,
+            n, dh, dc, hidden, c, weight, bias, key, rows, row, column, 0, inside, dh_stride, dc_stride, hidden_stride, c_stride,
             threshold, scale, FEATURES, ACTIVATION, FAST, GATES, MASKED, ROWS, BLOCK,
         )  # fmt: skip
         if AFFINE_GRADIENT:  # here, not at the end: da need not live through the reduction
@@ -199,25 +204,26 @@ def row_sums_kernel(
     """A row in blocks, three times over: it comes from memory once and then from the cache."""
     GATES: tl.constexpr = 4 if hidden is None else 3
     row = (tl.program_id(0).to(tl.int64) + tl.arange(0, 1))[:, None]
+    key = load_key(seed)
     sums = zeros(GATES, 1, BLOCK)
     for first in tl.range(0, FEATURES, BLOCK):
         column = (first + tl.arange(0, BLOCK))[None, :]
-        sums = add_tiles(sums, load_z(z, z_bias, z_stride, row, column, column < FEATURES, FEATURES, GATES, True), GATES)
+        sums = add_tiles(sums, load_z(z, z_bias, z_stride, row, column, column < FEATURES, 1, FEATURES, GATES, True, BLOCK), GATES)
     mean = row_means(sums, 1, FEATURES, NORM, GATES)
     sums = zeros(2 * GATES, 1, BLOCK)
     for first in tl.range(0, FEATURES, BLOCK):
         column = (first + tl.arange(0, BLOCK))[None, :]
         inside = column < FEATURES
-        centred = centre(load_z(z, z_bias, z_stride, row, column, inside, FEATURES, GATES, True), mean, inside, GATES, True)
+        centred = centre(load_z(z, z_bias, z_stride, row, column, inside, 1, FEATURES, GATES, True, BLOCK), mean, inside, GATES, True)
         sums = add_tiles(sums, centred + products(centred, centred, GATES), 2 * GATES)
     r, shift = scale_and_shift(row_means(sums, 2, FEATURES, NORM, GATES), eps, GATES)
     sums = zeros(2 * GATES, 1, BLOCK)
     for first in tl.range(0, FEATURES, BLOCK):
         column = (first + tl.arange(0, BLOCK))[None, :]
         inside = column < FEATURES
-        n = normalise(load_z(z, z_bias, z_stride, row, column, inside, FEATURES, GATES, True), mean, r, shift, GATES)
+        n = normalise(load_z(z, z_bias, z_stride, row, column, inside, 1, FEATURES, GATES, True, BLOCK), mean, r, shift, GATES)
         _, u, _, _ = _gradients(
-            n, dh, dc, hidden, c, weight, bias, seed, row, column, first, inside, dh_stride, dc_stride, hidden_stride, c_stride,
+            n, dh, dc, hidden, c, weight, bias, key, 1, row, column, first, inside, dh_stride, dc_stride, hidden_stride, c_stride,
             threshold, scale, FEATURES, ACTIVATION, FAST, GATES, True, 1, BLOCK,
         )  # fmt: skip
         sums = add_tiles(sums, u + products(u, n, GATES), 2 * GATES)
@@ -240,18 +246,19 @@ def wide_backward_kernel(
     COUNT: tl.constexpr = (2 * AFFINE_GRADIENT + Z_BIAS_GRADIENT) * GATES
     first = tl.program_id(0) * BLOCK
     column = (first + tl.arange(0, BLOCK))[None, :]
+    key = load_key(seed)
     sums = zeros(COUNT, ROWS, BLOCK)
     for tile in tl.range(tl.program_id(1), tl.cdiv(rows, ROWS), tl.num_programs(1), num_stages=STAGES):
         row = (tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
         inside = (row < rows) & (column < FEATURES)
-        n = load_z(z, z_bias, z_stride, row, column, inside, FEATURES, GATES, True)
+        n = load_z(z, z_bias, z_stride, row, column, inside, rows, FEATURES, GATES, True, BLOCK)
         if NORM != "none":
             found = ()
             for k in tl.static_range(5 * GATES):
                 found = found + (tl.load(statistics + row * STATISTICS + k, mask=row < rows, other=0.0),)
             n = normalise(n, found[:GATES], found[GATES : 2 * GATES], found[2 * GATES : 3 * GATES], GATES)
         da, dz_tiles, dg, dc_tile = _gradients(
-            n, dh, dc, hidden, c, weight, bias, seed, row, column, first, inside, dh_stride, dc_stride, hidden_stride, c_stride,
+            n, dh, dc, hidden, c, weight, bias, key, rows, row, column, first, inside, dh_stride, dc_stride, hidden_stride, c_stride,
             threshold, scale, FEATURES, ACTIVATION, FAST, GATES, True, ROWS, BLOCK,
         )  # fmt: skip
         if AFFINE_GRADIENT:
@@ -286,9 +293,6 @@ def sums_kernel(
         tl.store(dz_bias + column, total.to(dz_bias.dtype.element_ty), mask=(column >= 0) & (column < width))
 
 
-WIDE_FEATURES = 2048  # longer rows take the wide backward: beside the sums they no longer fit the registers without spills
-
-
 def block_of(features: int) -> int:
     return max(16, triton.next_power_of_2(features))
 
@@ -299,10 +303,15 @@ def forward_plan(features: int) -> Launch:
     return Launch(max(1, block // 512), {"ROWS": max(1, 512 // block), "BLOCK": block})
 
 
-def narrow_plan(features: int) -> Launch:
-    """8 elements a thread, the most that fits 255 registers; two stages fetch the next row while one is computed."""
-    block = block_of(features)
-    return Launch(max(1, block // 256), {"ROWS": max(1, 256 // block), "BLOCK": block, "STAGES": 2})
+def narrow_plan(features: int, sums: int) -> Launch | None:
+    """8 elements a thread beside the sums of dweight and dbias, 4 beside those of dz_bias, too: what fits 255 registers without spills.
+
+    Two stages fetch the next row while one is computed. None for rows too long for it: they take the wide scheme.
+    """
+    if features > (2048 if sums <= 2 else 1024):
+        return None
+    block, elements = block_of(features), 8 if sums <= 2 else 4
+    return Launch(max(1, block // (32 * elements)), {"ROWS": max(1, 32 * elements // block), "BLOCK": block, "STAGES": 2})
 
 
 ROW_SUMS_PLAN = Launch(4, {"BLOCK": 1024})
@@ -382,15 +391,15 @@ def gates_backward(
     options = _options(z, features, norm, activation)
     sums = {"AFFINE_GRADIENT": affine_gradient, "Z_BIAS_GRADIENT": z_bias_gradient}
     count = 2 * affine_gradient + z_bias_gradient
-    wide = features > WIDE_FEATURES
-    plan = WIDE_PLAN if wide else narrow_plan(features)
-    blocks = -(-features // plan.constants["BLOCK"]) if wide else 1  # type: ignore[operator]
+    narrow = narrow_plan(features, count)
+    plan = narrow or WIDE_PLAN
+    blocks = 1 if narrow else -(-features // plan.constants["BLOCK"])  # type: ignore[operator]
     programs = min(-(-rows // plan.constants["ROWS"]), max(1, multiprocessors(device) * WARPS // (plan.warps * blocks)))  # type: ignore[operator]
     gates = 4 if hidden is None else 3
     columns = count * gates * features
     with device_of(z):
         partial = torch.empty((programs, columns), dtype=torch.float32, device=device) if count else None
-        if wide:
+        if narrow is None:
             statistics = None
             if NORMS[norm] != "none":
                 statistics = torch.empty((rows, STATISTICS.value), dtype=torch.float32, device=device)

@@ -73,6 +73,15 @@ def store(at, value, inside, MASKED: tl.constexpr):
 
 
 @triton.jit
+def load_key(seed):
+    """The dropout seed as a number; None where there is none."""
+    key = None
+    if seed is not None:
+        key = tl.load(seed)
+    return key
+
+
+@triton.jit
 def load_gates(at, inside, FEATURES: tl.constexpr, GATES: tl.constexpr, MASKED: tl.constexpr):
     """The gates' tiles, which lie FEATURES apart: of z, or of a (GATES, FEATURES) parameter."""
     tiles = ()
@@ -82,11 +91,15 @@ def load_gates(at, inside, FEATURES: tl.constexpr, GATES: tl.constexpr, MASKED: 
 
 
 @triton.jit
-def load_z(z, z_bias, z_stride, row, column, inside, FEATURES: tl.constexpr, GATES: tl.constexpr, MASKED: tl.constexpr):
-    """z + z_bias."""
+def load_z(
+    z, z_bias, z_stride, row, column, inside, rows, FEATURES: tl.constexpr, GATES: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """z + z_bias; ``rows`` is never 0."""
     tiles = load_gates(z + row * z_stride + column, inside, FEATURES, GATES, MASKED)
     if z_bias is not None:
-        biases = load_gates(z_bias + column, column < FEATURES, FEATURES, GATES, MASKED)
+        biases = zeros(GATES, 1, BLOCK)
+        if rows > 0:  # as in load_affine
+            biases = load_gates(z_bias + column, column < FEATURES, FEATURES, GATES, MASKED)
         tiles = add_tiles(tiles, biases, GATES)
     return tiles
 
@@ -153,14 +166,34 @@ def normalise(z, mean, r, shift, GATES: tl.constexpr):
 
 
 @triton.jit
-def affine(n, weight, bias, column, FEATURES: tl.constexpr, GATES: tl.constexpr, MASKED: tl.constexpr):
-    """n * weight + bias, and the weight's tiles."""
-    weights = load_gates(weight + column, column < FEATURES, FEATURES, GATES, MASKED)
-    biases = load_gates(bias + column, column < FEATURES, FEATURES, GATES, MASKED)
+def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    tiles = ()
+    for _ in tl.static_range(COUNT):
+        tiles = tiles + (tl.zeros((ROWS, BLOCK), tl.float32),)
+    return tiles
+
+
+@triton.jit
+def load_affine(weight, bias, column, rows, FEATURES: tl.constexpr, GATES: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    """The tiles (1, BLOCK) of weight and of bias.
+
+    ``rows`` is never 0. A load in a branch is not pipelined: in a loop with stages Triton would copy the affine with every row into shared
+    memory, past the L1 cache, which is 32D bytes a row from L2 where everything else is 24D from memory (cp.async.cg, seen in the
+    machine code for sm_90).
+    """
+    weights, biases = zeros(GATES, 1, BLOCK), zeros(GATES, 1, BLOCK)
+    if rows > 0:
+        weights = load_gates(weight + column, column < FEATURES, FEATURES, GATES, MASKED)
+        biases = load_gates(bias + column, column < FEATURES, FEATURES, GATES, MASKED)
+    return weights, biases
+
+
+@triton.jit
+def apply_affine(n, weights, biases, GATES: tl.constexpr):
     a = ()
     for k in tl.static_range(GATES):
         a = a + (n[k] * weights[k] + biases[k],)
-    return a, weights
+    return a
 
 
 @triton.jit
@@ -169,11 +202,3 @@ def layer_norm_backward(u, n, r, mean_u, mean_un, GATES: tl.constexpr):
     for k in tl.static_range(GATES):
         dz = dz + ((u[k] - mean_u[k] - n[k] * mean_un[k]) * r[k],)
     return dz
-
-
-@triton.jit
-def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    tiles = ()
-    for _ in tl.static_range(COUNT):
-        tiles = tiles + (tl.zeros((ROWS, BLOCK), tl.float32),)
-    return tiles
