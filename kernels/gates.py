@@ -14,6 +14,7 @@ computed in fp32. Row numbers are int64, row strides are in elements, features a
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -22,8 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import ACTIVATIONS, NORMS
+from . import tune
 from .formulas import activate, activate_with_slope, dropout_factors, sigmoid
-from .launch import ALIGNMENT, Launch, as_rows, device_of, is_aligned, launch, multiprocessors
+from .launch import ALIGNMENT, Launch, as_rows, cdiv, device_of, is_aligned, key_of, launch, multiprocessors
 from .tiles import (
     add_tiles,
     apply_affine,
@@ -77,7 +79,8 @@ def forward_kernel(
 
 @triton.jit
 def _gradients(
-    n, dh, dc, hidden, c, weight, bias, key, rows, row, column, first, inside, dh_stride, dc_stride, hidden_stride, c_stride, threshold, scale,
+    n, dh, dc, hidden, c, weight, bias, key, rows, row, column, first, inside, dh_stride, dc_stride, hidden_stride, c_stride,
+    threshold, scale,
     FEATURES: tl.constexpr, ACTIVATION: tl.constexpr, FAST: tl.constexpr, GATES: tl.constexpr, MASKED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -293,29 +296,31 @@ def sums_kernel(
         tl.store(dz_bias + column, total.to(dz_bias.dtype.element_ty), mask=(column >= 0) & (column < width))
 
 
-def block_of(features: int) -> int:
-    return max(16, triton.next_power_of_2(features))
+def tile_plan(features: int, elements: int, **more: int) -> Launch:
+    """Rows of ``features`` at ``elements`` a thread: several rows to a warp where they are short, several warps to a row where long."""
+    block = max(16, triton.next_power_of_2(features))
+    return Launch(max(1, block // (32 * elements)), {"ROWS": max(1, 32 * elements // block), "BLOCK": block, **more})
 
 
-def forward_plan(features: int) -> Launch:
-    """16 elements a thread: 80 instructions an element of D=512 in bf16, where 8 take 107 and 4 take 154 (counted, sm_90)."""
-    block = block_of(features)
-    return Launch(max(1, block // 512), {"ROWS": max(1, 512 // block), "BLOCK": block})
+def forward_plans(features: int) -> list[Launch]:
+    """By rule (the first) 16 elements a thread: 80 instructions an element of D=512 in bf16, where 8 take 107 and 4 take 154 on sm_90."""
+    return [tile_plan(features, elements) for elements in (16, 8, 4) if features <= 4096 or elements > 4]
 
 
-def narrow_plan(features: int, sums: int) -> Launch | None:
-    """8 elements a thread beside the sums of dweight and dbias, 4 beside those of dz_bias, too: what fits 255 registers without spills.
+def narrow_plans(features: int, sums: int) -> list[Launch]:
+    """By rule 8 elements a thread beside the sums of dweight and dbias, 4 beside those of dz_bias, too: the most without spills.
 
     Two stages fetch the next row while one is computed. None for rows too long for it: they take the wide scheme.
     """
     if features > (2048 if sums <= 2 else 1024):
-        return None
-    block, elements = block_of(features), 8 if sums <= 2 else 4
-    return Launch(max(1, block // (32 * elements)), {"ROWS": max(1, 32 * elements // block), "BLOCK": block, "STAGES": 2})
+        return []
+    rule = (8 if sums <= 2 else 4, 2)
+    pairs = [rule, *(pair for pair in itertools.product((8, 4), (1, 2, 3)) if pair != rule)]
+    return [tile_plan(features, elements, STAGES=stages) for elements, stages in pairs]
 
 
 ROW_SUMS_PLAN = Launch(4, {"BLOCK": 1024})
-WIDE_PLAN = Launch(4, {"ROWS": 1, "BLOCK": 512, "STAGES": 2})
+WIDE_PLANS = [Launch(warps, {"ROWS": 1, "BLOCK": 128 * warps, "STAGES": stages}) for warps, stages in ((4, 2), (4, 1), (2, 2), (8, 2))]
 SUMS_PLAN = Launch(4, {"ROWS": 16, "BLOCK": 128})
 WARPS = 8  # resident on a multiprocessor at 255 registers a thread
 
@@ -347,16 +352,20 @@ def gates_forward(
     (z, z_stride), (hidden, hidden_stride), (c, c_stride) = as_rows(z), as_rows(hidden), as_rows(c)
     _, h_stride = as_rows(h)
     z_bias, weight, bias = _parameters(z_bias, weight, bias)
-    plan = forward_plan(features)
     tensors = (z, z_bias, hidden, c, weight, bias, h, c_out)
     aligned = is_aligned(tensors, (z_stride, features, hidden_stride, c_stride, features, features, h_stride, features))
+    arguments = (
+        z, z_bias, hidden, c, weight, bias, seed, h, c_out, rows, z_stride, hidden_stride, c_stride, h_stride,
+        float(eps), *_dropout(seed, dropout_p),
+    )  # fmt: skip
+    options = _options(z, features, norm, activation)
+
+    def run(plan: Launch) -> None:
+        launch(forward_kernel, (cdiv(rows, plan.constants["ROWS"]),), arguments, options, plan, aligned)
+
     with device_of(z):
-        launch(
-            forward_kernel, (-(-rows // plan.constants["ROWS"]),),  # type: ignore[operator]
-            (z, z_bias, hidden, c, weight, bias, seed, h, c_out, rows, z_stride, hidden_stride, c_stride, h_stride,
-             float(eps), *_dropout(seed, dropout_p)),
-            _options(z, features, norm, activation), plan, aligned,
-        )  # fmt: skip
+        plans = forward_plans(features)
+        run(tune.fastest("forward", key_of(arguments, options, aligned), plans, run) if tune.ENABLED else plans[0])
     return h, c_out
 
 
@@ -391,27 +400,32 @@ def gates_backward(
     options = _options(z, features, norm, activation)
     sums = {"AFFINE_GRADIENT": affine_gradient, "Z_BIAS_GRADIENT": z_bias_gradient}
     count = 2 * affine_gradient + z_bias_gradient
-    narrow = narrow_plan(features, count)
-    plan = narrow or WIDE_PLAN
-    blocks = 1 if narrow else -(-features // plan.constants["BLOCK"])  # type: ignore[operator]
-    programs = min(-(-rows // plan.constants["ROWS"]), max(1, multiprocessors(device) * WARPS // (plan.warps * blocks)))  # type: ignore[operator]
-    gates = 4 if hidden is None else 3
-    columns = count * gates * features
-    with device_of(z):
-        partial = torch.empty((programs, columns), dtype=torch.float32, device=device) if count else None
-        if narrow is None:
-            statistics = None
-            if NORMS[norm] != "none":
-                statistics = torch.empty((rows, STATISTICS.value), dtype=torch.float32, device=device)
-                arguments = (*inputs, seed, statistics, *steps, float(eps), threshold, scale)
-                launch(row_sums_kernel, (rows,), arguments, options, ROW_SUMS_PLAN, aligned)
-            arguments = (*inputs, seed, statistics, *outputs, partial, rows, *steps, threshold, scale)
-            launch(wide_backward_kernel, (blocks, programs), arguments, {**options, **sums}, plan, aligned)
-        else:
+    width = (4 if hidden is None else 3) * features
+    narrow = narrow_plans(features, count)
+    statistics = None
+    if not narrow and NORMS[norm] != "none":
+        statistics = torch.empty((rows, STATISTICS.value), dtype=torch.float32, device=device)
+
+    def run(plan: Launch) -> None:
+        blocks = 1 if narrow else cdiv(features, plan.constants["BLOCK"])
+        programs = min(cdiv(rows, plan.constants["ROWS"]), max(1, multiprocessors(device) * WARPS // (plan.warps * blocks)))
+        partial = torch.empty((programs, count * width), dtype=torch.float32, device=device) if count else None
+        if narrow:
             arguments = (*inputs, seed, *outputs, partial, rows, *steps, float(eps), threshold, scale)
             launch(narrow_backward_kernel, (programs,), arguments, {**options, **sums}, plan, aligned)
-        if count:
+        else:
+            arguments = (*inputs, seed, statistics, *outputs, partial, rows, *steps, threshold, scale)
+            launch(wide_backward_kernel, (blocks, programs), arguments, {**options, **sums}, plan, aligned)
+        if partial is not None:
             written = (dweight, dbias) if affine_gradient else (None, None)
-            arguments = (partial, *written, dz_bias if z_bias_gradient else None, programs, columns, gates * features)
-            launch(sums_kernel, (-(-columns // SUMS_PLAN.constants["BLOCK"]),), arguments, {}, SUMS_PLAN, aligned)  # type: ignore[operator]
+            arguments = (partial, *written, dz_bias if z_bias_gradient else None, programs, count * width, width)
+            launch(sums_kernel, (cdiv(count * width, SUMS_PLAN.constants["BLOCK"]),), arguments, {}, SUMS_PLAN, aligned)
+
+    with device_of(z):
+        if statistics is not None:
+            arguments = (*inputs, seed, statistics, *steps, float(eps), threshold, scale)
+            launch(row_sums_kernel, (rows,), arguments, options, ROW_SUMS_PLAN, aligned)
+        plans = narrow or WIDE_PLANS
+        key = (*key_of((*inputs, seed), options, aligned), count)
+        run(tune.fastest("backward", key, plans, run) if tune.ENABLED else plans[0])
     return dz, dhidden, dc_in, dweight, dbias, dz_bias

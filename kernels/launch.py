@@ -28,10 +28,14 @@ Constant = int | str | bool
 
 
 class Launch(NamedTuple):
-    """How a kernel is launched: constants of its tile and the warps that work on it."""
+    """How a kernel is launched: the warps of a program and the constants of its tile."""
 
     warps: int
-    constants: dict[str, Constant]
+    constants: dict[str, int]
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def type_of(argument: Argument) -> str | None:
@@ -115,6 +119,11 @@ def compile_kernel(
         return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": True})
 
 
+def key_of(arguments: Sequence[Argument], constants: dict[str, Constant], aligned: bool) -> tuple[object, ...]:
+    """What decides about a kernel's machine code beside its plan."""
+    return *map(type_of, arguments), *constants.values(), aligned
+
+
 _compiled: dict[tuple, Any] = {}
 
 
@@ -126,10 +135,10 @@ def launch(
         with interpreter.patched():
             kernel[grid](*arguments, **constants, **plan.constants)
         return
-    types = tuple(type_of(argument) for argument in arguments)
-    values = (*constants.values(), *plan.constants.values())
-    key = (kernel, torch.cuda.current_device(), types, values, plan.warps, aligned)
+    sizes = tuple(plan.constants.values())
+    key = (kernel, torch.cuda.current_device(), *key_of(arguments, constants, aligned), *sizes, plan.warps)
     compiled = _compiled.get(key)
     if compiled is None:
+        types = [type_of(argument) for argument in arguments]
         compiled = _compiled[key] = compile_kernel(kernel, types, {**constants, **plan.constants}, plan.warps, aligned)
-    compiled[(*grid, 1, 1)[:3]](*arguments, *values)
+    compiled[(*grid, 1, 1)[:3]](*arguments, *constants.values(), *sizes)

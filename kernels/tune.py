@@ -1,0 +1,63 @@
+"""Launch plans found by timing instead of by rule: opt-in, DEPTHLSTM_AUTOTUNE=1.
+
+The first call for a (kernel, GPU, Triton, D, dtypes, flags) times every candidate on its own tensors, whatever their number of rows, and
+the fastest is kept, in this process and in Triton's cache folder for those that follow. Never while a CUDA graph is captured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import triton
+
+from .launch import INTERPRETED, Launch
+
+ENABLED = os.environ.get("DEPTHLSTM_AUTOTUNE", "0") not in ("", "0") and not INTERPRETED
+_found: dict[str, Launch] = {}
+
+
+def cache_file() -> Path:
+    """Where plans are kept for later processes."""
+    return Path(triton.knobs.cache.dir) / "depthlstm_fast-plans.json"
+
+
+def _read() -> dict[str, Launch]:
+    try:
+        stored = json.loads(cache_file().read_text(encoding="utf-8"))
+        return {key: Launch(int(warps), dict(constants)) for key, (warps, constants) in stored.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}  # none yet, or no file of ours: it is written anew
+
+
+def _write(key: str, plan: Launch) -> None:
+    path = cache_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # renamed into place, so that a reader or a kill in between never sees half a file
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        json.dump({**_read(), key: plan}, file, indent=1)
+    os.replace(file.name, path)
+
+
+def fastest(kernel: str, key: tuple[object, ...], plans: Sequence[Launch], run: Callable[[Launch], object]) -> Launch:
+    """The fastest of ``plans`` at ``run(plan)``, which launches the kernel and may be called any number of times."""
+    name = "; ".join(str(part) for part in (kernel, torch.cuda.get_device_name(), f"triton {triton.__version__}", *key))
+    if name not in _found:
+        _found.update({stored: plan for stored, plan in _read().items() if stored not in _found})
+    if name in _found:
+        return _found[name]
+    if torch.cuda.is_current_stream_capturing():
+        return plans[0]
+    times = []
+    for plan in plans:
+        try:
+            times.append(triton.testing.do_bench(lambda plan=plan: run(plan), warmup=10, rep=50, return_mode="median"))
+        except triton.runtime.errors.TritonError:  # more registers or shared memory than there are
+            times.append(float("inf"))
+    _found[name] = plans[min(range(len(plans)), key=times.__getitem__)]
+    _write(name, _found[name])
+    return _found[name]
