@@ -14,6 +14,7 @@ computed in fp32. Row numbers are int64, row strides are in elements, features a
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -302,11 +303,13 @@ def tile_plan(features: int, elements: int, **more: int) -> Launch:
     return Launch(max(1, block // (32 * elements)), {"ROWS": max(1, 32 * elements // block), "BLOCK": block, **more})
 
 
+@functools.cache
 def forward_plans(features: int) -> list[Launch]:
     """By rule (the first) 16 elements a thread: 80 instructions an element of D=512 in bf16, where 8 take 107 and 4 take 154 on sm_90."""
     return [tile_plan(features, elements) for elements in (16, 8, 4) if features <= 4096 or elements > 4]
 
 
+@functools.cache
 def narrow_plans(features: int, sums: int) -> list[Launch]:
     """By rule 8 elements a thread beside the sums of dweight and dbias, 4 beside those of dz_bias, too: the most without spills.
 
@@ -326,11 +329,12 @@ WARPS = 8  # resident on a multiprocessor at 255 registers a thread
 
 
 def _parameters(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+    return [tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
 
 
-def _options(z: Tensor, features: int, norm: int, activation: int) -> dict[str, Any]:
-    return {"FEATURES": features, "NORM": NORMS[norm], "ACTIVATION": ACTIVATIONS[activation], "FAST": z.dtype != torch.float32}
+@functools.cache
+def _options(features: int, norm: int, activation: int, fast: bool) -> dict[str, Any]:
+    return {"FEATURES": features, "NORM": NORMS[norm], "ACTIVATION": ACTIVATIONS[activation], "FAST": fast}
 
 
 def _dropout(seed: Tensor | None, dropout_p: float) -> tuple[int, float]:
@@ -358,7 +362,7 @@ def gates_forward(
         z, z_bias, hidden, c, weight, bias, seed, h, c_out, rows, z_stride, hidden_stride, c_stride, h_stride,
         float(eps), *_dropout(seed, dropout_p),
     )  # fmt: skip
-    options = _options(z, features, norm, activation)
+    options = _options(features, norm, activation, z.dtype != torch.float32)
 
     def run(plan: Launch) -> None:
         launch(forward_kernel, (cdiv(rows, plan.constants["ROWS"]),), arguments, options, plan, aligned)
@@ -397,7 +401,7 @@ def gates_backward(
     outputs = (dz, dhidden if hidden is not None else None, dc_in)
     steps = (dh_stride, dc_stride, z_stride, hidden_stride, c_stride)
     threshold, scale = _dropout(seed, dropout_p)
-    options = _options(z, features, norm, activation)
+    options = _options(features, norm, activation, z.dtype != torch.float32)
     sums = {"AFFINE_GRADIENT": affine_gradient, "Z_BIAS_GRADIENT": z_bias_gradient}
     count = 2 * affine_gradient + z_bias_gradient
     width = (4 if hidden is None else 3) * features

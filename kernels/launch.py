@@ -62,6 +62,8 @@ def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def row_stride(tensor: Tensor) -> int | None:
     """The distance between rows (all but the last dimension flattened) in elements; None where there is no single one."""
+    if tensor.is_contiguous():
+        return tensor.shape[-1]
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         return None
     stride, expected = None, 0
@@ -120,8 +122,8 @@ def compile_kernel(
 
 
 def key_of(arguments: Sequence[Argument], constants: dict[str, Constant], aligned: bool) -> tuple[object, ...]:
-    """What decides about a kernel's machine code beside its plan."""
-    return *map(type_of, arguments), *constants.values(), aligned
+    """What decides about a kernel's machine code beside its plan: which tensors are there, of which dtypes, and the constants."""
+    return *[argument.dtype if isinstance(argument, Tensor) else argument is None for argument in arguments], *constants.values(), aligned
 
 
 _compiled: dict[tuple, Any] = {}
