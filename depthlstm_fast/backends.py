@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.metadata
 import importlib.util
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -42,7 +45,32 @@ def _load_library() -> str | None:
 load_error = _load_library()
 CUDA_ERROR = "CUDA C++ kernels are not part of this version"
 TRITON_MAX_FEATURES = 8192  # kernels/gates.py: a row of more does not fit the registers of a multiprocessor
-_triton_error = None if importlib.util.find_spec("triton") else "Triton is not installed (pip install triton)"
+TRITON_FLOOR = (3, 6)
+
+
+def _find_triton() -> str | None:
+    """Look for Triton without importing it, which takes half a second. Returns None, or the reason why it cannot be used."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None  # a checkout or a renamed wheel: its import will tell
+    found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    return f"Triton {version} is too old, {TRITON_FLOOR[0]}.{TRITON_FLOOR[1]} or newer is needed" if found < TRITON_FLOOR else None
+
+
+@functools.cache
+def _import_kernels() -> str | None:
+    """Import the Triton kernels. Returns None, or the reason why that fails."""
+    try:
+        from .kernels import gates  # noqa: F401
+    except Exception as error:  # noqa: BLE001
+        return f"Triton's kernels do not import: {type(error).__name__}: {error}"
+    return None
+
+
+_triton_error = _find_triton()
 _triton_interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 _strict = os.environ.get("DEPTHLSTM_STRICT", "0") not in ("", "0")
 _default = os.environ.get("DEPTHLSTM_BACKEND") or "auto"
@@ -135,6 +163,10 @@ def _limit(name: str, tensor: Tensor, features: int) -> str | None:
             return "the Triton kernels take float32, bfloat16 and float16; found float64"
         if features > TRITON_MAX_FEATURES:
             return f"the Triton kernels take D up to {TRITON_MAX_FEATURES}; found {features}"
+        if not torch.compiler.is_compiling():
+            error = _import_kernels()
+            if error is not None:
+                return error
     else:
         return CUDA_ERROR if name == "cuda" else "there is no such backend"
     if torch.compiler.is_exporting():
