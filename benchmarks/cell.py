@@ -15,19 +15,25 @@ from benchmarks.rows import Row, Settings, Target, timed_row
 GEMM_UNITS = {torch.float32: 1.06, torch.bfloat16: 1.12}
 
 
-def make_inputs(rows: int, features: int, dtype: torch.dtype) -> list[Tensor]:
-    """x, h, c (rows, D), w (4D, 2D), b (4D), weight and bias (4, D), random, of the scale that initialisation gives."""
+def make_inputs(rows: int, features: int, dtype: torch.dtype, device: torch.device | str = "cpu", beside: bool = False) -> list[Tensor]:
+    """x, h, c (rows, D), w (4D, 2D), b (4D), weight and bias (4, D), random, of the scale that initialisation gives.
+
+    With ``beside`` x and h are the halves of one matrix, as between the layers of a stack.
+    """
     bound = (2 * features) ** -0.5
-    tensors = [torch.randn(rows, features) for _ in range(3)]
-    tensors += [torch.empty(4 * features, 2 * features).uniform_(-bound, bound), 0.1 * torch.randn(4 * features)]
-    tensors += [1 + 0.1 * torch.randn(4, features), 0.1 * torch.randn(4, features)]
-    return [tensor.to(dtype) for tensor in tensors]
+    tensors = [torch.randn(rows, features, device=device) for _ in range(3)]
+    tensors += [torch.empty(4 * features, 2 * features, device=device).uniform_(-bound, bound)]
+    tensors += [0.1 * torch.randn(4 * features, device=device)]
+    tensors += [1 + 0.1 * torch.randn(4, features, device=device), 0.1 * torch.randn(4, features, device=device)]
+    if beside:
+        tensors[:2] = torch.cat(tensors[:2], dim=1).to(dtype).split(features, dim=1)
+    return [tensor.to(dtype).detach() for tensor in tensors]
 
 
-def bare_gemms(rows: int, features: int, dtype: torch.dtype) -> Callable[[], object]:
+def bare_gemms(rows: int, features: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Callable[[], object]:
     """The products that no cell can do without: z = xh W^T, dxh = dz W, dW = dz^T xh; contiguous inputs, outputs allocated afresh."""
-    xh, w = torch.randn(rows, 2 * features).to(dtype), torch.randn(4 * features, 2 * features).to(dtype)
-    dz = torch.randn(rows, 4 * features).to(dtype)
+    shapes = (rows, 2 * features), (4 * features, 2 * features), (rows, 4 * features)
+    xh, w, dz = (torch.randn(*shape, device=device).to(dtype) for shape in shapes)
     return lambda: (torch.mm(xh, w.t()), torch.mm(dz, w), torch.mm(dz.t(), xh))
 
 

@@ -21,7 +21,7 @@ Function = Callable[..., tuple[Tensor, Tensor]]
 
 
 def name_of(dtype: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float64: "fp64"}[dtype]
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}[dtype]
 
 
 def moved_bytes(rows: int, features: int, dtype: torch.dtype, elements: int) -> int:
@@ -29,10 +29,10 @@ def moved_bytes(rows: int, features: int, dtype: torch.dtype, elements: int) -> 
     return rows * features * elements * dtype.itemsize
 
 
-def make_inputs(rows: int, features: int, dtype: torch.dtype) -> list[Tensor]:
+def make_inputs(rows: int, features: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> list[Tensor]:
     """z (rows, 4D), c (rows, D), weight and bias (4, D), random, the affine near its initial value."""
-    z, c = torch.randn(rows, 4 * features), torch.randn(rows, features)
-    weight, bias = 1 + 0.1 * torch.randn(4, features), 0.1 * torch.randn(4, features)
+    z, c = torch.randn(rows, 4 * features, device=device), torch.randn(rows, features, device=device)
+    weight, bias = 1 + 0.1 * torch.randn(4, features, device=device), 0.1 * torch.randn(4, features, device=device)
     return [tensor.to(dtype) for tensor in (z, c, weight, bias)]
 
 
@@ -68,6 +68,11 @@ def copy_backward(z: Tensor, c: Tensor, dh: Tensor, scratch: Tensor) -> Callable
         return dz, dc
 
     return run
+
+
+def copy_once(source: Tensor, count: int) -> Callable[[], object]:
+    """A copy of ``count`` elements of ``source``, in one kernel, into memory allocated afresh."""
+    return lambda: torch.empty(count, dtype=source.dtype, device=source.device).copy_(source[:count])
 
 
 def compile_for(compiled: Compiled, dtype: torch.dtype) -> tuple[Function | None, Function | None]:

@@ -15,15 +15,21 @@ FEATURES, HEADS, BATCH, LENGTH = 512, 8, 16, 256
 RESIDUAL = "nn.TransformerEncoderLayer"
 
 
-def residual_layer(features: int = FEATURES, heads: int = HEADS) -> nn.TransformerEncoderLayer:
+def residual_layer(
+    features: int = FEATURES, heads: int = HEADS, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> nn.TransformerEncoderLayer:
     """torch's pre-norm layer; its matrices have 12 D^2 entries, as ours have."""
-    return nn.TransformerEncoderLayer(features, heads, 4 * features, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+    return nn.TransformerEncoderLayer(
+        features, heads, 4 * features, dropout=0.0, activation="gelu", batch_first=True, norm_first=True, dtype=dtype, device=device
+    )
 
 
-def depth_lstm_layers(features: int = FEATURES, heads: int = HEADS, dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
+def depth_lstm_layers(
+    features: int = FEATURES, heads: int = HEADS, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> dict[str, nn.Module]:
     """The reference layer and the fused one with the same parameters."""
-    eager = dl.reference.DepthLSTMEncoderLayer(features, heads, dropout=0.0, batch_first=True, dtype=dtype)
-    fused = dl.DepthLSTMEncoderLayer(features, heads, dropout=0.0, batch_first=True, dtype=dtype)
+    eager = dl.reference.DepthLSTMEncoderLayer(features, heads, dropout=0.0, batch_first=True, dtype=dtype, device=device)
+    fused = dl.DepthLSTMEncoderLayer(features, heads, dropout=0.0, batch_first=True, dtype=dtype, device=device)
     fused.load_state_dict(eager.state_dict())
     return {"eager": eager, "fused": fused}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from benchmarks.timing import Spread, interleave, ratio, spread
+from benchmarks.timing import Spread, Stopwatch, interleave, ratio, spread
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Row:
         against: what the last contestant is, such as "copy of 7D".
         missing: why a contestant is not there, by its name.
         failure: why no number of this row may be shown; None where its check is green.
+        backend: which fused backend it is about; empty where a run has but one.
+        numbers: further quantities by name, such as "gb_per_s".
     """
 
     subject: str
@@ -56,6 +58,8 @@ class Row:
     missing: dict[str, str] = field(default_factory=dict)
     note: str = ""
     failure: str | None = None
+    backend: str = ""
+    numbers: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,32 @@ def timed_row(
 ) -> Row:
     """Fill ``row`` (unit "ms") by timing ``contestants`` in turn."""
     samples = interleave(contestants, seconds=seconds * settings.seconds, minimum=settings.minimum, on_repetition=on_repetition)
+    return fill(row, samples, targets)
+
+
+def fill(row: Row, samples: Mapping[str, Sequence[float]], targets: Sequence[Target]) -> Row:
+    """``row`` (unit "ms") with the medians of the contestants' seconds and the figures that ``targets`` ask for."""
     row.repetitions = len(samples["fused"])
     row.values = {name: spread(times, 1e3) for name, times in samples.items()}
     row.figures = [figure(target, samples) for target in targets if target.column in samples]
     return row
+
+
+def timed_backends(
+    rows: Mapping[str, Row],
+    contestants: Mapping[str, Callable[[], object]],
+    targets: Sequence[Target],
+    settings: Settings,
+    seconds: float,
+    stopwatch: Stopwatch,
+    warmups: int = 3,
+) -> list[Row]:
+    """Fill one row (unit "ms") for each backend; all of them, and the rivals they share, take turns in one measurement.
+
+    ``contestants`` holds the rivals by their columns and the backends by their names, which are the keys of ``rows``.
+    """
+    samples = interleave(
+        contestants, seconds=seconds * settings.seconds, minimum=settings.minimum, maximum=400, warmups=warmups, stopwatch=stopwatch
+    )
+    rivals = {name: times for name, times in samples.items() if name not in rows}
+    return [fill(row, {**rivals, "fused": samples[backend]}, targets) for backend, row in rows.items()]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 Clock = Callable[[], float]
 
@@ -18,6 +19,37 @@ class Spread:
     median: float
     p10: float
     p90: float
+
+
+class Stopwatch(Protocol):
+    """What times one call: ``begin``, the call, ``end``; ``laps`` then hands over (contestant, seconds) of the calls since the last laps."""
+
+    def begin(self, name: str) -> None: ...
+
+    def end(self) -> None: ...
+
+    def laps(self) -> Iterator[tuple[str, float]]: ...
+
+
+class HostStopwatch:
+    """Times calls that have done their work when they return."""
+
+    def __init__(self, clock: Clock = time.perf_counter) -> None:
+        self.clock = clock
+        self._laps: list[tuple[str, float]] = []
+        self._name, self._begun = "", 0.0
+
+    def begin(self, name: str) -> None:
+        self._name = name
+        self._begun = self.clock()
+
+    def end(self) -> None:
+        now = self.clock()
+        self._laps.append((self._name, now - self._begun))
+
+    def laps(self) -> Iterator[tuple[str, float]]:
+        found, self._laps = self._laps, []
+        return iter(found)
 
 
 def quantile(samples: Sequence[float], fraction: float) -> float:
@@ -66,19 +98,28 @@ def interleave(
     warmups: int = 1,
     clock: Clock = time.perf_counter,
     on_repetition: Callable[[], None] | None = None,
+    stopwatch: Stopwatch | None = None,
 ) -> dict[str, list[float]]:
     """Time every contestant once in each repetition, until ``seconds`` are over, but at least ``minimum`` times.
 
     What a contestant returns is freed after its clock has stopped. Python's garbage collector is off meanwhile.
+    ``stopwatch`` times the calls; without one the host's ``clock`` does.
 
     Returns:
         the seconds of every repetition, for each contestant.
     """
     names = list(contestants)
     samples: dict[str, list[float]] = {name: [] for name in names}
+    watch = HostStopwatch(clock) if stopwatch is None else stopwatch
     for _ in range(warmups):
         for name in names:
-            contestants[name]()
+            if stopwatch is None:
+                contestants[name]()
+            else:  # it learns how long the host takes
+                watch.begin(name)
+                contestants[name]()
+                watch.end()
+    list(watch.laps())
     gc.collect()
     collecting = gc.isenabled()
     gc.disable()
@@ -89,10 +130,12 @@ def interleave(
                 break
             for index in turn_order(len(names), repetition):
                 run = contestants[names[index]]
-                before = clock()
+                watch.begin(names[index])
                 outputs = run()
-                samples[names[index]].append(clock() - before)
+                watch.end()
                 del outputs
+            for name, lap in watch.laps():
+                samples[name].append(lap)
             if on_repetition is not None:
                 on_repetition()
     finally:

@@ -1,12 +1,17 @@
-"""Fixtures and markers shared by all tests, and poisoned memory: whatever nobody wrote is NaN."""
+"""Fixtures and markers shared by all tests; poisoned memory: whatever nobody wrote is NaN; Triton's interpreter where there is no GPU."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 import pytest
 import torch
+
+# Triton decides once, when it is imported, whether it compiles kernels or interprets them, and nothing has imported it yet.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 M_PERTURB = -6  # glibc's malloc.h
 POISON = 0x100  # malloc fills with the complement of its low byte: 0xff, which is NaN in every floating-point type

@@ -10,6 +10,7 @@ A wrong formula is off by a share of the value itself; ``test_reference.py`` sho
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,12 +24,20 @@ from depthlstm_fast.checks import ACTIVATIONS
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
-_wanted = os.environ.get("DEPTHLSTM_BACKEND") or "auto"
-_status = dl.backends()["cpp"]
-HAS_CPP = _status.available and _wanted in ("auto", "cpp")
-_reason = f"DEPTHLSTM_BACKEND={_wanted}" if _status.available else f"no cpp backend: {_status.detail}"
-needs_cpp = pytest.mark.skipif(not HAS_CPP, reason=_reason)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of tests that run on either; Triton's kernels are interpreted on the CPU
 
+
+def _absence(backend: str) -> str | None:
+    """Why the tests of a backend are skipped; None where it can run and DEPTHLSTM_BACKEND does not ask for another."""
+    status, wanted = dl.backends()[backend], os.environ.get("DEPTHLSTM_BACKEND") or "auto"
+    if not status.available:
+        return f"no {backend} backend: {status.detail}"
+    return None if wanted in ("auto", backend) else f"DEPTHLSTM_BACKEND={wanted}"
+
+
+HAS_CPP, HAS_TRITON = _absence("cpp") is None, _absence("triton") is None
+needs_cpp = pytest.mark.skipif(not HAS_CPP, reason=_absence("cpp") or "")
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason=_absence("triton") or "")
 
 TINY = {F16: 1, BF16: 1, F32: 8, F64: 64}
 
@@ -62,7 +71,13 @@ def normal(*shape: int, dtype: torch.dtype = F64, scale: float = 1.0, shift: flo
 
 
 def arguments(
-    shape: int | tuple[int, ...], features: int, types: Types, norm: str = "gate", affine: bool = True, kind: str = "gelu"
+    shape: int | tuple[int, ...],
+    features: int,
+    types: Types,
+    norm: str = "gate",
+    affine: bool = True,
+    kind: str = "gelu",
+    device: str = "cpu",
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Random tensors and the options for ``depth_lstm_gates`` on rows of ``shape``."""
     leading = (shape,) if isinstance(shape, int) else shape
@@ -76,12 +91,13 @@ def arguments(
         tensors["bias"] = normal(gates, features, dtype=types.affine, scale=0.5)
     if kind == "given":
         tensors["hidden"] = normal(*leading, features, dtype=types.z)
-    return tensors, {"norm": norm, "activation": "gelu" if kind == "given" else kind}
+    return {name: tensor.to(device) for name, tensor in tensors.items()}, {"norm": norm, "activation": "gelu" if kind == "given" else kind}
 
 
 def cotangents(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Random gradients of h and c. Never ones: a LayerNorm's gradient of a sum is zero, whatever the kernel does."""
-    return normal(*tensors["c"].shape, dtype=tensors["z"].dtype), normal(*tensors["c"].shape, dtype=tensors["c"].dtype)
+    z, c = tensors["z"], tensors["c"]
+    return normal(*c.shape, dtype=z.dtype).to(c.device), normal(*c.shape, dtype=c.dtype).to(c.device)
 
 
 def results(
@@ -137,11 +153,15 @@ def assert_bound(found: dict[str, Tensor], eager: dict[str, Tensor], exact: dict
 
 
 def check_gates(
-    tensors: dict[str, Tensor], options: dict[str, Any], grads: tuple[Tensor, Tensor] | None = None, condition: float = 0.0
+    tensors: dict[str, Tensor],
+    options: dict[str, Any],
+    grads: tuple[Tensor, Tensor] | None = None,
+    condition: float = 0.0,
+    backend: str = "cpp",
 ) -> dict[str, Tensor]:
     """Run the fused gates, eager and fp64 on the same arguments and hold the first to the bound; returns its results."""
     grads = cotangents(tensors) if grads is None else grads
-    found = results(fused, tensors, grads, **options)
+    found = results(functools.partial(fused, backend=backend), tensors, grads, **options)
     eager = results(dl.reference.depth_lstm_gates, tensors, grads, **options)
     exact = results(dl.reference.depth_lstm_gates, double(tensors), (grads[0].double(), grads[1].double()), **options)
     assert_bound(found, eager, exact, condition)
