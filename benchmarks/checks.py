@@ -25,6 +25,7 @@ class Check:
 
     Attributes:
         used: its error over its bound; at most 1 where the check is green.
+        size: where it matters, at which sizes.
     """
 
     subject: str
@@ -35,6 +36,7 @@ class Check:
     eager_error: float
     used: float
     backend: str
+    size: str = ""
 
     @property
     def summary(self) -> str:
@@ -43,13 +45,19 @@ class Check:
 
 
 def compare(
-    subject: str, dtype: torch.dtype, names: Sequence[str], exact: Sequence[Tensor], eager: Sequence[Tensor], fused: Sequence[Tensor]
+    subject: str,
+    dtype: torch.dtype,
+    names: Sequence[str],
+    exact: Sequence[Tensor],
+    eager: Sequence[Tensor],
+    fused: Sequence[Tensor],
+    roundings: float = 1,
 ) -> Check:
-    """Hold ``fused`` to 2 * (error of ``eager``) + one rounding of the largest value, tensor by tensor, against ``exact`` (fp64)."""
+    """Hold ``fused`` to 2 * (error of ``eager``) + ``roundings`` of the largest value, tensor by tensor, against ``exact`` (fp64)."""
     worst: tuple[float, str, float, float] = (-1.0, "", 0.0, 0.0)
     for name, wanted, plain, found in zip(names, exact, eager, fused, strict=True):
         wanted, plain, found = wanted.detach(), plain.detach().double(), found.detach().double()
-        tiny = torch.finfo(dtype).eps * float(wanted.abs().max())
+        tiny = roundings * torch.finfo(dtype).eps * float(wanted.abs().max())
         error = float((found - wanted).abs().max())
         plain_error = float((plain - wanted).abs().max())
         # a NaN or an infinity compares false with everything: it must count as beyond the bound
@@ -60,9 +68,16 @@ def compare(
     return Check(subject, gates.name_of(dtype), used <= 1, name, error, plain_error, used, dl.last_backend() or "none")
 
 
-def _function_check(
-    subject: str, reference: gates.Function, fused: gates.Function, inputs: list[Tensor], names: Sequence[str], dtype: torch.dtype
+def function_check(
+    subject: str,
+    reference: gates.Function,
+    fused: gates.Function,
+    inputs: list[Tensor],
+    names: Sequence[str],
+    dtype: torch.dtype,
+    roundings: float = 1,
 ) -> Check:
+    """h, c and the gradient of each of ``inputs``, which are called ``names``, under random cotangents."""
     cotangents = [torch.randn_like(inputs[1]) for _ in range(2)]
 
     def run(function: gates.Function, to: torch.dtype) -> tuple[Tensor, ...]:
@@ -71,28 +86,34 @@ def _function_check(
 
     labels = ["h", "c", *(f"gradient of {name}" for name in names)]
     exact, eager = run(reference, torch.float64), run(reference, dtype)
-    return compare(subject, dtype, labels, exact, eager, run(fused, dtype))
+    return compare(subject, dtype, labels, exact, eager, run(fused, dtype), roundings)
 
 
 def check_gates(dtype: torch.dtype) -> Iterator[Check]:
     for rows, features in ((64, gates.FEATURES), (17, 65)):
         inputs = gates.make_inputs(rows, features, dtype)
-        yield _function_check("gates", reference_gates, dl.depth_lstm_gates, inputs, ("z", "c", "weight", "bias"), dtype)
+        yield function_check("gates", reference_gates, dl.depth_lstm_gates, inputs, ("z", "c", "weight", "bias"), dtype)
 
 
 def check_cell(dtype: torch.dtype) -> Iterator[Check]:
     names = ("x", "h", "c", "w", "b", "weight", "bias")
     for rows, features in ((64, cell.FEATURES), (17, 65)):
-        yield _function_check("cell", reference_cell, dl.depth_lstm_cell, cell.make_inputs(rows, features, dtype), names, dtype)
+        yield function_check("cell", reference_cell, dl.depth_lstm_cell, cell.make_inputs(rows, features, dtype), names, dtype)
 
 
 def check_layer(dtype: torch.dtype) -> Iterator[Check]:
-    """A layer of a quarter of the timed width; forward and every gradient."""
-    features, heads = layer.FEATURES // 4, layer.HEADS
-    layers = layer.depth_lstm_layers(features, heads, dtype)
-    exact_layer = layer.depth_lstm_layers(features, heads, torch.float64)["eager"]
+    """A layer of a quarter of the timed width."""
+    yield layer_check(layer.FEATURES // 4, layer.HEADS, (2, 9), dtype)
+
+
+def layer_check(
+    features: int, heads: int, tokens: tuple[int, int], dtype: torch.dtype, device: torch.device | str = "cpu", roundings: float = 1
+) -> Check:
+    """A layer on ``tokens`` (batch, length); forward and every gradient."""
+    layers = layer.depth_lstm_layers(features, heads, dtype, device)
+    exact_layer = layer.depth_lstm_layers(features, heads, torch.float64, device)["eager"]
     exact_layer.load_state_dict(layers["eager"].state_dict())
-    tensors = [torch.randn(2, 9, features).to(dtype) for _ in range(4)]
+    tensors = [torch.randn(*tokens, features, device=device).to(dtype) for _ in range(4)]
 
     def run(module: torch.nn.Module, to: torch.dtype) -> tuple[Tensor, ...]:
         h, c, *cotangents = [tensor.to(to) for tensor in tensors]
@@ -102,7 +123,7 @@ def check_layer(dtype: torch.dtype) -> Iterator[Check]:
 
     names = ["h", "c", "gradient of h", "gradient of c", *(f"gradient of {name}" for name, _ in layers["fused"].named_parameters())]
     exact, eager = run(exact_layer, torch.float64), run(layers["eager"], dtype)
-    yield compare("layer", dtype, names, exact, eager, run(layers["fused"], dtype))
+    return compare("layer", dtype, names, exact, eager, run(layers["fused"], dtype), roundings)
 
 
 def check_decoding(dtype: torch.dtype) -> Iterator[Check]:

@@ -34,10 +34,12 @@ class Compiled:
 
     Attributes:
         reason: why torch.compile cannot be used; None as long as it can.
+        mode: torch.compile's; None for its default.
     """
 
-    def __init__(self, enabled: bool = True) -> None:
+    def __init__(self, enabled: bool = True, mode: str | None = None) -> None:
         self.reason: str | None = None if enabled else "left out"
+        self.mode = mode
         self._functions: dict[Callable[..., Any], Callable[..., Any]] = {}
 
     def get(self, function: Callable[..., Any], first_call: Callable[[Callable[..., Any]], object]) -> Callable[..., Any] | None:
@@ -45,9 +47,9 @@ class Compiled:
         if self.reason is not None:
             return None
         try:
-            compiled = self._functions.setdefault(function, torch.compile(function, dynamic=False))
+            compiled = self._functions.setdefault(function, torch.compile(function, dynamic=False, mode=self.mode))
             first_call(compiled)
-        except (RuntimeError, OSError, ImportError) as error:
+        except Exception as error:  # noqa: BLE001  whatever a rival dies of must not end the run
             self.reason = f"torch.compile failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error) else ''}"
             return None
         return compiled

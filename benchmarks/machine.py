@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import depthlstm_fast as dl
-from depthlstm_fast.__main__ import chosen_isa, cpu_info
+from depthlstm_fast.__main__ import chosen_isa, cpu_info, package_version
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -58,6 +58,42 @@ def cpu_model() -> str:
 def slug(model: str, cores: int) -> str:
     """A folder name for a machine: "Some CPU @ 2.0GHz", 2 -> "some-cpu-2.0ghz-2-cores"."""
     return re.sub(r"[^a-z0-9.]+", "-", re.sub(r"\((r|tm)\)", "", model.lower())).strip("-") + f"-{cores}-cores"
+
+
+def gpu_slug(name: str) -> str:
+    """A folder name for a GPU: "NVIDIA H100 80GB HBM3" -> "nvidia-h100-80gb-hbm3"."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+
+
+def driver() -> str:
+    """The GPU driver's version; "unknown" where nvidia-smi does not say."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()
+        return lines[0].strip() if lines else "unknown"
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def describe_gpu(device: torch.device) -> dict[str, Any]:
+    """What :func:`describe` says, with the GPU; on the CPU with none."""
+    about = describe()
+    # a copy of the tree without its history says with this what it is a copy of
+    about["commit"] = about["commit"] or os.environ.get("DEPTHLSTM_COMMIT")
+    about["triton"] = package_version("triton")
+    if device.type != "cuda":
+        return about | {"gpu": None}
+    properties = torch.cuda.get_device_properties(device)
+    return about | {
+        "name": gpu_slug(properties.name),
+        "gpu": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+        "gpu_cache_mib": round(getattr(properties, "L2_cache_size", 0) / 2**20),
+        "driver": driver(),
+        "cuda": torch.version.cuda,
+    }
 
 
 def describe() -> dict[str, Any]:

@@ -18,8 +18,13 @@ BATCHES, CALLS = 5, 2000
 MICROSECONDS = {False: 15.0, True: 45.0}
 
 
-def best_batches(runs: dict[str, Callable[[], object]], batches: int, calls: int, tick: Callable[[], None]) -> dict[str, list[float]]:
-    """Each run's seconds a call, from its batch with the smallest median; batches in turn. A disturbance only ever adds time."""
+def best_batches(
+    runs: dict[str, Callable[[], object]], batches: int, calls: int, tick: Callable[[], None], synchronize: Callable[[], object] = bool
+) -> dict[str, list[float]]:
+    """Each run's seconds a call, from its batch with the smallest median; batches in turn. A disturbance only ever adds time.
+
+    ``synchronize`` is called between batches, so that a queue of unfinished calls never holds up the host.
+    """
     best: dict[str, list[float]] = {}
     for _ in range(batches):
         for name, run in runs.items():
@@ -28,10 +33,24 @@ def best_batches(runs: dict[str, Callable[[], object]], batches: int, calls: int
                 before = time.perf_counter()
                 run()
                 times.append(time.perf_counter() - before)
+            synchronize()
             if name not in best or spread(times).median < spread(best[name]).median:
                 best[name] = times
         tick()
     return best
+
+
+def overhead_row(grad: bool, eager: list[float], fused: list[float], target: float, note: str) -> Row:
+    """The row on one call's host time, from the seconds of the calls."""
+    row = Row("overhead", f"one gates call, {'grad' if grad else 'no grad'}", "fp32", f"N={ROWS} D={FEATURES}", "us", BATCHES, note=note)
+    row.values = {"eager": spread(eager, 1e6), "fused": spread(fused, 1e6)}
+    found: Spread = row.values["fused"]
+    against = ratio(eager, fused)
+    row.figures = [
+        Figure("fused", "value", found.median, found.p10, found.p90, target, "at most"),
+        Figure("eager", "speedup", against.median, against.p10, against.p90),
+    ]
+    return row
 
 
 def measure(settings: Settings, compiled: Compiled, tick: Callable[[], None]) -> Iterator[Row]:
@@ -45,13 +64,4 @@ def measure(settings: Settings, compiled: Compiled, tick: Callable[[], None]) ->
         }
         with torch.set_grad_enabled(grad):
             best = best_batches(runs, BATCHES, calls, tick)
-        row = Row("overhead", f"one gates call, {'grad' if grad else 'no grad'}", "fp32", f"N={ROWS} D={FEATURES}", "us", BATCHES)
-        row.values = {name: spread(times, 1e6) for name, times in best.items()}
-        fused: Spread = row.values["fused"]
-        against = ratio(best["eager"], best["fused"])
-        row.figures = [
-            Figure("fused", "value", fused.median, fused.p10, fused.p90, target, "at most"),
-            Figure("eager", "speedup", against.median, against.p10, against.p90),
-        ]
-        row.note = f"best median of {BATCHES} batches of {calls} calls"
-        yield row
+        yield overhead_row(grad, best["eager"], best["fused"], target, f"best median of {BATCHES} batches of {calls} calls")

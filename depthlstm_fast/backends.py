@@ -155,18 +155,9 @@ def _limit(name: str, tensor: Tensor, features: int) -> str | None:
         if tensor.device.type != "cpu":
             return f"the C++ kernels take CPU tensors; found {tensor.device}"
     elif name == "triton":
-        if _triton_error is not None:
-            return _triton_error
-        if tensor.device.type != "cuda" and not (_triton_interpreted and tensor.device.type == "cpu"):
-            return f"the Triton kernels take CUDA tensors, or with TRITON_INTERPRET=1 CPU tensors; found {tensor.device}"
-        if tensor.dtype == torch.float64:
-            return "the Triton kernels take float32, bfloat16 and float16; found float64"
-        if features > TRITON_MAX_FEATURES:
-            return f"the Triton kernels take D up to {TRITON_MAX_FEATURES}; found {features}"
-        if not torch.compiler.is_compiling():
-            error = _import_kernels()
-            if error is not None:
-                return error
+        limit = triton_limit(tensor, features)
+        if limit is not None:
+            return limit
     else:
         return CUDA_ERROR if name == "cuda" else "there is no such backend"
     if torch.compiler.is_exporting():
@@ -176,6 +167,23 @@ def _limit(name: str, tensor: Tensor, features: int) -> str | None:
             return "torch.func transforms need the decomposition into PyTorch operators"
         if torch.autograd.forward_ad._current_level >= 0:
             return "forward-mode differentiation needs the decomposition into PyTorch operators"
+    return None
+
+
+def triton_limit(tensor: Tensor, features: int) -> str | None:
+    """Why the Triton kernels cannot take ``tensor`` with D = ``features``; None where they can."""
+    if _triton_error is not None:
+        return _triton_error
+    if tensor.device.type != "cuda" and not (_triton_interpreted and tensor.device.type == "cpu"):
+        return f"the Triton kernels take CUDA tensors, or with TRITON_INTERPRET=1 CPU tensors; found {tensor.device}"
+    if tensor.dtype == torch.float64:
+        return "the Triton kernels take float32, bfloat16 and float16; found float64"
+    if features > TRITON_MAX_FEATURES:
+        return f"the Triton kernels take D up to {TRITON_MAX_FEATURES}; found {features}"
+    if not torch.compiler.is_compiling():
+        error = _import_kernels()
+        if error is not None:
+            return error
     return None
 
 

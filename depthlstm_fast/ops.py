@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import beside
-from .backends import load_error
+from . import beside, checks
+from .backends import load_error, triton_limit
 from .checks import ACTIVATIONS, NORMS
 from .derivatives import Grads, once_differentiable
 
@@ -237,16 +237,51 @@ def _register(prefix: str) -> Operators:
     return operators
 
 
+def _check_operator(
+    z: Tensor,
+    z_bias: Tensor | None,
+    hidden: Tensor | None,
+    c: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    norm: int,
+    activation: int,
+    eps: float,
+    dropout_p: float,
+) -> None:
+    """An operator can be called past the public functions, and wrong arguments would then be wrong memory accesses."""
+    for argument, code, names in (("norm", norm, NORMS), ("activation", activation, ACTIVATIONS)):
+        if not 0 <= code < len(names):
+            raise ValueError(f"{argument} must be 0 to {len(names) - 1}; found {code}")
+    checks.check_eps("eps", eps)
+    checks.check_probability("dropout_p", dropout_p)
+    checks.check_gates(z, c, weight, bias, hidden, NORMS[norm], seed)
+    if z_bias is not None:
+        checks.check_companion("z_bias", z_bias, "z", z)
+        checks.check_shape("z_bias", z_bias, (z.shape[-1],))
+    limit = triton_limit(z, c.shape[-1])
+    if limit is not None:
+        raise ValueError(limit)
+
+
 def _triton_forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    _check_operator(*inputs)
     from .kernels import gates
 
     return gates.gates_forward(*inputs)
 
 
-def _triton_backward(*inputs: Any) -> tuple[Tensor, ...]:
+def _triton_backward(dh: Tensor | None, dc: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
+    _check_operator(*inputs[:11])
+    z, c = inputs[0], inputs[3]
+    for argument, gradient, like in (("dh", dh, z), ("dc", dc, c)):
+        if gradient is not None:
+            checks.check_companion(argument, gradient, "z" if like is z else "c", like, mixed=False)
+            checks.check_shape(argument, gradient, tuple(c.shape))
     from .kernels import gates
 
-    return gates.gates_backward(*inputs)
+    return gates.gates_backward(dh, dc, *inputs)
 
 
 if load_error is None:  # the library defines and implements its operators, for the CPU
