@@ -60,10 +60,13 @@ def forward_kernel(
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (column < FEATURES)
     a = load_z(z, z_bias, z_stride, row, column, inside, 1, FEATURES, GATES, MASKED, BLOCK)
-    c_in = load(c + row * c_stride + column, inside, MASKED)
+    if BLOCK < 8192:
+        c_in = load(c + row * c_stride + column, inside, MASKED)
     if NORM != "none":
         mean, r, shift = row_statistics(a, inside, eps, FEATURES, NORM, GATES, MASKED)
         a = normalise(a, mean, r, shift, GATES)
+    if BLOCK >= 8192:  # 512 threads have 128 registers each, all of them in use while the statistics are taken
+        c_in = load(c + row * c_stride + column, inside, MASKED)
     if weight is not None:
         weights, biases = load_affine(weight, bias, column, 1, FEATURES, GATES, MASKED, BLOCK)
         a = apply_affine(a, weights, biases, GATES)
@@ -138,11 +141,14 @@ def _accumulate_z_bias(sums, dz, GATES: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _store_backward(dz_tiles, dhidden_tile, dc_tile, dz, dhidden, dc_in, row, column, inside,
-                    FEATURES: tl.constexpr, GATES: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+def _store_states(dhidden_tile, dc_tile, dhidden, dc_in, row, column, inside, FEATURES: tl.constexpr, MASKED: tl.constexpr):
     store(dc_in + row * FEATURES + column, dc_tile, inside, MASKED)
     if dhidden is not None:
         store(dhidden + row * FEATURES + column, dhidden_tile, inside, MASKED)
+
+
+@triton.jit
+def _store_dz(dz_tiles, dz, row, column, inside, FEATURES: tl.constexpr, GATES: tl.constexpr, MASKED: tl.constexpr):
     for k in tl.static_range(GATES):
         store(dz + row * (GATES * FEATURES) + k * FEATURES + column, dz_tiles[k], inside, MASKED)
 
@@ -185,10 +191,11 @@ def narrow_backward_kernel(
         )  # fmt: skip
         if AFFINE_GRADIENT:  # here, not at the end: da need not live through the reduction
             sums = _accumulate_affine(sums, da, n, GATES)
+        _store_states(dg, dc_tile, dhidden, dc_in, row, column, inside, FEATURES, MASKED)  # now: the reduction waits, and needs registers
         if NORM != "none":
             means = row_means(dz_tiles + products(dz_tiles, n, GATES), 2, FEATURES, NORM, GATES)
             dz_tiles = layer_norm_backward(dz_tiles, n, r, means[:GATES], means[GATES:], GATES)
-        _store_backward(dz_tiles, dg, dc_tile, dz, dhidden, dc_in, row, column, inside, FEATURES, GATES, MASKED)
+        _store_dz(dz_tiles, dz, row, column, inside, FEATURES, GATES, MASKED)
         if Z_BIAS_GRADIENT:
             sums = _accumulate_z_bias(sums, dz_tiles, GATES, COUNT)
     _store_sums(sums, partial, tl.program_id(0), column, COUNT, FEATURES)
@@ -269,7 +276,8 @@ def wide_backward_kernel(
             sums = _accumulate_affine(sums, da, n, GATES)
         if NORM != "none":
             dz_tiles = layer_norm_backward(dz_tiles, n, found[GATES : 2 * GATES], found[3 * GATES : 4 * GATES], found[4 * GATES :], GATES)
-        _store_backward(dz_tiles, dg, dc_tile, dz, dhidden, dc_in, row, column, inside, FEATURES, GATES, True)
+        _store_states(dg, dc_tile, dhidden, dc_in, row, column, inside, FEATURES, True)
+        _store_dz(dz_tiles, dz, row, column, inside, FEATURES, GATES, True)
         if Z_BIAS_GRADIENT:
             sums = _accumulate_z_bias(sums, dz_tiles, GATES, COUNT)
     _store_sums(sums, partial, tl.program_id(1), column, COUNT, FEATURES)
@@ -310,19 +318,19 @@ def forward_plans(features: int) -> list[Launch]:
 
 
 @functools.cache
-def narrow_plans(features: int, sums: int) -> list[Launch]:
-    """By rule 8 elements a thread beside the sums of dweight and dbias, 4 beside those of dz_bias, too: the most without spills.
+def narrow_plans(features: int, sums: int, itemsize: int) -> list[Launch]:
+    """By rule 8 elements a thread beside the sums of dweight and dbias, 4 for fp32 and beside those of dz_bias: the most without spills.
 
-    Two stages fetch the next row while one is computed. None for rows too long for it: they take the wide scheme.
+    Two stages fetch the next row while one is computed. Rows too long for any of it get no plan: they take the wide scheme.
     """
     if features > (2048 if sums <= 2 else 1024):
         return []
-    rule = (8 if sums <= 2 else 4, 2)
+    rule = (8 if sums <= 2 and (features > 1024 or (features > 128 and itemsize == 2)) else 4, 2)
     pairs = [rule, *(pair for pair in itertools.product((8, 4), (1, 2, 3)) if pair != rule)]
     return [tile_plan(features, elements, STAGES=stages) for elements, stages in pairs]
 
 
-ROW_SUMS_PLAN = Launch(4, {"BLOCK": 1024})
+ROW_SUMS_PLAN = Launch(8, {"BLOCK": 1024})
 WIDE_PLANS = [Launch(warps, {"ROWS": 1, "BLOCK": 128 * warps, "STAGES": stages}) for warps, stages in ((4, 2), (4, 1), (2, 2), (8, 2))]
 SUMS_PLAN = Launch(4, {"ROWS": 16, "BLOCK": 128})
 WARPS = 8  # resident on a multiprocessor at 255 registers a thread
@@ -405,7 +413,7 @@ def gates_backward(
     sums = {"AFFINE_GRADIENT": affine_gradient, "Z_BIAS_GRADIENT": z_bias_gradient}
     count = 2 * affine_gradient + z_bias_gradient
     width = (4 if hidden is None else 3) * features
-    narrow = narrow_plans(features, count)
+    narrow = narrow_plans(features, count, z.itemsize)
     statistics = None
     if not narrow and NORMS[norm] != "none":
         statistics = torch.empty((rows, STATISTICS.value), dtype=torch.float32, device=device)
