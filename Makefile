@@ -1,4 +1,4 @@
-# make test | bench | lint | format | wheel | sdist | clean | distclean
+# make test | bench | gpu | lint | format | wheel | sdist | clean | distclean
 #
 # Each target sets up what it needs, once, in $(VENV). Variables:
 #   PYTHON=python3.12         the interpreter the environment is made from
@@ -6,6 +6,8 @@
 #   TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 #                             what pip installs as torch: plain PyPI has the CUDA build, which is several GB
 #   ARGS="-k gates -x"        more arguments for pytest or the benchmark runner
+#
+# make gpu: checks, timings and tests on this machine's GPU, in nine minutes at most; results in the folder OUT, else in benchmarks/results/.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
@@ -23,7 +25,7 @@ CPP_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' 2>/dev/nul
 
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: test bench lint format wheel sdist build internals clean distclean
+.PHONY: test bench gpu lint format wheel sdist build internals clean distclean
 .DELETE_ON_ERROR:
 
 test: build internals
@@ -31,6 +33,12 @@ test: build internals
 
 bench: $(call READY,bench) build
 	$(PY) benchmarks/run.py $(ARGS)
+
+# Without a GPU it ends at once. The C++ kernels are for the CPU: what is measured here does not need them.
+gpu: $(call READY,bench)
+	@started=$$(date +%s); $(PY) benchmarks/gpu.py --probe $(ARGS) || exit; \
+	timeout 120 $(PY) setup.py -q build_ext --inplace || echo "make gpu: the C++ extension was not built; going on without it"; \
+	$(PY) benchmarks/gpu.py --started $$started $(ARGS)
 
 lint: $(call READY,dev)
 	$(PY) -m ruff check .

@@ -19,7 +19,11 @@ MICROSECONDS = {False: 15.0, True: 45.0}
 
 
 def best_batches(
-    runs: dict[str, Callable[[], object]], batches: int, calls: int, tick: Callable[[], None], synchronize: Callable[[], object] = bool
+    runs: dict[str, Callable[[], object]],
+    batches: int,
+    calls: int,
+    tick: Callable[[], None],
+    synchronize: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Each run's seconds a call, from its batch with the smallest median; batches in turn. A disturbance only ever adds time.
 

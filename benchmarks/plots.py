@@ -16,11 +16,21 @@ BAR = 0.36
 
 
 def _label(row: dict[str, Any]) -> str:
+    if row.get("backend"):  # a GPU's run has several sizes of everything
+        return f"{row['name']}, {row['dtype']}, {row['size']}, {row['backend']}"
     return f"{row['name']}, {row['dtype']}" if row["subject"] in ("gates", "cell", "layer") else row["name"]
 
 
+def _size(rows: list[dict[str, Any]], height: float) -> tuple[float, float]:
+    """Width and height in inches, with room for the longest label."""
+    return 9 + max(0, 0.09 * (max((len(_label(row)) for row in rows), default=0) - 30)), 1.5 + height * len(rows)
+
+
 def _shown(run: dict[str, Any]) -> list[dict[str, Any]]:
-    return [row for row in run["rows"] if row["failure"] is None]
+    rows = [row for row in run["rows"] if row["failure"] is None]
+    if run.get("kind") == "gpu":  # its table is long: what is trained in, and no latencies
+        rows = [row for row in rows if row["dtype"] == "bf16" and row["subject"] in ("gates", "cell", "layer")]
+    return rows
 
 
 def _figure(row: dict[str, Any], column: str, *kinds: str) -> dict[str, Any] | None:
@@ -37,7 +47,8 @@ def _finish(run: dict[str, Any], figure: Any, axes: Any, title: str, path: Path)
     axes.tick_params(axis="y", length=0)
     figure.get_layout_engine().set(rect=(0, 0.35 / figure.get_figheight(), 1, 1 - 0.35 / figure.get_figheight()))
     figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold", color=INK)
-    caption = f"{machine['cpu']}, {machine['cores']} cores, {machine['isa']} · torch {machine['torch']} · {run['date'][:10]}"
+    what = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores, {machine['isa']}"
+    caption = f"{what} · torch {machine['torch']} · {run['date'][:10]}" + (" · rehearsal, no measurement" if run.get("rehearsal") else "")
     figure.text(0.012, 0.012, caption + (" · quick run" if run["quick"] else ""), fontsize=9, color="#555555")
     figure.savefig(path, dpi=160)
     plt.close(figure)
@@ -70,7 +81,7 @@ def _speeds(row: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
 def speed_plot(run: dict[str, Any], path: Path) -> None:
     """Times faster than eager, than torch.compile of it, and than torch's residual layer."""
     rows = [row for row in _shown(run) if row["unit"] != "MB" and _figure(row, "eager", "speedup")]
-    figure, axes = plt.subplots(figsize=(9, 1.5 + 0.55 * len(rows)), layout="constrained")
+    figure, axes = plt.subplots(figsize=_size(rows, 0.55), layout="constrained")
     for y, row in enumerate(rows):
         bars = _speeds(row)
         for index, (found, colour) in enumerate(bars):
@@ -90,7 +101,7 @@ def speed_plot(run: dict[str, Any], path: Path) -> None:
 def floor_plot(run: dict[str, Any], path: Path) -> None:
     """The floor's time as a share of the fused time."""
     rows = [row for row in _shown(run) if row["subject"] in ("gates", "cell") and "against" in row["values"]]
-    figure, axes = plt.subplots(figsize=(9, 1.5 + 0.5 * len(rows)), layout="constrained")
+    figure, axes = plt.subplots(figsize=_size(rows, 0.5), layout="constrained")
     for y, row in enumerate(rows):
         found = _figure(row, "against", "share", "ratio")
         if found is not None:

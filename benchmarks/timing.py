@@ -22,7 +22,12 @@ class Spread:
 
 
 class Stopwatch(Protocol):
-    """What times one call: ``begin``, the call, ``end``; ``laps`` then hands over (contestant, seconds) of the calls since the last laps."""
+    """What times one call: ``begin``, the call, ``end``; ``laps`` hands over (contestant, seconds) of the calls since it last did.
+
+    ``reset`` forgets what was seen: other contestants follow, though they may bear the same names.
+    """
+
+    def reset(self) -> None: ...
 
     def begin(self, name: str) -> None: ...
 
@@ -38,6 +43,9 @@ class HostStopwatch:
         self.clock = clock
         self._laps: list[tuple[str, float]] = []
         self._name, self._begun = "", 0.0
+
+    def reset(self) -> None:
+        self._laps = []
 
     def begin(self, name: str) -> None:
         self._name = name
@@ -111,6 +119,7 @@ def interleave(
     names = list(contestants)
     samples: dict[str, list[float]] = {name: [] for name in names}
     watch = HostStopwatch(clock) if stopwatch is None else stopwatch
+    watch.reset()
     for _ in range(warmups):
         for name in names:
             if stopwatch is None:

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers import HAS_CPP, needs_cpp
+from helpers import DEVICE, HAS_CPP, HAS_TRITON, needs_cpp, needs_triton
 
 import depthlstm_fast as dl
 
@@ -27,7 +27,7 @@ def call(backend: str | None = None, device: str = "cpu") -> None:
 def python(script: str, tmp_path: Path, root: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter that sees the package of this checkout, or the one in ``root``, and these variables."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("DEPTHLSTM_")}
-    clean["PYTHONPATH"] = str(root or Path(dl.__file__).parents[1])
+    clean["PYTHONPATH"] = os.pathsep.join([str(root or Path(dl.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-c", f"import torch, depthlstm_fast as dl\n{script}"]
     return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**clean, **environment}, timeout=120, check=False)
 
@@ -55,6 +55,9 @@ def test_by_name() -> None:
         assert dl.last_backend() == "cpp"
         call("auto")
         assert dl.last_backend() == "cpp"
+    if HAS_TRITON:
+        call("triton", DEVICE)
+        assert dl.last_backend() == "triton"
 
 
 @needs_cpp
@@ -139,13 +142,32 @@ def test_strict_by_environment(value: str, tmp_path: Path) -> None:
         assert run.returncode == 0, run.stderr
 
 
-@pytest.mark.parametrize("name", ["reference", "", "auto", "cpp"])
+@pytest.mark.parametrize("name", ["reference", "", "auto", "cpp", "triton"])
 def test_backend_by_environment(name: str, tmp_path: Path) -> None:
-    if name != "reference" and not HAS_CPP:
-        pytest.skip("no cpp backend")
-    run = python(f"{CALL}; print(dl.last_backend())", tmp_path, DEPTHLSTM_BACKEND=name)
+    wanted = name if name in ("reference", "triton") else "cpp"
+    if not {"reference": True, "triton": HAS_TRITON, "cpp": HAS_CPP}[wanted]:
+        pytest.skip(f"no {wanted} backend")
+    run = python(f"{CALL}; print(dl.last_backend())", tmp_path, DEPTHLSTM_BACKEND=name, TRITON_INTERPRET="1")
     assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == ("reference" if name == "reference" else "cpp")
+    assert run.stdout.strip() == wanted
+
+
+@needs_triton
+def test_triton_takes_cpu_tensors_only_where_it_is_interpreted(tmp_path: Path) -> None:
+    run = python(f'dl.set_backend("triton"); {CALL}', tmp_path, TRITON_INTERPRET="0")
+    assert run.returncode == 1
+    limit = "the Triton kernels take CUDA tensors, or with TRITON_INTERPRET=1 CPU tensors; found cpu"
+    assert f"ValueError: backend='triton' cannot run this call: {limit}" in run.stderr
+    run = python('print(*dl.backends()["triton"], "triton" in __import__("sys").modules)', tmp_path, TRITON_INTERPRET="0")
+    wanted = "True Triton kernels for GPUs False" if DEVICE == "cuda" else "False there is no GPU that torch can use False"
+    assert run.stdout.strip() == wanted, run.stderr  # and nobody has imported Triton, which takes half a second
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_triton_error", "Triton is not installed")
+    assert dl.backends()["triton"] == (False, "Triton is not installed")
+    with pytest.raises(ValueError, match="backend='triton' cannot run this call: Triton is not installed"):
+        call("triton")
 
 
 def test_unknown_backend_in_the_environment(tmp_path: Path) -> None:

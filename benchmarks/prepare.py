@@ -1,0 +1,148 @@
+"""Fills the compilers' caches on disk, so that the benchmark process finds what it needs: Triton and inductor use one core each.
+
+python -m benchmarks.prepare gates 512 65536 bfloat16      the fused gates and the compiled reference, as they will be timed
+python -m benchmarks.prepare cell 512 65536                likewise
+python -m benchmarks.prepare layer 512 8 32 512
+python -m benchmarks.prepare plans 3 12                    every 12th launch plan
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# many processes at once: each compiles in its own
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+import torch
+
+import depthlstm_fast as dl
+from benchmarks import cell, external, gates, layer, plans
+from benchmarks.compiled import Compiled, reference_cell, reference_gates
+from benchmarks.gpu_bench import BF16, Sizes
+
+LIMIT_SECONDS = 150
+
+
+def use_no_timings_of_others() -> None:
+    """What inductor finds by timing while other processes use the GPU shall not be kept; called in the benchmark process, too."""
+    import torch._inductor.config as config
+
+    if hasattr(config, "autotune_local_cache"):
+        config.autotune_local_cache = False
+
+
+def prepare_gates(features: int, rows: int, dtype: torch.dtype, device: torch.device, compile: bool) -> None:
+    """The fused gates and the reference, forward and backward."""
+    inputs = gates.make_inputs(rows, features, dtype, device)
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    cotangents = [torch.randn_like(inputs[1]) for _ in range(2)]
+    gates.forward_and_backward(functools.partial(dl.depth_lstm_gates, backend="triton"), leaves, cotangents)
+    if compile:
+        compiled = Compiled()
+        with torch.no_grad():
+            compiled.get(reference_gates, lambda function: function(*inputs))
+        compiled.get(reference_gates, lambda function: gates.forward_and_backward(function, leaves, cotangents))
+
+
+def prepare_cell(features: int, rows: int, device: torch.device) -> None:
+    """The compiled reference cell, with x and h apart and beside each other."""
+    for beside in (False, True):
+        torch._dynamo.reset()
+        leaves = [tensor.requires_grad_() for tensor in cell.make_inputs(rows, features, BF16, device, beside)]
+        cotangents = [torch.randn_like(leaves[2]) for _ in range(2)]
+        Compiled().get(reference_cell, functools.partial(gates.forward_and_backward, leaves=leaves, cotangents=cotangents))
+
+
+def prepare_layer(device: torch.device, features: int, heads: int, batch: int, length: int) -> None:
+    """The layers, each compiled."""
+    h, c = (torch.randn(batch, length, features, device=device).to(BF16).requires_grad_() for _ in range(2))
+    with dl.use_backend("triton"):
+        for module in layer.depth_lstm_layers(features, heads, BF16, device).values():
+            compiled = torch.compile(module, dynamic=False)
+            torch.autograd.grad(compiled(h, c), [h, c, *module.parameters()], [torch.randn_like(h), torch.randn_like(c)])
+    residual = layer.residual_layer(features, heads, BF16, device)
+    torch.autograd.grad(torch.compile(residual, dynamic=False)(h), [h, *residual.parameters()], torch.randn_like(h))
+
+
+def tasks(sizes: Sizes, compile: bool) -> list[list[str]]:
+    """The arguments of every task but the plans'; what takes longest first."""
+    found = []
+    if compile:
+        found += [["layer", *map(str, size)] for size in sizes.layers]
+        found += [["cell", *map(str, size)] for size in sizes.cells]
+    found += [["gates", str(features), str(rows), str(dtype).removeprefix("torch.")] for features, rows, dtype in sizes.gates]
+    return found
+
+
+class Pool:
+    """Tasks in processes of their own, ``width`` at a time."""
+
+    def __init__(self, waiting: Sequence[Sequence[str]], width: int, flags: Sequence[str] = ()) -> None:
+        self.waiting, self.width, self.flags = [list(task) for task in waiting], max(1, width), list(flags)
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.failed: list[str] = []
+        self.count = len(self.waiting)
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115  open as long as the pool
+        self.turn()
+
+    def turn(self) -> bool:
+        """Start what can be started; whether anything is left."""
+        for name, process in list(self.running.items()):
+            if process.poll() is not None:
+                del self.running[name]
+                if process.returncode:
+                    self.failed.append(f"{name} ({process.returncode})")
+        while self.waiting and len(self.running) < self.width:
+            task = self.waiting.pop(0)
+            command = [sys.executable, "-m", "benchmarks.prepare", *self.flags, *task]
+            self.running[" ".join(task)] = external.start(command, self.log, {"TORCHINDUCTOR_COMPILE_THREADS": "1"})
+        return bool(self.waiting or self.running)
+
+    def wait(self, seconds: float) -> str:
+        """Wait at most so long, then end what still runs; a line on how it went."""
+        begun = time.perf_counter()
+        while self.turn() and time.perf_counter() - begun < seconds:
+            time.sleep(0.1)
+        unfinished = [*self.running, *(" ".join(task) for task in self.waiting)]
+        self.stop()
+        text = f"{self.count - len(unfinished) - len(self.failed)} of {self.count} tasks done"
+        if self.failed:
+            self.log.seek(0)
+            output = self.log.read().decode("utf-8", errors="replace")[-1500:]
+            text += f"; failed: {', '.join(self.failed)}; the output ends in: {output}"
+        return text + (f"; not finished: {', '.join(unfinished)}" if unfinished else "")
+
+    def stop(self) -> None:
+        self.waiting.clear()
+        for process in self.running.values():
+            external.stop(process)
+        self.running.clear()
+
+
+def main(arguments: list[str]) -> None:
+    rehearse, compile = "--rehearse" in arguments, "--no-compile" not in arguments
+    subject, *words = [word for word in arguments if not word.startswith("--")]
+    device = torch.device("cpu" if rehearse else "cuda")
+    use_no_timings_of_others()
+    signal.alarm(LIMIT_SECONDS)  # ends this process, whoever may have forgotten it
+    if subject == "gates":
+        prepare_gates(int(words[0]), int(words[1]), getattr(torch, words[2]), device, compile)
+    elif subject == "cell":
+        prepare_cell(int(words[0]), int(words[1]), device)
+    elif subject == "layer":
+        prepare_layer(device, *map(int, words))
+    else:
+        plans.compile_share(int(words[0]), int(words[1]), device)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

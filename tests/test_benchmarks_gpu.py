@@ -1,0 +1,427 @@
+"""`make gpu` without a GPU: bytes, guards, the budget of time, the supervisor, the report, and a rehearsal of the whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import depthlstm_fast as dl
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import (  # noqa: E402
+    device,
+    external,
+    gates,
+    gpu,
+    gpu_bench,
+    gpu_checks,
+    gpu_kernels,
+    gpu_report,
+    machine,
+    plans,
+    prepare,
+    supervisor,
+)
+from benchmarks.checks import Check  # noqa: E402
+from benchmarks.rows import Row, Settings, Target, timed_backends  # noqa: E402
+from benchmarks.stages import Budget, Job, Recorder, read_run, run_jobs  # noqa: E402
+from benchmarks.timing import HostStopwatch, interleave  # noqa: E402
+
+sys.path.remove(str(ROOT))
+
+CPU = torch.device("cpu")
+needs_triton = pytest.mark.skipif(
+    torch.cuda.is_available() or not dl.backends()["triton"].available, reason="Triton's interpreter is not there"
+)
+
+
+# --- what is measured
+
+
+def test_bytes_of_the_main_problems() -> None:
+    assert gates.moved_bytes(65536, 512, torch.bfloat16, gates.FORWARD_ELEMENTS) == 469_762_048
+    assert gates.moved_bytes(32768, 2048, torch.bfloat16, gates.FORWARD_ELEMENTS + gates.BACKWARD_ELEMENTS) == 2_550_136_832
+    cache = 64 << 20
+    for features, rows, dtype in gpu_bench.FULL.gates:
+        assert gates.moved_bytes(rows, features, dtype, gates.FORWARD_ELEMENTS) > 6 * cache
+    assert {size[0] for size in gpu_bench.FULL.gates[:3]} == set(gpu_kernels.MAIN)
+
+
+def test_one_copy_is_of_half_the_bytes_that_it_moves() -> None:
+    source = torch.randn(40)
+    copied = gates.copy_once(source, 35)()
+    assert torch.equal(copied, source[:35])  # type: ignore[arg-type]
+    assert copied.data_ptr() != source.data_ptr()  # type: ignore[attr-defined]
+
+
+def test_backends_share_their_rivals() -> None:
+    calls: list[str] = []
+    runs = {name: lambda name=name: calls.append(name) for name in ("eager", "one", "two", "against")}
+    rows = {name: Row("gates", name, "fp32", "", "ms") for name in ("one", "two")}
+    found = timed_backends(rows, runs, [Target("eager", "speedup")], Settings(minimum=2, seconds=0.0), 1.0, HostStopwatch(), warmups=1)
+    assert [row.name for row in found] == ["one", "two"]
+    assert all(set(row.values) == {"eager", "against", "fused"} for row in found)
+    assert found[0].values["eager"] == found[1].values["eager"]
+    assert sorted(calls) == sorted(["eager", "one", "two", "against"] * 3)
+
+
+class Event:
+    """A device event of a simulated GPU, whose clock moves by what is enqueued."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = Event.now
+
+    def elapsed_time(self, other: Event) -> float:
+        return (other.at - self.at) * 1e3
+
+
+def test_the_stopwatch_keeps_waiting_out_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sleep(cycles: int) -> None:
+        Event.now += cycles / 1e9
+        slept.append(cycles / 1e9)
+
+    slept: list[float] = []
+    for name, stand_in in (("Event", Event), ("_sleep", sleep), ("synchronize", lambda *_: None)):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(device, "FLUSH_BYTES", 64)
+    watch = device.EventStopwatch(CPU)
+
+    def work() -> None:
+        Event.now += 0.25
+        time.sleep(0.002)
+
+    samples = interleave({"a": work, "b": work}, seconds=0, minimum=3, warmups=2, stopwatch=watch)
+    assert samples == {"a": pytest.approx([0.25] * 3), "b": pytest.approx([0.25] * 3)}
+    assert all(0.003 <= seconds <= device.LONGEST_HOST_SECONDS for seconds in slept[-6:])  # one and a half of the host's 2 ms
+    watch.reset()
+    watch.begin("a")
+    assert slept[-1] == pytest.approx(device.SLACK_SECONDS)
+
+
+# --- correct before fast
+
+
+def check_of(passed: bool, backend: str = "triton", tensor: str = "h") -> Check:
+    return Check("gates", "bf16", passed, tensor, 1e-3, 2e-3, 0.3 if passed else 3.0, backend)
+
+
+def bench_with(checker: Any, backends: tuple[str, ...] = ("triton",)) -> gpu_bench.Bench:
+    settings = Settings(minimum=1, seconds=0.0, compile=False)
+    return gpu_bench.Bench(CPU, HostStopwatch(), backends, gpu_bench.TINY, checker, settings, warmups=1)
+
+
+def test_a_red_check_keeps_a_row_from_being_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu_checks.Checker, "_make", lambda *_: check_of(False))
+    monkeypatch.setattr(gpu_bench, "timed_backends", lambda *_: pytest.fail("a red subject was timed"))
+    bench = bench_with(gpu_checks.Checker(CPU, lambda _: 3))
+    subjects = (
+        lambda: gpu_kernels.gates_rows(bench, 16, 5, torch.bfloat16),
+        lambda: gpu_kernels.cell_rows(bench, 16, 5, True),
+        lambda: gpu_kernels.few_rows(bench, 1),
+        lambda: gpu_kernels.overhead_rows(bench),
+    )
+    recorder = Recorder(tmp_path, {"machine": {"cpu": "x", "python": "3", "torch": "2"}, "date": "today"}, gpu_report.render)
+    for subject in subjects:
+        for row in subject():
+            recorder.add_row(row)
+    assert len(recorder.run["rows"]) == 2 + 1 + 2 + 2
+    assert all("RED" in row["failure"] for row in recorder.run["rows"])
+    for text in (gpu_report.text(recorder.run), (tmp_path / "report.md").read_text(encoding="utf-8")):
+        assert text.count("check red") == 7
+        assert " ms" not in text
+        assert " us" not in text.replace(" use", "")
+
+
+def test_a_check_that_raises_or_ran_elsewhere_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Check] = []
+    checker = gpu_checks.Checker(CPU, lambda _: 3, on_check=told.append)
+
+    def fail(*_: Any) -> Check:
+        raise RuntimeError("out of registers\nand more")
+
+    monkeypatch.setattr(gpu_checks.Checker, "_make", fail)
+    assert "raised RuntimeError: out of registers" in str(checker.failure("gates", "triton", torch.bfloat16, 512))
+    monkeypatch.setattr(gpu_checks.Checker, "_make", lambda *_: check_of(True, "reference"))
+    assert "ran on reference, not triton" in str(checker.failure("gates", "triton", torch.bfloat16, 1024))
+    monkeypatch.setattr(gpu_checks.Checker, "_make", lambda *_: check_of(True))
+    assert checker.failure("gates", "triton", torch.bfloat16, 2048) is None
+    assert checker.failure("gates", "triton", torch.bfloat16, 512) is not None  # made once
+    assert [made.passed for made in told] == [False, False, True]
+
+
+def test_poison_reaches_what_torch_allocates() -> None:
+    with gpu_checks.poisoned():
+        assert torch.empty(100).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@needs_triton
+def test_last_rows_are_held_to_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
+    checker = gpu_checks.Checker(CPU, lambda _: 3)
+    inputs = gates.make_inputs(6, 16, torch.bfloat16)
+    assert checker.last_rows("triton", inputs, 3) is None
+    right = dl.depth_lstm_gates
+    monkeypatch.setattr(dl, "depth_lstm_gates", lambda *a, **k: [1.05 * tensor for tensor in right(*a, **k)])
+    assert "RED" in str(checker.last_rows("triton", inputs, 3))
+
+
+# --- guards, budget, results as they come
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_jobs_are_guarded_skipped_and_written_down(tmp_path: Path) -> None:
+    clock, recorder, seen = Clock(), Recorder(tmp_path, {}), []
+
+    def rows() -> Iterator[Row]:
+        yield Row("gates", "first", "fp32", "", "ms")
+        seen.append(read_run(tmp_path)["rows"][0]["name"])  # type: ignore[index]
+        raise ValueError("one bad row")
+
+    def long() -> None:
+        clock.now += 50
+
+    jobs = [Job("a", "one", rows), Job("b", "two", long), Job("c", "two", lambda: None, need=20), Job("d", "three", lambda: None, need=0)]
+    run_jobs(jobs, recorder, Budget(60, clock), tmp_path / "state", say=lambda _: None)
+    assert seen == ["first"]
+    run = read_run(tmp_path)
+    assert run is not None
+    assert [(job["name"], job["status"]) for job in run["jobs"]] == [("a", "failed"), ("b", "done"), ("c", "skipped"), ("d", "done")]
+    assert "ValueError: one bad row" in run["jobs"][0]["detail"]
+    assert "10 s left, 20 s wanted" in run["jobs"][2]["detail"]
+    assert not list(tmp_path.glob("*.partial"))
+    run_jobs(jobs, recorder, Budget(1e9, clock), say=lambda _: None)  # all were attempted
+    assert len(recorder.run["jobs"]) == 4
+
+
+WORKER = """
+import os, sys, time
+from pathlib import Path
+from benchmarks import supervisor
+from benchmarks.stages import Budget, Job, Recorder, read_run, run_jobs
+
+state, folder = Path(sys.argv[-1].removeprefix("--worker=")), Path(sys.argv[1])
+restarted = supervisor.hello(state, folder)
+recorder = Recorder(folder, (read_run(folder) if restarted else None) or {})
+
+def crash():
+    os._exit(70)
+
+def hang():
+    time.sleep(60)
+
+jobs = [Job("good", "a", lambda: None), Job("crash", "b", crash), Job("hang", "c", hang, limit=0.5), Job("last", "d", lambda: None)]
+run_jobs(jobs, recorder, Budget(time.time() + 30), state)
+"""
+
+
+def test_the_worker_is_started_again_behind_a_crash_and_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{os.environ.get('PYTHONPATH', '')}")
+    command = [sys.executable, "-c", WORKER, str(tmp_path)]
+    status, folder = supervisor.supervise(command, time.time() + 60, 2, lambda run, where: None)
+    assert (status, folder) == (0, tmp_path)
+    run = read_run(tmp_path)
+    assert run is not None
+    assert [(job["name"], job["status"]) for job in run["jobs"]] == [
+        *(("good", "done"), ("crash", "crashed"), ("hang", "hung"), ("last", "done"))
+    ]
+    assert "status 70" in run["jobs"][1]["detail"]
+
+
+def test_a_worker_without_a_gpu_is_not_started_again(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import sys; sys.exit(2)"]
+    assert supervisor.supervise(command, time.time() + 60, 2, lambda run, where: None) == (2, None)
+
+
+# --- programs that are started
+
+
+def test_programs_run_side_by_side_under_a_limit() -> None:
+    script = "import time; print('begun', flush=True); time.sleep({})"
+    commands = {str(seconds): [sys.executable, "-c", script.format(seconds)] for seconds in (0, 60)}
+    outcomes = external.run_all(commands, 2.0)
+    assert (outcomes["0"].code, outcomes["60"].code) == (0, None)
+    assert all(outcome.output == "begun\n" for outcome in outcomes.values())
+    assert max(outcome.seconds for outcome in outcomes.values()) < 10
+
+
+def test_suites_are_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(external, "ROOT", tmp_path)
+    (tmp_path / "test_a.py").write_text("def test_one(): pass\ndef test_two(): assert 1 == 2\n", encoding="utf-8")
+    suites = tmp_path / "out" / "tests.xml"
+    entry = external.run_tests("test_a.py", suites, 60, 1)
+    assert (entry["status"], entry["counts"]) == ("failed", {"passed": 1, "failed": 1, "skipped": 0})
+    assert entry["failing"] == ["test_two: assert 1 == 2"]
+    assert "1 failed, 1 passed" in entry["tail"]
+    assert external.run_tests("test_b.py", suites, 60, 1)["status"] == "absent"
+    assert external.append_suite(suites, tmp_path / "nothing.xml") is None
+
+
+SANITIZED = {
+    "clean": "sanitize: done\n========= ERROR SUMMARY: 0 errors\n",
+    "FAULTS": "========= Invalid __global__ read of size 16 bytes\n=========     at narrow_backward_kernel+0x340 in gates.py:203\n"
+    "sanitize: done\n========= ERROR SUMMARY: 1 error\n",
+    "faults, none of them in our kernels": "===     at other+0x10\nsanitize: done\n=== RACECHECK SUMMARY: 2 hazards displayed\n",
+    "did not run to its end": "========= Error: Target application terminated before first instrumented API call\n",
+}
+
+
+@pytest.mark.parametrize("verdict", SANITIZED)
+def test_verdicts_of_the_sanitizer(verdict: str) -> None:
+    assert external.judge("memcheck", external.Outcome(0, 1.0, SANITIZED[verdict]))["verdict"] == verdict
+
+
+def test_tasks_of_the_compilers() -> None:
+    found = prepare.tasks(gpu_bench.FULL, True)
+    assert ["gates", "512", "65536", "bfloat16"] in found
+    assert len(found) == len(gpu_bench.FULL.gates) + len(gpu_bench.FULL.cells) + len(gpu_bench.FULL.layers)
+    assert {task[0] for task in prepare.tasks(gpu_bench.FULL, False)} == {"gates"}
+
+
+# --- launch plans
+
+
+@needs_triton
+def test_candidates_begin_with_the_default_and_are_undone() -> None:
+    from depthlstm_fast.kernels import gates as module
+
+    before = dict(vars(module))
+    for kind, features in plans.FULL:
+        found = plans.candidates(module, kind, features)
+        assert found[0].warps > 0
+        assert len(found) > 4
+        assert all(one.default is (one is found[0]) for one in found[1:])
+        assert len({(one.warps, str(one.constants), one.resident) for one in found}) == len(found)
+        patches = plans.Patches(module)
+        patches.apply(found[1].patches)
+        assert any(vars(module)[name] is not before[name] for name in found[1].patches)
+        patches.apply({})
+        assert all(vars(module)[name] is before[name] for name in found[1].patches)
+
+
+@needs_triton
+def test_a_plan_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    right = plans.Problem.call
+
+    def wrong(self: plans.Problem) -> tuple[torch.Tensor, ...]:
+        calls.append(1)
+        return tuple(tensor + (len(calls) == 3) for tensor in right(self))
+
+    monkeypatch.setattr(plans.Problem, "call", wrong)
+    entries = plans.explore(bench_with(None), "forward", 128, most=3)
+    assert [entry["failure"] is None for entry in entries] == [True, False, True]
+    assert "check red" in entries[1]["failure"]
+    assert entries[1]["ms"] == 0
+
+
+# --- the report
+
+
+def plan(ms: float, default: bool = False, failure: str | None = None) -> dict[str, Any]:
+    resources = {"registers": 60, "spills": 0, "shared": None}
+    times = {"ms": ms, "p10": ms, "p90": ms, "share": 0.9} if failure is None else {"ms": 0.0}
+    common = {"kind": "forward", "features": 512, "rows": 65536, "warps": 1, "constants": {"ROWS": 1}, "resident": 0}
+    return {**common, **resources, **times, "default": default, "failure": failure}
+
+
+def test_report_of_a_run_that_went_wrong(tmp_path: Path) -> None:
+    about = {
+        "gpu": "A GPU",
+        "driver": "1",
+        "cuda": "13.0",
+        "cpu": "x",
+        "python": "3.12",
+        "torch": "2",
+        "triton": "3.6",
+        "commit": "0123456789",
+    }
+    recorder = Recorder(tmp_path, {"machine": about, "date": "today", "ceilings": {"copy_gb_per_s": 3000, "bf16_tflop_per_s": 790}})
+    recorder.run["plans"] = [plan(0.2, default=True), plan(0.0, failure="OutOfResources"), plan(0.1)]
+    recorder.add("checks", vars(replace(check_of(False), size="N=3 D=512")))
+    recorder.add("sanitizer", external.judge("memcheck", external.Outcome(9, 1.0, SANITIZED["FAULTS"])))
+    recorder.add(
+        "tests", {"name": "t.py", "status": "failed", "counts": {"failed": 1}, "failing": ["x: y"], "seconds": 1.0, "tail": "the end"}
+    )
+    recorder.note("gates", "gates", "failed", 1.0, "Traceback\nValueError: no")
+    recorder.note("later", "plans", "skipped", 0.0, "0 s left")
+    gpu_report.render(recorder.run, tmp_path)
+    text, markdown = gpu_report.text(recorder.run), (tmp_path / "report.md").read_text(encoding="utf-8")
+    for expected in (
+        "A GPU",
+        "3,000 GB/s",
+        "check red: gates bf16",
+        "memcheck: FAULTS",
+        "t.py: failed (1 failed)",
+        "failed: gates: ValueError: no",
+    ):
+        assert expected in text
+        assert expected in markdown
+    assert "the end" in markdown
+    assert "skipped: later: 0 s left" in text
+    assert "forward D=512: default 0.2000 ms; fastest 0.1000 ms" in text
+    table = (tmp_path / "plans.md").read_text(encoding="utf-8")
+    assert table.index("0.1000") < table.index("0.2000") < table.index("OutOfResources")
+    assert json.loads((tmp_path / "plans.json").read_text(encoding="utf-8"))["plans"]["forward D=512"][0]["ms"] == 0.1
+    assert not gpu_report.succeeded(recorder.run)
+    assert gpu_report.succeeded({"tests": [], "sanitizer": [], "jobs": [], "checks": []})
+
+
+# --- the whole
+
+
+def test_without_a_gpu_one_line_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["--probe"]) == 2
+    assert capsys.readouterr().err.splitlines() == ["make gpu: there is no GPU that torch can use; --rehearse runs every path on the CPU"]
+
+
+def test_a_rehearsal_is_never_a_result(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main(["--rehearse", "--output", str(gpu.RESULTS / "some-gpu")]) == 2
+    assert "rehearsal" in capsys.readouterr().err
+    assert not (gpu.RESULTS / "some-gpu").exists()
+
+
+def test_the_folder_of_a_gpu() -> None:
+    assert machine.gpu_slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+
+
+@pytest.mark.slow
+@needs_triton
+def test_rehearsal(tmp_path: Path) -> None:
+    """Every stage but pytest's, in the processes that `make gpu` has; under 20 s on two slow cores."""
+    pytest.importorskip("matplotlib")
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--rehearse", "--output", str(tmp_path), "--skip", "tests"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert {job["status"] for job in run["jobs"]} == {"done"}
+    assert {job["stage"] for job in run["jobs"]} == set(gpu.STAGES) - {"tests", "autotune"}
+    assert run["rehearsal"]
+    assert "A REHEARSAL" in done.stdout
+    for name in ("report.md", "plans.json", "plans.md"):
+        assert (tmp_path / name).stat().st_size > 200
