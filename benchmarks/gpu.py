@@ -164,7 +164,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.probe:
         return probe(options)
     if options.worker is not None:
-        return work(options)
+        try:
+            return work(options)
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT
     command = [sys.executable, str(Path(__file__).resolve()), *arguments, f"--started={options.started}"]
     status, folder = supervisor.supervise(command, deadline(options), NO_GPU, gpu_report.render)
     run = None if folder is None else read_run(folder)

@@ -293,7 +293,7 @@ def markdown(budgets: dict[str, Any]) -> str:
     lines = PAGE_HEAD.splitlines()
     for name in versions:
         table: Budget = budgets[name]["kernels"]
-        main = [key for key in table if re.fullmatch(r"sm_90 \w+( D=\d+)? bf16( z_bias)?", key)]
+        main = [key for key in table if re.fullmatch(rf"sm_90 \w+( D=({'|'.join(map(str, SIZES))}))? bf16( z_bias)?", key)]
         lines += ["", f"## Triton {name}", "", f"Triton {budgets[name]['triton']} with {budgets[name]['assemblers']}."]
         lines += ["", "sm_90, z and c in bf16, an fp32 affine; with z_bias, which the cell's bias is, also its gradient:", ""]
         lines += ["| " + " | ".join(HEADINGS) + " |", "|---|" + "---:|" * (len(HEADINGS) - 1)]
