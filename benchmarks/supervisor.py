@@ -73,6 +73,7 @@ def supervise(command: Sequence[str], deadline: float, final: int, render: Rende
         state = Path(temporary) / "state.json"
         try:
             for _ in range(1 + restarts):
+                state.unlink(missing_ok=True)  # what an earlier worker was at is no limit for this one
                 process = subprocess.Popen([*command, f"--worker={state}"])
                 ended = watch(process, state, deadline + 2 * GRACE_SECONDS)
                 mark = state.with_suffix(".folder")
