@@ -137,7 +137,7 @@ def choose(requested: str | None, tensor: Tensor, features: int) -> str:
         elif name == "auto":
             name = "reference"
             # export asks for the decomposition, which is no fallback
-            if not torch.compiler.is_exporting():
+            if not _is_exporting():
                 _report_fallback(limit)
         else:
             # set_backend lets no unknown name in, so an unknown default is the environment's
@@ -160,7 +160,7 @@ def _limit(name: str, tensor: Tensor, features: int) -> str | None:
             return limit
     else:
         return CUDA_ERROR if name == "cuda" else "there is no such backend"
-    if torch.compiler.is_exporting():
+    if _is_exporting():
         return "export takes the decomposition into PyTorch operators"
     if not torch.compiler.is_compiling():
         if torch._C._are_functorch_transforms_active():
@@ -168,6 +168,11 @@ def _limit(name: str, tensor: Tensor, features: int) -> str | None:
         if torch.autograd.forward_ad._current_level >= 0:
             return "forward-mode differentiation needs the decomposition into PyTorch operators"
     return None
+
+
+def _is_exporting() -> bool:
+    # not torch.compiler.is_exporting: under torch.compile torch 2.11 takes that for True
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
 
 
 def triton_limit(tensor: Tensor, features: int) -> str | None:

@@ -64,7 +64,7 @@ def forward_kernel(
         c_in = load(c + row * c_stride + column, inside, MASKED)
     if NORM != "none":
         mean, r, shift = row_statistics(a, inside, eps, FEATURES, NORM, GATES, MASKED)
-        a = normalise(a, mean, r, shift, GATES)
+        a = normalise(a, mean, r, shift, inside, GATES, False)
     if BLOCK >= 8192:  # 512 threads have 128 registers each, all of them in use while the statistics are taken
         c_in = load(c + row * c_stride + column, inside, MASKED)
     if weight is not None:
@@ -181,10 +181,12 @@ def narrow_backward_kernel(
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = (tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
         inside = (row < rows) & (column < FEATURES)
-        n = load_z(z, z_bias, z_stride, row, column, inside, rows, FEATURES, GATES, MASKED, BLOCK)
+        # a row that is not there repeats the last one: of zeros, r would be infinite with eps = 0, and NaN the sums
+        z_row = tl.minimum(row, rows - 1)
+        n = load_z(z, z_bias, z_stride, z_row, column, column < FEATURES, rows, FEATURES, GATES, MASKED, BLOCK)
         if NORM != "none":
-            mean, r, shift = row_statistics(n, inside, eps, FEATURES, NORM, GATES, MASKED)
-            n = normalise(n, mean, r, shift, GATES)
+            mean, r, shift = row_statistics(n, column < FEATURES, eps, FEATURES, NORM, GATES, MASKED)
+            n = normalise(n, mean, r, shift, inside, GATES, MASKED)
         da, dz_tiles, dg, dc_tile = _gradients(
             n, dh, dc, hidden, c, weight, bias, key, rows, row, column, 0, inside, dh_stride, dc_stride, hidden_stride, c_stride,
             threshold, scale, FEATURES, ACTIVATION, FAST, GATES, MASKED, ROWS, BLOCK,
@@ -232,7 +234,9 @@ def row_sums_kernel(
     for first in tl.range(0, FEATURES, BLOCK):
         column = (first + tl.arange(0, BLOCK))[None, :]
         inside = column < FEATURES
-        n = normalise(load_z(z, z_bias, z_stride, row, column, inside, 1, FEATURES, GATES, True, BLOCK), mean, r, shift, GATES)
+        n = normalise(
+            load_z(z, z_bias, z_stride, row, column, inside, 1, FEATURES, GATES, True, BLOCK), mean, r, shift, inside, GATES, True
+        )
         _, u, _, _ = _gradients(
             n, dh, dc, hidden, c, weight, bias, key, 1, row, column, first, inside, dh_stride, dc_stride, hidden_stride, c_stride,
             threshold, scale, FEATURES, ACTIVATION, FAST, GATES, True, 1, BLOCK,
@@ -267,7 +271,7 @@ def wide_backward_kernel(
             found = ()
             for k in tl.static_range(5 * GATES):
                 found = found + (tl.load(statistics + row * STATISTICS + k, mask=row < rows, other=0.0),)
-            n = normalise(n, found[:GATES], found[GATES : 2 * GATES], found[2 * GATES : 3 * GATES], GATES)
+            n = normalise(n, found[:GATES], found[GATES : 2 * GATES], found[2 * GATES : 3 * GATES], inside, GATES, False)
         da, dz_tiles, dg, dc_tile = _gradients(
             n, dh, dc, hidden, c, weight, bias, key, rows, row, column, first, inside, dh_stride, dc_stride, hidden_stride, c_stride,
             threshold, scale, FEATURES, ACTIVATION, FAST, GATES, True, ROWS, BLOCK,

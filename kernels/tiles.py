@@ -158,10 +158,14 @@ def row_statistics(z, inside, eps, FEATURES: tl.constexpr, NORM: tl.constexpr, G
 
 
 @triton.jit
-def normalise(z, mean, r, shift, GATES: tl.constexpr):
+def normalise(z, mean, r, shift, inside, GATES: tl.constexpr, MASKED: tl.constexpr):
+    """n of each gate; where MASKED 0 outside: what a column that is not there has beside its 0 gradient may not be NaN in a row's sums."""
     n = ()
     for k in tl.static_range(GATES):
-        n = n + ((z[k] - mean[k]) * r[k] + shift[k],)
+        tile = (z[k] - mean[k]) * r[k] + shift[k]
+        if MASKED:
+            tile = tl.where(inside, tile, 0.0)
+        n = n + (tile,)
     return n
 
 

@@ -303,7 +303,8 @@ def test_fp32_results_beside_16_bit_ones(types: Types) -> None:
     for key, value in results(fused, tensors, grads, **options).items():
         if value.dtype == F32:
             error = (value - exact[key]).abs().max() / exact[key].abs().max()
-            assert error < 1e-5, f"{key}: {error:.2g}"  # a rounding to fp16 is 5e-4, the formulas for 16-bit results are 5e-5
+            # a rounding to fp16 is 5e-4; the formulas for a 16-bit c are 5e-5, and gradients of parameters are not asked for more
+            assert error < (1e-5 if types.c == F32 else 5e-5), f"{key}: {error:.2g}"
 
 
 # --- the bias of the GEMM
@@ -316,7 +317,18 @@ def test_z_bias(scheme: str, norm: str, affine: bool, kind: str, types: Types, r
     """The operator with z_bias is the function of z + z_bias, and the bias's gradient is the sum of z's over the rows."""
     if scheme == "wide":
         request.getfixturevalue("small_wide")
-    tensors, options = given(3, 20, types, norm, affine, kind)
+    check_z_bias(3, 20, types, norm, affine, kind)
+
+
+@pytest.mark.parametrize("features", [1024, 1025])
+def test_z_bias_of_both_schemes(features: int) -> None:
+    """The sums of one more gradient leave less room for rows than test_features_of_both_schemes has."""
+    assert bool(gates.narrow_plans(features, 3, 4)) == (features <= 1024)
+    check_z_bias(2, features, FULL, "gate", True, "gelu")
+
+
+def check_z_bias(rows: int, features: int, types: Types, norm: str, affine: bool, kind: str) -> None:
+    tensors, options = given(rows, features, types, norm, affine, kind)
     tensors["z_bias"] = normal(tensors["z"].shape[1], dtype=types.affine).to(DEVICE)
     fixed = (ops.NORM_CODES[norm], ops.ACTIVATION_CODES[options["activation"]], 1e-6, 0.0)
 
@@ -948,7 +960,7 @@ def test_runs_are_identical(rows: int, features: int, count: int, monkeypatch: p
     options.update(dropout())
     grads = cotangents(tensors)
     first = results(fused, tensors, grads, **options)
-    for _ in range(19 if DEVICE == "cuda" else 1):
+    for _ in range(19 if DEVICE == "cuda" else 2):
         assert_identical(results(fused, tensors, grads, **options), first)
 
 
