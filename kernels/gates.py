@@ -181,8 +181,9 @@ def narrow_backward_kernel(
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = (tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
         inside = (row < rows) & (column < FEATURES)
-        # a row that is not there repeats the last one: of zeros, r would be infinite with eps = 0, and NaN the sums
-        z_row = tl.minimum(row, rows - 1)
+        z_row = row
+        if ROWS > 1:  # a row that is not there repeats the last one: of zeros, r would be infinite with eps = 0, and NaN the sums
+            z_row = tl.minimum(row, rows - 1)
         n = load_z(z, z_bias, z_stride, z_row, column, column < FEATURES, rows, FEATURES, GATES, MASKED, BLOCK)
         if NORM != "none":
             mean, r, shift = row_statistics(n, column < FEATURES, eps, FEATURES, NORM, GATES, MASKED)
