@@ -417,7 +417,11 @@ def test_raw_operators_refuse_bad_arguments(what: str, backward: bool) -> None:
 
 
 @pytest.mark.parametrize("position", [0, 1])
-@pytest.mark.parametrize("value", [torch.randn(3, 7), torch.randn(4, 8), torch.randn(3, 8, dtype=F64), torch.tensor(1.0)], ids=str)
+@pytest.mark.parametrize(
+    "value",
+    [torch.randn(3, 7), torch.randn(4, 8), torch.randn(3, 8, dtype=F64), torch.tensor(1.0)],
+    ids=["features", "rows", "dtype", "dimensions"],
+)
 def test_raw_backward_refuses_gradients_that_do_not_fit(position: int, value: Tensor) -> None:
     inputs = on_device(backward_arguments(raw((3,), 8, FULL, "gate", True, "gelu", False, False)))
     inputs[position] = value.to(DEVICE)

@@ -1,6 +1,6 @@
 """Compiles every Triton kernel as the launcher would run it, without a GPU, and holds it to tools/kernel_budget.json.
 
-python tools/check_kernels.py            all cases for sm_80, sm_90, sm_100, gfx942: 4 minutes on 2 slow cores; exit 1 and a line a fault
+python tools/check_kernels.py            all cases for sm_80, sm_90, sm_100, gfx942: 5 minutes of CPU time; exit 1 and a line a fault
 python tools/check_kernels.py --quick    what matters most, nearly all on sm_90: half a minute
 python tools/check_kernels.py --update   rewrites the budget of this Triton, and docs/triton_budget.md
 
