@@ -55,7 +55,9 @@ def _find_triton() -> str | None:
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
-        return None  # a checkout or a renamed wheel: its import will tell
+        version = None
+    if not isinstance(version, str):
+        return None  # a checkout, a renamed wheel, or what an interrupted pip left: its import will tell
     found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     return f"Triton {version} is too old, {TRITON_FLOOR[0]}.{TRITON_FLOOR[1]} or newer is needed" if found < TRITON_FLOOR else None
 
@@ -83,6 +85,8 @@ def backends() -> dict[str, BackendStatus]:
     triton_error = _triton_error
     if triton_error is None and not _triton_interpreted and not torch.cuda.is_available():
         triton_error = "there is no GPU that torch can use"
+    if triton_error is None:
+        triton_error = _import_kernels()
     interpreted = "Triton kernels, interpreted on the CPU (TRITON_INTERPRET=1): slow, for tests"
     return {
         "reference": BackendStatus(True, "plain PyTorch, any device"),

@@ -110,4 +110,5 @@ def linear_into(buffer: Tensor, first: int, x: Tensor, weight: Tensor, bias: Ten
     """base + x W^T + b in columns ``first`` and following of ``buffer``; x (..., I), base and the result (..., R)."""
     out = part(buffer, first, weight.shape[0])
     bases = None if base is None else base.reshape(out.shape)
-    return LinearInto.apply(x.reshape(out.shape[0], -1), weight, bias, bases, (out,)).view(*x.shape[:-1], -1)
+    written = LinearInto.apply(x.reshape(out.shape[0], weight.shape[1]), weight, bias, bases, (out,))
+    return written.view(*x.shape[:-1], weight.shape[0])

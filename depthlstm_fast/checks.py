@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -20,11 +21,13 @@ def check_name(argument: str, found: Any, wanted: tuple[str, ...]) -> None:
 
 
 def check_float_tensor(argument: str, found: Any) -> None:
-    """Raise TypeError unless ``found`` is a float32, float64, bfloat16 or float16 tensor."""
+    """Raise TypeError or ValueError unless ``found`` is a dense float32, float64, bfloat16 or float16 tensor."""
     if not isinstance(found, Tensor):
         raise TypeError(f"{argument} must be a torch.Tensor; found {type(found).__name__}")
     if found.dtype not in FLOATS:
         raise TypeError(f"{argument} must be float32, float64, bfloat16 or float16; found {found.dtype}")
+    if found.layout != torch.strided or found.is_nested:
+        raise ValueError(f"{argument} must be a dense tensor; found {'a nested one' if found.is_nested else found.layout}")
 
 
 def check_probability(argument: str, found: Any) -> None:
@@ -39,8 +42,9 @@ def check_eps(argument: str, found: Any) -> None:
     """Raise TypeError or ValueError unless ``found`` is a finite number that is not negative."""
     if isinstance(found, bool) or not isinstance(found, (int, float)):
         raise TypeError(f"{argument} must be a float; found {type(found).__name__}")
-    if not 0.0 <= found < float("inf"):
-        raise ValueError(f"{argument} must be finite and not negative; found {found}")
+    if not 0.0 <= found <= sys.float_info.max:
+        shown = found if isinstance(found, float) or abs(found) < 2**64 else "an integer too large for a float"
+        raise ValueError(f"{argument} must be finite and not negative; found {shown}")
 
 
 def check_shape(argument: str, found: Tensor, wanted: tuple[int, ...]) -> None:

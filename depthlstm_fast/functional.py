@@ -97,12 +97,14 @@ def depth_lstm_cell(
         b: (4D), (3D) with ``hidden``, or None.
         left: a hint: the width of the next cell's input. Where the backend can (Triton, in eager), h becomes the right part of a buffer
             (..., left + D) whose left part is free, so that x can be written beside it and the next product reads [x ; h] in place.
+            h is then not contiguous.
 
     x, h, w and hidden share one dtype (under autocast they are cast to its dtype); b, c, weight and bias may be float32
     beside a 16-bit one. The other arguments, returns and errors are those of :func:`depth_lstm_gates`.
     """
     inputs = x if isinstance(x, tuple) else (x,)
     checks.check_options(norm, activation, eps, dropout_p)
+    checks.check_size("left", left, least=0)
     checks.check_float_tensor("h", h)
     if torch.is_autocast_enabled(h.device.type):
         dtype = torch.get_autocast_dtype(h.device.type)

@@ -342,7 +342,7 @@ WARPS = 8  # resident on a multiprocessor at 255 registers a thread
 
 
 def _parameters(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
+    return [None if tensor is None else tensor.resolve_neg().contiguous() for tensor in tensors]
 
 
 @functools.cache

@@ -11,6 +11,7 @@ and no missing barrier can show; arithmetic in bf16 is wrong, so the kernels con
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,11 +43,15 @@ def reduce_by_halves(self: Any, values: tuple[Any, ...]) -> list[Any]:
     return [self.to_tensor(array, value.dtype) for array, value in zip(arrays, values, strict=True)]
 
 
+_lock = threading.RLock()
+
+
 @contextlib.contextmanager
 def patched() -> Iterator[None]:
-    """Interpret kernels inside the ``with`` block as the file's header says."""
+    """Interpret kernels inside the ``with`` block as the file's header says; one thread at a time: the interpreter works by globals."""
     from triton.runtime import interpreter as module
 
+    _lock.acquire()
     builder, reduction = module.InterpreterBuilder, module.ReduceOps
     cast, reduce, patch_tensor = builder.cast_impl, reduction.generic_reduce, module._patch_lang_tensor
 
@@ -64,3 +69,4 @@ def patched() -> Iterator[None]:
         yield
     finally:
         builder.cast_impl, reduction.generic_reduce, module._patch_lang_tensor = cast, reduce, patch_tensor
+        _lock.release()

@@ -82,6 +82,7 @@ def as_rows(tensor: Tensor | None) -> tuple[Tensor | None, int]:
     """The tensor with its row stride, copied only where no single stride exists."""
     if tensor is None:
         return None, 0
+    tensor = tensor.resolve_neg()  # a lazy minus sign, which the imaginary part of a conjugate has
     stride = row_stride(tensor)
     return (tensor.contiguous(), tensor.shape[-1]) if stride is None else (tensor, stride)
 

@@ -7,8 +7,8 @@ the fastest is kept, in this process and in Triton's cache folder for those that
 from __future__ import annotations
 
 import json
+import logging
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from .launch import INTERPRETED, Launch
 
 ENABLED = os.environ.get("DEPTHLSTM_AUTOTUNE", "0") not in ("", "0") and not INTERPRETED
 _found: dict[str, Launch] = {}
+logger = logging.getLogger("depthlstm_fast")
 
 
 def cache_file() -> Path:
@@ -36,11 +37,14 @@ def _read() -> dict[str, Launch]:
 
 def _write(key: str, plan: Launch) -> None:
     path = cache_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # renamed into place, so that a reader or a kill in between never sees half a file
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        json.dump({**_read(), key: plan}, file, indent=1)
-    os.replace(file.name, path)
+    # renamed into place, so that neither a reader nor a kill in between sees half a file
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps({**_read(), key: plan}, indent=1), encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:  # a folder that cannot be written costs the next process its time, not this one its result
+        logger.warning("the launch plan was not kept in %s: %s", path, error)
 
 
 def fastest(kernel: str, key: tuple[object, ...], plans: Sequence[Launch], run: Callable[[Launch], object]) -> Launch:

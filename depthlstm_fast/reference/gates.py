@@ -39,7 +39,7 @@ def dropout_mask(seed: Tensor, rows: int, features: int, p: float) -> Tensor:
         product0, product1 = x0 * 0xD2511F53, x2 * 0xCD9E8D57  # wraps in int64; the low 64 bits are right
         x0, x1, x2, x3 = ((product1 >> 32) & low) ^ x1 ^ key0, product1 & low, ((product0 >> 32) & low) ^ x3 ^ key1, product0 & low
         key0, key1 = (key0 + 0x9E3779B9) & low, (key1 + 0xBB67AE85) & low
-    words = torch.stack((x0, x1, x2, x3), dim=-1).reshape(rows, -1)[:, :features]
+    words = torch.stack((x0, x1, x2, x3), dim=-1).flatten(1)[:, :features]
     return words >= int(p * 2**32)
 
 
