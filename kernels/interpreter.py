@@ -2,6 +2,7 @@
 
 Known to work, and needed, with Triton 3.6 to 3.9 (tests/test_triton_interpreter.py):
     fp32 -> bf16    truncates there; hardware rounds to nearest, ties to even.
+    bf16 -> fp32    makes subnormal numbers zero there; hardware keeps them.
     loop bounds     numpy 2.4 refuses to make a Python int of the one-element arrays that Triton 3.6 keeps scalars in.
     reductions      of tuples go element by element in Python (9 s for 17 rows of 300); here by halves of whole arrays, as hardware does.
 What stays different: scalars and loop variables are Python ints, which never overflow; programs run one after the other, so no race
@@ -58,6 +59,8 @@ def patched() -> Iterator[None]:
     def cast_impl(self: Any, source: Any, target: Any) -> Any:
         if source.dtype.scalar == triton.language.float32 and target.scalar == triton.language.bfloat16:
             return module.TensorHandle(round_to_bf16(source.data), target.scalar)
+        if source.dtype.scalar == triton.language.bfloat16 and target.scalar == triton.language.float32:
+            return module.TensorHandle((source.data.astype(np.uint32) << np.uint32(16)).view(np.float32), target.scalar)
         return cast(self, source, target)
 
     def patch_lang_tensor(tensor: Any, scope: Any) -> None:

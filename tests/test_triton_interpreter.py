@@ -273,6 +273,7 @@ class Mutation(NamedTuple):
 # tests
 SMALL = "test_error_bound[gelu-gate-True-f32-f32-f32]"  # D = 7 in tiles of 16 columns, 5 rows in tiles of 16
 ROW, TILES, WIDE_TILES = "test_rows[1-33]", "test_rows[17-33]", "test_wide_with_many_rows"
+NOT_THERE = "test_columns_and_rows_that_are_not_there[gate-gelu_tanh]"
 FAR_NARROW, FAR_WIDE = (f"test_rows_more_than_2_to_the_31_elements_apart[{scheme}-gelu]" for scheme in ("narrow", "wide"))
 LONG_NARROW, LONG_WIDE = (f"test_outputs_of_more_than_2_to_the_31_elements[{case}]" for case in ("narrow-33", "wide-20"))
 PHILOX, WIDE_PHILOX = "test_dropout_mask[0-narrow]", "test_dropout_mask[0-wide]"
@@ -295,7 +296,9 @@ MUTATIONS = [
     Mutation("gates.py", INSIDE, ANY_ROW, ROW, GUARD),  # forward
     Mutation("gates.py", INSIDE, ANY_ROW, ROW, POISON, 1),  # narrow
     Mutation("gates.py", INSIDE, ANY_ROW, WIDE_TILES, POISON, 2),
-    Mutation("tiles.py", "tile = tl.where(inside, tile, 0.0)", "tile = tile", SMALL, BOUND),
+    Mutation("tiles.py", "tile = tl.where(inside, tile, 0.0)", "tile = tile", SMALL, BOUND),  # of the statistics
+    Mutation("tiles.py", "tile = tl.where(inside, tile, 0.0)", "tile = tile", NOT_THERE, POISON, 1),
+    Mutation("gates.py", "tl.minimum(row, rows - 1)", "row", "test_z_bias[narrow-gate-True-gelu-f32-f32-f32]", POISON),
     # offsets: of the gates, and beyond 2^31
     Mutation("tiles.py", "load(at + k * FEATURES", "load(at + (k + 1) * FEATURES", SMALL, POISON),
     Mutation("gates.py", "+ column, dz_tiles[k]", "+ column, dz_tiles[0]", SMALL, BOUND),
