@@ -1,6 +1,6 @@
 """The formulas of csrc/gate_math.h for Triton: sigmoid, the activations with their slopes, dropout's mask.
 
-Everything is fp32. ``FAST`` is for 16-bit z and c: errors of about 5e-5, a tenth of an fp16 rounding; the polynomials are those of
+Everything is fp32. ``FAST`` is for 16-bit z, c and affine: errors of about 5e-5, a tenth of an fp16 rounding; the polynomials are those of
 gate_math.h. Exponentials are powers of two and reciprocals are squared reciprocal roots, because those compile to one instruction each
 (sigmoid: 5 instructions an element on sm_90, where 1 / (1 + exp(-x)) takes 12 and erf takes 29) and because the interpreter knows them.
 """

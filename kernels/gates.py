@@ -375,7 +375,7 @@ def gates_forward(
         z, z_bias, hidden, c, weight, bias, seed, h, c_out, rows, z_stride, hidden_stride, c_stride, h_stride,
         float(eps), *_dropout(seed, dropout_p),
     )  # fmt: skip
-    options = _options(features, norm, activation, z.itemsize == c.itemsize == 2)
+    options = _options(features, norm, activation, all(x is None or x.itemsize == 2 for x in (z, c, weight)))
 
     def run(plan: Launch) -> None:
         launch(forward_kernel, (cdiv(rows, plan.constants["ROWS"]),), arguments, options, plan, aligned)
@@ -414,7 +414,7 @@ def gates_backward(
     outputs = (dz, dhidden if hidden is not None else None, dc_in)
     steps = (dh_stride, dc_stride, z_stride, hidden_stride, c_stride)
     threshold, scale = _dropout(seed, dropout_p)
-    options = _options(features, norm, activation, z.itemsize == c.itemsize == 2)
+    options = _options(features, norm, activation, all(x is None or x.itemsize == 2 for x in (z, c, weight)))
     sums = {"AFFINE_GRADIENT": affine_gradient, "Z_BIAS_GRADIENT": z_bias_gradient}
     count = 2 * affine_gradient + z_bias_gradient
     width = (4 if hidden is None else 3) * features
