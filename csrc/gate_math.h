@@ -38,8 +38,10 @@ struct ScalarPrimitives {
     static DEPTHLSTM_HD T abs(T x) { return ::fabs(x); }
     static DEPTHLSTM_HD T erfc(T x) { return ::erfc(x); }
 };
+#if !defined(__CUDACC__)  // csrc/cuda/primitives.cuh has its own
 template <>
 struct Primitives<float> : ScalarPrimitives<float> {};
+#endif
 template <>
 struct Primitives<double> : ScalarPrimitives<double> {};
 

@@ -1,0 +1,35 @@
+// What launch.cu and the kernels, which are compiled once for each dtype of z, know of each other.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace depthlstm {
+
+struct Launch;
+
+struct Device {
+    int index, multiprocessors;
+    cudaStream_t stream;
+};
+
+#define DEPTHLSTM_JOIN_(a, b) a##_##b
+#define DEPTHLSTM_JOIN(a, b) DEPTHLSTM_JOIN_(a, b)
+#define DEPTHLSTM_Z_FUNCTION(name) DEPTHLSTM_JOIN(name, DEPTHLSTM_Z)
+
+// The kernels of one dtype lie in a namespace of its name, so that tools tell them apart.
+#define DEPTHLSTM_Z_NAMESPACE DEPTHLSTM_JOIN(z, DEPTHLSTM_Z)
+
+#define DEPTHLSTM_DECLARE(z)                                             \
+    cudaError_t forward_##z(const Launch& launch, const Device& device); \
+    cudaError_t backward_##z(Launch& launch, const Device& device, void* workspace, int64_t* workspace_bytes)
+DEPTHLSTM_DECLARE(float);
+DEPTHLSTM_DECLARE(bfloat16);
+DEPTHLSTM_DECLARE(float16);
+#undef DEPTHLSTM_DECLARE
+
+// The sums over programs of `partial`, in their order, into dweight, dbias and dz_bias.
+cudaError_t sum_partials(const Launch& launch, int64_t programs, cudaStream_t stream);
+
+}  // namespace depthlstm
