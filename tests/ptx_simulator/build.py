@@ -1,0 +1,221 @@
+"""Builds shared libraries whose CUDA kernels run on the CPU."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from .translate import translate
+
+HERE = Path(__file__).resolve().parent
+RUNTIME = HERE / "runtime"
+COMPILER = os.environ.get("CXX", "g++")
+STANDARD = "-std=c++20"
+# sanitizers name the lines of a .cu file in their reports; the simulator names them without debug information
+MODES = {"plain": (), "asan": ("-g1", "-fsanitize=address"), "tsan": ("-g1", "-fsanitize=thread")}
+# as IEEE says, and a register's bits as any type; hidden, so that no other CUDA runtime of the process is called
+FLAGS = (STANDARD, "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off", "-w")
+LIBRARY = ("-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs")
+UNCHECKED = ("fiber.cpp", "scheduler.cpp", "launch.cpp")  # compiled without sanitizers: the same in all modes
+CHECKED = ("copy.cpp",)
+CUDA_RUNTIME = "cuda_runtime.cpp"
+ERROR_LINES = 25
+
+
+def available() -> str | None:
+    """None, or why nothing can be built here."""
+    if platform.system() != "Linux":
+        return "the simulator runs on Linux"
+    return next((f"there is no {program}" for program in ("nvcc", COMPILER) if shutil.which(program) is None), None)
+
+
+def run(*command: str | Path) -> str:
+    words = [str(word) for word in command]
+    result = subprocess.run(words, capture_output=True, text=True, check=False)
+    if result.returncode:
+        lines = (result.stderr + result.stdout).strip().splitlines()
+        raise RuntimeError("\n".join((" ".join(words), *lines[:ERROR_LINES])))
+    return result.stdout
+
+
+def digest(*parts: str | bytes | Path) -> str:
+    """Of strings, and of the contents of files."""
+    result = hashlib.sha256()
+    for part in parts:
+        data = part.read_bytes() if isinstance(part, Path) else part.encode() if isinstance(part, str) else part
+        result.update(hashlib.sha256(data).digest())
+    return result.hexdigest()
+
+
+@functools.cache
+def version(program: str) -> str:
+    return run(program, "--version")
+
+
+def own_files() -> list[Path]:
+    return sorted((*HERE.glob("*.py"), *RUNTIME.glob("*.h"), *RUNTIME.glob("*.cpp")))
+
+
+class Step:
+    """A file that a command makes, made again only where what it depends on has changed."""
+
+    def __init__(self, output: Path, *key: str | Path) -> None:
+        self.output = output
+        self.key = key
+        self.stamp = output.with_name(output.name + ".stamp")
+
+    def is_done(self) -> bool:
+        """Whether the key and the files that were read the last time are as they were then."""
+        if not self.output.exists() or not self.stamp.exists():
+            return False
+        recorded, *files = self.stamp.read_text(encoding="utf-8").splitlines()
+        paths = [Path(file) for file in files]
+        return all(path.exists() for path in paths) and recorded == digest(*self.key, *paths)
+
+    def done(self, files: Iterable[Path] = ()) -> None:
+        paths = list(files)
+        self.stamp.write_text("\n".join((digest(*self.key, *paths), *map(str, paths))) + "\n", encoding="utf-8")
+
+
+def dependencies(makefile: Path) -> list[Path]:
+    """The files that a compiler wrote into a makefile's rule."""
+    text = makefile.read_text(encoding="utf-8").replace("\\\n", " ")
+    names = re.split(r"(?<!\\)\s+", text.partition(":")[2].strip())
+    return [Path(name.replace("\\ ", " ")) for name in names if name]
+
+
+def compile_cpp(source: Path, output: Path, *flags: str) -> Path:
+    command = (COMPILER, *FLAGS, *flags, f"-I{RUNTIME}", "-c", source, "-o", output)
+    step = Step(output, version(COMPILER), *map(str, command), source, *sorted(RUNTIME.glob("*.h")))
+    if not step.is_done():
+        run(*command)
+        step.done()
+    return output
+
+
+def compile_cuda(source: Path, stem: Path, flags: Sequence[str]) -> tuple[Path, Path]:
+    """The object of a source's host code, and the PTX of its kernels, by one call of nvcc, which assembles nothing."""
+    host, rule, kept = stem.with_suffix(".host.o"), stem.with_suffix(".host.o.d"), stem.with_suffix(".kept")
+    ptx = kept / f"{source.stem}.ptx"
+    command = ("nvcc", STANDARD, *flags, "-lineinfo", "-Xcompiler", "-fPIC", "--keep", "--keep-dir", kept, "-c", source, "-o", host)
+    step = Step(host, version("nvcc"), *map(str, command))
+    if not step.is_done() or not ptx.exists():
+        shutil.rmtree(kept, ignore_errors=True)
+        kept.mkdir(parents=True)
+        run(*command, "-MD", "-MF", rule)
+        for other in kept.iterdir():
+            if other != ptx:
+                other.unlink()
+        step.done(dependencies(rule))
+    return host, ptx
+
+
+def compile_ptx(ptx: Path, mode: str) -> Path:
+    """The object of the kernels in a PTX file."""
+    cpp = ptx.with_suffix(".kernels.cpp")
+    step = Step(cpp, ptx, *own_files())
+    if not step.is_done():
+        cpp.write_text(translate(ptx.read_text(encoding="utf-8"), ptx.name), encoding="utf-8")
+        step.done()
+    # -Og compiles the longest kernels in 44 s where -O1 takes 72 s and -O0 58 s
+    return compile_cpp(cpp, ptx.with_suffix(".kernels.o"), "-Og", *MODES[mode])
+
+
+class Lock:
+    """One build at a time in a folder, whichever process does it."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = (folder / "lock").open("w")
+
+    def __enter__(self) -> None:
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+def runtime_objects(folder: Path, mode: str, sources: Iterable[str]) -> list[Path]:
+    objects = []
+    with Lock(folder):
+        for name in sources:
+            checked = name in CHECKED
+            flags = MODES[mode] if checked else ()
+            objects.append(compile_cpp(RUNTIME / name, folder / f"{Path(name).stem}{'.' + mode if checked else ''}.o", "-O2", *flags))
+    return objects
+
+
+def link(output: Path, mode: str, objects: Sequence[Path]) -> Path:
+    command = (COMPILER, *LIBRARY, *MODES[mode], *objects, "-o", output)
+    step = Step(output, *map(str, command), *objects)
+    step.stamp = work_folder(output) / "link.stamp"
+    if not step.is_done():
+        output.unlink(missing_ok=True)  # a process that has loaded the old library keeps it
+        run(*command)
+        step.done()
+    return output
+
+
+def work_folder(output: Path) -> Path:
+    return output.with_name(output.name + ".build")
+
+
+def runtime_folder(output: Path) -> Path:
+    """Shared by all libraries of a folder."""
+    return output.with_name("ptx_simulator_runtime")
+
+
+def build(
+    sources: Sequence[Path],
+    output: Path,
+    mode: str = "plain",
+    defines: Sequence[str] = (),
+    include: Sequence[Path] = (),
+    extra_objects: Sequence[Path] = (),
+    architecture: str = "sm_90",
+    units: Sequence[tuple[Path, Sequence[str]]] | None = None,
+) -> Path:
+    """A shared library of .cu files: their host code as nvcc compiles it, their kernels by the simulator. Does only what has changed.
+
+    ``mode`` is plain, asan or tsan; ``defines`` are macros such as "NAME=1"; ``units``, (source, flags of nvcc) each, stand in for
+    ``sources`` where a file is compiled several times. Beside what the sources export there are ptx_launch, ptx_error, ptx_kernels and
+    ptx_seed of runtime/launch.cpp. RuntimeError has the first lines of what a compiler says.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode is one of {', '.join(MODES)}, not {mode}")
+    output, folder = output.absolute(), work_folder(output.absolute())
+    compiled = units if units is not None else [(source, ()) for source in sources]
+    with Lock(folder):
+        objects = runtime_objects(runtime_folder(output), mode, (*UNCHECKED, *CHECKED, CUDA_RUNTIME))
+        virtual = architecture.replace("sm_", "compute_")
+        common = (f"-gencode=arch={virtual},code={virtual}", *(f"-D{define}" for define in defines), *(f"-I{path}" for path in include))
+
+        def compile_unit(number: int) -> tuple[Path, Path]:
+            source, flags = compiled[number]
+            host, ptx = compile_cuda(Path(source).absolute(), folder / f"{number}_{Path(source).stem}", (*common, *flags))
+            return host, compile_ptx(ptx, mode)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for pair in pool.map(compile_unit, range(len(compiled))):
+                objects += pair
+        return link(output, mode, [*objects, *extra_objects])
+
+
+def simulate_ptx(ptx_text: str, output: Path, mode: str = "plain") -> Path:
+    """A shared library of the kernels in PTX, without host code; needs no nvcc."""
+    output, folder = output.absolute(), work_folder(output.absolute())
+    with Lock(folder):
+        objects = runtime_objects(runtime_folder(output), mode, (*UNCHECKED, *CHECKED))
+        ptx = folder / f"{output.stem}.ptx"
+        if not ptx.exists() or ptx.read_text(encoding="utf-8") != ptx_text:
+            ptx.write_text(ptx_text, encoding="utf-8")
+        return link(output, mode, [*objects, compile_ptx(ptx, mode)])

@@ -1,0 +1,362 @@
+"""The simulator of CUDA kernels itself: right kernels pass under every sanitizer, planted faults are found, Triton's PTX runs too."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ptx_kernels import build_folder
+from ptx_simulator import samples
+from ptx_simulator.build import MODES, available, build, simulate_ptx
+from ptx_simulator.device import copy, empty, launch, load, pointer, run_sanitized
+
+from depthlstm_fast import reference
+
+pytestmark = pytest.mark.skipif(available() is not None, reason=f"{available()}")
+
+HERE = Path(__file__).resolve().parent
+SOURCE = HERE / "ptx_simulator" / "kernels" / "samples.cu"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_folder(tmp_path_factory)
+
+
+def library(folder: Path, mode: str) -> Path:
+    return build([SOURCE], folder / f"samples_{mode}.so", mode)
+
+
+def run_sample(path: Path, mode: str, kernel: str, fault: str, seeds: int = 1) -> subprocess.CompletedProcess[str]:
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); from ptx_simulator import samples; samples.main()"
+    return run_sanitized(mode, "-c", code, str(path), kernel, fault, str(seeds))
+
+
+@pytest.mark.parametrize("kernel", samples.KERNELS)
+def test_the_order_of_threads_makes_no_difference(kernel: str, folder: Path) -> None:
+    assert len(samples.results(library(folder, "plain"), kernel, "none", seeds=4)) == 1
+
+
+@pytest.mark.parametrize("kernel", samples.KERNELS)
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "plain"])
+def test_right_kernels_are_not_reported(mode: str, kernel: str, folder: Path) -> None:
+    result = run_sample(library(folder, mode), mode, kernel, "none", seeds=2)
+    assert (result.returncode, result.stdout.strip(), result.stderr.strip()) == (0, "1", "")
+
+
+FAULTS = [
+    ("sum_rows", "no_syncthreads", "plain", r"wrong sums"),
+    ("sum_rows", "no_syncthreads", "tsan", r"WARNING: ThreadSanitizer: data race[\s\S]*samples\.cu:\d+"),
+    ("sum_rows", "no_syncwarp", "tsan", r"WARNING: ThreadSanitizer: data race[\s\S]*samples\.cu:\d+"),
+    ("sum_rows", "blocks_add_without_atomics", "tsan", r"WARNING: ThreadSanitizer: data race[\s\S]*samples\.cu:\d+"),
+    ("sum_rows", "beyond_global", "asan", r"AddressSanitizer: heap-buffer-overflow[\s\S]*samples\.cu:\d+"),
+    ("sum_rows", "beyond_shared", "asan", r"AddressSanitizer: use-after-poison[\s\S]*samples\.cu:\d+"),
+    ("copy_rows", "misaligned", "plain", r"thread \(\d+,\d,0\): samples\.cu:\d+: misaligned access of 16 bytes"),
+    ("sum_rows", "divergent_barrier", "plain", r"samples\.cu:\d+: __syncthreads here, while other threads .* at samples\.cu:\d+"),
+    ("sum_rows", "lonely_barrier", "plain", r"deadlock: 96 threads have ended; 32 wait at samples\.cu:\d+ in barrier 0"),
+    ("sum_rows", "absent_lane", "plain", r"deadlock: .* wait at \S+:\d+ in shfl\.sync\.\w+ with mask 0xffffffff"),
+]
+
+
+@pytest.mark.parametrize(("kernel", "fault", "mode", "report"), FAULTS, ids=[f"{fault}-{mode}" for _, fault, mode, _ in FAULTS])
+def test_planted_faults_are_found(kernel: str, fault: str, mode: str, report: str, folder: Path) -> None:
+    result = run_sample(library(folder, mode), mode, kernel, fault, seeds=4)
+    assert result.returncode != 0
+    assert re.search(report, result.stderr), result.stdout + result.stderr
+
+
+def test_a_kernel_runs_again_after_a_fault(folder: Path) -> None:
+    loaded = load(library(folder, "plain"))
+    right = samples.sum_rows(loaded, "none")
+    for fault in ("lonely_barrier", "absent_lane", "divergent_barrier"):
+        with pytest.raises(RuntimeError, match=r"samples\.cu"):
+            samples.sum_rows(loaded, fault)
+        assert samples.sum_rows(loaded, "none") == right
+
+
+# ---- building
+
+SCALE = """
+#include "factor.h"
+namespace NAME {
+#ifdef TWICE
+constexpr float factor = 2 * FACTOR;
+#else
+constexpr float factor = FACTOR;
+#endif
+__global__ void scale(float* x) { x[threadIdx.x] *= factor; }
+}
+#define TEXT_(a, b) a##b
+#define TEXT(a, b) TEXT_(a, b)
+extern "C" int TEXT(scale_, NAME)(float* x) {
+    NAME::scale<<<1, 32>>>(x);
+    return cudaGetLastError();
+}
+"""
+
+
+def scaled(output: Path) -> list[float]:
+    """What the two kernels make of 1."""
+    library = load(output)
+    values = [copy(np.ones(32, np.float32)) for _ in range(2)]
+    for name, value in zip(("first", "second"), values, strict=True):
+        assert library[f"scale_{name}"](pointer(value)) == 0
+    return [float(value[31]) for value in values]
+
+
+def test_only_what_has_changed_is_built_again(folder: Path, tmp_path: Path) -> None:
+    source, header, output = tmp_path / "scale.cu", tmp_path / "include" / "factor.h", folder / "scale.so"
+    units = [(source, ["-DNAME=first"]), (source, ["-DNAME=second", "-DTWICE"])]
+    header.parent.mkdir()
+    source.write_text(SCALE, encoding="utf-8")
+
+    def build_with(factor: int) -> float:
+        """Returns the seconds that the build took."""
+        header.write_text(f"#define FACTOR {factor}\n", encoding="utf-8")
+        started = time.perf_counter()
+        build([], output, include=[header.parent], units=units)
+        return time.perf_counter() - started
+
+    seconds = build_with(2)
+    made = output.stat()
+    assert build_with(2) < seconds / 2
+    assert output.stat() == made
+    shutil.copy(output, folder / "scale_2.so")
+    build_with(3)
+    assert [scaled(folder / "scale_2.so"), scaled(output)] == [[2, 4], [3, 6]]
+
+
+def test_what_the_compiler_says_is_raised(folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "wrong.cu"
+    source.write_text("__global__ void kernel() { undeclared(); }\n", encoding="utf-8")
+    with pytest.raises(RuntimeError, match=r'wrong\.cu\(1\): error: identifier "undeclared" is undefined'):
+        build([source], folder / "wrong.so")
+
+
+def test_modes_have_names(folder: Path) -> None:
+    with pytest.raises(ValueError, match="mode is one of plain, asan, tsan, not fast"):
+        build([SOURCE], folder / "library.so", "fast")
+
+
+# ---- what nvcc makes of common CUDA
+
+
+def rounded(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    return torch.from_numpy(values).to(dtype).double().numpy()
+
+
+def fused(x: np.ndarray) -> np.ndarray:
+    """x x + x and 1 + 1 in bf16, added."""
+    x = rounded(x, torch.bfloat16)
+    return rounded((x * x + x).astype(np.float32), torch.bfloat16) + 2
+
+
+def truncated_to_half(x: np.ndarray) -> np.ndarray:
+    unit = 2.0 ** (np.maximum(np.frexp(x)[1] - 1, -14) - 10)
+    return np.trunc(x / unit) * unit
+
+
+FUNCTIONS: list[tuple[str, Callable[[np.ndarray], np.ndarray], float]] = [
+    ("expf", lambda x: np.exp(x.astype(np.float64)), 4e-7),
+    ("__expf", lambda x: np.exp(x.astype(np.float64)), 2e-6),
+    ("tanhf", lambda x: np.tanh(x.astype(np.float64)), 4e-7),
+    ("logf", lambda x: np.log(np.abs(x).astype(np.float64)), 4e-7),
+    ("rsqrtf", lambda x: np.abs(x).astype(np.float64) ** -0.5, 4e-7),
+    ("sqrtf", lambda x: np.sqrt(np.abs(x)), 0),
+    ("erff", lambda x: torch.erf(torch.from_numpy(x).double()).numpy(), 4e-7),
+    ("division", lambda x: np.float32(1) / x, 0),
+    ("__fdividef", lambda x: 1 / x.astype(np.float64), 4e-7),
+    ("exp2f", lambda x: np.exp2(x.astype(np.float64)), 4e-7),
+    ("sinf", lambda x: np.sin((np.float32(100) * x).astype(np.float64)), 4e-6),
+    ("powf", lambda x: np.abs(x).astype(np.float64) ** 1.5, 1e-6),
+    ("fmodf", lambda x: np.fmod(x, np.float32(0.75)), 0),
+    ("exp of double", lambda x: np.exp(x.astype(np.float64)), 2e-7),
+    ("bf16", lambda x: rounded(x, torch.bfloat16), 0),
+    ("half toward zero", truncated_to_half, 0),
+    ("bf16 fma", fused, 0),
+    ("nearest integer", np.rint, 0),
+]
+
+
+@pytest.fixture(scope="module")
+def features(folder: Path) -> ctypes.CDLL:
+    return load(build([SOURCE.with_name("features.cu")], folder / "features.so"))
+
+
+def test_functions_of_cuda(features: ctypes.CDLL) -> None:
+    values = np.random.default_rng(0).standard_normal(300).astype(np.float32) * 3
+    for which, (name, function, tolerance) in enumerate(FUNCTIONS):
+        source, output = copy(values), empty(len(values), np.float32)
+        assert features.run_functions(which, pointer(source), pointer(output), len(values), None) == 0, features.ptx_error()
+        expected = function(values)
+        assert np.allclose(output, expected, rtol=tolerance, atol=tolerance * 0.1), (name, np.abs(output / expected - 1).max())
+
+
+def test_kinds_of_memory(features: ctypes.CDLL) -> None:
+    count, block = 256, 64
+    values = np.random.default_rng(0).integers(-8, 8, count).astype(np.float32)
+    source, output = copy(values), empty(count, np.float32)
+    positive, total = empty(count // block, np.int32), empty(1, np.int32)
+    pointers = [pointer(array) for array in (source, output, positive, total)]
+    assert features.run_memories(*pointers, count, None) == 0, features.ptx_error()
+    blocks = values.reshape(-1, block)
+    sums = sum(weight * np.roll(blocks, n, axis=1) for n, weight in enumerate((1, -2, 0.5, 4)))
+    assert np.array_equal(output, sums.ravel() + np.arange(count) % 8)
+    assert positive.tolist() == (blocks > 0).sum(1).tolist()
+    assert total[0] == (values > 0).sum()
+
+
+# ---- launches that CUDA refuses
+
+LIMITS = """
+#include <cuda_runtime.h>
+extern __shared__ float memory[];
+__global__ void __launch_bounds__(64) kernel(float* out) { memory[threadIdx.x] = 1; *out = memory[threadIdx.x]; }
+extern "C" int launch_kernel(int threads, int shared, int allowed, float* out) {
+    if (allowed) {
+        if (const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, allowed)) return error;
+    }
+    kernel<<<1, threads, shared>>>(out);
+    return cudaGetLastError();
+}
+extern "C" int limits(int* found) {
+    cudaGetDeviceCount(&found[0]);
+    cudaDeviceGetAttribute(&found[1], cudaDevAttrMultiProcessorCount, 0);
+    cudaDeviceGetAttribute(&found[2], cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+    cudaDeviceGetAttribute(&found[3], cudaDevAttrComputeCapabilityMajor, 0);
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found[4], kernel, 64, 0);
+    return cudaSetDevice(0) | cudaGetDevice(&found[5]) | cudaDeviceSynchronize() | cudaStreamSynchronize(nullptr) | cudaPeekAtLastError();
+}
+extern "C" int round_trip(float value, float* out) {
+    float* memory;
+    if (cudaMalloc(&memory, 4) || cudaMemsetAsync(memory, 0, 4, nullptr)) return 1;
+    if (cudaMemcpy(memory, &value, 4, cudaMemcpyHostToDevice)) return 2;
+    return cudaMemcpy(out, memory, 4, cudaMemcpyDeviceToHost) | cudaFree(memory);
+}
+extern "C" const char* name_of(int error) { return cudaGetErrorName(static_cast<cudaError_t>(error)); }
+extern "C" const char* text_of(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+"""
+
+
+def test_the_cuda_runtime(folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "limits.cu"
+    source.write_text(LIMITS, encoding="utf-8")
+    loaded = load(build([source], folder / "limits.so"))
+    loaded.name_of.restype = loaded.text_of.restype = ctypes.c_char_p
+    out = empty(1, np.float32)
+    address = pointer(out)
+    kilobyte = 1024
+    expected = {
+        (64, 48 * kilobyte, 0): b"cudaSuccess",
+        (64, 48 * kilobyte + 16, 0): b"cudaErrorInvalidValue",  # more has to be asked for
+        (64, 100 * kilobyte, 100 * kilobyte): b"cudaSuccess",
+        (64, 0, 228 * kilobyte): b"cudaErrorInvalidValue",  # and nothing is that large
+        (65, 256, 0): b"cudaErrorInvalidConfiguration",  # beyond __launch_bounds__
+        (0, 256, 0): b"cudaErrorInvalidConfiguration",
+    }
+    assert {call: loaded.name_of(loaded.launch_kernel(*call, address)) for call in expected} == expected
+    assert b"__launch_bounds__" in loaded.text_of(loaded.launch_kernel(65, 256, 0, address))
+    found = (ctypes.c_int * 6)()
+    assert loaded.limits(found) == 0
+    assert list(found) == [1, 2, 232448, 9, 2, 0]
+    assert loaded.round_trip(ctypes.c_float(2.5), address) == 0
+    assert out[0] == 2.5
+
+
+PRINTS = """
+#include <cstdio>
+#include <cuda_runtime.h>
+__global__ void kernel(float* out, bool say) {
+    if (say) printf("%f", *out);
+    *out = 1;
+}
+extern "C" int run_kernel(float* out, bool say) {
+    kernel<<<1, 1>>>(out, say);
+    return cudaGetLastError();
+}
+"""
+
+
+def test_calls_are_not_supported(folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "prints.cu"
+    source.write_text(PRINTS, encoding="utf-8")
+    loaded = load(build([source], folder / "prints.so"))
+    out = empty(1, np.float32)
+    assert loaded.run_kernel(pointer(out), False) == 0
+    assert out[0] == 1
+    assert loaded.run_kernel(pointer(out), True) == 719
+    assert re.search(r"prints\.cu:5: the simulator does not support: .*param", loaded.ptx_error().decode())
+
+
+# ---- Triton's kernels
+
+COMPILE = """
+import json, sys
+import torch
+from triton.backends.compiler import GPUTarget
+from depthlstm_fast.kernels import gates, launch
+calls = []
+gates.launch = lambda *arguments: calls.append(arguments)
+rows, features, dtype = int(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3])
+z, c = torch.zeros(rows, 4 * features, dtype=dtype), torch.zeros(rows, features, dtype=dtype)
+weight, bias = torch.ones(4, features), torch.zeros(4, features)
+gates.gates_forward(z, None, None, c, weight, bias, None, 0, 0, 1e-6, 0.0)
+(kernel, grid, arguments, constants, plan, aligned), = calls
+types = [launch.type_of(argument) for argument in arguments]
+target = GPUTarget("cuda", 90, 32)
+compiled = launch.compile_kernel(kernel, types, {**constants, **plan.constants}, plan.warps, aligned, target=target)
+print(json.dumps({
+    "ptx": compiled.asm["ptx"], "grid": (*grid, 1, 1)[:3], "warps": plan.warps, "shared": compiled.metadata.shared,
+    "names": kernel.arg_names[:len(types)], "types": types,
+    "scalars": [argument if isinstance(argument, (int, float)) else None for argument in arguments],
+}))
+"""
+
+
+def bits(tensor: torch.Tensor) -> np.ndarray:
+    """In device memory, bf16 as 16-bit integers."""
+    return copy(tensor.view(torch.int16).numpy() if tensor.dtype is torch.bfloat16 else tensor.numpy())
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 5), (torch.bfloat16, 7)], ids=["fp32", "bf16"])
+def test_a_triton_kernel_as_compiled(dtype: torch.dtype, rows: int, folder: Path) -> None:
+    pytest.importorskip("triton")
+    features = 64
+    name = str(dtype).removeprefix("torch.")
+    environment = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "DEPTHLSTM_AUTOTUNE")}
+    environment["PYTHONPATH"] = os.pathsep.join((str(HERE.parent), environment.get("PYTHONPATH", "")))
+    command = [sys.executable, "-c", COMPILE, str(rows), str(features), name]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    compiled = json.loads(result.stdout.splitlines()[-1])
+    loaded = load(simulate_ptx(compiled["ptx"], folder / f"triton_{name}.so"))
+
+    z, c = torch.randn(rows, 4 * features, dtype=dtype), torch.randn(rows, features, dtype=dtype)
+    weight, bias = 1 + 0.1 * torch.randn(4, features), 0.1 * torch.randn(4, features)
+    h, c_out = (torch.full((rows, features), float("nan"), dtype=dtype) for _ in range(2))
+    arrays = {name: bits(tensor) for name, tensor in (("z", z), ("c", c), ("weight", weight), ("bias", bias), ("h", h), ("c_out", c_out))}
+    arguments: list[Any] = []
+    for name, kind, scalar in zip(compiled["names"], compiled["types"], compiled["scalars"], strict=True):
+        if kind is not None:
+            number = ctypes.c_float if kind == "fp32" else ctypes.c_int64
+            arguments.append(arrays[name] if kind.startswith("*") else number(scalar))
+    arguments += [ctypes.c_void_p(), ctypes.c_void_p()]  # Triton's own working memory, of which this kernel needs none
+    launch(loaded, "forward_kernel", compiled["grid"], (32 * compiled["warps"], 1, 1), arguments, compiled["shared"])
+
+    exact = reference.depth_lstm_gates(*(tensor.double() for tensor in (z, c, weight, bias)))
+    eps = torch.finfo(dtype).eps
+    for name, expected in zip(("h", "c_out"), exact, strict=True):
+        found = torch.from_numpy(arrays[name]).view(dtype).double()
+        assert (found - expected).abs().max() <= 4 * eps * expected.abs().max(), name
