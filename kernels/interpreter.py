@@ -5,6 +5,7 @@ Known to work, and needed, with Triton 3.6 to 3.9 (tests/test_triton_interpreter
     bf16 -> fp32    makes subnormal numbers zero there; hardware keeps them.
     loop bounds     numpy 2.4 refuses to make a Python int of the one-element arrays that Triton 3.6 keeps scalars in.
     reductions      of tuples go element by element in Python (9 s for 17 rows of 300); here by halves of whole arrays, as hardware does.
+    language        is replaced anew at every call of a device function, which is half of the time; here once a launch.
 What stays different: scalars and loop variables are Python ints, which never overflow; programs run one after the other, so no race
 and no missing barrier can show; arithmetic in bf16 is wrong, so the kernels convert to fp32 right after loading.
 """
@@ -12,6 +13,7 @@ and no missing barrier can show; arithmetic in bf16 is wrong, so the kernels con
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -49,12 +51,13 @@ _lock = threading.RLock()
 
 @contextlib.contextmanager
 def patched() -> Iterator[None]:
-    """Interpret kernels inside the ``with`` block as the file's header says; one thread at a time: the interpreter works by globals."""
+    """Interpret one launch inside the ``with`` block as the file's header says; one thread at a time: the interpreter works by globals."""
     from triton.runtime import interpreter as module
 
     _lock.acquire()
     builder, reduction = module.InterpreterBuilder, module.ReduceOps
     cast, reduce, patch_tensor = builder.cast_impl, reduction.generic_reduce, module._patch_lang_tensor
+    patch_language, languages, done = module._patch_lang, (module.tl, module.tl.core), set()
 
     def cast_impl(self: Any, source: Any, target: Any) -> Any:
         if source.dtype.scalar == triton.language.float32 and target.scalar == triton.language.bfloat16:
@@ -67,9 +70,22 @@ def patched() -> Iterator[None]:
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
-    builder.cast_impl, reduction.generic_reduce, module._patch_lang_tensor = cast_impl, reduce_by_halves, patch_lang_tensor
+    @functools.cache
+    def languages_of(function: Any) -> tuple[bool, ...]:
+        return tuple(any(value is language for value in function.__globals__.values()) for language in languages)
+
+    def patch_language_once(function: Any) -> Any:
+        found = languages_of(function)  # what Triton looks for in the function's module
+        if found in done:
+            return None  # of a device function: nobody asks for it
+        done.add(found)
+        return patch_language(function)
+
+    builder.cast_impl, reduction.generic_reduce = cast_impl, reduce_by_halves
+    module._patch_lang_tensor, module._patch_lang = patch_lang_tensor, patch_language_once
     try:
         yield
     finally:
-        builder.cast_impl, reduction.generic_reduce, module._patch_lang_tensor = cast, reduce, patch_tensor
+        builder.cast_impl, reduction.generic_reduce = cast, reduce
+        module._patch_lang_tensor, module._patch_lang = patch_tensor, patch_language
         _lock.release()

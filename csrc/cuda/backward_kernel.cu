@@ -128,8 +128,7 @@ __global__ void __launch_bounds__(narrow_threads) narrow_backward(const __grid_c
                     means[4 + k] += u[k][e] * n[k][e];
                 }
             }
-            block.sum(means, 2);
-            sums_to_means<K>(means, call);
+            row_means<K>(means, 2, call, block);
 #pragma unroll
             for (int k = 0; k < K; ++k) {
 #pragma unroll
@@ -241,8 +240,7 @@ __global__ void __launch_bounds__(any_threads) row_statistics(const __grid_const
                 means[4 + k] += u * n[k];
             }
         }
-        block.sum(means, 2);
-        sums_to_means<K>(means, call);
+        row_means<K>(means, 2, call, block);
         if (threadIdx.x == 0) {
             float* at = launch.statistics + row * statistics_of_a_row;
 #pragma unroll

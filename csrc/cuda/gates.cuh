@@ -69,23 +69,37 @@ __device__ __forceinline__ void add_z_bias(float (&z)[K][E], const GatesCall& ca
     });
 }
 
-// Means over D of a gate, or over all K D when joint, from sums in groups of four, of which K are in use.
-template <int K, int N>
-__device__ __forceinline__ void sums_to_means(float (&v)[N], const GatesCall& call) {
+// Division by a number that is used again: rounded right nearly always, so that a constant row's mean is its value.
+struct Division {
+    float divisor, inverse;
+
+    __device__ __forceinline__ explicit Division(float divisor) : divisor(divisor), inverse(1.f / divisor) {}
+    __device__ __forceinline__ float operator()(float x) const {
+        const float quotient = x * inverse;
+        return fmaf(fmaf(-quotient, divisor, x), inverse, quotient);
+    }
+};
+
+// A row's means over D of a gate, or over all K D when joint, of the threads' sums in groups of four, of which K are in use.
+template <int K, int N, class Row>
+__device__ __forceinline__ void row_means(float (&v)[N], int number, const GatesCall& call, const Row& row) {
     const bool joint = call.norm == Norm::joint;
-    const float scale = 1.f / (float(call.features) * (joint ? float(K) : 1.f));
+    const Division mean(float(call.features) * (joint ? float(K) : 1.f));
+    row.sum(v, number, [&](float sum) { return joint ? sum : mean(sum); });
+    if (!joint) return;
 #pragma unroll
     for (int first = 0; first < N; first += 4) {
         float all = 0.f;
 #pragma unroll
         for (int k = 0; k < K; ++k) all += v[first + k];
+        all = mean(all);
 #pragma unroll
-        for (int k = 0; k < K; ++k) v[first + k] = (joint ? all : v[first + k]) * scale;
+        for (int k = 0; k < K; ++k) v[first + k] = all;
     }
 }
 
-// n = (z - mean) r + shift. The shift takes out the rounding error of the mean: on a nearly constant row it is most of what is left of
-// z - mean, and r = 1 / sqrt(eps) would blow it up. `rest` holds the means of z - mean and of its square.
+// n = (z - mean) r + shift, from `rest`, the means of z - mean and of its square. The shift takes out the rounding error of the mean: on a
+// nearly constant row it is most of what is left of z - mean, and r = 1 / sqrt(eps) would blow it up.
 template <int K>
 __device__ __forceinline__ void scale_and_shift(const float (&rest)[8], float eps, float (&r)[K], float (&shift)[K]) {
 #pragma unroll
@@ -112,8 +126,7 @@ __device__ __forceinline__ void normalise(float (&z)[K][V * W], const bool (&ins
 #pragma unroll
         for (int j = 0; j < V * W; ++j) mean[k] += z[k][j];
     }
-    row.sum(mean, 0);
-    sums_to_means<K>(mean, launch.call);
+    row_means<K>(mean, 0, launch.call, row);
     float rest[8] = {};
 #pragma unroll
     for (int v = 0; v < V; ++v) {
@@ -128,8 +141,7 @@ __device__ __forceinline__ void normalise(float (&z)[K][V * W], const bool (&ins
             }
         }
     }
-    row.sum(rest, 1);
-    sums_to_means<K>(rest, launch.call);
+    row_means<K>(rest, 1, launch.call, row);
     float shift[K];
     scale_and_shift<K>(rest, launch.eps, r, shift);
 #pragma unroll
@@ -159,8 +171,7 @@ __device__ __forceinline__ void statistics(const Launch& launch, const ZAt& z_at
 #pragma unroll
         for (int k = 0; k < K; ++k) mean[k] += z_at(k, column);
     }
-    row.sum(mean, 0);
-    sums_to_means<K>(mean, launch.call);
+    row_means<K>(mean, 0, launch.call, row);
     float rest[8] = {};
     for (int column = threadIdx.x; column < features; column += blockDim.x) {
 #pragma unroll
@@ -170,8 +181,7 @@ __device__ __forceinline__ void statistics(const Launch& launch, const ZAt& z_at
             rest[4 + k] += centred * centred;
         }
     }
-    row.sum(rest, 1);
-    sums_to_means<K>(rest, launch.call);
+    row_means<K>(rest, 1, launch.call, row);
     scale_and_shift<K>(rest, launch.eps, r, shift);
 }
 

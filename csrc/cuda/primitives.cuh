@@ -25,8 +25,16 @@ struct Primitives<float> {
     template <bool fast>
     static __device__ __forceinline__ float reciprocal(float x) {
         float y;
+#if defined(DEPTHLSTM_Z_FLOAT)
+        // One step of Newton's method: an error of 1 ulp, the instruction's own, is more than the bound of fp32 results has room for in
+        // s (1 - s). At infinity it would make NaN of 0.
+        asm("min.NaN.f32 %0, %0, 0f7E967699;" : "+f"(x));  // 1e38; NaN stays
+        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+        return __fmaf_rn(y, __fmaf_rn(-x, y, 1.f), y);
+#else
         asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
         return y;
+#endif
     }
     static __device__ __forceinline__ float select_negative(float x, float yes, float no) { return x < 0.f ? yes : no; }
     static __device__ __forceinline__ float abs(float x) { return ::fabsf(x); }

@@ -23,18 +23,19 @@ __device__ __forceinline__ float scattered_warp_sum(float (&v)[N], int lane) {
     return v[0];
 }
 
-template <int N>
-__device__ __forceinline__ void warp_sums(float (&v)[N]) {
-    const float sum = scattered_warp_sum(v, threadIdx.x & 31);
+// `finish` is applied to each sum, by one lane, before all lanes get it.
+template <int N, class Finish>
+__device__ __forceinline__ void warp_sums(float (&v)[N], const Finish& finish) {
+    const float sum = finish(scattered_warp_sum(v, threadIdx.x & 31));
 #pragma unroll
     for (int i = 0; i < N; ++i) v[i] = __shfl_sync(0xffffffffu, sum, i * (32 / N));
 }
 
 // `slots` has N floats a warp. It may be written again only after another barrier than the one in here.
-template <int N>
-__device__ __forceinline__ void block_sums(float (&v)[N], float* slots) {
+template <int N, class Finish>
+__device__ __forceinline__ void block_sums(float (&v)[N], float* slots, const Finish& finish) {
     if (blockDim.x == 32) {
-        warp_sums(v);
+        warp_sums(v, finish);
         return;
     }
     const int lane = threadIdx.x & 31;
@@ -46,15 +47,16 @@ __device__ __forceinline__ void block_sums(float (&v)[N], float* slots) {
     for (int i = lane; i < int(blockDim.x / 32) * N; i += 32) total += slots[i];
 #pragma unroll
     for (int offset = N; offset < 32; offset *= 2) total += __shfl_xor_sync(0xffffffffu, total, offset);
+    total = finish(total);
 #pragma unroll
     for (int i = 0; i < N; ++i) v[i] = __shfl_sync(0xffffffffu, total, i);
 }
 
 // A row in one warp.
 struct WarpRow {
-    template <int N>
-    __device__ __forceinline__ void sum(float (&v)[N], int) const {
-        warp_sums(v);
+    template <int N, class Finish>
+    __device__ __forceinline__ void sum(float (&v)[N], int, const Finish& finish) const {
+        warp_sums(v, finish);
     }
 };
 
@@ -63,9 +65,9 @@ struct WarpRow {
 template <int warps, int numbers>
 struct BlockRow {
     float (*slots)[warps * 8];  // shared memory
-    template <int N>
-    __device__ __forceinline__ void sum(float (&v)[N], int number) const {
-        block_sums(v, slots[number]);
+    template <int N, class Finish>
+    __device__ __forceinline__ void sum(float (&v)[N], int number, const Finish& finish) const {
+        block_sums(v, slots[number], finish);
     }
 };
 
