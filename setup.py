@@ -1,15 +1,18 @@
-"""Builds depthlstm_fast/_C.abi3.so with the C++ compiler and ninja.
+"""Builds depthlstm_fast/_C.abi3.so with the C++ compiler, nvcc where there is one, and ninja.
 
 The library uses PyTorch's stable ABI only and is loaded by torch.ops.load_library: it is no Python extension module, so one
-binary serves every Python and every torch from 2.11 on. Kernel sources (csrc/cpu) see neither torch nor Python; a source named
-*_kernel.cpp is compiled once per instruction set. ninja makes rebuilds incremental (the objects stay in build/).
+binary serves every Python and every torch from 2.11 on, CUDA's run-time library inside. Kernel sources (csrc/cpu, csrc/cuda) see
+neither torch nor Python; a source named *_kernel.cpp is compiled once per instruction set, one named *_kernel.cu once per dtype of z.
+ninja makes rebuilds incremental (the objects stay in build/).
 
     python setup.py build_ext --inplace    the library, into depthlstm_fast/
     python setup.py build_internals        tests/_internals.*.so: csrc/testing.cpp, a pybind11 module for the tests only
     python setup.py build_smoke            build/*/smoke: tests/cpp/smoke.cpp, the kernels without Python and torch
 
-Environment: CXX, MAX_JOBS, DEPTHLSTM_SANITIZE=address,undefined (own build folder), DEPTHLSTM_TESTING=1 (build_ext builds
-the internals too), DEPTHLSTM_NO_EXTENSION=1 (install the pure PyTorch part only).
+Environment: CXX, MAX_JOBS, DEPTHLSTM_SANITIZE=address,undefined (own build folder, no CUDA), DEPTHLSTM_TESTING=1 (build_ext builds
+the internals too), DEPTHLSTM_NO_EXTENSION=1 (install the pure PyTorch part only), CUDA_HOME (else nvcc of PATH, else /usr/local/cuda),
+DEPTHLSTM_CUDA=0 (no CUDA kernels), DEPTHLSTM_CUDA_ARCHS="80;90;120-ptx" (machine code for GPUs of compute capability 8.0 and 9.0, PTX
+for 12.0 and what comes after it).
 """
 
 from __future__ import annotations
@@ -18,12 +21,13 @@ import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from typing import ClassVar, NoReturn
+from typing import ClassVar, NamedTuple, NoReturn
 
 from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -52,6 +56,11 @@ ISA_FLAGS = {
     "avx512": AVX512_FLAGS,
     "avx512_bf16": [*AVX512_FLAGS, "-mavx512bf16"],
 }
+CUDA_ARCHS = ["80", "90", "100", "120-ptx"]
+CUDA_DTYPES = ["float", "bfloat16", "float16"]
+NVCC_FLOOR = (12, 0)  # the first that knows C++20
+NVCC_FLAGS = ["-O3", "-std=c++20", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility=hidden", f"-I{ROOT / 'csrc'}"]
+CUDA_LINK = ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]  # the shared run-time library would break the import on a CPU torch
 
 
 def fail(message: str) -> NoReturn:
@@ -107,6 +116,64 @@ def find_compiler() -> tuple[str, str]:
     return compiler, identity
 
 
+class Nvcc(NamedTuple):
+    path: str
+    version: str
+    archs: list[str]
+    library_folders: list[str]
+
+
+def find_nvcc() -> Nvcc | str:
+    """nvcc and what it is to compile for, or the reason why the library is built without CUDA."""
+    if os.environ.get("DEPTHLSTM_CUDA") == "0":
+        return "DEPTHLSTM_CUDA=0"
+    places = ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    if os.environ.get("CUDA_HOME"):
+        places.insert(0, os.path.join(os.environ["CUDA_HOME"], "bin", "nvcc"))
+    path = next(filter(None, map(shutil.which, places)), None)
+    if path is None:
+        return "nvcc was not found (CUDA_HOME, PATH, /usr/local/cuda)"
+
+    def ask(*words: str) -> str:
+        # nvcc writes its dry run to the standard error
+        return subprocess.run([path, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False).stdout
+
+    version = re.search(r"release [\d.]+, V([\d.]+)", ask("--version"))
+    if version is None:
+        return f"{path} --version names no release"
+    if tuple(map(int, version.group(1).split(".")))[:2] < NVCC_FLOOR:
+        return f"nvcc {version.group(1)} is too old, 12.0 or newer is needed"
+    archs = cuda_archs(version.group(1), set((ask("--list-gpu-code") + ask("--list-gpu-arch")).split()))
+    # asked for, not guessed: the nvcc on PATH may be a script that lies elsewhere
+    libraries = re.search(r"^#\$ LIBRARIES=(.*)$", ask("--dryrun", "-x", "cu", os.devnull, "-o", "unused"), re.M)
+    folders = [word.removeprefix("-L") for word in shlex.split(libraries.group(1) if libraries else "") if word.startswith("-L")]
+    return Nvcc(path, version.group(1), archs, folders)
+
+
+def cuda_archs(version: str, known: set[str]) -> list[str]:
+    """DEPTHLSTM_CUDA_ARCHS, else of CUDA_ARCHS those that this nvcc knows; "80" is machine code, "80-ptx" PTX."""
+    wanted = re.findall(r"[^\s;,]+", os.environ.get("DEPTHLSTM_CUDA_ARCHS", ""))
+    unknown = []
+    for arch in wanted or CUDA_ARCHS:
+        form = re.fullmatch(r"(\d+)(-ptx)?", arch)
+        if form is None or int(form.group(1)) < 80:
+            fail(
+                f'DEPTHLSTM_CUDA_ARCHS must list compute capabilities from 8.0 on, without their dot, as in "80;90;120-ptx"; found {arch!r}'
+            )
+        if ("compute_" if form.group(2) else "sm_") + form.group(1) not in known:
+            unknown.append(arch)
+    if wanted and unknown:
+        fail(f"nvcc {version} does not know {', '.join(unknown)} of DEPTHLSTM_CUDA_ARCHS; it knows {', '.join(sorted(known))}")
+    if unknown:
+        print(f"depthlstm_fast: nvcc {version} does not know {', '.join(unknown)}, which the CUDA kernels are then not compiled for")
+    return list(dict.fromkeys(wanted)) or [arch for arch in CUDA_ARCHS if arch not in unknown]
+
+
+def gencode(arch: str) -> list[str]:
+    number = arch.removesuffix("-ptx")
+    return ["-gencode", f"arch=compute_{number},code={'compute' if arch.endswith('-ptx') else 'sm'}_{number}"]
+
+
 def find_ninja() -> str:
     if importlib.util.find_spec("ninja") is not None:
         import ninja
@@ -131,6 +198,7 @@ class NinjaBuild:
         self.compiler, self.identity = find_compiler()
         self.ninja = find_ninja()
         self.sanitize = sanitizers()
+        self.nvcc: Nvcc | str = "not part of this target"
         self.changed = False
         name = "ninja" + ("-" + self.sanitize.replace(",", "-") if self.sanitize else "")
         self.folder = ROOT / "build" / name
@@ -166,11 +234,29 @@ class NinjaBuild:
             fail(f"no C++ sources in {ROOT / 'csrc' / 'cpu'}: the source tree is incomplete")
         return units
 
+    def cuda_units(self, nvcc: Nvcc) -> list[tuple[str, Path, list[str]]]:
+        """(object, source, flags) of everything in csrc/cuda."""
+        common = [flag for arch in nvcc.archs for flag in gencode(arch)]
+        if os.environ.get("CXX") and len(self.compiler.split()) == 1:  # nvcc takes no "ccache g++"
+            common += ["-ccbin", self.compiler]
+        units = []
+        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+            if source.stem.endswith("_kernel"):
+                for z in CUDA_DTYPES:
+                    units.append((f"cuda/{source.stem}.{z}.o", source, [*common, f"-DDEPTHLSTM_Z={z}", f"-DDEPTHLSTM_Z_{z.upper()}=1"]))
+            else:
+                units.append((f"cuda/{source.stem}.o", source, common))
+        if not units:
+            fail(f"no CUDA sources in {ROOT / 'csrc' / 'cuda'}: the source tree is incomplete; DEPTHLSTM_CUDA=0 builds without them")
+        return units
+
     def library(self) -> Path:
         torch_folder, torch_version = find_torch()
-        compiler = re.sub(r"[;'\"\\]", " ", self.identity)
+        self.nvcc = "a build with sanitizers is without CUDA" if self.sanitize else find_nvcc()
+        cuda, nvcc = (",".join(self.nvcc.archs), self.nvcc.version) if isinstance(self.nvcc, Nvcc) else ("none", self.nvcc)
+        compiler, nvcc = (re.sub(r"[;'\"\\]", " ", text) for text in (self.identity, nvcc))
         stamp = f"depthlstm_fast build: version={VERSION};compiler={compiler};torch={torch_version};isa={','.join(isas())}"
-        stamp += f";sanitize={self.sanitize or 'none'}"
+        stamp += f";sanitize={self.sanitize or 'none'};cuda={cuda};nvcc={nvcc}"
         headers = [
             "-isystem",
             str(torch_folder / "include"),
@@ -178,13 +264,17 @@ class NinjaBuild:
             str(torch_folder / "include" / "torch" / "csrc" / "api" / "include"),
         ]
         flags = [*isas()["generic"], *headers, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f'-DDEPTHLSTM_BUILD_INFO="{stamp}"']
-        ops = [(f"torch_{source.stem}.o", source, flags) for source in [ROOT / "csrc" / "ops.cpp"]]
+        units = [*self.cpu_units(), ("torch_ops.o", ROOT / "csrc" / "ops.cpp", flags)]
         # --no-as-needed: the linker would drop libtorch.so, whose loading is what makes torch's symbols available.
         link = ["-shared", f"-L{torch_folder / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
         link += ["-Wl,--exclude-libs,ALL", "-Wl,-z,relro,-z,now"]
         if not self.sanitize:
             link += ["-Wl,--no-undefined", f"-Wl,-rpath-link,{torch_folder / 'lib'}"]
-        return self.run(LIBRARY, [*self.cpu_units(), *ops], link)
+        if isinstance(self.nvcc, Nvcc):
+            cuda_flags = [*flags, f'-DDEPTHLSTM_CUDA_ARCHS="{cuda}"']
+            units += [*self.cuda_units(self.nvcc), ("torch_cuda_ops.o", ROOT / "csrc" / "cuda_ops.cpp", cuda_flags)]
+            link += [*(f"-L{folder}" for folder in self.nvcc.library_folders), *CUDA_LINK]
+        return self.run(LIBRARY, units, link)
 
     def internals(self) -> Path | None:
         source = ROOT / "csrc" / "testing.cpp"
@@ -215,18 +305,29 @@ class NinjaBuild:
             return str(value).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
         flags = quote([*COMMON_FLAGS, *self.limit_flags, *self.sanitize_flags, *self.includes])
+        cuda_rule = []
+        if isinstance(self.nvcc, Nvcc):
+            cuda_rule = [
+                "rule cuda",
+                f"  command = {quote([self.nvcc.path, *NVCC_FLAGS])} $flags -MD -MF $out.d -c $in -o $out",
+                "  depfile = $out.d",
+                "  deps = gcc",
+                "  description = compile $out",
+            ]
         lines = [
             "rule compile",
             f"  command = {self.compiler} {flags} $flags -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = compile $out",
+            *cuda_rule,
             "rule link",
             f"  command = {self.compiler} -o $out $in {quote([*self.sanitize_flags, *link_flags])}",
             "  description = link $out",
         ]
         for name, source, unit_flags in units:
-            lines += [f"build {path(name)}: compile {path(source)}", f"  flags = {quote(unit_flags)}"]
+            rule = "cuda" if source.suffix == ".cu" else "compile"
+            lines += [f"build {path(name)}: {rule} {path(source)}", f"  flags = {quote(unit_flags)}"]
         lines += [f"build {path(target)}: link {' '.join(path(name) for name, _, _ in units)}", ""]
         script = self.folder / f"{target}.ninja"
         text = "\n".join(lines)
@@ -249,8 +350,11 @@ class NinjaBuild:
             returncode = process.wait()
         self.changed = not any("no work to do" in line for line in lines)
         if returncode:
-            first = next((line for line in lines if re.search(r"\berror:|undefined reference", line)), None)
-            fail(f"the C++ build failed with {self.identity}. First error: {first or ' '.join(lines)[-500:]}")
+            first = next((line for line in lines if re.search(r"\berror *:|\bfatal *:|undefined reference", line)), None)
+            reason = f"First error: {first or ' '.join(lines)[-500:]}"
+            if any(line.startswith("FAILED: ") and "cuda/" in line for line in lines) and isinstance(self.nvcc, Nvcc):
+                fail(f"the CUDA build failed with nvcc {self.nvcc.version}; DEPTHLSTM_CUDA=0 builds without CUDA. {reason}")
+            fail(f"the C++ build failed with {self.identity}. {reason}")
         return self.folder / target
 
 
@@ -262,7 +366,10 @@ class BuildExtension(build_ext):
         place(built, target)
         FAILURE_FILE.unlink(missing_ok=True)
         if builder.changed:
-            print("depthlstm_fast: CUDA C++ kernels are not part of this build; " + describe_nvcc())
+            if isinstance(builder.nvcc, Nvcc):
+                print(f"depthlstm_fast: CUDA C++ kernels for {', '.join(builder.nvcc.archs)} by nvcc {builder.nvcc.version}")
+            else:
+                print(f"depthlstm_fast: CUDA C++ kernels are not part of this build: {builder.nvcc}")
         if os.environ.get("DEPTHLSTM_TESTING") == "1":
             place_internals(builder)
 
@@ -286,11 +393,6 @@ class BuildSmoke(BuildInternals):
         built = NinjaBuild().smoke()
         if built is not None:
             print(built)
-
-
-def describe_nvcc() -> str:
-    nvcc = shutil.which("nvcc")
-    return f"nvcc is at {nvcc} and not used" if nvcc else "nvcc is absent and not needed"
 
 
 def place(built: Path, target: Path) -> None:

@@ -102,6 +102,13 @@ def build_stamp() -> str:
     return found.group(1).decode("utf-8", errors="replace").replace(";", "; ") if found else "no stamp in the library"
 
 
+def cuda_kernels() -> str:
+    entries = dict(re.findall(r"(\w+)=([^;]*)", build_stamp()))
+    if entries.get("cuda", "none") == "none":
+        return f"none ({entries.get('nvcc', 'there is no library')})"
+    return f"for compute capability {entries['cuda'].replace(',', ', ')}, by nvcc {entries['nvcc']}"
+
+
 def threads() -> str:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"torch uses {torch.get_num_threads()} threads, {usable} cores usable by this process"
@@ -144,6 +151,7 @@ SECTIONS: list[tuple[str, Callable[[], str]]] = [
     ("devices", devices),
     ("library", library),
     ("built with", build_stamp),
+    ("cuda kernels", cuda_kernels),
     ("environment", environment),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib.metadata
 import importlib.util
@@ -11,12 +12,13 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import checks
+from .measured import FASTEST
 
 BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
 LIBRARY = Path(__file__).with_name("_C.abi3.so")
@@ -43,9 +45,30 @@ def _load_library() -> str | None:
 
 
 load_error = _load_library()
-CUDA_ERROR = "CUDA C++ kernels are not part of this version"
 TRITON_MAX_FEATURES = 8192  # kernels/gates.py: a row of more does not fit the registers of a multiprocessor
 TRITON_FLOOR = (3, 6)
+CUDA_FLOOR = (8, 0)  # the compute capability that csrc/cuda is written for
+NO_GPU = "there is no GPU that torch can use"
+
+
+def _built_with(name: str) -> str:
+    """An entry of the library's build stamp, which setup.py writes."""
+    if load_error is not None:
+        return "none"
+    ask = ctypes.CDLL(str(LIBRARY)).depthlstm_build_info
+    ask.restype = ctypes.c_char_p
+    found = re.search(rf";{name}=([^;]*)", ask().decode())
+    return found.group(1) if found else "none"
+
+
+def _find_cuda(architectures: tuple[str, ...]) -> str | None:
+    """Why this library and this torch cannot run CUDA kernels on any GPU; None where they can."""
+    if load_error is not None:
+        return load_error
+    if not architectures:
+        hint = "build from source where nvcc 12.0 or newer is found"
+        return f"{LIBRARY.name} was built without CUDA kernels: {_built_with('nvcc')}; {hint}"
+    return None if torch.version.cuda else f"torch {torch.__version__} is built without CUDA"
 
 
 def _find_triton() -> str | None:
@@ -72,6 +95,8 @@ def _import_kernels() -> str | None:
     return None
 
 
+_cuda_architectures = tuple(re.findall(r"\d[^,]*", _built_with("cuda")))
+_cuda_error = _find_cuda(_cuda_architectures)
 _triton_error = _find_triton()
 _triton_interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 _strict = os.environ.get("DEPTHLSTM_STRICT", "0") not in ("", "0")
@@ -82,16 +107,16 @@ _logged: set[str] = set()
 
 def backends() -> dict[str, BackendStatus]:
     """Every backend by name, with whether it can run here and why not."""
-    triton_error = _triton_error
+    triton_error, cuda_error = _triton_error, _cuda_error or _gpu_limit(None)
     if triton_error is None and not _triton_interpreted and not torch.cuda.is_available():
-        triton_error = "there is no GPU that torch can use"
+        triton_error = NO_GPU
     if triton_error is None:
         triton_error = _import_kernels()
     interpreted = "Triton kernels, interpreted on the CPU (TRITON_INTERPRET=1): slow, for tests"
     return {
         "reference": BackendStatus(True, "plain PyTorch, any device"),
         "cpp": BackendStatus(load_error is None, load_error or "C++ kernels for CPU tensors"),
-        "cuda": BackendStatus(False, CUDA_ERROR),
+        "cuda": BackendStatus(cuda_error is None, cuda_error or f"CUDA C++ kernels for {_listed(_cuda_architectures)}"),
         "triton": BackendStatus(triton_error is None, triton_error or (interpreted if _triton_interpreted else "Triton kernels for GPUs")),
     }
 
@@ -133,22 +158,35 @@ def choose(requested: str | None, tensor: Tensor, features: int) -> str:
     """
     global _last
     name = _default if requested is None else requested
-    if name != "reference":
-        fastest = "cpp" if tensor.device.type == "cpu" else "triton"
-        limit = _limit(fastest if name == "auto" else name, tensor, features)
-        if limit is None:
-            name = fastest if name == "auto" else name
-        elif name == "auto":
-            name = "reference"
-            # export asks for the decomposition, which is no fallback
-            if not _is_exporting():
-                _report_fallback(limit)
-        else:
+    if name == "auto":
+        name = _fastest(tensor, features)
+    elif name != "reference":
+        limit = _limit(name, tensor, features)
+        if limit is not None:
             # set_backend lets no unknown name in, so an unknown default is the environment's
             checks.check_name("DEPTHLSTM_BACKEND" if requested is None else "backend", name, BACKENDS)
             raise ValueError(f"backend={name!r} cannot run this call: {limit}")
     _last = name
     return name
+
+
+def _fastest(tensor: Tensor, features: int) -> str:
+    """What "auto" takes: the first that can run of the device's backends, the measured winner before the others."""
+    candidates = ["cpp"] if tensor.device.type == "cpu" else ["triton", "cuda"]
+    if FASTEST and tensor.device.type == "cuda":
+        winner = FASTEST.get((_gpu_name(tensor.device.index), features, tensor.dtype))
+        candidates.sort(key=lambda name: name != winner)
+    limits: list[str] = []
+    for name in candidates:
+        limit = _limit(name, tensor, features)
+        if limit is None:
+            return name
+        if limit not in limits:
+            limits.append(limit)
+    # export asks for the decomposition, which is no fallback
+    if not _is_exporting():
+        _report_fallback("; ".join(limits))
+    return "reference"
 
 
 def _limit(name: str, tensor: Tensor, features: int) -> str | None:
@@ -162,8 +200,12 @@ def _limit(name: str, tensor: Tensor, features: int) -> str | None:
         limit = triton_limit(tensor, features)
         if limit is not None:
             return limit
+    elif name == "cuda":
+        limit = cuda_limit(tensor, features)
+        if limit is not None:
+            return limit
     else:
-        return CUDA_ERROR if name == "cuda" else "there is no such backend"
+        return "there is no such backend"
     if _is_exporting():
         return "export takes the decomposition into PyTorch operators"
     if not torch.compiler.is_compiling():
@@ -177,6 +219,66 @@ def _limit(name: str, tensor: Tensor, features: int) -> str | None:
 def _is_exporting() -> bool:
     # not torch.compiler.is_exporting: under torch.compile torch 2.11 takes that for True
     return bool(getattr(torch.compiler, "_is_exporting_flag", False))
+
+
+def cuda_limit(tensor: Tensor, features: int) -> str | None:
+    """Why the CUDA C++ kernels cannot take ``tensor``; None where they can. They take any D that the other checks let pass."""
+    if _cuda_error is not None:
+        return _cuda_error
+    if tensor.device.type != "cuda":
+        return f"the CUDA kernels take CUDA tensors; found {tensor.device}"
+    if tensor.dtype == torch.float64:
+        return "the CUDA kernels take float32, bfloat16 and float16; found float64"
+    return _gpu_limit(tensor.device.index)
+
+
+def _constant(function: Any) -> Any:
+    """What torch.compiler.assume_constant_result does, without importing torch._dynamo for it: tracers do not look inside."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant
+def _gpu_limit(index: int | None) -> str | None:
+    """Why this build cannot run on the GPU of that index, or on the current one; None where it can."""
+    return _known_gpu_limit(index)
+
+
+@functools.cache
+def _known_gpu_limit(index: int | None) -> str | None:
+    if not torch.cuda.is_available():
+        return NO_GPU
+    return architecture_limit(torch.cuda.get_device_capability(index), _cuda_architectures)
+
+
+@_constant
+def _gpu_name(index: int) -> str:
+    return _known_gpu_name(index)
+
+
+_known_gpu_name = functools.cache(torch.cuda.get_device_name)
+
+
+def architecture_limit(capability: tuple[int, int], architectures: tuple[str, ...]) -> str | None:
+    """Why a GPU of this compute capability runs none of ``architectures``, as in ("80", "120-ptx"); None where it runs one.
+
+    Machine code runs on GPUs of the same major number and at least its minor one, PTX on every later GPU, too.
+    """
+    major, minor = capability
+    if capability < CUDA_FLOOR:
+        return f"the GPU has compute capability {major}.{minor}; the CUDA kernels need {CUDA_FLOOR[0]}.{CUDA_FLOOR[1]} or newer"
+    for architecture in architectures:
+        held = divmod(int(architecture.removesuffix("-ptx")), 10)
+        if capability >= held and (capability[0] == held[0] or architecture.endswith("-ptx")):
+            return None
+    rebuild = f"build from source with DEPTHLSTM_CUDA_ARCHS={major}{minor}"
+    return f"the GPU has compute capability {major}.{minor}; this build holds {_listed(architectures)}: {rebuild}"
+
+
+def _listed(architectures: tuple[str, ...]) -> str:
+    """("80", "90", "120-ptx") -> "80, 90 and PTX for 120"."""
+    names = [f"PTX for {name.removesuffix('-ptx')}" if name.endswith("-ptx") else name for name in architectures]
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def triton_limit(tensor: Tensor, features: int) -> str | None:

@@ -43,7 +43,8 @@ class Operators(NamedTuple):
 
 
 OPERATORS: dict[str, Operators] = {}
-WRITES_INTO_BUFFER = ("triton",)  # backends whose direct forward takes h as one more argument
+DIRECT: dict[str, Operators] = {}  # what eager runs in their stead
+WRITES_INTO_BUFFER = ("triton", "cuda")  # backends whose direct forward takes h as one more argument
 
 
 def _sizes_like(*tensors: Tensor | None, like: Tensor) -> list[Tensor]:
@@ -52,6 +53,10 @@ def _sizes_like(*tensors: Tensor | None, like: Tensor) -> list[Tensor]:
 
 def _forward_fake(z, z_bias, hidden, c, weight, bias, seed, norm, activation, eps, dropout_p):  # type: ignore[no-untyped-def]
     return torch.empty_like(c, dtype=z.dtype, memory_format=torch.contiguous_format), *_sizes_like(c, like=z)
+
+
+def _forward_into_fake(z, z_bias, hidden, c, *rest):  # type: ignore[no-untyped-def]
+    return _sizes_like(c, like=z)[0]
 
 
 def _backward_fake(  # type: ignore[no-untyped-def]
@@ -74,6 +79,8 @@ def is_direct(tensor: Tensor) -> bool:
 
 def _operators(backend: str, z: Tensor) -> Operators:
     """What an eager call on ``z`` runs."""
+    if backend in DIRECT:
+        return DIRECT[backend]
     if backend == "triton" and is_direct(z):  # past the dispatcher, which takes longer than the launch
         from .kernels import gates
 
@@ -213,9 +220,16 @@ def cell(
     else:
         with torch._C._AutoDispatchBelowAutograd():
             slices = beside.side_by_side(slices)
-            few = c.shape[0] <= FEW_ROWS and len(slices) > 1
-            z = torch.nn.functional.linear(torch.cat(slices, dim=1), w) if few else project(slices, w)
-            h, c = _operators(backend, z).forward(z, b, hidden, c, *rest, *out)
+            few, more = c.shape[0] <= FEW_ROWS and len(slices) > 1, dict[str, Tensor]()
+            if few and backend == "cuda":  # the gates' own pass adds the last product up
+                *slices, last = slices
+                first, columns = w.tensor_split((w.shape[1] - last.shape[1],), dim=1)
+                z, more = project(slices, first), {"z_more": last @ columns.t()}
+            elif few:
+                z = torch.nn.functional.linear(torch.cat(slices, dim=1), w)
+            else:
+                z = project(slices, w)
+            h, c = _operators(backend, z).forward(z, b, hidden, c, *rest, *out, **more)
     if len(shape) != 2:
         h, c = h.view(shape), c.view(shape)
     if buffer is not None:
@@ -223,11 +237,11 @@ def cell(
     return h, c
 
 
-def _register(prefix: str) -> Operators:
-    forward, backward = f"depthlstm_fast::{prefix}gates_forward", f"depthlstm_fast::{prefix}gates_backward"
+def _register(prefix: str, library: str = "depthlstm_fast") -> Operators:
+    forward, backward = f"{library}::{prefix}gates_forward", f"{library}::{prefix}gates_backward"
     torch.library.register_fake(forward, _forward_fake)
     torch.library.register_fake(backward, _backward_fake)
-    namespace = torch.ops.depthlstm_fast
+    namespace = getattr(torch.ops, library)
     operators = Operators(getattr(namespace, f"{prefix}gates_forward").default, getattr(namespace, f"{prefix}gates_backward").default)
     torch.library.register_autograd(
         forward,
@@ -235,6 +249,24 @@ def _register(prefix: str) -> Operators:
         setup_context=lambda ctx, inputs, output: _save(ctx, inputs),
     )
     return operators
+
+
+def register_cuda(library: str = "depthlstm_fast") -> tuple[Operators, Operators]:
+    """The operators of the CUDA kernels for tracers, and for eager: that forward takes h and z_more, too, as csrc/cuda_ops.cpp has them."""
+    torch.library.register_fake(f"{library}::cuda_gates_forward_into", _forward_into_fake)
+    operators, into = _register("cuda_", library), getattr(torch.ops, library).cuda_gates_forward_into.default
+
+    def forward(  # type: ignore[no-untyped-def]
+        z, z_bias, hidden, c, weight, bias, seed, norm, activation, eps, dropout_p, h=None, z_more=None
+    ):
+        inputs = (z, z_bias, hidden, c, weight, bias, seed, norm, activation, eps, dropout_p)
+        if h is None and z_more is None:
+            return operators.forward(*inputs)
+        if h is None:
+            h = torch.empty(c.shape, dtype=z.dtype, device=z.device)
+        return h, into(*inputs, z_more, h)
+
+    return operators, Operators(forward, operators.backward)
 
 
 def _check_operator(
@@ -286,6 +318,8 @@ def _triton_backward(dh: Tensor | None, dc: Tensor | None, *inputs: Any) -> tupl
 
 if load_error is None:  # the library defines and implements its operators, for the CPU
     OPERATORS["cpp"] = _register("")
+    if hasattr(torch.ops.depthlstm_fast, "cuda_gates_forward"):
+        OPERATORS["cuda"], DIRECT["cuda"] = register_cuda()
 _triton_library = torch.library.Library("depthlstm_fast", "FRAGMENT")
 _triton_library.define("triton_gates_forward" + FORWARD_SCHEMA)
 _triton_library.define("triton_gates_backward" + BACKWARD_SCHEMA)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import struct
 import subprocess
 from pathlib import Path
 
@@ -69,6 +70,8 @@ def test_library_is_no_python_extension_and_exports_little() -> None:
     defined = {line.split()[-1] for line in output("nm", "-D", "--defined-only", LIBRARY).splitlines()}
     assert not [name for name in defined if name.startswith("PyInit")]
     assert not [name for name in defined if "xsimd" in name]
+    # CUDA's run-time library is inside and must not meet torch's: one would answer the other's calls
+    assert not [name for name in defined if "cuda" in name.lower()]
 
 
 @needs_binutils
@@ -110,7 +113,42 @@ def test_generic_object_has_no_wide_registers() -> None:
 
 @needs_library
 def test_library_carries_a_build_stamp() -> None:
-    found = re.search(rb"depthlstm_fast build: version=([\d.]+);compiler=[^;]+;torch=[^;]+;isa=[\w,]*generic", LIBRARY.read_bytes())
+    pattern = (
+        rb"depthlstm_fast build: version=([\d.]+);compiler=[^;]+;torch=[^;]+;isa=[\w,]*generic[\w,]*;sanitize=\w+;cuda=[^;]+;nvcc=[^;\0]+\0"
+    )
+    found = re.search(pattern, LIBRARY.read_bytes())
     assert found
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert f'version = "{found.group(1).decode()}"' in project
+
+
+def fat_binaries(data: bytes) -> list[list[str]]:
+    """The architectures of each CUDA fat binary in a library, as setup.py calls them.
+
+    A header (magic, version, its size, the entries' size), then entries: a header (kind 1 PTX or 2 machine code, its size, the code's
+    size, at 28 the architecture) and the code.
+    """
+    found = []
+    for match in re.finditer(re.escape(struct.pack("<I", 0xBA55ED50)), data):
+        _, _, header, size = struct.unpack_from("<IHHQ", data, match.start())
+        place, archs = match.start() + header, []
+        end = place + size
+        while place < end:
+            kind, _, header, size = struct.unpack_from("<HHIQ", data, place)
+            (number,) = struct.unpack_from("<I", data, place + 28)
+            archs.append(f"{number}-ptx" if kind == 1 else str(number))
+            place += header + size
+        found.append(archs)
+    return found
+
+
+@needs_library
+def test_every_cuda_object_holds_every_architecture() -> None:
+    data = LIBRARY.read_bytes()
+    stamp = re.search(rb";cuda=([^;]+);", data)
+    assert stamp
+    wanted = [] if stamp.group(1) == b"none" else sorted(stamp.group(1).decode().split(","))
+    sources = list((ROOT / "csrc" / "cuda").glob("*.cu")) if wanted else []
+    objects = sum(3 if source.stem.endswith("_kernel") else 1 for source in sources)
+    found = [sorted(set(archs)) for archs in fat_binaries(data)]
+    assert found == [wanted] * objects

@@ -16,7 +16,19 @@ from depthlstm_fast import __main__ as command
 
 def test_every_line_is_answered() -> None:
     lines = dict(line.split(":", 1) for line in command.report().splitlines())
-    for name in ("depthlstm_fast", "python", "torch", "triton", "system", "cpu", "threads", "devices", "library", "built with"):
+    for name in (
+        "depthlstm_fast",
+        "python",
+        "torch",
+        "triton",
+        "system",
+        "cpu",
+        "threads",
+        "devices",
+        "library",
+        "built with",
+        "cuda kernels",
+    ):
         assert lines[name].strip(), name
         assert "unknown (" not in lines[name], lines[name]
     assert depthlstm_fast.__version__ in lines["depthlstm_fast"]
@@ -62,6 +74,25 @@ def test_library_that_does_not_load_shows_the_loaders_words(tmp_path: Path, monk
     monkeypatch.setattr(command, "LIBRARY", broken)
     assert "does not load" in command.library()
     assert "version=9.9" in command.build_stamp()
+
+
+@pytest.mark.parametrize(
+    ("stamp", "line"),
+    [
+        ("isa=generic;cuda=80,90,120-ptx;nvcc=13.0.88", "for compute capability 80, 90, 120-ptx, by nvcc 13.0.88"),
+        ("isa=generic;cuda=none;nvcc=DEPTHLSTM_CUDA=0", "none (DEPTHLSTM_CUDA=0)"),
+        (
+            "isa=generic;cuda=none;nvcc=nvcc 11.8.89 is too old, 12.0 or newer is needed",
+            "none (nvcc 11.8.89 is too old, 12.0 or newer is needed)",
+        ),
+    ],
+)
+def test_cuda_kernels_and_why_there_are_none(stamp: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = tmp_path / "_C.abi3.so"
+    monkeypatch.setattr(command, "LIBRARY", library)
+    assert command.cuda_kernels() == "none (there is no library)"
+    library.write_bytes(f"depthlstm_fast build: version=0.1.0;{stamp}\0".encode())
+    assert command.cuda_kernels() == line
 
 
 def test_a_surprise_becomes_a_line() -> None:

@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(block_threads) forward_block(const __grid_cons
 constexpr int any_threads = 256;
 
 template <class C, int K>
-__global__ void __launch_bounds__(any_threads) forward_any(const __grid_constant__ Launch launch) {
+__global__ void __launch_bounds__(any_threads, 4) forward_any(const __grid_constant__ Launch launch) {
     __shared__ float slots[2][any_threads / 32 * 8];
     const GatesCall& call = launch.call;
     const int features = int(call.features);

@@ -1,0 +1,111 @@
+"""The operators of the CUDA backend on CPU tensors: csrc/cuda_ops.cpp as it is, in a namespace of its own, above other kernels.
+
+``load`` has the CUDA kernels below, simulated (ptx_simulator); ``stand_in`` the CPU kernels (cpp/cuda_stand_in.cpp), for tests of the
+binding alone, which need no nvcc. ``use`` makes either of them the "cuda" backend, for CPU tensors, as long as a test runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from depthlstm_fast import ops
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+BUILD = ROOT / "build" / "simulated"
+GENERIC = ROOT / "build" / "ninja" / "gates_kernel.generic.o"
+COMPILER = os.environ.get("CXX") or "g++"
+FLAGS = ["-std=c++20", "-O1", "-g0", "-fPIC", "-shared", "-fvisibility=hidden", f"-I{CSRC}"]
+backends: ModuleType = sys.modules["depthlstm_fast.backends"]
+
+
+def _built(name: str, sources: list[Path], flags: list[str], headers: list[Path]) -> Path:
+    """A shared library of ``sources``, compiled again when they, the headers or the flags have changed."""
+    if shutil.which(COMPILER.split()[0]) is None:
+        pytest.skip(f"no C++ compiler: {COMPILER}")
+    command = [*COMPILER.split(), *FLAGS, *map(str, sources), *flags]
+    digest = hashlib.sha256("\0".join([torch.__version__, *command]).encode())
+    for path in [*sources, *headers]:
+        digest.update(path.read_bytes())
+    target = BUILD / f"{name}-{digest.hexdigest()[:16]}.so"
+    if not target.is_file():
+        BUILD.mkdir(parents=True, exist_ok=True)
+        for old in BUILD.glob(f"{name}-*.so"):
+            old.unlink(missing_ok=True)
+        partial = target.with_suffix(f".{os.getpid()}")
+        subprocess.run([*command, "-o", str(partial)], check=True)
+        partial.replace(target)
+    return target
+
+
+def _operators(namespace: str, kernels: Path) -> Any:
+    """The operators above a library that has the functions of csrc/cuda/gates.h."""
+    torch_folder = Path(torch.__file__).parent
+    flags = [
+        *(f"-DDEPTHLSTM_SIMULATED={namespace}", '-DDEPTHLSTM_CUDA_ARCHS="a simulated GPU"', "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"),
+        *("-isystem", str(torch_folder / "include"), str(kernels), f"-Wl,-rpath,{kernels.parent}", "-Wl,--no-undefined"),
+        *(f"-L{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu", f"-Wl,-rpath-link,{torch_folder / 'lib'}"),
+    ]
+    headers = [CSRC / "tensors.h", CSRC / "gates_call.h", CSRC / "cuda" / "gates.h"]
+    torch.ops.load_library(str(_built(namespace, [CSRC / "cuda_ops.cpp"], flags, headers)))
+    return ops.register_cuda(namespace)
+
+
+@functools.cache
+def kernels() -> Path:
+    """The CUDA kernels as setup.py compiles them, a source named *_kernel.cu once for each dtype of z, but for the simulator."""
+    from ptx_simulator.build import available, build
+
+    reason = available()
+    if reason is not None:
+        pytest.skip(f"no simulated CUDA kernels: {reason}")
+    units: list[tuple[Path, list[str]]] = []
+    for source in sorted((CSRC / "cuda").glob("*.cu")):
+        dtypes = ("float", "bfloat16", "float16") if source.stem.endswith("_kernel") else ()
+        units += [(source, [f"-DDEPTHLSTM_Z={z}", f"-DDEPTHLSTM_Z_{z.upper()}=1"]) for z in dtypes] or [(source, [])]
+    BUILD.mkdir(parents=True, exist_ok=True)
+    return build([], BUILD / "libdepthlstm_cuda_simulated.so", units=units)
+
+
+@functools.cache
+def load() -> tuple[ops.Operators, ops.Operators]:
+    """The operators above the simulated CUDA kernels, for tracers and for eager; skips the test, with a reason, where they cannot be."""
+    return _operators("depthlstm_fast_simulated", kernels())
+
+
+@functools.cache
+def _stand_in_library() -> Path:
+    if not GENERIC.is_file():
+        pytest.skip("the CPU kernels were not built in this tree (python setup.py build_ext --inplace)")
+    headers = [CSRC / "gates_call.h", CSRC / "cuda" / "gates.h", CSRC / "cpu" / "gates.h"]
+    return _built("cuda_stand_in", [ROOT / "tests" / "cpp" / "cuda_stand_in.cpp", GENERIC], [], headers)
+
+
+@functools.cache
+def stand_in() -> tuple[ops.Operators, ops.Operators]:
+    """The operators above the CPU kernels; skips as :func:`load` does."""
+    return _operators("depthlstm_fast_stand_in", _stand_in_library())
+
+
+def fail_once(error: int) -> None:
+    """Make the next call of the stand-in return ``error``; a negative one, the next question for its workspace."""
+    ctypes.CDLL(str(_stand_in_library())).stand_in_fails(error)
+
+
+def use(monkeypatch: pytest.MonkeyPatch, operators: tuple[ops.Operators, ops.Operators]) -> None:
+    """Make ``operators`` the "cuda" backend, for CPU tensors, until the end of the test."""
+    monkeypatch.setitem(ops.OPERATORS, "cuda", operators[0])
+    monkeypatch.setitem(ops.DIRECT, "cuda", operators[1])
+    monkeypatch.setattr(backends, "cuda_limit", lambda tensor, features: None)

@@ -1,0 +1,540 @@
+"""What is around the CUDA kernels: where "cuda" can run, what "auto" takes, the operators above a stand-in for the kernels, the build."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import setuptools
+import simulated
+import torch
+from helpers import BF16, CALLS, F16, F32, F64, TYPES, Types, arguments, check_gates, excess, needs_cpp, normal
+from test_ops import BAD, CHECKED, backward_arguments, raw, with_gradients
+from torch import Tensor
+
+import depthlstm_fast as dl
+from depthlstm_fast import measured, ops
+
+ROOT = Path(__file__).resolve().parent.parent
+backends: ModuleType = sys.modules["depthlstm_fast.backends"]
+HELD = ("80", "90", "100", "120-ptx")
+CUDA_TYPES = [types for types in TYPES if types.z != F64]
+
+
+def tensor_on(device: str, dtype: torch.dtype = F32) -> Any:
+    """What the choice of a backend reads of a tensor."""
+    return SimpleNamespace(device=torch.device(device), dtype=dtype)
+
+
+# where "cuda" can run
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1), (13, 0)])
+def test_gpus_that_this_build_runs_on(capability: tuple[int, int]) -> None:
+    assert backends.architecture_limit(capability, HELD) is None
+
+
+@pytest.mark.parametrize("capability", [(8, 9), (11, 0)])
+def test_gpus_that_need_another_build(capability: tuple[int, int]) -> None:
+    major, minor = capability
+    assert backends.architecture_limit(capability, ("90", "100", "120-ptx")) == (
+        f"the GPU has compute capability {major}.{minor}; this build holds 90, 100 and PTX for 120: "
+        f"build from source with DEPTHLSTM_CUDA_ARCHS={major}{minor}"
+    )
+    assert backends.architecture_limit(capability, (f"{major}{minor}",)) is None
+
+
+def test_architectures_of_other_builds() -> None:
+    limit = backends.architecture_limit
+    assert limit((8, 0), ("86",)) is not None  # machine code does not run on an older GPU of its family
+    assert limit((10, 0), ("90-ptx",)) is None
+    assert limit((8, 9), ("90-ptx",)) is not None
+    assert "holds 86:" in str(limit((9, 0), ("86",)))
+    assert limit((7, 5), ("120-ptx",)) == "the GPU has compute capability 7.5; the CUDA kernels need 8.0 or newer"
+
+
+def test_libraries_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "load_error", None)
+    monkeypatch.setattr(backends, "_built_with", {"nvcc": "DEPTHLSTM_CUDA=0"}.get)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "built without CUDA kernels: DEPTHLSTM_CUDA=0; build from source where nvcc 12.0" in backends._find_cuda(())
+    assert backends._find_cuda(HELD) == f"torch {torch.__version__} is built without CUDA"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert backends._find_cuda(HELD) is None
+    monkeypatch.setattr(backends, "load_error", "the extension was not built")
+    assert backends._find_cuda(HELD) == "the extension was not built"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int]], None]:
+    """Makes torch say that there is a GPU of some compute capability, and the library that it has CUDA kernels."""
+
+    def make(capability: tuple[int, int]) -> None:
+        monkeypatch.setattr(backends, "_cuda_error", None)
+        monkeypatch.setattr(backends, "_cuda_architectures", HELD)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        backends._known_gpu_limit.cache_clear()
+
+    yield make
+    backends._known_gpu_limit.cache_clear()
+
+
+def test_limits_of_a_call(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu((9, 0))
+    for dtype in (F32, BF16, F16):
+        assert backends.cuda_limit(tensor_on("cuda:0", dtype), 65536) is None
+    assert backends.cuda_limit(tensor_on("cuda:0", F64), 8) == "the CUDA kernels take float32, bfloat16 and float16; found float64"
+    assert backends.cuda_limit(tensor_on("cpu"), 8) == "the CUDA kernels take CUDA tensors; found cpu"
+    assert dl.backends()["cuda"] == (True, "CUDA C++ kernels for 80, 90, 100 and PTX for 120")
+    with pytest.raises(ValueError, match="backend='cuda' cannot run this call: the CUDA kernels take CUDA tensors; found cpu"):
+        dl.depth_lstm_gates(torch.randn(2, 8), torch.randn(2, 2), backend="cuda")
+    with pytest.raises(ValueError, match="the CUDA kernels take CUDA tensors; found meta"), dl.use_backend("cuda"):
+        dl.depth_lstm_gates(torch.randn(2, 8, device="meta"), torch.randn(2, 2, device="meta"))
+    gpu((11, 0))
+    for limit in (backends.cuda_limit(tensor_on("cuda:0"), 8), dl.backends()["cuda"].detail):
+        assert limit.startswith("the GPU has compute capability 11.0; this build holds 80, 90, 100 and PTX for 120")
+    backends._known_gpu_limit.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert dl.backends()["cuda"] == (False, "there is no GPU that torch can use")
+
+
+def test_tracers_do_not_look_into_the_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    # no tracer follows a subprocess
+    monkeypatch.setattr(backends, "_known_gpu_limit", lambda index: subprocess.check_output(["echo", f"GPU {index}"]).decode())
+
+    def function(x: Tensor) -> Tensor:
+        return x + 1 if backends._gpu_limit(3) == "GPU 3\n" else x - 1
+
+    assert torch.compile(function, fullgraph=True, backend="eager")(torch.zeros(())).item() == 1
+
+
+# what "auto" takes
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
+    """The limits of both GPU backends, to be changed by the test."""
+    limits: dict[str, str | None] = {"triton": None, "cuda": None}
+    monkeypatch.setattr(backends, "triton_limit", lambda tensor, features: limits["triton"])
+    monkeypatch.setattr(backends, "cuda_limit", lambda tensor, features: limits["cuda"])
+    monkeypatch.setattr(backends, "_gpu_name", lambda index: "Some GPU")
+    monkeypatch.setattr(backends, "_strict", False)
+    monkeypatch.setattr(backends, "_logged", set())
+    monkeypatch.setattr(backends, "_default", "auto")
+    return limits
+
+
+def test_auto_without_measurements(on_a_gpu: dict[str, str | None], caplog: pytest.LogCaptureFixture) -> None:
+    assert not measured.FASTEST, "the rule without measurements is no more: say in its docstring what was measured, and change this test"
+    tensor = tensor_on("cuda:0")
+    with caplog.at_level(logging.WARNING, "depthlstm_fast"):
+        assert backends.choose(None, tensor, 512) == "triton"
+        on_a_gpu["triton"] = "the Triton kernels take D up to 8192"
+        assert backends.choose(None, tensor, 512) == "cuda"
+        assert not caplog.records
+        on_a_gpu["cuda"] = "the CUDA kernels are not there"
+        for _ in range(2):
+            assert backends.choose("auto", tensor, 512) == "reference"
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "falling back to the reference backend: the Triton kernels take D up to 8192; the CUDA kernels are not there"
+    )
+
+
+def test_auto_beyond_the_longest_row_of_triton(on_a_gpu: dict[str, str | None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(backends, "cuda_limit", lambda tensor, features: None)
+    monkeypatch.setattr(backends, "_triton_error", None)
+    monkeypatch.setattr(backends, "_import_kernels", lambda: None)
+    assert backends.choose("auto", tensor_on("cuda:0"), backends.TRITON_MAX_FEATURES) == "triton"
+    assert backends.choose("auto", tensor_on("cuda:0"), backends.TRITON_MAX_FEATURES + 1) == "cuda"
+
+
+def test_auto_follows_measurements(on_a_gpu: dict[str, str | None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(measured.FASTEST, ("Some GPU", 512, BF16), "cuda")
+    monkeypatch.setitem(measured.FASTEST, ("Some GPU", 1024, BF16), "triton")
+    monkeypatch.setitem(measured.FASTEST, ("Other GPU", 256, BF16), "cuda")
+
+    def choice(features: int, dtype: torch.dtype) -> str:
+        return backends.choose("auto", tensor_on("cuda:0", dtype), features)
+
+    assert choice(512, BF16) == "cuda"
+    assert [choice(512, F16), choice(1024, BF16), choice(256, BF16)] == ["triton"] * 3  # not measured, not guessed
+    on_a_gpu["cuda"] = "out of order"
+    assert choice(512, BF16) == "triton"
+    on_a_gpu.update(cuda=None, triton="out of order")
+    assert choice(1024, BF16) == "cuda"
+    assert backends.choose("auto", tensor_on("meta"), 512) == "cuda"  # whose limits the fixture took away
+
+
+def test_what_a_table_may_hold() -> None:
+    for (name, features, dtype), winner in measured.FASTEST.items():
+        assert isinstance(name, str)
+        assert isinstance(features, int)
+        assert dtype in (F32, BF16, F16)
+        assert winner in ("triton", "cuda")
+
+
+# the operators, above a stand-in for the kernels
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The operators' namespace; "cuda" is them, on CPU tensors."""
+    simulated.use(monkeypatch, simulated.stand_in())
+    return torch.ops.depthlstm_fast_stand_in
+
+
+CHECKED_CALLS = pytest.mark.parametrize(("norm", "affine", "kind", "z_bias", "seed"), CHECKED)
+
+
+@CHECKED_CALLS
+@pytest.mark.parametrize("types", [Types(F32, F32, F32), Types(BF16, F32, F32)], ids=str)
+def test_opcheck_forward(stand_in: Any, norm: str, affine: bool, kind: str, z_bias: bool, seed: bool, types: Types) -> None:
+    inputs = with_gradients(raw((2, 3), 5, types, norm, affine, kind, z_bias, seed))
+    close = {"rtol": 1e-2, "atol": 1e-2} if types.z == BF16 else {}
+    torch.library.opcheck(stand_in.cuda_gates_forward.default, tuple(inputs), **close)
+
+
+@CHECKED_CALLS
+@pytest.mark.parametrize(("dh", "dc", "wanted"), [(True, True, True), (False, True, True), (True, False, False)])
+def test_opcheck_backward(
+    stand_in: Any, norm: str, affine: bool, kind: str, z_bias: bool, seed: bool, dh: bool, dc: bool, wanted: bool
+) -> None:
+    inputs = raw((2, 3), 5, Types(F32, F32, F32), norm, affine, kind, z_bias, seed)
+    torch.library.opcheck(stand_in.cuda_gates_backward.default, tuple(backward_arguments(inputs, dh, dc, wanted)))
+
+
+@pytest.mark.parametrize("more", [False, True])
+def test_opcheck_forward_into(stand_in: Any, more: bool) -> None:
+    inputs = raw((3,), 5, Types(F32, F32, F32), "gate", True, "gelu", True, True)
+    h = torch.zeros(3, 9)[:, 4:]
+    torch.library.opcheck(stand_in.cuda_gates_forward_into.default, (*inputs, torch.randn(3, 20) if more else None, h))
+
+
+@pytest.mark.parametrize("types", CUDA_TYPES, ids=str)
+@pytest.mark.parametrize(("norm", "affine", "kind"), CALLS)
+def test_values(stand_in: Any, norm: str, affine: bool, kind: str, types: Types) -> None:
+    tensors, options = arguments((4, 3), 33, types, norm, affine, kind)
+    check_gates(tensors, {**options, "dropout_p": 0.25, "training": True, "seed": torch.tensor([7])}, backend="cuda")
+
+
+def test_strided_rows_and_expanded_gradients(stand_in: Any) -> None:
+    tensors, options = arguments(6, 5, Types(F32, F32, F32), kind="given")
+    apart = {name: torch.cat((t, t), dim=-1).narrow(-1, 0, t.shape[-1]) for name, t in tensors.items()}
+    apart["c"] = tensors["c"].t().contiguous().t()  # no single row stride: copied
+    for grads in (
+        (torch.randn(()).expand(6, 5), torch.randn(5).expand(6, 5)),
+        (torch.randn(6, 10)[:, ::2], torch.randn(6, 1).expand(6, 5)),
+    ):
+        check_gates(apart, options, grads, backend="cuda")
+
+
+def test_one_gradient_is_enough(stand_in: Any) -> None:
+    z, c = torch.randn(3, 8, requires_grad=True), torch.randn(3, 2)
+    for place in range(2):
+        found, wanted = (
+            torch.autograd.grad(dl.depth_lstm_gates(z, c, norm="none", backend=backend)[place].square().sum(), z)[0]
+            for backend in ("cuda", "reference")
+        )
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0)], ids=str)
+def test_no_rows(stand_in: Any, shape: tuple[int, ...]) -> None:
+    """Nothing is launched: an error that waits for the next launch is still there after it."""
+    simulated.fail_once(1)
+    tensors, options = arguments(shape, 5, Types(BF16, F32, F32))
+    found = check_gates(tensors, options, backend="cuda")
+    assert not found["dweight"].any()
+    assert not found["dbias"].any()
+    *_, dz_bias = stand_in.cuda_gates_backward(*backward_arguments(raw(shape, 5, Types(F32, F32, F32), "gate", True, "gelu", True, False)))
+    assert dz_bias.shape == (20,)
+    assert not dz_bias.any()
+    with pytest.raises(RuntimeError, match="as it was told"):
+        dl.depth_lstm_gates(torch.randn(1, 8), torch.randn(1, 2), backend="cuda")
+
+
+def test_h_in_a_buffer_and_two_products(stand_in: Any) -> None:
+    inputs = raw((3,), 5, Types(F32, F32, F32), "gate", True, "gelu", True, True)
+    more, buffer = torch.randn(3, 40)[:, 3:23], torch.zeros(3, 9)
+    c_out = stand_in.cuda_gates_forward_into(*inputs, more, buffer[:, 4:])
+    wanted = stand_in.cuda_gates_forward(inputs[0] + more, *inputs[1:])
+    for a, e in zip((buffer[:, 4:], c_out), wanted, strict=True):
+        assert torch.equal(a, e)
+    assert not buffer[:, :4].any()
+
+
+@pytest.mark.parametrize("what", BAD)
+@pytest.mark.parametrize("operator", ["forward", "forward_into", "backward"])
+def test_operators_refuse_bad_arguments(stand_in: Any, what: str, operator: str) -> None:
+    inputs = raw((3,), 8, Types(F32, F32, F32), "gate", True, "gelu", True, True)
+    more = backward_arguments(inputs)
+    position, value = BAD[what]
+    inputs[position] = value
+    passed = {"forward": inputs, "forward_into": [*inputs, None, torch.empty(3, 8)], "backward": [*more[:2], *inputs, *more[-2:]]}
+    with pytest.raises(RuntimeError):
+        getattr(stand_in, f"cuda_gates_{operator}")(*passed[operator])
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "text"),
+    [
+        (11, torch.randn(3, 31), "z_more must have the leading shape of c and a last dimension of 32"),
+        (11, torch.randn(2, 32), "z_more must have the leading shape of c"),
+        (11, torch.randn(3, 32, dtype=BF16), "z_more has another dtype"),
+        (12, torch.empty(3, 7), "h must have the leading shape of c and a last dimension of 8"),
+        (12, torch.empty(3, 8, dtype=F16), "h has another dtype"),
+        (12, torch.empty(8, 3).t(), "h must have rows that lie one stride apart and do not overlap"),
+        (12, torch.empty(8).expand(3, 8), "h must have rows that lie one stride apart and do not overlap"),
+    ],
+    ids=str,
+)
+def test_forward_into_refuses_bad_arguments(stand_in: Any, position: int, value: Tensor, text: str) -> None:
+    inputs = [*raw((3,), 8, Types(F32, F32, F32), "gate", True, "gelu", True, True), None, torch.empty(3, 8)]
+    inputs[position] = value
+    with pytest.raises(RuntimeError, match=text):
+        stand_in.cuda_gates_forward_into(*inputs)
+
+
+def test_float64_is_refused(stand_in: Any) -> None:
+    inputs = raw((3,), 8, Types(F64, F64, F64), "gate", True, "gelu", False, False)
+    with pytest.raises(RuntimeError, match="z must be float32, bfloat16 or float16: the CUDA kernels have no float64"):
+        stand_in.cuda_gates_forward(*inputs)
+    with pytest.raises(RuntimeError, match="the CUDA kernels have no float64"):
+        stand_in.cuda_gates_backward(*backward_arguments(inputs))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("code", [98, 209, 222, 700, 2])
+def test_errors_of_cuda(stand_in: Any, code: int, backward: bool) -> None:
+    inputs = raw((3,), 8, Types(F32, F32, F32), "gate", True, "gelu", False, False)
+    name = "cuda_gates_backward" if backward else "cuda_gates_forward"
+    simulated.fail_once(code)
+    with pytest.raises(RuntimeError, match=rf"{name}: as it was told \(CUDA error {code}\)") as caught:
+        getattr(stand_in, name)(*(backward_arguments(inputs) if backward else inputs))
+    advice = "This library holds code for a simulated GPU; for another GPU, or a driver too old for its PTX, build it from source with "
+    assert (advice + "DEPTHLSTM_CUDA_ARCHS set" in str(caught.value)) == (code in (98, 209, 222))
+
+
+def test_error_in_place_of_a_workspace(stand_in: Any) -> None:
+    simulated.fail_once(-209)
+    with pytest.raises(RuntimeError, match=r"cuda_gates_backward: as it was told \(CUDA error 209\)\. This library holds"):
+        stand_in.cuda_gates_backward(*backward_arguments(raw((3,), 8, Types(F32, F32, F32), "gate", True, "gelu", False, False)))
+
+
+@needs_cpp
+def test_the_operators_take_cuda_tensors_only() -> None:
+    if "cuda" not in ops.OPERATORS:
+        pytest.skip("the library was built without CUDA")
+    inputs = raw((3,), 8, Types(F32, F32, F32), "gate", True, "gelu", False, False)
+    with pytest.raises(NotImplementedError, match="from the 'CPU' backend"):
+        torch.ops.depthlstm_fast.cuda_gates_forward(*inputs)
+    h, c = torch.ops.depthlstm_fast.cuda_gates_forward(*(x.to("meta") if isinstance(x, Tensor) else x for x in inputs))
+    assert h.shape == c.shape == (3, 8)
+
+
+# the Python above them
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch, stand_in: Any) -> list[bool]:
+    """For each call of the forward operator in eager, whether it was given a second product."""
+    found: list[bool] = []
+    forward = ops.DIRECT["cuda"].forward
+
+    def spy(*inputs: Any, **named: Any) -> Any:
+        found.append(named.get("z_more") is not None)
+        return forward(*inputs, **named)
+
+    monkeypatch.setitem(ops.DIRECT, "cuda", ops.DIRECT["cuda"]._replace(forward=spy))
+    return found
+
+
+def cell_arguments(rows: int, slices: int) -> list[Any]:
+    x = tuple(normal(rows, 3 + i, dtype=F32) for i in range(slices))
+    w = normal(24, 6 + sum(part.shape[1] for part in x), dtype=F32, scale=0.3)
+    return [x, normal(rows, 6, dtype=F32), normal(rows, 6, dtype=F32), w, *(normal(*shape, dtype=F32) for shape in ((24,), (4, 6), (4, 6)))]
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+@pytest.mark.parametrize("left", [0, 4])
+def test_few_rows_are_two_products_that_the_gates_add_up(products: list[bool], slices: int, left: int) -> None:
+    inputs = cell_arguments(5, slices)
+    with torch.no_grad():
+        h, c = dl.depth_lstm_cell(*inputs, left=left, backend="cuda")
+    assert products == [True]
+    assert h.stride(0) == 6 + left
+    for a, e in zip((h, c), dl.depth_lstm_cell(*inputs, backend="reference"), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-6)
+
+
+def test_one_product_where_one_is_enough(products: list[bool]) -> None:
+    many = cell_arguments(ops.FEW_ROWS + 1, 1)
+    inputs = cell_arguments(5, 1)
+    (x,), h = inputs[:2]
+    beside = torch.cat((x, h), dim=1).tensor_split((3,), dim=1)
+    with torch.no_grad():
+        dl.depth_lstm_cell(*many, backend="cuda")
+        dl.depth_lstm_cell(*beside, *inputs[2:], backend="cuda")
+    dl.depth_lstm_cell((x.requires_grad_(),), *inputs[1:], backend="cuda")
+    assert products == [False] * 3
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_stack_writes_into_buffers(products: list[bool], grad: bool) -> None:
+    encoder = dl.DepthLSTMEncoder(dl.DepthLSTMEncoderLayer(16, 2, batch_first=True, dropout=0.0), 3)
+    source = torch.randn(2, 4, 16)
+    results = []
+    for backend in ("cuda", "reference"):
+        with dl.use_backend(backend), torch.set_grad_enabled(grad):
+            output = encoder(source)
+            assert dl.last_backend() == backend
+            results.append([output, *(torch.autograd.grad(output.square().sum(), list(encoder.parameters())) if grad else ())])
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+    # the first cell's h comes from outside, where nobody left room beside it
+    assert products == ([False] * 3 if grad else [True, False, False])
+
+
+def test_compiled_graph_holds_the_operator(stand_in: Any) -> None:
+    torch._dynamo.reset()
+    targets: list[Any] = []
+
+    def keep(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        targets.extend(node.target for node in graph.graph.nodes if "depthlstm" in str(node.target))
+        return graph.forward
+
+    z, c = torch.randn(3, 8), torch.randn(3, 2)
+    compiled = torch.compile(lambda z, c: dl.depth_lstm_gates(z, c, backend="cuda"), fullgraph=True, backend=keep)
+    for a, e in zip(compiled(z, c), dl.depth_lstm_gates(z, c, backend="cuda"), strict=True):
+        assert torch.equal(a, e)
+    assert targets == [stand_in.cuda_gates_forward.default]
+
+
+# the whole cell above the CUDA kernels, simulated
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_simulated_kernels_add_two_products(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    simulated.use(monkeypatch, simulated.load())
+    ((x,), *others) = cell_arguments(5, 1)
+    inputs = [tensor.to(dtype) for tensor in (x, *others)]
+    eager = dl.reference.depth_lstm_cell(*inputs)
+    exact = dl.reference.depth_lstm_cell(*(tensor.double() for tensor in inputs))
+    for left in (0, 4):
+        with torch.no_grad():
+            found = dl.depth_lstm_cell(*inputs, left=left, backend="cuda")
+        assert found[0].stride(0) == 6 + left
+        for place in range(2):
+            error, allowed = excess(found[place], eager[place], exact[place])
+            assert error <= allowed
+
+
+# the build
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """setup.py as a module."""
+    spec = importlib.util.spec_from_file_location("depthlstm_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "FAILURE_FILE", tmp_path / "failed.txt")
+    for name in ("DEPTHLSTM_CUDA", "DEPTHLSTM_CUDA_ARCHS"):
+        monkeypatch.delenv(name, raising=False)
+    return module
+
+
+@pytest.fixture
+def nvcc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]:
+    """Puts an nvcc into CUDA_HOME that answers questions and compiles nothing."""
+
+    def make(version: str, *architectures: int) -> Path:
+        path = tmp_path / "cuda" / "bin" / "nvcc"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        codes, ptx = (" ".join(f"{kind}_{number}" for number in architectures) for kind in ("sm", "compute"))
+        path.write_text(f"""#!/bin/sh
+case "$1" in
+--version) echo "Cuda compilation tools, release {version}, V{version}.76" ;;
+--list-gpu-code) echo {codes} ;;
+--list-gpu-arch) echo {ptx} ;;
+--dryrun) echo '#$ LIBRARIES=  "-L/some where/lib/stubs" "-L/some where/lib"' >&2 ;;
+esac
+""")
+        path.chmod(0o755)
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+        return path
+
+    return make
+
+
+def test_nvcc_is_found_and_asked(build: ModuleType, nvcc: Any) -> None:
+    path = nvcc("13.0", 75, 80, 90, 100, 120)
+    assert build.find_nvcc() == (str(path), "13.0.76", list(HELD), ["/some where/lib/stubs", "/some where/lib"])
+
+
+def test_older_nvcc_builds_what_it_knows(build: ModuleType, nvcc: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    nvcc("12.4", 50, 80, 90)
+    assert build.find_nvcc().archs == ["80", "90"]
+    assert "nvcc 12.4.76 does not know 100, 120-ptx" in capsys.readouterr().out
+
+
+def test_too_old_nvcc_is_refused(build: ModuleType, nvcc: Any) -> None:
+    nvcc("11.8", 80, 90)
+    assert build.find_nvcc() == "nvcc 11.8.76 is too old, 12.0 or newer is needed"
+
+
+def test_cuda_can_be_left_out(build: ModuleType, nvcc: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvcc("13.0", 80)
+    monkeypatch.setenv("DEPTHLSTM_CUDA", "0")
+    assert build.find_nvcc() == "DEPTHLSTM_CUDA=0"
+    monkeypatch.delenv("DEPTHLSTM_CUDA")
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    assert build.find_nvcc() == "nvcc was not found (CUDA_HOME, PATH, /usr/local/cuda)"
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [("80;90", ["80", "90"]), ("86, 120-ptx", ["86", "120-ptx"]), ("90 90", ["90"]), (" ; ", ["80"])],
+)
+def test_architectures_that_are_asked_for(
+    build: ModuleType, nvcc: Any, monkeypatch: pytest.MonkeyPatch, asked: str, found: list[str]
+) -> None:
+    monkeypatch.setenv("DEPTHLSTM_CUDA_ARCHS", asked)
+    assert build.cuda_archs("13.0", {"sm_80", "sm_86", "sm_90", "compute_120"})[: len(found)] == found
+
+
+@pytest.mark.parametrize(
+    ("asked", "text"),
+    [
+        ("75", "found '75'"),
+        (
+            "8.0",
+            "DEPTHLSTM_CUDA_ARCHS must list compute capabilities from 8.0 on, without their dot, as in \"80;90;120-ptx\"; found '8.0'",
+        ),
+        ("sm_80", "found 'sm_80'"),
+        ("90a", "found '90a'"),
+        ("80;97", "nvcc 13.0 does not know 97 of DEPTHLSTM_CUDA_ARCHS; it knows compute_120, sm_80"),
+        ("80-ptx", "does not know 80-ptx"),
+    ],
+)
+def test_architectures_that_cannot_be(build: ModuleType, monkeypatch: pytest.MonkeyPatch, asked: str, text: str) -> None:
+    monkeypatch.setenv("DEPTHLSTM_CUDA_ARCHS", asked)
+    with pytest.raises(SystemExit) as caught:
+        build.cuda_archs("13.0", {"sm_80", "compute_120"})
+    assert text in str(caught.value)
+    assert text in build.FAILURE_FILE.read_text()
