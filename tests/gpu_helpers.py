@@ -1,6 +1,6 @@
 """What the tests of kernels on a GPU share: random arguments made there, poisoned memory, results held to fp64 on the same GPU.
 
-DEPTHLSTM_REHEARSE=1 puts everything on the CPU, where Triton's interpreter runs the kernels, and makes all sizes tiny.
+DEPTHLSTM_REHEARSE=1 puts everything on the CPU, where Triton's interpreter runs its kernels, and makes all sizes tiny.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from helpers import Types, excess
 from torch import Tensor
@@ -21,7 +22,23 @@ import depthlstm_fast as dl
 REHEARSE = os.environ.get("DEPTHLSTM_REHEARSE", "0") not in ("", "0")
 DEVICE = "cpu" if REHEARSE else "cuda"
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+BACKENDS = ["triton", "cuda"]  # the fused backends for GPUs
+# of backward: rows in registers, and not, and rows that are no whole vectors
+SCHEMES = [12] if REHEARSE else [512, 4096, 1001]
+every_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+FREE_BYTES, SMALL_BYTES = 1 << 29, 1 << 20
 Function = Callable[..., tuple[Tensor, Tensor]]
+
+
+def runnable(backend: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """``backend``, which runs until the end of the test; where it cannot the test is skipped."""
+    if REHEARSE and backend == "cuda":
+        import simulated
+
+        simulated.use(monkeypatch, simulated.stand_in())
+    elif not dl.backends()[backend].available:
+        pytest.skip(f"no {backend} backend: {dl.backends()[backend].detail}")
+    return backend
 
 
 def few(size: int, rehearsed: int) -> int:
@@ -49,9 +66,19 @@ def grads_for(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return normal(*shape, dtype=tensors["z"].dtype), normal(*shape, dtype=tensors["c"].dtype)
 
 
+def spoil_free_memory() -> None:
+    """Leave NaN in the memory that the next allocations get: what is allocated over the stable ABI, no mode of torch fills."""
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+        # the allocator keeps small blocks apart
+        blocks = [torch.full((size,), 0xFF, dtype=torch.uint8, device=DEVICE) for size in (FREE_BYTES, *[SMALL_BYTES] * 16)]
+        del blocks
+
+
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Fill what torch.empty gives with NaN."""
+    """Fill what torch.empty gives with NaN, and leave NaN in a GPU's free memory."""
+    spoil_free_memory()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,53 +1,58 @@
-"""The kernels on a GPU: values against fp64 on the same GPU, and what only a GPU can show: streams, graphs, large sizes, allocations.
+"""The kernels on a GPU, Triton's and those in csrc/cuda: values against fp64 on the same GPU. test_gpu_device.py has what only a GPU can
+show.
 
 Whatever the kernels allocate is NaN before they write it. Rehearsed without a GPU: DEPTHLSTM_REHEARSE=1 runs, on tiny sizes, the tests
-that Triton's interpreter can run on the CPU.
+that the CPU can run, with Triton's interpreter and with what stands in for the CUDA kernels in the tests of their binding.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 from typing import Any
 
 import pytest
 import torch
 from gpu_helpers import (
+    BACKENDS,
     BF16,
     DEVICE,
     F16,
     F32,
     F64,
     REHEARSE,
+    SCHEMES,
     assert_bound,
     assert_identical,
     cell_tensors,
     check,
+    every_backend,
     few,
     fused_results,
     grads_for,
     make,
     normal,
+    poisoned,
     results,
+    runnable,
 )
 from helpers import Types, excess
-from torch import Tensor, nn
 
 import depthlstm_fast as dl
 from depthlstm_fast.reference.gates import dropout_mask
 
-BACKENDS = ["triton"]  # the fused backends for GPUs
-
 pytestmark = [] if REHEARSE else [pytest.mark.gpu]
-needs_gpu = pytest.mark.skipif(REHEARSE, reason="a rehearsal on the CPU")
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
+cuda_alone = pytest.mark.parametrize("backend", ["cuda"], indirect=True)
 
 TYPES = [Types(F32, F32, F32), *(Types(z, c, affine) for z in (BF16, F16) for c in (z, F32) for affine in (z, F32))]
 MAIN_TYPES = [Types(F32, F32, F32), Types(BF16, BF16, BF16)]
 ACTIVATIONS = ["gelu", "gelu_tanh", "relu", "tanh", "silu", "sigmoid", "given"]
 NORMS = [("gate", True), ("gate", False), ("joint", True), ("joint", False), ("none", False)]
 WIDTHS = [1, 3, 33] if REHEARSE else [1, 3, 33, 100, 256, 511, 512, 768, 1000, 1024, 1600, 2048, 2050, 4096, 5000, 8192]
-BOTH_SCHEMES = [12] if REHEARSE else [512, 4096]  # of backward: rows in registers, and not
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    return runnable(request.param, monkeypatch)
 
 
 # --- values
@@ -77,7 +82,14 @@ def test_values_of_every_norm(backend: str, norm: str, affine: bool, kind: str) 
 @pytest.mark.parametrize("types", MAIN_TYPES, ids=str)
 @pytest.mark.parametrize("features", WIDTHS)
 def test_values_of_every_width(backend: str, features: int, types: Types) -> None:
-    check(backend, make(few(max(131, 200_000 // features), 3), features, types))
+    check(backend, make(few(max(131, 600_000 // features), 3), features, types))
+
+
+@cuda_alone
+@pytest.mark.parametrize("types", MAIN_TYPES, ids=str)
+@pytest.mark.parametrize("features", [8200, 16384, 20_001] if not REHEARSE else [35])
+def test_values_of_rows_that_triton_does_not_take(backend: str, features: int, types: Types) -> None:
+    check(backend, make(few(131, 3), features, types))
 
 
 @every_backend
@@ -87,7 +99,7 @@ def test_many_rows(backend: str, types: Types) -> None:
 
 
 @every_backend
-@pytest.mark.parametrize("features", BOTH_SCHEMES)
+@pytest.mark.parametrize("features", SCHEMES)
 @pytest.mark.parametrize("which", [0, 1])
 def test_one_gradient_alone(backend: str, features: int, which: int) -> None:
     tensors = make(few(300, 3), features, Types(BF16, BF16, BF16))
@@ -126,7 +138,7 @@ def test_zero_rows(backend: str) -> None:
 
 
 @every_backend
-@pytest.mark.parametrize("features", BOTH_SCHEMES)
+@pytest.mark.parametrize("features", SCHEMES)
 def test_rows_are_independent(backend: str, features: int) -> None:
     rows = few(1000, 5)
     tensors = make(rows, features, Types(BF16, BF16, BF16))
@@ -140,7 +152,7 @@ def test_rows_are_independent(backend: str, features: int) -> None:
 
 
 @every_backend
-@pytest.mark.parametrize("features", [512, 1024, 4096] if not REHEARSE else [12])
+@pytest.mark.parametrize("features", [512, 1024, 4096, 1001] if not REHEARSE else [12])
 def test_twenty_runs_are_bitwise_equal(backend: str, features: int) -> None:
     tensors = make(few(20_011, 5), features, Types(BF16, BF16, F32))
     kept, grads = {name: tensor.clone() for name, tensor in tensors.items()}, grads_for(tensors)
@@ -165,7 +177,7 @@ def test_dropout_mask_is_the_same_everywhere(backend: str, seed: int) -> None:
 
 
 @every_backend
-@pytest.mark.parametrize("features", BOTH_SCHEMES)
+@pytest.mark.parametrize("features", SCHEMES)
 def test_values_with_dropout(backend: str, features: int) -> None:
     key = torch.tensor([42], dtype=torch.int64, device=DEVICE)
     check(backend, make(few(300, 3), features, Types(BF16, BF16, BF16)), dropout_p=0.3, training=True, seed=key)
@@ -185,6 +197,19 @@ def test_values_of_the_cell(backend: str, dtype: torch.dtype, beside: bool) -> N
     eager = results(dl.reference.depth_lstm_cell, tensors, grads)
     double = {name: tensor.double() for name, tensor in tensors.items()}
     assert_bound(found, eager, results(dl.reference.depth_lstm_cell, double, (grads[0].double(), grads[1].double())))
+
+
+@every_backend
+@pytest.mark.parametrize("beside", [False, True], ids=["apart", "beside"])
+@pytest.mark.parametrize("rows", [1, 8, 64] if not REHEARSE else [2])
+def test_values_of_a_decoding_step(backend: str, rows: int, beside: bool) -> None:
+    """Few rows without gradients, where a cell may make two products and leave their sum to the gates."""
+    tensors = cell_tensors(rows, few(512, 8), F32 if REHEARSE else BF16, beside)
+    with torch.no_grad(), poisoned():
+        found = dl.depth_lstm_cell(**tensors, backend=backend)
+    eager = dl.reference.depth_lstm_cell(**tensors)
+    exact = dl.reference.depth_lstm_cell(**{name: tensor.double() for name, tensor in tensors.items()})
+    assert_bound(*(dict(zip(("h", "c"), outputs, strict=True)) for outputs in (found, eager, exact)))
 
 
 @every_backend
@@ -238,212 +263,10 @@ def test_auto_chooses_a_kernel() -> None:
 
 @every_backend
 def test_what_no_kernel_takes_is_said(backend: str) -> None:
+    if REHEARSE and backend == "cuda":
+        pytest.skip("what stands in for the kernels takes more")
     with pytest.raises(ValueError, match="float64"):
         dl.depth_lstm_gates(**{name: tensor.double() for name, tensor in make(3, 8, Types(F32, F32, F32)).items()}, backend=backend)
-    with pytest.raises(ValueError, match="8192"):
-        dl.depth_lstm_gates(**make(1, 8193, Types(F32, F32, F32)), backend=backend)
-
-
-# --- what only a GPU can show
-
-
-@needs_gpu
-@every_backend
-@pytest.mark.parametrize("features", BOTH_SCHEMES)
-def test_side_stream(backend: str, features: int) -> None:
-    """Work on a side stream behind a slow kernel: whatever ran on another stream would read NaN."""
-    tensors = make(3000, features, Types(BF16, BF16, BF16))
-    grads = grads_for(tensors)
-    wanted = fused_results(backend, tensors, grads)
-    late = {name: torch.full_like(tensor, float("nan")) for name, tensor in tensors.items()}
-    torch.cuda.synchronize()
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        torch.cuda._sleep(100_000_000)
-        for name, tensor in tensors.items():
-            late[name].copy_(tensor)
-        found = fused_results(backend, late, grads)
-        found = {name: tensor * 1 for name, tensor in found.items()}
-    torch.cuda.current_stream().wait_stream(side)
-    assert_identical(found, wanted)
-
-
-@needs_gpu
-@every_backend
-@pytest.mark.parametrize("features", BOTH_SCHEMES)
-def test_cuda_graph_of_forward_and_backward(backend: str, features: int) -> None:
-    tensors = make(1000, features, Types(BF16, BF16, BF16))
-    grads = grads_for(tensors)
-    leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
-
-    def run() -> list[Tensor]:
-        outputs = dl.depth_lstm_gates(**leaves, backend=backend)
-        return [*outputs, *torch.autograd.grad(outputs, list(leaves.values()), grads)]
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
-    for _ in range(3):
-        changed = make(1000, features, Types(BF16, BF16, BF16))
-        with torch.no_grad():
-            for name, tensor in changed.items():
-                leaves[name].copy_(tensor)
-        graph.replay()
-        wanted = fused_results(backend, changed, grads)
-        assert_identical(dict(zip(wanted, captured, strict=True)), wanted)
-
-
-@needs_gpu
-@every_backend
-def test_cuda_graph_draws_dropout_anew(backend: str) -> None:
-    tensors = make(200, 512, Types(BF16, BF16, BF16))
-    with torch.no_grad():
-        dl.depth_lstm_gates(**tensors, dropout_p=0.5, training=True, backend=backend)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            h, _ = dl.depth_lstm_gates(**tensors, dropout_p=0.5, training=True, backend=backend)
-    found = []
-    for _ in range(2):
-        graph.replay()
-        found.append(h.clone())
-    assert not torch.equal(*found)
-
-
-class Gates(nn.Module):
-    def __init__(self, features: int, backend: str) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(normal(4, features)), nn.Parameter(normal(4, features))
-        self.backend = backend
-
-    def forward(self, z: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        h, c = dl.depth_lstm_gates(z * 2, c, self.weight, self.bias, backend=self.backend)
-        return h + 1, c
-
-
-@every_backend
-def test_compiled_once_for_any_number_of_rows(backend: str) -> None:
-    features = few(128, 4)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    model = Gates(features, backend)
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager" if REHEARSE else "inductor")
-    for rows in (5, 2, 3) if REHEARSE else (50, 2, 3, 4, 7, 17, 33, 64, 1000, 4099):
-        z, c = normal(rows, 4 * features).requires_grad_(), normal(rows, features).requires_grad_()
-        leaves, grads = [z, c, *model.parameters()], [normal(rows, features), normal(rows, features)]
-        outputs = compiled(z, c)
-        found = [*outputs, *torch.autograd.grad(outputs, leaves, grads)]
-        outputs = model(z, c)
-        wanted = [*outputs, *torch.autograd.grad(outputs, leaves, grads)]
-        for one, other in zip(found, wanted, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-
-
-@needs_gpu
-@every_backend
-def test_more_than_two_to_the_31_elements(backend: str) -> None:
-    """z of 2^31 elements and a few rows: first and last rows, and those about element 2^31, are those of small calls, bit for bit."""
-    features = 4096
-    edge = 2**31 // (4 * features)
-    rows = edge + 3
-    if torch.cuda.mem_get_info()[0] < 24 << 30:
-        pytest.skip("needs 24 GiB of free GPU memory")
-    z = torch.empty(rows, 4 * features, dtype=BF16, device=DEVICE).normal_()
-    c, dh, dc = (torch.empty(rows, features, dtype=BF16, device=DEVICE).normal_() for _ in range(3))
-    affine = {name: tensor for name, tensor in make(1, features, Types(BF16, BF16, BF16)).items() if name in ("weight", "bias")}
-    large = fused_results(backend, {"z": z, "c": c}, (dh, dc))
-    for part in (slice(0, 5), slice(edge - 2, rows)):
-        small = fused_results(backend, {"z": z[part].clone(), "c": c[part].clone()}, (dh[part].clone(), dc[part].clone()))
-        assert_identical({name: tensor[part] for name, tensor in large.items()}, small)
-    del large
-    forward = dl.depth_lstm_gates(z, c, **affine, backend=backend)
-    part = slice(edge - 2, rows)
-    for found, wanted in zip(forward, dl.depth_lstm_gates(z[part].clone(), c[part].clone(), **affine, backend=backend), strict=True):
-        assert torch.equal(found[part], wanted)
-
-
-@needs_gpu
-@every_backend
-def test_on_a_gpu_that_is_not_the_current_one(backend: str) -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
-    tensors = make(300, 512, Types(BF16, BF16, BF16))
-    grads = grads_for(tensors)
-    wanted = fused_results(backend, tensors, grads)
-    moved = {name: tensor.to("cuda:1") for name, tensor in tensors.items()}
-    found = fused_results(backend, moved, (grads[0].to("cuda:1"), grads[1].to("cuda:1")))
-    assert torch.cuda.current_device() == 0
-    assert {tensor.device.index for tensor in found.values()} == {1}
-    assert_identical({name: tensor.to("cuda:0") for name, tensor in found.items()}, wanted)
-
-
-@needs_gpu
-@every_backend
-@pytest.mark.parametrize("features", BOTH_SCHEMES)
-def test_nothing_is_kept_but_inputs_and_outputs(backend: str, features: int) -> None:
-    tensors = {name: tensor.requires_grad_() for name, tensor in make((1 << 23) // features, features, Types(BF16, BF16, BF16)).items()}
-    grads = grads_for(tensors)
-
-    def forward() -> tuple[Tensor, Tensor]:
-        return dl.depth_lstm_gates(**tensors, backend=backend)
-
-    torch.autograd.grad(forward(), list(tensors.values()), grads)
-    before = torch.cuda.memory_allocated()
-    outputs = forward()
-    size = sum(output.nbytes for output in outputs)
-    assert torch.cuda.memory_allocated() - before == size
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    found = torch.autograd.grad(outputs, list(tensors.values()), grads)
-    peak = torch.cuda.max_memory_allocated() - before
-    assert peak <= 1.25 * sum(gradient.nbytes for gradient in found)  # beside the gradients the partial sums, and statistics of rows
-
-
-@needs_gpu
-@every_backend
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("features", BOTH_SCHEMES)
-def test_a_call_never_waits_for_the_gpu(backend: str, features: int, dropout: float) -> None:
-    gates, cell = make(300, features, Types(BF16, BF16, BF16)), cell_tensors(300, features, BF16, True)
-    calls = []
-    for function, tensors in ((dl.depth_lstm_gates, gates), (dl.depth_lstm_cell, cell)):
-        leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
-        calls.append((function, leaves, grads_for({"z": tensors["c"], "c": tensors["c"]})))
-
-    def run() -> None:
-        for function, leaves, grads in calls:
-            outputs = function(**leaves, dropout_p=dropout, training=True, backend=backend)  # type: ignore[operator]
-            torch.autograd.grad(outputs, list(leaves.values()), grads)
-
-    run()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@needs_gpu
-@every_backend
-def test_work_of_other_streams_on_freed_memory(backend: str) -> None:
-    """Calls on two streams at once, with allocations and frees in between, do not disturb each other."""
-    tensors = make(4000, 1024, Types(BF16, BF16, BF16))
-    grads = grads_for(tensors)
-    wanted = fused_results(backend, tensors, grads)
-    torch.cuda.synchronize()
-    streams = [torch.cuda.Stream() for _ in range(2)]
-    every: list[dict[str, Tensor]] = []
-    for _, stream in itertools.product(range(5), streams):
-        with torch.cuda.stream(stream):
-            every.append(fused_results(backend, tensors, grads))
-    torch.cuda.synchronize()
-    for found in every:
-        assert_identical(found, wanted)
+    if backend == "triton":
+        with pytest.raises(ValueError, match="8192"):
+            dl.depth_lstm_gates(**make(1, 8193, Types(F32, F32, F32)), backend=backend)
