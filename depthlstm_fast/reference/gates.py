@@ -191,6 +191,9 @@ def depth_lstm_cell(
     if not torch.is_autocast_enabled(h.device.type):
         checks.check_cell(inputs, h, c, w, b, weight, bias, hidden, norm, seed)
     z = F.linear(torch.cat((*inputs, h), dim=-1), w, None if b is None else b.to(w.dtype))
+    if hidden is not None and torch.is_autocast_enabled(h.device.type):
+        checks.check_float_tensor("hidden", hidden)
+        hidden = hidden.to(z.dtype)
     return depth_lstm_gates(
         z, c, weight, bias, hidden=hidden, norm=norm, activation=activation, eps=eps, dropout_p=dropout_p, training=training, seed=seed
     )
