@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +20,9 @@ from typing import IO, Any
 ROOT = Path(__file__).resolve().parents[1]
 TAIL_CHARACTERS = 6000
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-KERNELS = ("forward_kernel", "narrow_backward_kernel", "row_sums_kernel", "wide_backward_kernel", "sums_kernel")
+# parts of the names of our kernels, those of Triton and those of csrc/cuda
+KERNELS = ("forward_kernel", "row_sums_kernel", "sums_kernel", "narrow_backward", "wide_backward")
+KERNELS += ("forward_warp", "forward_block", "forward_any", "row_statistics")
 
 
 @dataclass
@@ -32,8 +34,8 @@ class Outcome:
     output: str
 
 
-def start(command: Sequence[str], output: IO[bytes], environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
-    """Start a program in the repository's root, in a process group of its own."""
+def start(command: Sequence[str], output: IO[bytes] | None, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """Start a program in the repository's root, in a process group of its own; with ``output`` None it prints where this one does."""
     variables = {**os.environ, **(environment or {})}
     return subprocess.Popen(
         list(command), cwd=ROOT, env=variables, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -55,8 +57,13 @@ def stop(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
-def run_all(commands: Mapping[str, Sequence[str]], limit: float, environment: Mapping[str, str] | None = None) -> dict[str, Outcome]:
-    """Run programs side by side, each for at most ``limit`` seconds."""
+def run_all(
+    commands: Mapping[str, Sequence[str]],
+    limit: float,
+    environment: Mapping[str, str] | None = None,
+    on_end: Callable[[str, Outcome], None] = lambda name, outcome: None,
+) -> dict[str, Outcome]:
+    """Run programs side by side, each for at most ``limit`` seconds; ``on_end`` is told of each as it ends."""
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         paths = {name: Path(folder) / f"{index}.log" for index, name in enumerate(commands)}
@@ -75,15 +82,14 @@ def run_all(commands: Mapping[str, Sequence[str]], limit: float, environment: Ma
                     if code is None and took > limit:
                         stop(process)
                     if code is not None or took > limit:
-                        outcomes[name] = Outcome(code, took, "")
+                        outcomes[name] = Outcome(code, took, paths[name].read_text(encoding="utf-8", errors="replace"))
+                        on_end(name, outcomes[name])
                 time.sleep(0.05)
         finally:
             for process in processes.values():
                 stop(process)
             for file in files.values():
                 file.close()
-        for name, outcome in outcomes.items():
-            outcome.output = paths[name].read_text(encoding="utf-8", errors="replace")
     return outcomes
 
 
@@ -160,37 +166,42 @@ def run_tests(
     return entry | {"status": status, "counts": found, "failing": lines, "seconds": round(outcome.seconds, 1), "tail": tail}
 
 
-def find_sanitizer() -> str | None:
-    """compute-sanitizer's path, None where this machine has none."""
-    candidates = [shutil.which("compute-sanitizer"), "/usr/local/cuda/bin/compute-sanitizer"]
+def find_tool(name: str) -> str | None:
+    """The path of a program that comes with CUDA, None where this machine has none."""
+    candidates = [shutil.which(name), f"/usr/local/cuda/bin/{name}"]
     nvcc = shutil.which("nvcc")
     if nvcc:
-        candidates.append(str(Path(nvcc).resolve().with_name("compute-sanitizer")))
+        candidates.append(str(Path(nvcc).resolve().with_name(name)))
     return next((path for path in candidates if path and os.access(path, os.X_OK)), None)
 
 
-def sanitizer_commands(tool: str) -> dict[str, list[str]]:
+def sanitizer_commands(tool: str, backend: str) -> dict[str, list[str]]:
     """Every check of compute-sanitizer on benchmarks/sanitize.py."""
-    script = [sys.executable, str(ROOT / "benchmarks" / "sanitize.py")]
+    script = [sys.executable, str(ROOT / "benchmarks" / "sanitize.py"), backend]
     return {check: [tool, "--tool", check, "--print-limit", "20", "--error-exitcode", "9", *script] for check in TOOLS}
 
 
-def judge(check: str, outcome: Outcome) -> dict[str, Any]:
+def verdict(check: str, backend: str, said: str, seconds: float = 0.0) -> dict[str, Any]:
+    """The entry of a check that nothing was counted by."""
+    return {"check": check, "backend": backend, "verdict": said, "ours": 0, "total": None, "seconds": round(seconds, 1), "output": ""}
+
+
+def judge(check: str, outcome: Outcome, backend: str = "") -> dict[str, Any]:
     """The verdict on one check: faults that name a kernel of ours, and all that it counted."""
     ours = sum(1 for line in outcome.output.splitlines() if re.search(r"\bat\b|\bin\b", line) and any(name in line for name in KERNELS))
     summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", outcome.output)
     total = int(summary.group(1)) if summary else None
     finished = "sanitize: done" in outcome.output
-    if outcome.code is None:
-        verdict = "time was up"
+    if ours:
+        said = "FAULTS"
+    elif outcome.code is None:
+        said = "time was up"
     elif not finished:
-        verdict = "did not run to its end"
-    elif ours:
-        verdict = "FAULTS"
+        said = "did not run to its end"
     elif total:
-        verdict = "faults, none of them in our kernels"
+        said = "faults, none of them in our kernels"
     else:
-        verdict = "clean"
+        said = "clean"
     # what stands at the end is the summary; the first faults are what tells
     output = outcome.output if len(outcome.output) < 4000 else outcome.output[:2500] + "\n[...]\n" + outcome.output[-1500:]
-    return {"check": check, "verdict": verdict, "ours": ours, "total": total, "seconds": round(outcome.seconds, 1), "output": output}
+    return verdict(check, backend, said, outcome.seconds) | {"ours": ours, "total": total, "output": output}

@@ -1,10 +1,11 @@
 """Everything that can be told on a GPU, unattended and within one budget of time: `make gpu`, or `python benchmarks/gpu.py`.
 
-Checks come before timings, what tells most comes first, and every result is written down as it comes: results.json, report.md, plans.json,
-plans.md, tests.xml, speed.png and floor.png in the folder that OUT names, else in benchmarks/results/MACHINE. The jobs run in a process
-of their own: where one crashes it or hangs, it is started again behind that job.
+Checks come before timings, what tells most comes first, and every result is written down as it comes: results.json, report.md,
+fastest.txt, plans.json, plans.md, tests.xml, speed.png and floor.png in the folder that OUT names, else in benchmarks/results/MACHINE. The
+jobs run in a process of their own: where one crashes it or hangs, it is started again behind that job.
 
---rehearse runs every path on the CPU with Triton's interpreter, on tiny sizes; its numbers mean nothing and go to a temporary folder.
+--rehearse runs every path on the CPU, on tiny sizes, with Triton's interpreter and, in the place of the CUDA kernels, those of the CPU; its
+numbers mean nothing and go to a temporary folder.
 """
 
 from __future__ import annotations
@@ -27,9 +28,12 @@ from benchmarks.rows import Row, Settings
 from benchmarks.stages import Budget, Recorder, read_run, row_data, run_jobs
 
 RESULTS = Path(__file__).resolve().parent / "results"
-FILES = ("results.json", "report.md", "plans.json", "plans.md", "tests.xml", "speed.png", "floor.png")
+FILES = ("results.json", "report.md", "fastest.txt", "plans.json", "plans.md", "tests.xml", "speed.png", "floor.png")
 BACKENDS = ("triton", "cuda")  # under test, those of them that are available
-STAGES = ("report", "prepare", "checks", "gates", "cell", "layer", "memory", "host", "pictures", "tests", "plans", "sanitizer", "autotune")
+STAGES = (
+    *("report", "prepare", "checks", "gates", "cell", "layer", "memory", "host", "pictures"),
+    *("tests", "sanitizer", "counters", "plans", "autotune"),
+)
 NO_GPU, LOST = 2, 70  # exit statuses of the worker: there is nothing to measure; the GPU's context is lost, start it again
 
 
@@ -79,6 +83,23 @@ def probe(options: argparse.Namespace) -> int:
     return NO_GPU
 
 
+def backends_under_test(asked: list[str] | None, rehearse: bool) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The backends that were asked for, or all, without those that cannot run here; and of the latter, why."""
+    import depthlstm_fast as dl
+    from benchmarks.gpu_rehearsal import stand_in_for_cuda
+
+    wanted, absent = [name for name in BACKENDS if name in (asked or BACKENDS)], {}
+    for name in wanted:
+        if rehearse and name == "cuda":
+            reason = stand_in_for_cuda()
+        else:
+            available, detail = dl.backends()[name]
+            reason = None if available else detail
+        if reason is not None:
+            absent[name] = reason
+    return tuple(name for name in wanted if name not in absent), absent
+
+
 def work(options: argparse.Namespace) -> int:
     """The worker: run the jobs that no earlier process has attempted."""
     if options.rehearse:
@@ -87,17 +108,14 @@ def work(options: argparse.Namespace) -> int:
         return NO_GPU
     import torch
 
-    import depthlstm_fast as dl
     from benchmarks import device, gpu_bench, machine, prepare
     from benchmarks.checks import Check
     from benchmarks.gpu_checks import Checker
     from benchmarks.gpu_stages import Stages
 
-    available = [name for name in BACKENDS if dl.backends()[name].available]
-    backends = tuple(options.backend or available)
-    if not backends or not set(backends) <= set(available):
-        reasons = "; ".join(f"{name}: {dl.backends()[name].detail}" for name in options.backend or BACKENDS)
-        print(f"make gpu: nothing to measure: {reasons}", file=sys.stderr)
+    backends, absent = backends_under_test(options.backend, options.rehearse)
+    if not backends:
+        print(f"make gpu: nothing to measure: {'; '.join(f'{name}: {reason}' for name, reason in absent.items())}", file=sys.stderr)
         return NO_GPU
     on = torch.device("cpu") if options.rehearse else torch.device("cuda", torch.cuda.current_device())
     about = machine.describe_gpu(on)
@@ -109,7 +127,9 @@ def work(options: argparse.Namespace) -> int:
             (folder / name).unlink(missing_ok=True)
         date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
         run = {"schema": 1, "kind": "gpu", "date": date, "rehearsal": options.rehearse, "quick": False, "machine": about}
-        run["backends"] = list(backends)
+        run |= {"backends": list(backends), "absent": absent, "counters": []}
+        for name, reason in absent.items():
+            print(f"make gpu: without {name}: {reason}", flush=True)
     recorder = Recorder(folder, run, gpu_report.render)
     compile = not options.rehearse if options.compile is None else options.compile
     if options.rehearse:

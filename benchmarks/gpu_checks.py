@@ -1,7 +1,7 @@
 """Correct before fast, on the GPU: a row is timed only where its backend, dtype and width are held to the fp64 reference first.
 
 fp64 and eager run on the same GPU. The bound is that of the tests: twice eager's error and one rounding of the largest value, eight in
-fp32, where eager's largest error can be luckily small. What the gates allocate is filled with NaN meanwhile, so that an element
+fp32, where eager's largest error can be luckily small. What the gates allocate holds NaN before they write it, so that an element
 that nobody writes is found.
 """
 
@@ -25,12 +25,24 @@ from benchmarks.device import release
 ROUNDINGS = {torch.float32: 8.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 LAYER_ROUNDINGS = 4.0  # several products deep
 NAMES = {"gates": ("z", "c", "weight", "bias"), "cell": ("x", "h", "c", "w", "b", "weight", "bias")}
+FREE_BYTES, FREE_SMALL_BYTES, SMALL_BYTES = 1 << 31, 1 << 26, 1 << 20
+CPU = torch.device("cpu")
 Key = tuple[str, str, torch.dtype, int]  # subject ("gates", "cell", "cell beside", "layer"), backend, dtype, D
 
 
+def spoil_free_memory(device: torch.device) -> None:
+    """Leave NaN in the memory that the next allocations on a GPU get: what is allocated over the stable ABI, nobody fills."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        sizes = [FREE_BYTES, *[SMALL_BYTES] * (FREE_SMALL_BYTES // SMALL_BYTES)]  # the allocator keeps small blocks apart
+        blocks = [torch.full((size,), 0xFF, dtype=torch.uint8, device=device) for size in sizes]
+        del blocks
+
+
 @contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """Fill what torch.empty gives with NaN inside the ``with`` block."""
+def poisoned(device: torch.device = CPU) -> Iterator[None]:
+    """Fill what torch.empty gives with NaN inside the ``with`` block, and leave NaN in free memory of a GPU before it."""
+    spoil_free_memory(device)
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -92,7 +104,7 @@ class Checker:
         if subject == "gates":
             inputs = gates.make_inputs(rows, features, dtype, self.device)
             fused = functools.partial(dl.depth_lstm_gates, backend=backend)
-            with poisoned():
+            with poisoned(self.device):
                 made = checks.function_check("gates", reference_gates, fused, inputs, NAMES["gates"], dtype, roundings)
         else:
             inputs = cell.make_inputs(rows, features, dtype, self.device, beside=subject == "cell beside")
@@ -104,7 +116,7 @@ class Checker:
         """Hold the last rows of a call on ``inputs`` of the gates, as large as they are timed, to fp64; what is wrong, or None."""
         dtype, features = inputs[0].dtype, inputs[1].shape[-1]
         z, c, *affine = inputs
-        with torch.no_grad(), poisoned():
+        with torch.no_grad(), poisoned(self.device):
             fused = [tensor[-count:] for tensor in dl.depth_lstm_gates(*inputs, backend=backend)]
             eager = reference_gates(z[-count:], c[-count:], *affine)
             exact = reference_gates(*(tensor.double() for tensor in (z[-count:], c[-count:], *affine)))

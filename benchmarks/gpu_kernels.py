@@ -149,7 +149,7 @@ def overhead_rows(bench: Bench) -> Iterator[Row]:
 
 
 def few_rows(bench: Bench, rows: int, dtype: torch.dtype = BF16) -> Iterator[Row]:
-    """The time from a call on few rows until it is done: as eager calls, then as CUDA graphs (torch.compile with its own)."""
+    """The time from a call on few rows until it is done: as plain calls, then as CUDA graphs (torch.compile with its own)."""
     bench.reset()
     features = bench.sizes.few[0]
     inputs = gates.make_inputs(rows, features, dtype, bench.device)
@@ -159,7 +159,7 @@ def few_rows(bench: Bench, rows: int, dtype: torch.dtype = BF16) -> Iterator[Row
             function(*inputs)
 
     for graphs in (False, True):
-        name = "few rows, CUDA graph" if graphs else "few rows, eager call"
+        name = "few rows, CUDA graph" if graphs else "few rows, plain call"
         size = f"N={rows} D={features}"
 
         def blank(name: str = name, size: str = size) -> Row:
@@ -169,9 +169,9 @@ def few_rows(bench: Bench, rows: int, dtype: torch.dtype = BF16) -> Iterator[Row
         yield from red
         if not timed:
             continue
-        compiled = Compiled(bench.settings.compile, "reduce-overhead")
+        compiled = Compiled(bench.settings.compile, "reduce-overhead" if graphs else None)
         with torch.no_grad():
-            rival = compiled.get(reference_gates, three_times) if graphs else None
+            rival = compiled.get(reference_gates, three_times)
             runs: Runs = {"eager": functools.partial(reference_gates, *inputs)}
             runs |= {backend: functools.partial(dl.depth_lstm_gates, *inputs, backend=backend) for backend in timed}
             if graphs:
@@ -187,7 +187,7 @@ def few_rows(bench: Bench, rows: int, dtype: torch.dtype = BF16) -> Iterator[Row
                 if key in samples:
                     found: Spread = ratio(samples[key], samples[backend])
                     row.figures.append(Figure(key, "speedup", found.median, found.p10, found.p90))
-            if graphs and compiled.reason is not None:
+            if compiled.reason is not None:
                 row.missing["compile"] = compiled.reason
             row.note = "from the call until the GPU is done"
             yield row

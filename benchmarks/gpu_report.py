@@ -13,6 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import gpu_compare
 from benchmarks.report import figure_text, value_text
 from benchmarks.stages import Run, write_text
 
@@ -128,18 +129,42 @@ def test_line(entry: dict[str, Any]) -> str:
     return f"{entry['name']}: {entry['status']}" + (f" ({numbers})" if numbers else "") + f", {entry['seconds']:.0f} s"
 
 
+def sanitizer_line(entry: dict[str, Any]) -> str:
+    return f"{entry['backend']} {entry['check']}: {entry['verdict']}, {entry['seconds']:.0f} s".strip()
+
+
+def counter_lines(run: Run, backend: str | None = None) -> list[str]:
+    """What ncu said of each kernel, or why it said nothing; of one backend or of all."""
+    lines = []
+    for entry in run.get("counters", []):
+        if backend not in (None, entry["backend"]):
+            continue
+        if not entry["kernels"]:
+            lines.append(f"{entry['backend']}: no counters: {entry['reason']}")
+        for kernel in entry["kernels"]:
+            share = "" if kernel["share_of_peak"] is None else f", {kernel['share_of_peak']:.0%} of the peak"
+            what = f"{entry['backend']} D={kernel['features']} {kernel['kernel']}: {kernel['gb_per_s']:,.0f} GB/s of memory{share}"
+            lines.append(f"{what}, {kernel['megabytes']:,.1f} MB in {kernel['microseconds']:,.1f} us")
+    return lines
+
+
+def table_lines(table: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table, its headings first; the first column to the left, the others to the right."""
+    head, *rows = ("| " + " | ".join(texts) + " |" for texts in table)
+    return [head, "|---|" + "---:|" * (len(table[0]) - 1), *rows]
+
+
 def troubles(run: Run) -> list[str]:
-    """Every red check, every job that did not end well, and what was left out."""
-    lines = [
+    """What is absent, every red check, every job that did not end well, and what was left out."""
+    lines = [f"without {backend}: {reason}" for backend, reason in run.get("absent", {}).items()]
+    lines += [
         f"check red: {check['subject']} {check['dtype']} {check['backend']} {check['size']}: {check['tensor']} error {check['error']:.2e}, "
         f"eager {check['eager_error']:.2e}"
         for check in run["checks"]
         if not check["passed"]
     ]
     lines += [f"no {column}: {reason}" for column, reason in {i for row in run["rows"] for i in row["missing"].items()}]
-    prepared = run.get("prepared", "")
-    if "failed" in prepared or "not finished" in prepared:
-        lines.append(f"compilers: {prepared}")
+    lines += [f"compilers: {said}" for said in run.get("prepared", []) if "failed" in said or "not finished" in said]
     for job in run["jobs"]:
         if job["status"] not in ALL_WELL:
             detail = job["detail"].strip().splitlines()
@@ -151,12 +176,15 @@ def text(run: Run) -> str:
     """The whole run for a terminal; what matters most stands last, where a reader who sees only the end finds it."""
     several = several_backends(run)
     lines = [machine_text(run), *(line[:300] for line in troubles(run)[:20]), *(line[:230] for line in plan_lines(run))]
-    lines += [f"compute-sanitizer {entry['check']}: {entry['verdict']}, {entry['seconds']:.0f} s" for entry in run["sanitizer"]]
+    lines += [f"counters of {line[:230]}" for line in counter_lines(run)]
+    lines += [f"compute-sanitizer {sanitizer_line(entry)}" for entry in run["sanitizer"]]
     for entry in run["tests"]:
         lines += [test_line(entry), *(f"  {line[:160]}" for line in entry["failing"][:8])]
     if run["rows"]:
         headings = ["what (medians)", "fused", "over eager", "over compiled", "against", "GB/s", "error"]
         lines += ["", *columns_text([headings, *(compact(row, several) for row in run["rows"])]), ""]
+    if gpu_compare.pairs(run):
+        lines += [*columns_text(gpu_compare.pair_lines(run)), ""]
     if run.get("rehearsal"):
         lines.append("A REHEARSAL on the CPU: every number above is meaningless.")
     green = sum(check["passed"] for check in run["checks"])
@@ -175,12 +203,16 @@ def markdown(run: Run) -> str:
     lines = [f"# {run['machine'].get('gpu') or 'Rehearsal'}", "", f"Measured on {machine_text(run)}.", ""]
     if run.get("rehearsal"):
         lines += ["**A rehearsal on the CPU: every number is meaningless.**", ""]
-    lines += ["| " + " | ".join(HEADINGS) + " |", "|---|" + "---:|" * (len(HEADINGS) - 1)]
-    lines += ["| " + " | ".join(cells(row, several)).replace("short)", "**short**)") + " |" for row in run["rows"]]
+    table = table_lines([HEADINGS, *(cells(row, several) for row in run["rows"])])
+    lines += [line.replace("short)", "**short**)") for line in table]
     reached, targets = tally(run)
     green = sum(check["passed"] for check in run["checks"])
     lines += ["", f"{reached} of {targets} targets met; {green} of {len(run['checks'])} checks against fp64 green. {METHOD}"]
     lines += ["", *(f"- {line}" for line in troubles(run)), ""]
+    if gpu_compare.pairs(run):
+        lines += ["## Side by side", "", *table_lines(gpu_compare.pair_lines(run)), ""]
+        lines += ["Faster is what took less time at its p90 than the other at its p10; both took turns in one process.", ""]
+        lines += [f"{gpu_compare.FASTEST_FILE}:", "", *fenced(gpu_compare.fastest_text(run))]
     if run["tests"]:
         lines += ["## Tests", ""]
         for entry in run["tests"]:
@@ -192,11 +224,13 @@ def markdown(run: Run) -> str:
     if run["sanitizer"]:
         lines += ["## compute-sanitizer", ""]
         for entry in run["sanitizer"]:
-            lines.append(f"- {entry['check']}: {entry['verdict']}, {entry['seconds']:.0f} s")
+            lines.append(f"- {sanitizer_line(entry)}")
         for entry in run["sanitizer"]:
             if entry["verdict"] != "clean" and entry["output"]:
-                lines += ["", f"{entry['check']}:", "", *fenced(entry["output"])]
+                lines += ["", f"{entry['backend']} {entry['check']}:", "", *fenced(entry["output"])]
         lines.append("")
+    if run.get("counters"):
+        lines += ["## Counters of the GPU", "", *(f"- {line}" for line in counter_lines(run)), ""]
     if run["plans"]:
         lines += ["## Launch plans", "", *(f"- {line}" for line in plan_lines(run)), ""]
     failed = [job for job in run["jobs"] if job["status"] not in (*ALL_WELL, "skipped")]
@@ -227,8 +261,10 @@ def plans_markdown(run: Run) -> str:
 
 
 def render(run: Run, folder: Path) -> None:
-    """report.md, and plans.json and plans.md where there are any."""
+    """report.md; fastest.txt where two backends were timed; plans.json and plans.md where there are any."""
     write_text(folder / "report.md", markdown(run))
+    if gpu_compare.pairs(run):
+        write_text(folder / gpu_compare.FASTEST_FILE, gpu_compare.fastest_text(run))
     if run["plans"]:
         write_text(folder / "plans.json", json.dumps({"machine": run["machine"], "plans": plan_groups(run)}, indent=1) + "\n")
         write_text(folder / "plans.md", plans_markdown(run))

@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from benchmarks import device, external, gpu_report, plans, prepare
-from benchmarks.gpu_bench import Bench
+from benchmarks import device, external, gpu_profile, gpu_report, plans, prepare, sanitize
+from benchmarks.gpu_bench import BF16, Bench
 from benchmarks.gpu_kernels import AUTOTUNE, MAIN, cell_rows, few_rows, gates_rows, overhead_rows
 from benchmarks.gpu_layers import layer_rows, memory_rows, stack_rows
 from benchmarks.stages import Budget, Job, Recorder
 
 ROOT = Path(__file__).resolve().parents[1]
 TEST_SECONDS, REHEARSED_TEST = 150.0, "zero_rows"
-PREPARE_SECONDS, PLANS_SECONDS, SANITIZER_SECONDS = 75.0, 60.0, 90.0
+PREPARE_SECONDS, PLANS_SECONDS, SANITIZER_SECONDS, COUNTERS_SECONDS = 60.0, 60.0, 60.0, 30.0
 PLAN_TASKS = 12
 
 
@@ -31,15 +31,17 @@ class Stages:
         self.rehearse: bool = options.rehearse
         self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.compile = bench.settings.compile
+        self.main = bench.sizes.gates[: bench.sizes.main]
         self.pool: prepare.Pool | None = None
         self.plan_pool: prepare.Pool | None = None
-        # an earlier process has filled the caches already
-        self.fill = not recorder.attempted() and "triton" in bench.backends
+        # an earlier process has filled the cache already
+        self.fill_plans = not recorder.attempted() and "triton" in bench.backends and not self.rehearse
 
     def jobs(self) -> list[Job]:
         stages = (
-            *(self.report, self.prepare, self.checks, self.gates, self.cell, self.layer, self.memory, self.host, self.pictures),
-            *(self.tests, self.plans, self.sanitizer, self.autotune),
+            *(self.report, self.prepare, self.main_gates, self.prepare_layers, self.checks, self.wait_for_layers, self.gates),
+            *(self.cell, self.layer, self.memory, self.host, self.pictures),
+            *(self.tests, self.sanitizer, self.counters, self.older_tests, self.plans, self.autotune),
         )
         found = [job for stage in stages for job in stage()]
         if self.options.only:
@@ -60,28 +62,37 @@ class Stages:
 
         yield Job("report", "report", run, need=0)
 
+    def _start_compilers(self, tasks: list[list[str]]) -> None:
+        flags = ["--rehearse"] * self.rehearse + ["--no-compile"] * (not self.compile) + [f"--{name}" for name in self.bench.backends]
+        # torch.compile needs Triton, too
+        if external.has("triton") and (self.compile or "triton" in self.bench.backends):
+            self.pool = prepare.Pool(tasks[-1:] if self.rehearse else tasks, self.cores - 2, flags)
+
+    def _wait_for_compilers(self) -> None:
+        if self.pool is not None:
+            found = self.pool.wait(max(1.0, min(PREPARE_SECONDS, self.budget.left() - 60)))
+            self.recorder.run["prepared"] = [*self.recorder.run.get("prepared", []), found]
+            self.pool = None
+            print("   " + found.splitlines()[0][:200], flush=True)
+
     def prepare(self) -> Iterable[Job]:
-        flags = ["--rehearse"] * self.rehearse + ["--no-compile"] * (not self.compile)
-        sizes = self.bench.sizes
+        yield Job("start compilers", "prepare", lambda: self._start_compilers(prepare.gates_tasks(self.bench.sizes)))
+        # while the others compile, the checks that need little of it
+        yield Job("first checks", "prepare", lambda: self._check(self.bench.sizes.gates[:1]))
+        yield Job("wait for compilers", "prepare", self._wait_for_compilers)
 
-        def start() -> None:
-            if self.fill:
-                tasks = prepare.tasks(sizes, self.compile)
-                self.pool = prepare.Pool(tasks[-1:] if self.rehearse else tasks, self.cores - 2, flags)
+    def prepare_layers(self) -> Iterable[Job]:
+        if self.compile:
+            yield Job("start compilers of layers", "prepare", lambda: self._start_compilers(prepare.layer_tasks(self.bench.sizes)))
 
-        def wait() -> None:
-            if self.pool is not None:
-                self.recorder.run["prepared"] = self.pool.wait(max(1.0, min(PREPARE_SECONDS, self.budget.left() - 60)))
-                print("   " + self.recorder.run["prepared"].splitlines()[0][:200], flush=True)
-
+    def wait_for_layers(self) -> Iterable[Job]:
         def ceilings() -> None:
+            sizes = self.bench.sizes
             self.recorder.run["ceilings"] = found = device.ceilings(self.bench.device, sizes.copied_bytes, sizes.matrix)
             print("   " + ", ".join(f"{name} {value:,.0f}" for name, value in found.items()), flush=True)
 
-        yield Job("start compilers", "prepare", start)
-        # while the others compile, the checks that need little of it
-        yield Job("first checks", "prepare", lambda: self._check(sizes.gates[:1]))
-        yield Job("wait for compilers", "prepare", wait)
+        if self.compile:
+            yield Job("wait for compilers of layers", "prepare", self._wait_for_compilers)
         yield Job("ceilings", "prepare", ceilings)
 
     def _check(self, problems: Iterable[tuple[int, int, Any]]) -> None:
@@ -99,11 +110,18 @@ class Stages:
         yield Job("checks", "checks", lambda: self._check(self.bench.sizes.gates))
         yield Job("checks fp16", "checks", halves)
 
-    def gates(self) -> Iterable[Job]:
-        for features, rows, dtype in self.bench.sizes.gates:
+    def _gates(self, problems: Iterable[tuple[int, int, Any]]) -> Iterable[Job]:
+        for features, rows, dtype in problems:
             compile = dtype.itemsize == 2 or features in MAIN or self.rehearse
             name = f"gates D={features} {str(dtype).removeprefix('torch.')}"
             yield Job(name, "gates", partial(gates_rows, self.bench, features, rows, dtype, compile), 15)
+
+    def main_gates(self) -> Iterable[Job]:
+        """What the targets are about; each job makes the check that it needs."""
+        yield from self._gates(self.main)
+
+    def gates(self) -> Iterable[Job]:
+        yield from self._gates(self.bench.sizes.gates[len(self.main) :])
 
     def cell(self) -> Iterable[Job]:
         for features, rows in self.bench.sizes.cells:
@@ -136,31 +154,43 @@ class Stages:
 
         yield Job("pictures", "pictures", run, need=0)
 
-    def tests(self) -> Iterable[Job]:
-        files = ["tests/test_gpu.py", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_triton*.py"))]
+    def _tests(self, path: str, extra: list[str], share: float) -> None:
+        device.release(self.bench.device)
+        limit = min(TEST_SECONDS, max(10.0, self.budget.left() * share))
+        variables = {"DEPTHLSTM_REHEARSE": "1"} if self.rehearse else {}
         workers = max(1, min(6, self.cores // 2))
+        entry = external.run_tests(path, self.recorder.folder / "tests.xml", limit, workers, extra, variables)
+        self.recorder.add("tests", entry)
+        print("\n".join(["   " + gpu_report.test_line(entry), *(f"     {line}" for line in entry["failing"][:20])]), flush=True)
 
-        def run(path: str, extra: list[str], share: float) -> None:
-            device.release(self.bench.device)
-            if "plans" not in self.options.skip and not self.options.only:
-                self._compile_plans()
-            limit = min(TEST_SECONDS, max(10.0, self.budget.left() * share))
-            variables = {"DEPTHLSTM_REHEARSE": "1"} if self.rehearse else {}
-            entry = external.run_tests(path, self.recorder.folder / "tests.xml", limit, workers, extra, variables)
-            self.recorder.add("tests", entry)
-            print("\n".join(["   " + gpu_report.test_line(entry), *(f"     {line}" for line in entry["failing"][:20])]), flush=True)
-
+    def tests(self) -> Iterable[Job]:
         if self.rehearse:
             # one short test: what is rehearsed is the starting of pytest
-            yield Job(files[0], "tests", partial(run, files[0], ["-k", REHEARSED_TEST], 1.0))
+            path = "tests/test_gpu.py"
+            yield Job(path, "tests", partial(self._tests, path, ["-k", REHEARSED_TEST], 1.0))
             return
-        yield Job(files[0], "tests", partial(run, files[0], ["-m", "gpu"], 0.7), 30, TEST_SECONDS + 30)
-        for path in files[1:]:
-            yield Job(path, "tests", partial(run, path, [], 0.4), 30, TEST_SECONDS + 30)
+        for path in ("tests/test_gpu.py", "tests/test_gpu_device.py"):
+            yield Job(path, "tests", partial(self._tests, path, ["-m", "gpu"], 0.35), 30, TEST_SECONDS + 30)
+        if "cuda" in self.bench.backends:
+            path = "tests/test_cuda.py"
+            yield Job(path, "tests", partial(self._tests, path, [], 0.4), 30, TEST_SECONDS + 30)
+
+    def older_tests(self) -> Iterable[Job]:
+        """Tests of Triton alone, most of which its interpreter has run before; meanwhile the plans are compiled, as nothing is timed."""
+
+        def run(path: str) -> None:
+            if "plans" not in self.options.skip and not self.options.only:
+                self._compile_plans()
+            self._tests(path, [], 0.4)
+
+        paths = [path.relative_to(ROOT) for path in (ROOT / "tests").glob("test_triton*.py")]
+        found = sorted(str(path) for path in paths if not path.stem.endswith("_ptx"))  # those simulate a GPU
+        for path in found if "triton" in self.bench.backends and not self.rehearse else ():
+            yield Job(path, "tests", partial(run, path), 30, TEST_SECONDS + 30)
 
     def _compile_plans(self) -> None:
         """Begin to compile the plans in other processes, while this one has something else to do."""
-        if self.plan_pool is None and self.fill and not self.rehearse:
+        if self.plan_pool is None and self.fill_plans:
             tasks = [["plans", str(index), str(PLAN_TASKS)] for index in range(PLAN_TASKS)]
             self.plan_pool = prepare.Pool(tasks, self.cores // 2)
 
@@ -171,35 +201,61 @@ class Stages:
                 print("   " + self.plan_pool.wait(max(1.0, min(PLANS_SECONDS, self.budget.left() - 30))).splitlines()[0][:200], flush=True)
 
         def run(kind: str, features: int) -> None:
-            if "triton" in self.bench.backends:
-                self.recorder.run["plans"] += plans.explore(self.bench, kind, features, most=3 if self.rehearse else None)
-                self.recorder.save()
-                lines = [line for line in gpu_report.plan_lines(self.recorder.run) if line.startswith(f"{kind} D={features}:")]
-                print("\n".join("   " + line for line in lines), flush=True)
+            self.recorder.run["plans"] += plans.explore(self.bench, kind, features, most=3 if self.rehearse else None)
+            self.recorder.save()
+            lines = [line for line in gpu_report.plan_lines(self.recorder.run) if line.startswith(f"{kind} D={features}:")]
+            print("\n".join("   " + line for line in lines), flush=True)
 
+        if "triton" not in self.bench.backends:
+            return
         yield Job("wait for plans", "plans", wait)
         for kind, features in plans.TINY if self.rehearse else plans.FULL:
             yield Job(f"plans {kind} D={features}", "plans", partial(run, kind, features), 10)
 
     def sanitizer(self) -> Iterable[Job]:
-        def run() -> None:
-            device.release(self.bench.device)
-            tool = external.find_sanitizer()
-            if tool is None or self.rehearse:
-                for check in external.TOOLS if tool is None else ():
-                    entry = {"check": check, "verdict": "not on this machine", "ours": 0, "total": None, "seconds": 0.0, "output": ""}
-                    self.recorder.add("sanitizer", entry)
-                return
-            limit = min(SANITIZER_SECONDS, max(10.0, self.budget.left()))
-            for check, outcome in external.run_all(external.sanitizer_commands(tool), limit).items():
-                entry = external.judge(check, outcome)
+        def run(backend: str) -> None:
+            def record(entry: dict[str, Any]) -> None:
                 self.recorder.add("sanitizer", entry)
-                print(f"   {check}: {entry['verdict']}", flush=True)
+                print(f"   {entry['check']}: {entry['verdict']}", flush=True)
 
-        yield Job("compute-sanitizer", "sanitizer", run, 0 if self.rehearse else 35)
+            tool = external.find_tool("compute-sanitizer")
+            if self.rehearse:
+                sanitize.main(backend, sanitize.TINY, "cpu")
+            if self.rehearse or tool is None:
+                said = "rehearsed" if self.rehearse else "compute-sanitizer is not on this machine"
+                for check in external.TOOLS:
+                    record(external.verdict(check, backend, said))
+                return
+            device.release(self.bench.device)
+            limit = min(SANITIZER_SECONDS, max(10.0, self.budget.left()))
+            commands = external.sanitizer_commands(tool, backend)
+            external.run_all(commands, limit, on_end=lambda check, outcome: record(external.judge(check, outcome, backend)))
+
+        # the kernels that nobody else checks at run time come first
+        for backend in sorted(self.bench.backends):
+            yield Job(f"compute-sanitizer {backend}", "sanitizer", partial(run, backend), 0 if self.rehearse else 35)
+
+    def counters(self) -> Iterable[Job]:
+        """What the GPU's counters say of the main kernels."""
+        problems = [(features, rows) for features, rows, _ in self.main]
+
+        def run(backend: str) -> None:
+            tool = external.find_tool("ncu")
+            if self.rehearse or tool is None:
+                entry = gpu_profile.without(backend, "rehearsed" if self.rehearse else "ncu is not on this machine")
+            else:
+                device.release(self.bench.device)
+                command = gpu_profile.command(tool, backend, str(BF16).removeprefix("torch."), problems)
+                limit = min(COUNTERS_SECONDS, max(10.0, self.budget.left()))
+                entry = gpu_profile.judge(backend, external.run_all({backend: command}, limit)[backend], problems)
+            self.recorder.add("counters", entry)
+            print("\n".join("   " + line for line in gpu_report.counter_lines(self.recorder.run, backend)), flush=True)
+
+        for backend in self.bench.backends:
+            yield Job(f"counters {backend}", "counters", partial(run, backend), 0 if self.rehearse else 20)
 
     def autotune(self) -> Iterable[Job]:
-        for features, rows, dtype in self.bench.sizes.gates[:3] if self.compile else ():
+        for features, rows, dtype in self.main if self.compile else ():
             name = f"gates D={features} {str(dtype).removeprefix('torch.')}, max-autotune"
             yield Job(name, "autotune", partial(gates_rows, self.bench, features, rows, dtype, True, AUTOTUNE), 25)
         if self.compile:

@@ -1,8 +1,11 @@
 """Fills the compilers' caches on disk, so that the benchmark process finds what it needs: Triton and inductor use one core each.
 
+--triton and --cuda name the backends under test.
+
 python -m benchmarks.prepare gates 512 65536 bfloat16      the fused gates and the compiled reference, as they will be timed
 python -m benchmarks.prepare cell 512 65536                likewise
 python -m benchmarks.prepare layer 512 8 32 512
+python -m benchmarks.prepare few 512 8                     the compiled reference on few rows
 python -m benchmarks.prepare plans 3 12                    every 12th launch plan
 """
 
@@ -40,12 +43,13 @@ def use_no_timings_of_others() -> None:
         config.autotune_local_cache = False
 
 
-def prepare_gates(features: int, rows: int, dtype: torch.dtype, device: torch.device, compile: bool) -> None:
-    """The fused gates and the reference, forward and backward."""
+def prepare_gates(features: int, rows: int, dtype: torch.dtype, device: torch.device, compile: bool, triton: bool = True) -> None:
+    """Triton's gates and the reference, forward and backward."""
     inputs = gates.make_inputs(rows, features, dtype, device)
     leaves = [tensor.clone().requires_grad_() for tensor in inputs]
     cotangents = [torch.randn_like(inputs[1]) for _ in range(2)]
-    gates.forward_and_backward(functools.partial(dl.depth_lstm_gates, backend="triton"), leaves, cotangents)
+    if triton:
+        gates.forward_and_backward(functools.partial(dl.depth_lstm_gates, backend="triton"), leaves, cotangents)
     if compile:
         compiled = Compiled()
         with torch.no_grad():
@@ -62,25 +66,36 @@ def prepare_cell(features: int, rows: int, device: torch.device) -> None:
         Compiled().get(reference_cell, functools.partial(gates.forward_and_backward, leaves=leaves, cotangents=cotangents))
 
 
-def prepare_layer(device: torch.device, features: int, heads: int, batch: int, length: int) -> None:
-    """The layers, each compiled."""
+def prepare_layer(device: torch.device, features: int, heads: int, batch: int, length: int, backends: Sequence[str]) -> None:
+    """The layers, each compiled, the fused one with every backend."""
     h, c = (torch.randn(batch, length, features, device=device).to(BF16).requires_grad_() for _ in range(2))
-    with dl.use_backend("triton"):
-        for module in layer.depth_lstm_layers(features, heads, BF16, device).values():
-            compiled = torch.compile(module, dynamic=False)
-            torch.autograd.grad(compiled(h, c), [h, c, *module.parameters()], [torch.randn_like(h), torch.randn_like(c)])
+    for name, module in layer.depth_lstm_layers(features, heads, BF16, device).items():
+        compiled = torch.compile(module, dynamic=False)
+        for backend in backends if name == "fused" else ("reference",):
+            with dl.use_backend(backend):
+                torch.autograd.grad(compiled(h, c), [h, c, *module.parameters()], [torch.randn_like(h), torch.randn_like(c)])
     residual = layer.residual_layer(features, heads, BF16, device)
     torch.autograd.grad(torch.compile(residual, dynamic=False)(h), [h, *residual.parameters()], torch.randn_like(h))
 
 
-def tasks(sizes: Sizes, compile: bool) -> list[list[str]]:
-    """The arguments of every task but the plans'; what takes longest first."""
-    found = []
-    if compile:
-        found += [["layer", *map(str, size)] for size in sizes.layers]
-        found += [["cell", *map(str, size)] for size in sizes.cells]
-    found += [["gates", str(features), str(rows), str(dtype).removeprefix("torch.")] for features, rows, dtype in sizes.gates]
-    return found
+def prepare_few(features: int, rows: int, device: torch.device) -> None:
+    """The compiled reference on few rows, as plain calls and with CUDA graphs."""
+    inputs = gates.make_inputs(rows, features, BF16, device)
+    for mode in (None, "reduce-overhead"):
+        with torch.no_grad():
+            Compiled(mode=mode).get(reference_gates, lambda function: function(*inputs))
+
+
+def gates_tasks(sizes: Sizes) -> list[list[str]]:
+    """The arguments of the tasks that the gates need."""
+    return [["gates", str(features), str(rows), str(dtype).removeprefix("torch.")] for features, rows, dtype in sizes.gates]
+
+
+def layer_tasks(sizes: Sizes) -> list[list[str]]:
+    """Those of the other rivals; what takes longest first."""
+    found = [["layer", *map(str, size)] for size in sizes.layers]
+    found += [["cell", *map(str, size)] for size in sizes.cells]
+    return [*found, *(["few", str(sizes.few[0]), str(rows)] for rows in sizes.few[1])]
 
 
 class Pool:
@@ -130,16 +145,19 @@ class Pool:
 
 def main(arguments: list[str]) -> None:
     rehearse, compile = "--rehearse" in arguments, "--no-compile" not in arguments
+    backends = [name for name in ("triton", "cuda") if f"--{name}" in arguments]
     subject, *words = [word for word in arguments if not word.startswith("--")]
     device = torch.device("cpu" if rehearse else "cuda")
     use_no_timings_of_others()
     signal.alarm(LIMIT_SECONDS)  # ends this process, whoever may have forgotten it
     if subject == "gates":
-        prepare_gates(int(words[0]), int(words[1]), getattr(torch, words[2]), device, compile)
+        prepare_gates(int(words[0]), int(words[1]), getattr(torch, words[2]), device, compile, "triton" in backends)
     elif subject == "cell":
         prepare_cell(int(words[0]), int(words[1]), device)
     elif subject == "layer":
-        prepare_layer(device, *map(int, words))
+        prepare_layer(device, *map(int, words), backends=backends)
+    elif subject == "few":
+        prepare_few(int(words[0]), int(words[1]), device)
     else:
         plans.compile_share(int(words[0]), int(words[1]), device)
 

@@ -1,0 +1,35 @@
+"""The "cuda" backend of a rehearsal: its operators on CPU tensors, above the CPU's kernels in the place of the CUDA kernels.
+
+The real kernels could run simulated (tests/simulated.py, ``load``), but they take seconds a call, and what is rehearsed is the run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1] / "tests"
+
+
+def stand_in_for_cuda() -> str | None:
+    """Make CPU tensors run on "cuda" for the rest of this process; why that cannot be, or None."""
+    sys.path.insert(0, str(TESTS))
+    try:
+        import pytest
+        import simulated
+    except ImportError as error:
+        return f"the stand-in of the tests does not import: {error}"
+    finally:
+        sys.path.remove(str(TESTS))
+    from depthlstm_fast import ops
+
+    backends = importlib.import_module("depthlstm_fast.backends")
+    try:
+        operators = simulated.stand_in()
+    except (pytest.skip.Exception, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        return f"the stand-in of the tests was not built: {error}"
+    ops.OPERATORS["cuda"], ops.DIRECT["cuda"] = operators
+    backends.cuda_limit = lambda tensor, features: None  # type: ignore[attr-defined]
+    return None
