@@ -28,8 +28,9 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 .PHONY: test bench gpu lint format wheel sdist build internals clean distclean
 .DELETE_ON_ERROR:
 
+# By files to as many processes as there are cores, where pytest-xdist is there.
 test: build internals
-	$(PY) -m pytest -q tests $(ARGS)
+	$(PY) -m pytest -q tests $$($(PY) -c "import xdist" 2>/dev/null && echo -n auto --maxprocesses 8 --dist loadfile) $(ARGS)
 
 bench: $(call READY,bench) build
 	$(PY) benchmarks/run.py $(ARGS)

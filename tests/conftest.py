@@ -13,6 +13,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Arguments that are drawn while test modules are imported, and the names of tests made of them, are the same in every process.
+torch.manual_seed(0)
+
 M_PERTURB = -6  # glibc's malloc.h
 POISON = 0x100  # malloc fills with the complement of its low byte: 0xff, which is NaN in every floating-point type
 
