@@ -30,7 +30,7 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 # By files to as many processes as there are cores, where pytest-xdist is there.
 test: build internals
-	$(PY) -m pytest -q tests $$($(PY) -c "import xdist" 2>/dev/null && echo -n auto --maxprocesses 8 --dist loadfile) $(ARGS)
+	$(PY) -m pytest -q tests $$($(PY) -c "import xdist" 2>/dev/null && echo --numprocesses auto --maxprocesses 8 --dist loadfile) $(ARGS)
 
 bench: $(call READY,bench) build
 	$(PY) benchmarks/run.py $(ARGS)
