@@ -1,11 +1,12 @@
 """Triton's interpreter: that it computes what a GPU computes, and two tests of the kernels that only it allows.
 
 It can run the last programs of a grid alone, on memory that is not there, and it can run kernels that were broken on purpose: each
-such mutation turns a named test of test_triton.py red.
+such mutation turns a named test of the Triton kernels red.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import math
@@ -253,6 +254,14 @@ def test_outputs_of_more_than_2_to_the_31_elements(scheme: str, features: int, m
 # --- kernels that are broken on purpose
 
 
+@functools.cache
+def file_of(test: str) -> str:
+    """The file that has this test of the Triton kernels."""
+    files = sorted(Path(__file__).parent.glob("test_triton*.py"))
+    (found,) = (file.name for file in files if f"\ndef {test}(" in file.read_text(encoding="utf-8"))
+    return found
+
+
 class Mutation(NamedTuple):
     """In a file of the kernels ``old`` becomes ``new`` at its ``place``-th occurrence; ``test`` then fails with ``words``."""
 
@@ -267,7 +276,7 @@ class Mutation(NamedTuple):
         return f"{self.file}: {self.old!r} ({self.place}) -> {self.new!r}"
 
     def node(self) -> str:
-        return ("test_triton_interpreter" if self.test.split("[")[0] in globals() else "test_triton") + f".py::{self.test}"
+        return f"{file_of(self.test.split('[')[0])}::{self.test}"
 
 
 # tests
@@ -353,7 +362,7 @@ def import_kernels_from(folder):
     package.__path__ = [folder]
     importlib.import_module("depthlstm_fast.kernels.gates")
     new = {name: importlib.import_module(name) for name in old}
-    for held in map(vars, (sys.modules["test_triton"], sys.modules["test_triton_interpreter"])):
+    for held in [vars(module) for name, module in sys.modules.items() if name.startswith(("test_triton", "triton_helpers"))]:
         for key, value in list(held.items()):
             for name, module in old.items():
                 if value is module:

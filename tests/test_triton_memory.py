@@ -1,0 +1,277 @@
+"""The Triton kernels' dropout, and what they read and write: every element, nothing beside it, rows anywhere, far offsets."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    BF16,
+    CALLS,
+    DEVICE,
+    F32,
+    HAS_CPP,
+    assert_identical,
+    check_gates,
+    cotangents,
+    needs_triton,
+    results,
+)
+from helpers import fused as fused_by
+from test_dropout import LOW, SEEDS, kept, mask_by_hand, philox
+from test_gates_layouts import expanded, expanded_once, name, strided_features, transposed
+from test_ops import backward_arguments, raw
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from triton_helpers import (  # noqa: F401, fixtures
+    FULL,
+    GUARD,
+    HALF,
+    MEMORIES,
+    SENTINEL,
+    Memory,
+    among_nan,
+    check,
+    dropout,
+    factors_kernel,
+    fused,
+    gates,
+    given,
+    launcher,
+    lazy_memory,
+    memory,
+    on_device,
+    real_memory,
+    small_wide,
+)
+
+import depthlstm_fast as dl
+from depthlstm_fast.reference.gates import dropout_mask
+
+pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]  # numpy's, of overflows
+
+
+# --- dropout
+
+
+@pytest.mark.parametrize("scheme", ["narrow", "wide"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_dropout_mask(seed: int, scheme: str, request: pytest.FixtureRequest) -> None:
+    """What forward drops, and what backward drops, are the elements that the paper's Philox names; the other backends drop the same."""
+    features = 37 if scheme == "wide" else 21
+    if scheme == "wide":
+        request.getfixturevalue("small_wide")
+    key = torch.tensor([seed], device=DEVICE)
+    wanted = torch.from_numpy(mask_by_hand(seed, 5, features, 0.35)).to(DEVICE)
+    tensors, options = given(5, features, FULL, "none", False, "given")
+    tensors["hidden"] = torch.ones_like(tensors["hidden"])
+    found = results(fused, tensors, cotangents(tensors), **options, **dropout(seed, 0.35))
+    assert torch.equal(found["dhidden"] != 0, wanted)
+    others = [dl.reference.depth_lstm_gates, *([functools.partial(fused_by, backend="cpp")] if HAS_CPP else [])]
+    for function in others:
+        assert torch.equal(kept(function, (5,), features, 0.35, key.cpu()) != 0, wanted.cpu())
+    on_device = functools.partial(by_device, fused)
+    factors = kept(on_device, (5,), features, 0.35, key)
+    assert torch.equal(factors != 0, wanted)
+    torch.testing.assert_close(factors[wanted], torch.full_like(factors[wanted], 1 / 0.65))
+
+
+def by_device(function: Callable, *positional: Tensor, hidden: Tensor, **named: Any) -> tuple[Tensor, ...]:
+    return tuple(x.to(DEVICE) for x in function(*(x.to(DEVICE) for x in positional), hidden=hidden.to(DEVICE), **named))
+
+
+def test_dropout_mask_of_real_blocks() -> None:
+    """In the wide scheme as it is run, beyond the first of its blocks of 512 and 1024 features."""
+    tensors, options = given(1, 2049, FULL, "gate", False, "given")
+    tensors["hidden"] = torch.ones_like(tensors["hidden"])
+    found = results(fused, tensors, cotangents(tensors), **options, **dropout(5, 0.5))
+    assert torch.equal(found["dhidden"] != 0, dropout_mask(torch.tensor([5], device=DEVICE), 1, 2049, 0.5))
+
+
+@pytest.mark.parametrize("row", [0, 2**31 - 2, 2**32 - 2, 2**40 + 5])
+@pytest.mark.parametrize("first", [0, 512])
+@pytest.mark.parametrize("seed", [5, -1])
+def test_dropout_of_far_rows(seed: int, first: int, row: int) -> None:
+    """Rows beyond 2^32, of which no test could hold the elements: the formula by itself."""
+    found = torch.empty(4, 32, device=DEVICE)
+    plan = launcher.Launch(1, {"ROWS": 4, "BLOCK": 32})
+    key = torch.tensor([seed], device=DEVICE)
+    launcher.launch(factors_kernel, (1,), (key, found, row, first, int(0.35 * 2**32), 3.0), {}, plan, False)
+    words = [
+        [philox([d // 4, n & LOW, n >> 32, 0], [seed & LOW, (seed >> 32) & LOW])[d % 4] for d in range(first, first + 32)]
+        for n in range(row, row + 4)
+    ]
+    assert found.tolist() == [[3.0 * (word >= int(0.35 * 2**32)) for word in line] for line in words]
+
+
+@pytest.mark.parametrize("p", [1e-10, 0.5, 0.999999])
+def test_dropout_probabilities(p: float) -> None:
+    key = torch.tensor([3], device=DEVICE)
+    found = kept(functools.partial(by_device, fused), (20,), 250, p, key)
+    assert torch.equal(found != 0, dropout_mask(key, 20, 250, p))
+    torch.testing.assert_close(found[found != 0], torch.full_like(found[found != 0], 1 / (1 - p)))
+
+
+@pytest.mark.parametrize(("norm", "affine", "kind"), CALLS)
+@pytest.mark.parametrize("scheme", ["narrow", "wide"])
+def test_error_bound_with_dropout(scheme: str, norm: str, affine: bool, kind: str, request: pytest.FixtureRequest) -> None:
+    if scheme == "wide":
+        request.getfixturevalue("small_wide")
+    tensors, options = given(2, 20, FULL, norm, affine, kind)
+    check(tensors, {**options, **dropout()})
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing(reentrant: bool) -> None:
+    """The seed that is drawn in forward is drawn again when it is recomputed."""
+    tensors, options = given(5, 9, FULL)
+    options.update(dropout_p=0.5, training=True)
+    grads = cotangents(tensors)
+    names = list(tensors)
+
+    def function(*values: Tensor) -> tuple[Tensor, Tensor]:
+        return fused(**dict(zip(names, values, strict=True)), **options)
+
+    found = []
+    for wrapped in (function, lambda *values: checkpoint(function, *values, use_reentrant=reentrant)):
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors.values()]
+        torch.manual_seed(5)
+        outputs = wrapped(*leaves)
+        torch.autograd.backward(outputs, grads)
+        found.append({"h": outputs[0].detach(), **{key: leaf.grad for key, leaf in zip(names, leaves, strict=True)}})
+    assert_identical(found[1], found[0])
+
+
+# --- memory
+
+
+@pytest.mark.parametrize("scheme", ["narrow", "wide"])
+@pytest.mark.parametrize(("norm", "affine", "kind"), CALLS)
+def test_every_element_is_written(norm: str, affine: bool, kind: str, scheme: str, memory: Memory, request: pytest.FixtureRequest) -> None:  # noqa: F811
+    """Outputs, partial sums and statistics: nothing of what the launcher allocates stays as it was."""
+    if scheme == "wide":
+        request.getfixturevalue("small_wide")
+    inputs = on_device(raw((5,), 20, FULL, norm, affine, kind, True, True))
+    found = (*gates.gates_forward(*inputs), *gates.gates_backward(*on_device(backward_arguments(inputs))))
+    storages = {buffer.untyped_storage().data_ptr() for buffer, _ in memory.buffers}
+    assert {x.untyped_storage().data_ptr() for x in found} < storages  # and there is scratch beside the results
+    for buffer, size in memory.buffers:
+        inner = buffer[GUARD : GUARD + size]
+        if size == 5 * gates.STATISTICS.value and kind == "given":
+            inner = inner.view(5, -1)[:, : 5 * 3]  # three gates leave a quarter of the statistics' room
+        assert not inner.isnan().any(), size
+
+
+def test_h_may_be_written_beside_something_else() -> None:
+    """Into every row of a wider matrix, and nothing else of it."""
+    inputs = on_device(raw((9,), 33, FULL, "gate", True, "gelu", False, False))
+    wanted, _ = gates.gates_forward(*inputs)
+    for left, right in ((0, 0), (0, 7), (7, 0), (31, 64)):
+        room = torch.full((9, left + 33 + right), SENTINEL, device=DEVICE)
+        h, _ = gates.gates_forward(*inputs, room[:, left : left + 33])
+        assert torch.equal(h, wanted)
+        assert torch.equal(room[:, left : left + 33], wanted)
+        assert (room[:, :left] == SENTINEL).all()
+        assert (room[:, left + 33 :] == SENTINEL).all()
+
+
+def rows_apart(x: Tensor) -> Tensor:
+    return among_nan(x, 5)
+
+
+LAYOUTS = [rows_apart, transposed, strided_features, expanded, expanded_once]
+
+
+# Inputs and gradients of different layouts on a batch of (2, 3, 2) rows, where a single row stride may not exist: each layout meets
+# each in one of the two roles.
+@pytest.mark.parametrize("shift", range(len(LAYOUTS)))
+@pytest.mark.parametrize("inputs", LAYOUTS, ids=name)
+def test_layouts(inputs: Callable, shift: int) -> None:
+    gradients = LAYOUTS[(LAYOUTS.index(inputs) + shift) % len(LAYOUTS)]
+    tensors, options = given((2, 3, 2), 5, MEMORIES[shift], kind="given")
+    dh, dc = (gradients(gradient) for gradient in cotangents(tensors))
+    check_gates({key: inputs(tensor) for key, tensor in tensors.items()}, options, (dh, dc), backend="triton")
+
+
+@pytest.mark.parametrize("scheme", ["narrow", "wide"])
+def test_each_argument_has_its_own_row_stride(scheme: str, request: pytest.FixtureRequest) -> None:
+    """No stride can stand in for another, and the parameters are no views of rows."""
+    if scheme == "wide":
+        request.getfixturevalue("small_wide")
+    tensors, options = given(3, 20, FULL, kind="given")
+    dh, dc = cotangents(tensors)
+    apart = {key: among_nan(tensor, number) for number, (key, tensor) in enumerate(tensors.items(), 3)}
+    check_gates(apart, options, (among_nan(dh, 11), among_nan(dc, 13)), backend="triton")
+
+
+def test_row_strides() -> None:
+    """The stride that the launcher finds reads the rows that the tensor has; where it finds none there is none."""
+    whole = torch.arange(2 * 3 * 4 * 30).view(2, 3, 4, 30)
+    views = [whole, whole.transpose(0, 1), whole.transpose(1, 2), whole[..., 2:7], whole[1:, ::2], whole[..., :1], whole[..., ::2]]
+    views += [whole[:, :1], whole[:, :, :1], whole[0, 0, 0], whole[:1, :1, :1]]
+    views += [whole[:, :1].expand(2, 3, 4, 30), whole[:1, :1, :1].expand(2, 3, 4, 30)]
+    found = 0
+    for x in views:
+        stride = launcher.row_stride(x)
+        rows = x.reshape(-1, x.shape[-1])
+        steps = {b - a for a, b in itertools.pairwise(rows[:, 0].tolist())}
+        dense = x.shape[-1] == 1 or x.stride(-1) == 1
+        assert (stride is not None) == (dense and len(steps) <= 1)
+        if stride is not None:
+            found += 1
+            assert torch.equal(x.as_strided(rows.shape, (stride, 1)), rows)
+    assert found >= 6
+
+
+def test_alignment() -> None:
+    """Aligned means that every row of every tensor begins at a multiple of 16 bytes."""
+    for dtype, offset, stride in itertools.product((F32, BF16), range(9), range(1, 18)):
+        room = torch.empty(200, dtype=dtype)
+        x = room[(-room.data_ptr() // room.itemsize) % 16 + offset :]
+        wanted = all(x[row * stride :].data_ptr() % 16 == 0 for row in range(4))
+        assert launcher.is_aligned((None, x), (1, stride)) == wanted
+        assert launcher.is_aligned((room[:0], x), (16, stride)) == (wanted and room.data_ptr() % 16 == 0)
+
+
+@pytest.mark.parametrize("kind", ["gelu", "given"])
+@pytest.mark.parametrize("scheme", ["narrow", "wide"])
+def test_rows_more_than_2_to_the_31_elements_apart(scheme: str, kind: str, request: pytest.FixtureRequest) -> None:
+    """Three rows whose offsets are 0, 2^30 and 2^31: an int32 would wrap to -2^31, where zeros are read in the last row's place."""
+    if scheme == "wide":
+        request.getfixturevalue("small_wide")
+    tensors, options = given(3, 20, HALF, kind=kind)
+    dh, dc = cotangents(tensors)
+    by_row = {key: x for key, x in {**tensors, "dh": dh, "dc": dc}.items() if key not in ("weight", "bias")}
+    room = lazy_memory(2**31 + 2**31 + 4096, BF16)
+    far = {}
+    for number, (key, x) in enumerate(by_row.items()):
+        far[key] = room.as_strided(x.shape, (2**30, 1), 2**31 + 512 * number)
+        far[key].copy_(x)
+    check_gates({**tensors, **{key: far[key] for key in tensors if key in far}}, options, (far["dh"], far["dc"]), backend="triton")
+
+
+@pytest.mark.parametrize("features", [64, 4096] if DEVICE == "cuda" else [64])
+@pytest.mark.usefixtures("real_memory")
+def test_more_than_2_to_the_31_elements(features: int) -> None:
+    """On a GPU; interpreted, the same with a few, and test_triton_interpreter.py runs the last programs of as many."""
+    elements = 2**31 if DEVICE == "cuda" else 4 * features * 5
+    rows = elements // (4 * features) + 3
+    if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < rows * features * 2 * 20:
+        pytest.skip(f"needs {rows * features * 40 / 2**30:.0f} GiB of the GPU's memory")
+    # the first and last rows, and those about 2^29, 2^30 and 2^31 elements, are random; the others zeros
+    marks = [0, *(elements // divisor // (4 * features) for divisor in (4, 2, 1)), rows - 2]
+    chosen = torch.tensor(sorted({row for mark in marks for row in range(max(mark - 1, 0), min(mark + 2, rows))}))
+    tensors, options = given(len(chosen), features, HALF, affine=False)
+    grads = cotangents(tensors)
+
+    def scattered(x: Tensor) -> Tensor:
+        whole = torch.zeros(rows, x.shape[1], dtype=x.dtype, device=DEVICE)
+        whole[chosen] = x
+        return whole
+
+    found = results(fused, {key: scattered(x) for key, x in tensors.items()}, (scattered(grads[0]), scattered(grads[1])), **options)
+    assert_identical({key: value[chosen] for key, value in found.items()}, results(fused, tensors, grads, **options))
