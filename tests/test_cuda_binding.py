@@ -1,4 +1,4 @@
-"""What is around the CUDA kernels: where "cuda" can run, what "auto" takes, the operators above a stand-in for the kernels, the build."""
+"""What is around the CUDA kernels: where "cuda" can run, what "auto" takes, the operators above a stand-in for the kernels."""
 
 from __future__ import annotations
 

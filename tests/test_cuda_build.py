@@ -12,6 +12,7 @@ import pytest
 import setuptools
 
 ROOT = Path(__file__).resolve().parent.parent
+HELD = ("80", "90", "100", "120-ptx")
 
 
 @pytest.fixture
