@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 import depthlstm_fast as dl
-from benchmarks.compiled import Compiled, reference_cell
-from benchmarks.gates import DTYPES, FEATURES, ROWS, Function, forward_and_backward, name_of
-from benchmarks.rows import Row, Settings, Target, timed_row
+from depthlstm_fast.bench.compiled import Compiled, reference_cell
+from depthlstm_fast.bench.gates import DTYPES, FEATURES, ROWS, Function, forward_and_backward, name_of
+from depthlstm_fast.bench.rows import Row, Settings, Target, timed_row
 
 GEMM_UNITS = {torch.float32: 1.06, torch.bfloat16: 1.12}
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import depthlstm_fast as dl
-from benchmarks import cell, decoding, gates, layer
-from benchmarks.compiled import reference_cell, reference_gates
+from depthlstm_fast.bench import cell, decoding, gates, layer
+from depthlstm_fast.bench.compiled import reference_cell, reference_gates
 
 BACKEND = "cpp"
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import depthlstm_fast as dl
-from benchmarks.compiled import Compiled
-from benchmarks.rows import Row, Settings, Target, figure
-from benchmarks.timing import interleave, spread
+from depthlstm_fast.bench.compiled import Compiled
+from depthlstm_fast.bench.rows import Row, Settings, Target, figure
+from depthlstm_fast.bench.timing import interleave, spread
 
 FEATURES, HEADS, LAYERS, VOCABULARY = 256, 4, 6, 8000
 SOURCE_LENGTH, TOKENS = 32, 32

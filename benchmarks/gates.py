@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import depthlstm_fast as dl
-from benchmarks.compiled import Compiled, reference_gates
-from benchmarks.rows import Row, Settings, Target, timed_row
+from depthlstm_fast.bench.compiled import Compiled, reference_gates
+from depthlstm_fast.bench.rows import Row, Settings, Target, timed_row
 
 ROWS, FEATURES = 4096, 512
 DTYPES = (torch.float32, torch.bfloat16)

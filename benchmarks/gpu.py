@@ -23,9 +23,9 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import gpu_report, supervisor
-from benchmarks.rows import Row, Settings
-from benchmarks.stages import Budget, Recorder, read_run, row_data, run_jobs
+from depthlstm_fast.bench import gpu_report, supervisor
+from depthlstm_fast.bench.rows import Row, Settings
+from depthlstm_fast.bench.stages import Budget, Recorder, read_run, row_data, run_jobs
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FILES = ("results.json", "report.md", "fastest.txt", "plans.json", "plans.md", "tests.xml", "speed.png", "floor.png")
@@ -86,7 +86,7 @@ def probe(options: argparse.Namespace) -> int:
 def backends_under_test(asked: list[str] | None, rehearse: bool) -> tuple[tuple[str, ...], dict[str, str]]:
     """The backends that were asked for, or all, without those that cannot run here; and of the latter, why."""
     import depthlstm_fast as dl
-    from benchmarks.gpu_rehearsal import stand_in_for_cuda
+    from depthlstm_fast.bench.gpu_rehearsal import stand_in_for_cuda
 
     wanted, absent = [name for name in BACKENDS if name in (asked or BACKENDS)], {}
     for name in wanted:
@@ -108,10 +108,10 @@ def work(options: argparse.Namespace) -> int:
         return NO_GPU
     import torch
 
-    from benchmarks import device, gpu_bench, machine, prepare
-    from benchmarks.checks import Check
-    from benchmarks.gpu_checks import Checker
-    from benchmarks.gpu_stages import Stages
+    from depthlstm_fast.bench import device, gpu_bench, machine, prepare
+    from depthlstm_fast.bench.checks import Check
+    from depthlstm_fast.bench.gpu_checks import Checker
+    from depthlstm_fast.bench.gpu_stages import Stages
 
     backends, absent = backends_under_test(options.backend, options.rehearse)
     if not backends:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks import overhead
-from benchmarks.device import release
-from benchmarks.gpu_checks import Checker
-from benchmarks.rows import Row, Settings, Target, timed_backends
-from benchmarks.timing import Stopwatch
+from depthlstm_fast.bench import overhead
+from depthlstm_fast.bench.device import release
+from depthlstm_fast.bench.gpu_checks import Checker
+from depthlstm_fast.bench.rows import Row, Settings, Target, timed_backends
+from depthlstm_fast.bench.timing import Stopwatch
 
 BF16, FP32 = torch.bfloat16, torch.float32
 Runs = dict[str, Callable[[], object]]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import external
+from depthlstm_fast.bench import external
 
 LIMIT_SECONDS = 120.0
 NVCC_PLACES = ("nvcc", "/usr/local/cuda/bin/nvcc")

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 import depthlstm_fast as dl
-from benchmarks import cell, checks, gates
-from benchmarks.checks import Check
-from benchmarks.compiled import reference_cell, reference_gates
-from benchmarks.device import release
+from depthlstm_fast.bench import cell, checks, gates
+from depthlstm_fast.bench.checks import Check
+from depthlstm_fast.bench.compiled import reference_cell, reference_gates
+from depthlstm_fast.bench.device import release
 
 ROUNDINGS = {torch.float32: 8.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 LAYER_ROUNDINGS = 4.0  # several products deep

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import depthlstm_fast as dl
-from benchmarks import cell, checks, layer, memory
-from benchmarks.compiled import reference_cell
-from benchmarks.device import allocated_bytes
-from benchmarks.gates import name_of
-from benchmarks.gpu_bench import BF16, Bench, Runs
-from benchmarks.rows import Row, Target
+from depthlstm_fast.bench import cell, checks, layer, memory
+from depthlstm_fast.bench.compiled import reference_cell
+from depthlstm_fast.bench.device import allocated_bytes
+from depthlstm_fast.bench.gates import name_of
+from depthlstm_fast.bench.gpu_bench import BF16, Bench, Runs
+from depthlstm_fast.bench.rows import Row, Target
 
 LAYER_RATIO = 0.95
 COMPILED_DIFFERENCE = 0.02  # compiled against eager bf16, ||difference|| / ||eager||

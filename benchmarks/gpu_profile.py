@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.external import Outcome
+from depthlstm_fast.bench.external import Outcome
 
 BYTES, SECONDS = "dram__bytes.sum", "gpu__time_duration.sum"
 SHARE = "dram__throughput.avg.pct_of_peak_sustained_elapsed"
@@ -88,7 +88,7 @@ def main(backend: str, dtype: str, *words: str) -> None:
     import torch
 
     import depthlstm_fast as dl
-    from benchmarks.gates import make_inputs
+    from depthlstm_fast.bench.gates import make_inputs
 
     for features, rows in zip(map(int, words[::2]), map(int, words[1::2]), strict=True):
         leaves = [tensor.requires_grad_() for tensor in make_inputs(rows, features, getattr(torch, dtype), "cuda")]

@@ -13,9 +13,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import gpu_compare
-from benchmarks.report import figure_text, value_text
-from benchmarks.stages import Run, write_text
+from depthlstm_fast.bench import gpu_compare
+from depthlstm_fast.bench.report import figure_text, value_text
+from depthlstm_fast.bench.stages import Run, write_text
 
 HEADINGS = ("what", "fused", "eager", "compiled", "floor or rival", "over eager", "over compiled", "against", "GB/s", "error (eager's)")
 SHOWN_PLANS = 3

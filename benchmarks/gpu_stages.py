@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import device, external, gpu_profile, gpu_report, plans, prepare, sanitize
-from benchmarks.gpu_bench import BF16, Bench
-from benchmarks.gpu_kernels import AUTOTUNE, MAIN, cell_rows, few_rows, gates_rows, overhead_rows
-from benchmarks.gpu_layers import layer_rows, memory_rows, stack_rows
-from benchmarks.stages import Budget, Job, Recorder
+from depthlstm_fast.bench import device, external, gpu_profile, gpu_report, plans, prepare, sanitize
+from depthlstm_fast.bench.gpu_bench import BF16, Bench
+from depthlstm_fast.bench.gpu_kernels import AUTOTUNE, MAIN, cell_rows, few_rows, gates_rows, overhead_rows
+from depthlstm_fast.bench.gpu_layers import layer_rows, memory_rows, stack_rows
+from depthlstm_fast.bench.stages import Budget, Job, Recorder
 
 ROOT = Path(__file__).resolve().parents[1]
 TEST_SECONDS, REHEARSED_TEST = 150.0, "zero_rows"
@@ -147,7 +147,7 @@ class Stages:
 
     def pictures(self) -> Iterable[Job]:
         def run() -> None:
-            from benchmarks import plots
+            from depthlstm_fast.bench import plots
 
             if self.recorder.run["rows"]:
                 plots.write_all(self.recorder.run, self.recorder.folder)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import depthlstm_fast as dl
-from benchmarks.compiled import Compiled
-from benchmarks.rows import Row, Settings, Target, timed_row
+from depthlstm_fast.bench.compiled import Compiled
+from depthlstm_fast.bench.rows import Row, Settings, Target, timed_row
 
 FEATURES, HEADS, BATCH, LENGTH = 512, 8, 16, 256
 RESIDUAL = "nn.TransformerEncoderLayer"

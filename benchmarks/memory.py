@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 import depthlstm_fast as dl
-from benchmarks import cell, layer
-from benchmarks.compiled import Compiled, reference_cell
-from benchmarks.gates import FEATURES, ROWS
-from benchmarks.rows import Figure, Row, Settings
-from benchmarks.timing import Spread
+from depthlstm_fast.bench import cell, layer
+from depthlstm_fast.bench.compiled import Compiled, reference_cell
+from depthlstm_fast.bench.gates import FEATURES, ROWS
+from depthlstm_fast.bench.rows import Figure, Row, Settings
+from depthlstm_fast.bench.timing import Spread
 
 CELL_SHARE, LAYER_SHARE = 0.45, 0.75
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 import torch
 
 import depthlstm_fast as dl
-from benchmarks import gates
-from benchmarks.compiled import Compiled, reference_gates
-from benchmarks.rows import Figure, Row, Settings
-from benchmarks.timing import Spread, ratio, spread
+from depthlstm_fast.bench import gates
+from depthlstm_fast.bench.compiled import Compiled, reference_gates
+from depthlstm_fast.bench.rows import Figure, Row, Settings
+from depthlstm_fast.bench.timing import Spread, ratio, spread
 
 ROWS, FEATURES = 1, 8
 BATCHES, CALLS = 5, 2000

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import gates
-from benchmarks.gpu_bench import BF16, Bench
-from benchmarks.timing import interleave, spread
+from depthlstm_fast.bench import gates
+from depthlstm_fast.bench.gpu_bench import BF16, Bench
+from depthlstm_fast.bench.timing import interleave, spread
 
 MODULE, LAUNCHER = "depthlstm_fast.kernels.gates", "depthlstm_fast.kernels.launch"
 KINDS = ("forward", "narrow", "wide", "row sums")

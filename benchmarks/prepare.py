@@ -2,11 +2,11 @@
 
 --triton and --cuda name the backends under test.
 
-python -m benchmarks.prepare gates 512 65536 bfloat16      the fused gates and the compiled reference, as they will be timed
-python -m benchmarks.prepare cell 512 65536                likewise
-python -m benchmarks.prepare layer 512 8 32 512
-python -m benchmarks.prepare few 512 8                     the compiled reference on few rows
-python -m benchmarks.prepare plans 3 12                    every 12th launch plan
+python -m depthlstm_fast.bench.prepare gates 512 65536 bfloat16      the fused gates and the compiled reference, as they will be timed
+python -m depthlstm_fast.bench.prepare cell 512 65536                likewise
+python -m depthlstm_fast.bench.prepare layer 512 8 32 512
+python -m depthlstm_fast.bench.prepare few 512 8                     the compiled reference on few rows
+python -m depthlstm_fast.bench.prepare plans 3 12                    every 12th launch plan
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 import torch
 
 import depthlstm_fast as dl
-from benchmarks import cell, external, gates, layer, plans
-from benchmarks.compiled import Compiled, reference_cell, reference_gates
-from benchmarks.gpu_bench import BF16, Sizes
+from depthlstm_fast.bench import cell, external, gates, layer, plans
+from depthlstm_fast.bench.compiled import Compiled, reference_cell, reference_gates
+from depthlstm_fast.bench.gpu_bench import BF16, Sizes
 
 LIMIT_SECONDS = 150
 
@@ -118,7 +118,7 @@ class Pool:
                     self.failed.append(f"{name} ({process.returncode})")
         while self.waiting and len(self.running) < self.width:
             task = self.waiting.pop(0)
-            command = [sys.executable, "-m", "benchmarks.prepare", *self.flags, *task]
+            command = [sys.executable, "-m", "depthlstm_fast.bench.prepare", *self.flags, *task]
             self.running[" ".join(task)] = external.start(command, self.log, {"TORCHINDUCTOR_COMPILE_THREADS": "1"})
         return bool(self.waiting or self.running)
 

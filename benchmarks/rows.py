@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from benchmarks.timing import Spread, Stopwatch, interleave, ratio, spread
+from depthlstm_fast.bench.timing import Spread, Stopwatch, interleave, ratio, spread
 
 
 @dataclass(frozen=True)

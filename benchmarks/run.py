@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import depthlstm_fast as dl
-from benchmarks import cell, checks, compiled, decoding, gates, layer, machine, memory, overhead, plots, report, translation
-from benchmarks.rows import Row, Settings
+from depthlstm_fast.bench import cell, checks, compiled, decoding, gates, layer, machine, memory, overhead, plots, report, translation
+from depthlstm_fast.bench.rows import Row, Settings
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LIMIT_SECONDS = 120

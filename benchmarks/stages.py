@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import Row
+from depthlstm_fast.bench.rows import Row
 
 Run = dict[str, Any]
 GRACE_SECONDS = 15.0  # by how much a job may outlast the budget before it is stopped

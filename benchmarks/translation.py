@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import Figure, Row
-from benchmarks.timing import Spread
+from depthlstm_fast.bench.rows import Figure, Row
+from depthlstm_fast.bench.timing import Spread
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "translation"
 

@@ -21,8 +21,8 @@ import depthlstm_fast as dl
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import checks, compiled, decoding, gates, layer, machine, memory, overhead, report, timing, translation  # noqa: E402
-from benchmarks.rows import Figure, Row, Settings, Target, figure, timed_row  # noqa: E402
+from depthlstm_fast.bench import checks, compiled, decoding, gates, layer, machine, memory, overhead, report, timing, translation  # noqa: E402
+from depthlstm_fast.bench.rows import Figure, Row, Settings, Target, figure, timed_row  # noqa: E402
 
 sys.path.remove(str(ROOT))
 
@@ -314,7 +314,7 @@ def test_readme_block_is_replaced_and_nothing_else(run: dict[str, Any], tmp_path
 
 def test_plots_are_written_for_what_a_run_has(run: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from benchmarks import plots
+    from depthlstm_fast.bench import plots
 
     assert [path.name for path in plots.write_all(run, tmp_path)] == ["speed.png", "floor.png"]
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("speed.png", "floor.png"))
@@ -326,7 +326,7 @@ def test_plots_are_written_for_what_a_run_has(run: dict[str, Any], tmp_path: Pat
 def test_without_the_backend_nothing_is_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     pytest.importorskip("rich")
-    from benchmarks import run as runner
+    from depthlstm_fast.bench import run as runner
 
     monkeypatch.setattr(dl, "backends", lambda: {"cpp": type("Status", (), {"available": False, "detail": "it was not built"})})
     assert runner.main(["--output", str(tmp_path / "out")]) == 2

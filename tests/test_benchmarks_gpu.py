@@ -24,7 +24,7 @@ import depthlstm_fast as dl
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import (  # noqa: E402
+from depthlstm_fast.bench import (  # noqa: E402
     device,
     gates,
     gpu,
@@ -36,10 +36,10 @@ from benchmarks import (  # noqa: E402
     plans,
     supervisor,
 )
-from benchmarks.checks import Check  # noqa: E402
-from benchmarks.rows import Row, Settings, Target, timed_backends  # noqa: E402
-from benchmarks.stages import Budget, Job, Recorder, read_run, run_jobs  # noqa: E402
-from benchmarks.timing import HostStopwatch, interleave  # noqa: E402
+from depthlstm_fast.bench.checks import Check  # noqa: E402
+from depthlstm_fast.bench.rows import Row, Settings, Target, timed_backends  # noqa: E402
+from depthlstm_fast.bench.stages import Budget, Job, Recorder, read_run, run_jobs  # noqa: E402
+from depthlstm_fast.bench.timing import HostStopwatch, interleave  # noqa: E402
 
 sys.path.remove(str(ROOT))
 
@@ -222,8 +222,8 @@ def test_jobs_are_guarded_skipped_and_written_down(tmp_path: Path) -> None:
 WORKER = """
 import os, sys, time
 from pathlib import Path
-from benchmarks import supervisor
-from benchmarks.stages import Budget, Job, Recorder, read_run, run_jobs
+from depthlstm_fast.bench import supervisor
+from depthlstm_fast.bench.stages import Budget, Job, Recorder, read_run, run_jobs
 
 state, folder = Path(sys.argv[-1].removeprefix("--worker=")), Path(sys.argv[1])
 restarted = supervisor.hello(state, folder)

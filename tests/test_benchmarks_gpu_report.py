@@ -15,11 +15,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import external, gpu_compare, gpu_profile, gpu_report  # noqa: E402
-from benchmarks.checks import Check  # noqa: E402
-from benchmarks.rows import Row  # noqa: E402
-from benchmarks.stages import Recorder  # noqa: E402
-from benchmarks.timing import Spread  # noqa: E402
+from depthlstm_fast.bench import external, gpu_compare, gpu_profile, gpu_report  # noqa: E402
+from depthlstm_fast.bench.checks import Check  # noqa: E402
+from depthlstm_fast.bench.rows import Row  # noqa: E402
+from depthlstm_fast.bench.stages import Recorder  # noqa: E402
+from depthlstm_fast.bench.timing import Spread  # noqa: E402
 
 sys.path.remove(str(ROOT))
 

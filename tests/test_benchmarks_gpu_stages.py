@@ -16,7 +16,7 @@ import depthlstm_fast as dl
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import (  # noqa: E402
+from depthlstm_fast.bench import (  # noqa: E402
     external,
     gpu,
     gpu_bench,
@@ -29,8 +29,8 @@ from benchmarks import (  # noqa: E402
     prepare,
     sanitize,
 )
-from benchmarks.stages import Budget, Job, Recorder, run_jobs  # noqa: E402
-from benchmarks.timing import HostStopwatch  # noqa: E402
+from depthlstm_fast.bench.stages import Budget, Job, Recorder, run_jobs  # noqa: E402
+from depthlstm_fast.bench.timing import HostStopwatch  # noqa: E402
 
 sys.path.remove(str(ROOT))
 
