@@ -18,7 +18,8 @@ def stand_in_for_cuda() -> str | None:
     sys.path.insert(0, str(TESTS))
     try:
         import pytest
-        import simulated
+
+        simulated = importlib.import_module("simulated")
     except ImportError as error:
         return f"the stand-in of the tests does not import: {error}"
     finally:

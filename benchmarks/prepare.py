@@ -66,7 +66,7 @@ def prepare_cell(features: int, rows: int, device: torch.device) -> None:
         Compiled().get(reference_cell, functools.partial(gates.forward_and_backward, leaves=leaves, cotangents=cotangents))
 
 
-def prepare_layer(device: torch.device, features: int, heads: int, batch: int, length: int, backends: Sequence[str]) -> None:
+def prepare_layer(device: torch.device, backends: Sequence[str], features: int, heads: int, batch: int, length: int) -> None:
     """The layers, each compiled, the fused one with every backend."""
     h, c = (torch.randn(batch, length, features, device=device).to(BF16).requires_grad_() for _ in range(2))
     for name, module in layer.depth_lstm_layers(features, heads, BF16, device).items():
@@ -155,7 +155,7 @@ def main(arguments: list[str]) -> None:
     elif subject == "cell":
         prepare_cell(int(words[0]), int(words[1]), device)
     elif subject == "layer":
-        prepare_layer(device, *map(int, words), backends=backends)
+        prepare_layer(device, backends, *map(int, words))
     elif subject == "few":
         prepare_few(int(words[0]), int(words[1]), device)
     else:

@@ -82,6 +82,10 @@ def into_a_buffer(backend: str, tensors: dict[str, Tensor], more: bool, device: 
     return ops._operators(backend, z).forward(z, None, None, c, weight, bias, None, 0, 0, 1e-6, 0.0, h, **second)
 
 
+def gates_of(tensors: dict[str, Tensor], options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    return dl.depth_lstm_gates(**{**tensors, **options})
+
+
 def main(backend: str = "triton", cases: Sequence[Case] | None = None, device: str = "cuda") -> None:
     """Forward and backward of every case in bf16, mixed and fp32, and once with a given g."""
     for features, few, options in CASES[backend] if cases is None else cases:
@@ -89,7 +93,7 @@ def main(backend: str = "triton", cases: Sequence[Case] | None = None, device: s
         for dtypes in TYPES:
             for gates in (4, 3):
                 tensors = inputs_of(rows, features, gates, dtypes, affine, device)
-                outputs = dl.depth_lstm_gates(**tensors, backend=backend, **options)
+                outputs = gates_of(tensors, options | {"backend": backend})
                 found = [*with_gradients(outputs, list(tensors.values()), device)]
                 if affine and "norm" not in options:
                     found += with_z_bias(backend, tensors, device)

@@ -86,7 +86,7 @@ def test_tasks_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "compile", compile)
     prepare.prepare_gates(16, 3, torch.bfloat16, CPU, compile=False, triton=False)
-    prepare.prepare_layer(CPU, 16, 2, 1, 3, ["cuda", "cpp"])
+    prepare.prepare_layer(CPU, ["cuda", "cpp"], 16, 2, 1, 3)
     assert ran[-3:-1] == ["cuda", "cpp"]
     prepare.prepare_few(16, 2, CPU)
     assert len(ran) == 6
