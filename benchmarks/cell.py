@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import depthlstm_fast as dl
+from depthlstm_fast.bench import products
 from depthlstm_fast.bench.compiled import Compiled, reference_cell
 from depthlstm_fast.bench.gates import DTYPES, FEATURES, ROWS, Function, forward_and_backward, name_of
-from depthlstm_fast.bench.rows import Row, Settings, Target, timed_row
+from depthlstm_fast.bench.problems import Problem, Runs
+from depthlstm_fast.bench.rows import Row, Target
 
 GEMM_UNITS = {torch.float32: 1.06, torch.bfloat16: 1.12}
 
@@ -32,9 +35,23 @@ def make_inputs(rows: int, features: int, dtype: torch.dtype, device: torch.devi
 
 def bare_gemms(rows: int, features: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Callable[[], object]:
     """The products that no cell can do without: z = xh W^T, dxh = dz W, dW = dz^T xh; contiguous inputs, outputs allocated afresh."""
-    shapes = (rows, 2 * features), (4 * features, 2 * features), (rows, 4 * features)
-    xh, w, dz = (torch.randn(*shape, device=device).to(dtype) for shape in shapes)
-    return lambda: (torch.mm(xh, w.t()), torch.mm(dz, w), torch.mm(dz.t(), xh))
+    return products.training_run(products.cell(rows, features), dtype, device)
+
+
+def lstm_cell(rows: int, features: int, dtype: torch.dtype) -> Callable[[], object]:
+    """torch's own cell, forward + backward with every gradient, on as many weights.
+
+    It computes less after the products: no LayerNorm of the gates, a tanh in place of the GELU; but also the tanh of c'.
+    """
+    module = nn.LSTMCell(features, features, dtype=dtype)
+    x, h, c = (torch.randn(rows, features).to(dtype).requires_grad_() for _ in range(3))
+    cotangents = [torch.randn(rows, features).to(dtype) for _ in range(2)]
+
+    def run() -> object:
+        outputs = module(x, (h, c))
+        return (*outputs, *torch.autograd.grad(outputs, [x, h, c, *module.parameters()], cotangents))
+
+    return run
 
 
 def compile_for(compiled: Compiled, dtype: torch.dtype) -> Function | None:
@@ -47,23 +64,23 @@ def compile_for(compiled: Compiled, dtype: torch.dtype) -> Function | None:
     return compiled.get(reference_cell, train)
 
 
-def measure(settings: Settings, compiled: Compiled, tick: Callable[[], None]) -> Iterator[Row]:
-    """One row for each dtype."""
-    for dtype in DTYPES:
-        train = compile_for(compiled, dtype)
-        leaves = [tensor.requires_grad_() for tensor in make_inputs(ROWS, FEATURES, dtype)]
-        cotangents = [torch.randn(ROWS, FEATURES).to(dtype) for _ in range(2)]
-        contestants: dict[str, Function] = {"eager": reference_cell, "fused": dl.depth_lstm_cell}
-        if train is not None:
-            contestants["compile"] = train
+def training(dtype: torch.dtype, compiled: Compiled) -> Problem:
+    """Forward and backward with the gradients of all inputs and weights."""
+    train = compile_for(compiled, dtype)
+    leaves = [tensor.requires_grad_() for tensor in make_inputs(ROWS, FEATURES, dtype)]
+    cotangents = [torch.randn(ROWS, FEATURES).to(dtype) for _ in range(2)]
+    runs: Runs = {"eager": lambda: forward_and_backward(reference_cell, leaves, cotangents)}
+    if train is not None:
+        runs["compile"] = lambda: forward_and_backward(train, leaves, cotangents)
+    runs |= {
+        "fused": lambda: forward_and_backward(dl.depth_lstm_cell, leaves, cotangents),
+        "against": bare_gemms(ROWS, FEATURES, dtype),
+        "lstm_cell": lstm_cell(ROWS, FEATURES, dtype),
+    }
+    row = Row("cell", "cell forward + backward", name_of(dtype), f"N={ROWS} I=D={FEATURES}", "ms", against="3 bare GEMMs")
+    row.others, row.missing = {"lstm_cell": "nn.LSTMCell (no LayerNorm)"}, compiled.missing()
+    targets = [Target("eager", "speedup"), Target("compile", "speedup"), Target("against", "ratio", GEMM_UNITS[dtype])]
+    return Problem(row, runs, targets, 5.0, flops=products.training_flops(products.cell(ROWS, FEATURES)), floor="against")
 
-        runs: dict[str, Callable[[], object]] = {
-            name: lambda f=function, v=leaves, g=cotangents: forward_and_backward(f, v, g)  # type: ignore[misc]
-            for name, function in contestants.items()
-        }
-        runs["against"] = bare_gemms(ROWS, FEATURES, dtype)
-        row = Row("cell", "cell forward + backward", name_of(dtype), f"N={ROWS} I=D={FEATURES}", "ms", against="3 bare GEMMs")
-        if compiled.reason is not None:
-            row.missing["compile"] = compiled.reason
-        targets = [Target("eager", "speedup"), Target("compile", "speedup"), Target("against", "ratio", GEMM_UNITS[dtype])]
-        yield timed_row(row, runs, targets, settings, 5.0, tick)
+
+PROBLEMS: dict[str, Callable[[Compiled], Problem]] = {name_of(dtype): functools.partial(training, dtype) for dtype in DTYPES}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import depthlstm_fast as dl
-from depthlstm_fast.bench import cell, decoding, gates, layer
+from depthlstm_fast.bench import cell, decoding, gates, layer, model
 from depthlstm_fast.bench.compiled import reference_cell, reference_gates
 
 BACKEND = "cpp"
@@ -129,24 +129,37 @@ def layer_check(
 def check_decoding(dtype: torch.dtype) -> Iterator[Check]:
     """Logits of a small model in ``dtype``, and in fp64, where no two logits are close, the very tokens."""
     exact, models = decoding.build(64, 2, 100, torch.float64), decoding.build(64, 2, 100, dtype)
-    for name, model in models.items():
-        model.load_state_dict(models["eager"].state_dict())
+    for name, module in models.items():
+        module.load_state_dict(models["eager"].state_dict())
         exact[name].load_state_dict(models["eager"].state_dict())
     source, target = torch.randint(3, 100, (3, 7)), torch.randint(3, 100, (3, 9))
     with torch.no_grad():
-        logits = {name: model(source, target) for name, model in models.items()}
+        logits = {name: module(source, target) for name, module in models.items()}
         for name in ("fused", "folded"):
             yield compare("decoding", dtype, [f"{name} logits"], [exact["eager"](source, target)], [logits["eager"]], [logits[name]])
-        tokens = {name: decoding.greedy(model, source, 12) for name, model in exact.items()}
+        tokens = {name: decoding.greedy(module, source, 12) for name, module in exact.items()}
     for name in ("fused", "folded"):
         same = torch.equal(tokens[name], tokens["eager"])
         yield Check("decoding", "fp64", same, f"{name} tokens", float(not same), 0.0, float(not same), dl.last_backend() or "none")
+
+
+def check_model(dtype: torch.dtype) -> Iterator[Check]:
+    """Loss and all gradients of a small model on one batch; the bound allows a rounding for each of its layers."""
+    layers = 2
+    models, exact_models = (model.build(32, 4, layers, 50) for _ in range(2))
+    exact = exact_models["eager"].double()
+    exact.load_state_dict(models["eager"].state_dict())
+    source, target = torch.randint(3, 50, (2, 7)), torch.randint(3, 50, (2, 8))
+    names = ["loss", *(f"gradient of {name}" for name, _ in models["fused"].named_parameters())]
+    wanted, eager, fused = (model.step(module, source, target) for module in (exact, models["eager"].to(dtype), models["fused"].to(dtype)))
+    yield compare("model", dtype, names, wanted, eager, fused, 2 * layers)
 
 
 CHECKS: dict[str, tuple[Callable[[torch.dtype], Iterator[Check]], tuple[torch.dtype, ...]]] = {
     "gates": (check_gates, gates.DTYPES),
     "cell": (check_cell, gates.DTYPES),
     "layer": (check_layer, (torch.float32,)),
+    "model": (check_model, (torch.float32,)),
     "decoding": (check_decoding, (torch.float32,)),
 }
 # which checks a subject's rows stand on
@@ -155,6 +168,8 @@ NEEDED = {
     "overhead": ("gates",),
     "cell": ("cell",),
     "layer": ("layer",),
+    "model": ("model",),
+    "scaling": ("gates", "layer"),
     "memory": ("cell", "layer"),
     "decoding": ("decoding",),
     "translation": ("layer", "decoding"),
@@ -180,3 +195,12 @@ def failure(checks: Sequence[Check], subject: str) -> str | None:
     """Why no number of ``subject`` may be shown; None where all it stands on is green."""
     red = [check for check in checks if check.subject in NEEDED[subject] and not check.passed]
     return "; ".join(f"{check.subject} {check.dtype} {check.summary}" for check in red) or None
+
+
+def error_numbers(checks: Sequence[Check], subject: str, dtype: str) -> dict[str, float]:
+    """What the row of a subject and dtype says about its error against fp64: of its checks the one nearest to its bound."""
+    own = [check for check in checks if check.subject in NEEDED[subject] and check.dtype == dtype]
+    if not own:
+        return {}
+    worst = max(own, key=lambda check: check.used)
+    return {"error": worst.error, "eager_error": worst.eager_error, "bound_share": worst.used}

@@ -16,7 +16,8 @@ import torch
 
 import depthlstm_fast as dl
 
-ROOT = Path(__file__).resolve().parents[1]
+# where Python finds the package: the source tree, or site-packages
+ROOT = Path(dl.__file__).resolve().parents[1]
 
 
 def reference_gates(z: torch.Tensor, c: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,6 +42,10 @@ class Compiled:
         self.reason: str | None = None if enabled else "left out"
         self.mode = mode
         self._functions: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+    def missing(self) -> dict[str, str]:
+        """What a row says about a compiled contestant that is not there."""
+        return {} if self.reason is None else {"compile": self.reason}
 
     def get(self, function: Callable[..., Any], first_call: Callable[[Callable[..., Any]], object]) -> Callable[..., Any] | None:
         """``function`` compiled, with ``first_call`` made on it so that nothing is left to compile; None where that fails."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 
 import depthlstm_fast as dl
 from depthlstm_fast.bench.compiled import Compiled
-from depthlstm_fast.bench.rows import Row, Settings, Target, figure
-from depthlstm_fast.bench.timing import interleave, spread
+from depthlstm_fast.bench.problems import Problem, Runs
+from depthlstm_fast.bench.rows import Row, Target
 
 FEATURES, HEADS, LAYERS, VOCABULARY = 256, 4, 6, 8000
 SOURCE_LENGTH, TOKENS = 32, 32
@@ -46,26 +47,39 @@ def greedy(model: dl.reference.DepthLSTMTransformer, source: Tensor, length: int
     return tokens if isinstance(tokens, Tensor) else tokens[0]
 
 
-def measure(settings: Settings, compiled: Compiled, tick: Callable[[], None]) -> Iterator[Row]:
-    """Two rows for each batch size: fused, and fused with folded output projections."""
+def weight_bytes(features: int, layers: int, vocabulary: int, steps: int, folded: bool) -> int:
+    """Bytes of the fp32 matrices that ``steps`` tokens read: the encoder's and the memory's keys and values once, all others in each step.
+
+    A folded encoder layer has one D x D matrix less; decoder layers, whose two attentions are added, do not fold.
+    """
+    square = features * features
+    once = layers * ((11 if folded else 12) * square + 2 * square)
+    each = layers * (4 + 2 + 8) * square + vocabulary * features
+    return 4 * (once + steps * each)
+
+
+def greedy_decoding(batch: int, folded: bool, compiled: Compiled) -> Problem:
+    """The encoder and ``TOKENS`` steps."""
     models = build()
-    for batch in BATCHES:
-        source = torch.randint(3, VOCABULARY, (batch, SOURCE_LENGTH))
-        for name, model in models.items():  # the warm-up, too
-            length = greedy(model, source, TOKENS).shape[1]
-            if length != TOKENS:
-                raise RuntimeError(f"the {name} model stopped after {length} of {TOKENS} tokens")
-        runs: dict[str, Callable[[], object]] = {
-            name: lambda m=model, s=source: greedy(m, s, TOKENS)  # type: ignore[misc]
-            for name, model in models.items()
-        }
-        samples = interleave(runs, seconds=2.5 * settings.seconds, minimum=settings.minimum, warmups=0, on_repetition=tick)
-        speeds = {name: spread([batch * TOKENS / time for time in times]) for name, times in samples.items()}
-        for name in ("fused", "folded"):
-            size = f"d={FEATURES} {LAYERS}+{LAYERS} layers"
-            label = f"decoding, batch {batch}" + (", folded" if name == "folded" else "")
-            row = Row("decoding", label, "fp32", size, "tokens/s", repetitions=len(samples[name]))
-            row.values = {"eager": speeds["eager"], "fused": speeds[name]}
-            row.figures = [figure(Target("eager", "speedup"), {"eager": samples["eager"], "fused": samples[name]})]
-            row.note = f"greedy, {SOURCE_LENGTH} tokens in, {TOKENS} out, encoder included"
-            yield row
+    source = torch.randint(3, VOCABULARY, (batch, SOURCE_LENGTH))
+    chosen = {"eager": models["eager"], "fused": models["folded" if folded else "fused"]}
+    for name, model in chosen.items():
+        length = greedy(model, source, TOKENS).shape[1]
+        if length != TOKENS:
+            raise RuntimeError(f"the {name} model stopped after {length} of {TOKENS} tokens")
+    runs: Runs = {
+        "eager": lambda: greedy(chosen["eager"], source, TOKENS),
+        "fused": lambda: greedy(chosen["fused"], source, TOKENS),
+    }
+    label = f"decoding, batch {batch}" + (", folded" if folded else "")
+    row = Row("decoding", label, "fp32", f"d={FEATURES} {LAYERS}+{LAYERS} layers", "tokens/s")
+    row.note = f"greedy, {SOURCE_LENGTH} tokens in, {TOKENS} out, encoder included"
+    read = weight_bytes(FEATURES, LAYERS, VOCABULARY, TOKENS, folded)
+    return Problem(row, runs, [Target("eager", "speedup")], 1.5, grad=False, tokens=batch * TOKENS, moved_bytes=read)
+
+
+PROBLEMS: dict[str, Callable[[Compiled], Problem]] = {
+    f"batch {batch}{' folded' if folded else ''}": functools.partial(greedy_decoding, batch, folded)
+    for batch in BATCHES
+    for folded in (False, True)
+}

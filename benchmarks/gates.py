@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 import depthlstm_fast as dl
 from depthlstm_fast.bench.compiled import Compiled, reference_gates
-from depthlstm_fast.bench.rows import Row, Settings, Target, timed_row
+from depthlstm_fast.bench.problems import Problem, Runs
+from depthlstm_fast.bench.rows import Row, Target
 
 ROWS, FEATURES = 4096, 512
 DTYPES = (torch.float32, torch.bfloat16)
 FORWARD_ELEMENTS = 7  # of D a token: z (4) and c' read, h and c written
 BACKWARD_ELEMENTS = 12  # z (4), c', dh and dc read, dz (4) and dc' written
 SHARE_OF_COPY = {torch.float32: 0.80, torch.bfloat16: 0.60}
+SPEEDUPS = (Target("eager", "speedup", 8.0), Target("compile", "speedup", 3.5))
 
 Function = Callable[..., tuple[Tensor, Tensor]]
 
@@ -90,38 +93,50 @@ def compile_for(compiled: Compiled, dtype: torch.dtype) -> tuple[Function | None
     return compiled.get(reference_gates, infer), compiled.get(reference_gates, train)
 
 
-def measure(settings: Settings, compiled: Compiled, tick: Callable[[], None]) -> Iterator[Row]:
-    """Two rows for each dtype."""
-    size = f"N={ROWS} D={FEATURES}"
-    for dtype in DTYPES:
-        inputs = make_inputs(ROWS, FEATURES, dtype)
-        z, c = inputs[:2]
-        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
-        cotangents = [torch.randn_like(c), torch.randn_like(c)]
-        scratch = torch.empty(2 * c.numel(), dtype=dtype)
-        copies = copy_forward(z, scratch), copy_backward(z, c, cotangents[0], scratch)
-        infer, train = compile_for(compiled, dtype)
-        missing = {} if compiled.reason is None else {"compile": compiled.reason}
-        speedups = [Target("eager", "speedup", 8.0), Target("compile", "speedup", 3.5)]
+def forward(dtype: torch.dtype, compiled: Compiled) -> Problem:
+    """The forward without gradients."""
+    inputs = make_inputs(ROWS, FEATURES, dtype)
+    z, c = inputs[:2]
+    infer = compile_for(compiled, dtype)[0]
+    runs: Runs = {"eager": lambda: reference_gates(*inputs)}
+    if infer is not None:
+        runs["compile"] = lambda: infer(*inputs)
+    runs |= {"fused": lambda: dl.depth_lstm_gates(*inputs), "against": copy_forward(z, torch.empty(2 * c.numel(), dtype=dtype))}
+    targets = [*SPEEDUPS, Target("against", "share", SHARE_OF_COPY[dtype])]
+    return problem("gates forward", dtype, FORWARD_ELEMENTS, compiled, runs, targets, seconds=1.2, grad=False)
 
-        def both(copies: tuple[Callable[[], object], ...] = copies) -> object:
-            return [copy() for copy in copies]
 
-        runs: dict[str, Callable[[], object]] = {"eager": lambda i=inputs: reference_gates(*i)}  # type: ignore[misc]
-        if infer is not None:
-            runs["compile"] = lambda f=infer, i=inputs: f(*i)  # type: ignore[misc]
-        runs |= {"fused": lambda i=inputs: dl.depth_lstm_gates(*i), "against": copies[0]}  # type: ignore[misc]
-        row = Row("gates", "gates forward", name_of(dtype), size, "ms", against=f"copy of {FORWARD_ELEMENTS}D", missing=missing)
-        row.note = f"{moved_bytes(ROWS, FEATURES, dtype, FORWARD_ELEMENTS) / 1e6:.1f} MB moved"
-        with torch.no_grad():
-            yield timed_row(row, runs, [*speedups, Target("against", "share", SHARE_OF_COPY[dtype])], settings, 1.2, tick)
+def training(dtype: torch.dtype, compiled: Compiled) -> Problem:
+    """Forward and backward with the gradients of all inputs."""
+    inputs = make_inputs(ROWS, FEATURES, dtype)
+    z, c = inputs[:2]
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    cotangents = [torch.randn_like(c), torch.randn_like(c)]
+    scratch = torch.empty(2 * c.numel(), dtype=dtype)
+    copies = copy_forward(z, scratch), copy_backward(z, c, cotangents[0], scratch)
+    train = compile_for(compiled, dtype)[1]
+    runs: Runs = {"eager": lambda: forward_and_backward(reference_gates, leaves, cotangents)}
+    if train is not None:
+        runs["compile"] = lambda: forward_and_backward(train, leaves, cotangents)
+    runs["fused"] = lambda: forward_and_backward(dl.depth_lstm_gates, leaves, cotangents)
+    runs["against"] = lambda: [copy() for copy in copies]
+    elements = FORWARD_ELEMENTS + BACKWARD_ELEMENTS
+    targets = [*SPEEDUPS, Target("against", "share")]
+    return problem("gates forward + backward", dtype, elements, compiled, runs, targets, seconds=2.0, grad=True)
 
-        runs = {"eager": lambda v=leaves, g=cotangents: forward_and_backward(reference_gates, v, g)}  # type: ignore[misc]
-        if train is not None:
-            runs["compile"] = lambda f=train, v=leaves, g=cotangents: forward_and_backward(f, v, g)  # type: ignore[misc]
-        runs["fused"] = lambda v=leaves, g=cotangents: forward_and_backward(dl.depth_lstm_gates, v, g)  # type: ignore[misc]
-        runs["against"] = both
-        elements = FORWARD_ELEMENTS + BACKWARD_ELEMENTS
-        row = Row("gates", "gates forward + backward", name_of(dtype), size, "ms", against=f"copy of {elements}D", missing=missing)
-        row.note = f"{moved_bytes(ROWS, FEATURES, dtype, elements) / 1e6:.1f} MB moved"
-        yield timed_row(row, runs, [*speedups, Target("against", "share")], settings, 2.0, tick)
+
+def problem(
+    name: str, dtype: torch.dtype, elements: int, compiled: Compiled, runs: Runs, targets: list[Target], seconds: float, grad: bool
+) -> Problem:
+    """A problem about ``elements`` * D elements a token."""
+    row = Row("gates", name, name_of(dtype), f"N={ROWS} D={FEATURES}", "ms", against=f"copy of {elements}D", missing=compiled.missing())
+    size = moved_bytes(ROWS, FEATURES, dtype, elements)
+    row.note = f"{size / 1e6:.1f} MB moved"
+    return Problem(row, runs, targets, seconds, grad, moved_bytes=size, floor="against")
+
+
+PROBLEMS: dict[str, Callable[[Compiled], Problem]] = {
+    f"{label} {name_of(dtype)}": functools.partial(make, dtype)
+    for dtype in DTYPES
+    for label, make in (("forward", forward), ("training", training))
+}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 import depthlstm_fast as dl
+from depthlstm_fast.bench import products
 from depthlstm_fast.bench.compiled import Compiled
-from depthlstm_fast.bench.rows import Row, Settings, Target, timed_row
+from depthlstm_fast.bench.problems import Problem, Runs
+from depthlstm_fast.bench.rows import Row, Target
 
 FEATURES, HEADS, BATCH, LENGTH = 512, 8, 16, 256
 RESIDUAL = "nn.TransformerEncoderLayer"
@@ -50,18 +52,25 @@ def residual_step(layer: nn.Module, h: Tensor, cotangent: Tensor) -> tuple[Tenso
     return torch.autograd.grad(layer(h), [h, *layer.parameters()], cotangent)
 
 
-def measure(settings: Settings, compiled: Compiled, tick: Callable[[], None]) -> Iterator[Row]:
-    """One row."""
+def training(compiled: Compiled) -> Problem:
+    """The step of a layer in the middle of a stack."""
     h, c = (torch.randn(BATCH, LENGTH, FEATURES, requires_grad=True) for _ in range(2))
     cotangents = [torch.randn(BATCH, LENGTH, FEATURES) for _ in range(2)]
     layers, residual = depth_lstm_layers(), residual_layer()
     if matrix_entries(residual) != matrix_entries(layers["fused"]):
         raise ValueError(f"layers of unequal size: {matrix_entries(residual)} and {matrix_entries(layers['fused'])} matrix entries")
-    runs: dict[str, Callable[[], object]] = {
-        name: lambda module=layer: depth_lstm_step(module, h, c, cotangents)  # type: ignore[misc]
-        for name, layer in layers.items()
+    needed = products.encoder_layer(BATCH, LENGTH, FEATURES, HEADS)
+    runs: Runs = {
+        "eager": lambda: depth_lstm_step(layers["eager"], h, c, cotangents),
+        "fused": lambda: depth_lstm_step(layers["fused"], h, c, cotangents),
+        "against": lambda: residual_step(residual, h, cotangents[0]),
+        "floor": products.training_run(needed, torch.float32),
     }
-    runs["against"] = lambda: residual_step(residual, h, cotangents[0])
     row = Row("layer", "encoder layer step", "fp32", f"{BATCH}x{LENGTH} D={FEATURES}", "ms", against=RESIDUAL)
+    row.others = {"floor": "its bare products"}
     row.note = f"{matrix_entries(residual) / 1e6:.2f}M matrix entries in each layer"
-    yield timed_row(row, runs, [Target("eager", "speedup"), Target("against", "ratio", 0.95)], settings, 6.0, tick)
+    targets = [Target("eager", "speedup"), Target("against", "ratio", 0.95)]
+    return Problem(row, runs, targets, 6.0, flops=products.training_flops(needed), floor="floor")
+
+
+PROBLEMS: dict[str, Callable[[Compiled], Problem]] = {"encoder layer": training}

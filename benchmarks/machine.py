@@ -13,8 +13,7 @@ import torch
 
 import depthlstm_fast as dl
 from depthlstm_fast.__main__ import chosen_isa, cpu_info, package_version
-
-ROOT = Path(__file__).resolve().parents[1]
+from depthlstm_fast.bench import CHECKOUT
 
 
 def last_level_cache() -> str:
@@ -41,8 +40,11 @@ def operating_system() -> str:
 
 
 def _git(*arguments: str) -> str | None:
+    """What git says about the source tree; None for an installed package, though it may lie in somebody else's tree."""
+    if CHECKOUT is None:
+        return None
     try:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+        return subprocess.run(["git", *arguments], cwd=CHECKOUT, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ import depthlstm_fast as dl
 from depthlstm_fast.bench import cell, layer
 from depthlstm_fast.bench.compiled import Compiled, reference_cell
 from depthlstm_fast.bench.gates import FEATURES, ROWS
-from depthlstm_fast.bench.rows import Figure, Row, Settings
-from depthlstm_fast.bench.timing import Spread
+from depthlstm_fast.bench.problems import KeptProblem, Problem, Runs, fill_kept
+from depthlstm_fast.bench.rows import Row
 
 CELL_SHARE, LAYER_SHARE = 0.45, 0.75
 
@@ -35,45 +35,72 @@ def kept_bytes(run: Callable[[], object], parameters: Iterable[Tensor]) -> int:
     return sum(kept.values())
 
 
-def bytes_row(name: str, size: str, found: dict[str, int], column: str, target: float, against: str = "", dtype: str = "fp32") -> Row:
-    """A row on the bytes ``found``, those of "fused" held to at most ``target`` times those of ``column``."""
-    row = Row("memory", name, dtype, size, "MB", repetitions=1, against=against)
-    row.values = {side: Spread(*(count / 1e6,) * 3) for side, count in found.items()}
-    share = found["fused"] / found[column]
-    row.figures = [Figure(column, "ratio", share, share, share, target, "at most")]
+def kept_row(name: str, dtype: str, size: str, against: str) -> Row:
+    """A row on bytes, still without them."""
+    row = Row("memory", name, dtype, size, "MB", against=against)
     row.note = "kept for backward, without parameters, with inputs that are kept"
     return row
+
+
+def bytes_row(name: str, size: str, found: dict[str, int], column: str, target: float, against: str = "", dtype: str = "fp32") -> Row:
+    """A row on the bytes ``found``, those of "fused" held to at most ``target`` times those of ``column``."""
+    return fill_kept(kept_row(name, dtype, size, against), found, column, target)
+
+
+def cell_runs(
+    rows: int, features: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", beside: bool = False
+) -> tuple[Runs, dict[str, list[Tensor]]]:
+    """Forward calls of the reference cell and the fused one, and the parameters of each."""
+    leaves = [tensor.requires_grad_() for tensor in cell.make_inputs(rows, features, dtype, device, beside)]
+    runs: Runs = {"eager": lambda: reference_cell(*leaves), "fused": lambda: dl.depth_lstm_cell(*leaves)}
+    return runs, dict.fromkeys(runs, leaves[3:])
+
+
+def layer_runs(
+    batch: int, length: int, features: int, heads: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[Runs, dict[str, list[Tensor]]]:
+    """Forward calls of the reference layer, the fused one and torch's residual one, and the parameters of each."""
+    h, c = (torch.randn(batch, length, features, dtype=dtype, device=device, requires_grad=True) for _ in range(2))
+    layers = layer.depth_lstm_layers(features, heads, dtype, device)
+    residual = layer.residual_layer(features, heads, dtype, device)
+    runs: Runs = {"eager": lambda: layers["eager"](h, c), "fused": lambda: layers["fused"](h, c), "against": lambda: residual(h)}
+    return runs, {name: list(module.parameters()) for name, module in (*layers.items(), ("against", residual))}
+
+
+def kept_by(runs: Runs, parameters: dict[str, list[Tensor]]) -> dict[str, int]:
+    """Bytes that each run keeps."""
+    return {name: kept_bytes(run, parameters[name]) for name, run in runs.items()}
 
 
 def cell_bytes(
     rows: int, features: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", beside: bool = False
 ) -> dict[str, int]:
     """Bytes kept by the reference cell and by the fused one, for rows x features."""
-    leaves = [tensor.requires_grad_() for tensor in cell.make_inputs(rows, features, dtype, device, beside)]
-    return {
-        "eager": kept_bytes(lambda: reference_cell(*leaves), leaves[3:]),
-        "fused": kept_bytes(lambda: dl.depth_lstm_cell(*leaves), leaves[3:]),
-    }
+    return kept_by(*cell_runs(rows, features, dtype, device, beside))
 
 
 def layer_bytes(
     batch: int, length: int, features: int, heads: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> dict[str, int]:
     """Bytes kept by the reference layer, the fused one and torch's residual one."""
-    h, c = (torch.randn(batch, length, features, dtype=dtype, device=device, requires_grad=True) for _ in range(2))
-    found = {
-        name: kept_bytes(lambda module=module: module(h, c), module.parameters())  # type: ignore[misc]
-        for name, module in layer.depth_lstm_layers(features, heads, dtype, device).items()
-    }
-    residual = layer.residual_layer(features, heads, dtype, device)
-    return found | {"against": kept_bytes(lambda: residual(h), residual.parameters())}
+    return kept_by(*layer_runs(batch, length, features, heads, dtype, device))
 
 
-def measure(settings: Settings, compiled: Compiled, tick: Callable[[], None]) -> Iterator[Row]:
-    """One row for the cell, one for the encoder layer."""
-    yield bytes_row("bytes kept by a cell", f"N={ROWS} I=D={FEATURES}", cell_bytes(ROWS, FEATURES), "eager", CELL_SHARE)
-    tick()
-    found = layer_bytes(layer.BATCH, layer.LENGTH, layer.FEATURES, layer.HEADS)
+def kept_problem(
+    name: str, size: str, found: tuple[Runs, dict[str, list[Tensor]]], share: tuple[str, float], against: str = ""
+) -> KeptProblem:
+    kept = kept_by(*found)
+    return KeptProblem(kept_row(name, "fp32", size, against), found[0], kept=kept, share=share)
+
+
+def cell_memory(compiled: Compiled) -> Problem:
+    return kept_problem("bytes kept by a cell", f"N={ROWS} I=D={FEATURES}", cell_runs(ROWS, FEATURES), ("eager", CELL_SHARE))
+
+
+def layer_memory(compiled: Compiled) -> Problem:
+    runs = layer_runs(layer.BATCH, layer.LENGTH, layer.FEATURES, layer.HEADS)
     size = f"{layer.BATCH}x{layer.LENGTH} D={layer.FEATURES}"
-    yield bytes_row("bytes kept by a layer", size, found, "against", LAYER_SHARE, layer.RESIDUAL)
-    tick()
+    return kept_problem("bytes kept by a layer", size, runs, ("against", LAYER_SHARE), layer.RESIDUAL)
+
+
+PROBLEMS: dict[str, Callable[[Compiled], Problem]] = {"cell": cell_memory, "layer": layer_memory}

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
 import depthlstm_fast as dl
 from depthlstm_fast.bench import gates
 from depthlstm_fast.bench.compiled import Compiled, reference_gates
-from depthlstm_fast.bench.rows import Figure, Row, Settings
+from depthlstm_fast.bench.problems import Problem, Runs
+from depthlstm_fast.bench.rows import Figure, Row, Target
 from depthlstm_fast.bench.timing import Spread, ratio, spread
 
 ROWS, FEATURES = 1, 8
-BATCHES, CALLS = 5, 2000
+CALLS_AT_ONCE = 200
+BATCHES, CALLS = 5, 2000  # of best_batches
 MICROSECONDS = {False: 15.0, True: 45.0}
 
 
@@ -57,15 +60,16 @@ def overhead_row(grad: bool, eager: list[float], fused: list[float], target: flo
     return row
 
 
-def measure(settings: Settings, compiled: Compiled, tick: Callable[[], None]) -> Iterator[Row]:
-    """One row without gradients, one where a graph is recorded (the forward call alone)."""
-    calls = CALLS if settings.minimum >= 7 else CALLS // 10
-    for grad, target in MICROSECONDS.items():
-        inputs = [tensor.requires_grad_(grad) for tensor in gates.make_inputs(ROWS, FEATURES, torch.float32)]
-        runs: dict[str, Callable[[], object]] = {
-            "eager": lambda i=inputs: reference_gates(*i),  # type: ignore[misc]
-            "fused": lambda i=inputs: dl.depth_lstm_gates(*i),  # type: ignore[misc]
-        }
-        with torch.set_grad_enabled(grad):
-            best = best_batches(runs, BATCHES, calls, tick)
-        yield overhead_row(grad, best["eager"], best["fused"], target, f"best median of {BATCHES} batches of {calls} calls")
+def one_call(grad: bool, compiled: Compiled) -> Problem:
+    """A call without gradients, or one that records a graph (the forward call alone)."""
+    inputs = [tensor.requires_grad_(grad) for tensor in gates.make_inputs(ROWS, FEATURES, torch.float32)]
+    runs: Runs = {"eager": lambda: reference_gates(*inputs), "fused": lambda: dl.depth_lstm_gates(*inputs)}
+    name = f"one gates call, {'grad' if grad else 'no grad'}"
+    row = Row("overhead", name, "fp32", f"N={ROWS} D={FEATURES}", "us", note=f"means over {CALLS_AT_ONCE} calls in a row")
+    targets = [Target("fused", "value", MICROSECONDS[grad]), Target("eager", "speedup")]
+    return Problem(row, runs, targets, 1.0, grad, CALLS_AT_ONCE)
+
+
+PROBLEMS: dict[str, Callable[[Compiled], Problem]] = {
+    "grad" if grad else "no grad": functools.partial(one_call, grad) for grad in MICROSECONDS
+}

@@ -1,8 +1,8 @@
 """One run as a terminal table, Markdown, CSV and JSON; as a program, puts a run's table into a README.
 
-python benchmarks/report.py benchmarks/results/MACHINE/results.json                     prints the Markdown
-python benchmarks/report.py --readme README.md benchmarks/results/MACHINE/results.json  rewrites what stands between
-    <!-- benchmarks:begin --> and <!-- benchmarks:end -->
+python -m depthlstm_fast.bench.report benchmarks/results/MACHINE/results.json                     prints the Markdown
+python -m depthlstm_fast.bench.report --readme README.md benchmarks/results/MACHINE/results.json  rewrites what stands between
+    <!-- benchmarks:begin --> and <!-- benchmarks:end -->, and report.md beside the results
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import csv
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-SHORT = {"nn.TransformerEncoderLayer": "residual layer"}
-COLUMNS = ("eager", "compile", "fused", "against")
+# 2: rows have numbers (bytes, rates, operator calls, memory, errors) and contestants beyond the columns; a run has curves
+SCHEMA = 2
+SHORT = {"nn.TransformerEncoderLayer": "residual layer", "pre-norm Transformer": "residual model"}
 Run = dict[str, Any]
 RowData = dict[str, Any]
 
@@ -72,6 +74,10 @@ def figure_text(row: RowData, column: str) -> tuple[str, str]:
     return _number(figure["kind"], figure["value"], row["unit"]), target_text(figure, row["unit"])
 
 
+def label_of(row: RowData) -> str:
+    return ", ".join(filter(None, (row["name"], row["dtype"], row["size"])))
+
+
 def tally(run: Run) -> tuple[int, int]:
     """How many targets were reached, and how many there are among the rows that may be shown."""
     judged = [f["reached"] for row in run["rows"] if row["failure"] is None for f in row["figures"] if f["reached"] is not None]
@@ -116,10 +122,17 @@ def terminal_table(run: Run) -> Table:
 
 
 def footnotes(run: Run) -> list[str]:
-    """What was left out and why, and every red check."""
+    """Contestants beyond the columns, what was left out and why, and every red check."""
+    shown = [row for row in run["rows"] if row["failure"] is None]
+    others = [
+        f"{row['name']}, {row['dtype']}: {what} {value_text(row, name)}, the fused one {ratio:.2f}x that"
+        for row in shown
+        for name, what in row.get("others", {}).items()
+        for ratio in [row["values"]["fused"]["median"] / row["values"][name]["median"]]
+    ]
     lines = dict.fromkeys(f"{column}: {reason}" for row in run["rows"] for column, reason in row["missing"].items())
-    red = [f"no numbers for {row['name']} ({row['dtype']}): {row['failure']}" for row in run["rows"] if row["failure"] is not None]
-    return [*lines, *red]
+    red = [f"no numbers for {label_of(row)}: {row['failure']}" for row in run["rows"] if row["failure"] is not None]
+    return [*others, *lines, *red]
 
 
 def machine_text(run: Run) -> str:
@@ -147,7 +160,7 @@ def markdown(run: Run) -> str:
         return f"{first} ({verdict})" if second else first
 
     for row in run["rows"]:
-        label = f"{row['name']}, {row['dtype']}, {row['size']}"
+        label = label_of(row)
         if row["failure"] is not None:
             lines.append(f"| {label} | check red |" + " |" * (len(headings) - 2))
             continue
@@ -169,6 +182,52 @@ def markdown(run: Run) -> str:
     return "\n".join(lines) + "\n"
 
 
+def details(run: Run) -> str:
+    """A second table: spread, share of the floor, rate, operator calls, peak memory and errors; empty for a run that knows none of them."""
+    rows = [row for row in run["rows"] if row["failure"] is None and row.get("numbers")]
+    if not rows:
+        return ""
+    headings = ("", "fused, p10 to p90", "of its floor", "rate", "operator calls, eager", "peak MB, eager", "error, eager", "of its bound")
+    lines = ["", "| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]
+    lines += ["| " + " | ".join(detail_cells(row)) + " |" for row in rows]
+    lines += [
+        "",
+        "Rates count the bytes that have to move, or the FLOPs of the matrix products, by formula. Operator calls and the peak of torch's "
+        "allocator are those of one call. Errors are against fp64, of the checked tensor that is nearest to its bound.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def detail_cells(row: RowData) -> list[str]:
+    """One line of :func:`details`."""
+    numbers, fused = row["numbers"], row["values"]["fused"]
+
+    def both(name: str, form: Callable[[float], str]) -> str:
+        return ", ".join(form(numbers[f"{side}_{name}"]) for side in ("fused", "eager") if f"{side}_{name}" in numbers) or "-"
+
+    rates = [f"{numbers[name]:.3g} {unit}" for name, unit in (("gb_per_s", "GB/s"), ("gflop_per_s", "GFLOP/s")) if name in numbers]
+    return [
+        label_of(row),
+        f"{significant(fused['p10'])} to {significant(fused['p90'])} {row['unit']}",
+        f"{numbers['floor_share']:.0%}" if "floor_share" in numbers else "-",
+        ", ".join(rates) or "-",
+        both("op_calls", lambda count: f"{count:,}"),
+        both("peak_mb", lambda size: f"{size:.3g}"),
+        f"{numbers['error']:.1e}, {numbers['eager_error']:.1e}" if "error" in numbers else "-",
+        f"{numbers['bound_share']:.0%}" if "bound_share" in numbers else "-",
+    ]
+
+
+def full_markdown(run: Run) -> str:
+    """All of report.md: the table, the details, the curves."""
+    found = markdown(run) + details(run)
+    if run.get("scaling"):
+        from depthlstm_fast.bench import scaling
+
+        found += "\n" + scaling.markdown(run["scaling"])
+    return found
+
+
 def write_csv(run: Run, path: Path) -> None:
     """One line a number: every contestant and every figure of every row."""
     fields = ("subject", "name", "dtype", "size", "quantity", "unit", "median", "p10", "p90", "repetitions", "target", "reached", "failure")
@@ -180,9 +239,8 @@ def write_csv(run: Run, path: Path) -> None:
             if row["failure"] is not None:
                 writer.writerow([*common, *[""] * 8, row["failure"]])
                 continue
-            for column in filter(row["values"].__contains__, COLUMNS):
-                found = row["values"][column]
-                quantity = row["against"] if column == "against" else column
+            for column, found in row["values"].items():
+                quantity = row["against"] if column == "against" else row.get("others", {}).get(column, column)
                 writer.writerow(
                     [*common, quantity, row["unit"], found["median"], found["p10"], found["p90"], row["repetitions"], "", "", ""]
                 )
@@ -191,6 +249,8 @@ def write_csv(run: Run, path: Path) -> None:
                 numbers = [figure["value"], figure["p10"], figure["p90"], row["repetitions"]]
                 target = ["" if figure[name] is None else figure[name] for name in ("target", "reached")]
                 writer.writerow([*common, quantity, figure["kind"], *numbers, *target, ""])
+            for name, number in row.get("numbers", {}).items():
+                writer.writerow([*common, name, "", number, "", "", "", "", "", ""])
 
 
 def write_all(run: Run, folder: Path) -> None:
@@ -198,7 +258,7 @@ def write_all(run: Run, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     write_csv(run, folder / "results.csv")
-    (folder / "report.md").write_text(markdown(run), encoding="utf-8")
+    (folder / "report.md").write_text(full_markdown(run), encoding="utf-8")
 
 
 def embed(readme: str, block: str) -> str:
@@ -219,11 +279,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, help=f"rewrite what stands between {BEGIN} and {END} in this file")
     options = parser.parse_args(arguments)
     try:
-        block = markdown(json.loads(options.results.read_text(encoding="utf-8")))
+        run = json.loads(options.results.read_text(encoding="utf-8"))
+        block = markdown(run)
         if options.readme is None:
             print(block, end="")
         else:
             options.readme.write_text(embed(options.readme.read_text(encoding="utf-8"), block), encoding="utf-8")
+            options.results.with_name("report.md").write_text(full_markdown(run), encoding="utf-8")
     except (OSError, ValueError) as error:
         print(f"report.py: {error}", file=sys.stderr)
         return 1

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from depthlstm_fast.bench.timing import Spread, Stopwatch, interleave, ratio, spread
 
@@ -44,6 +45,7 @@ class Row:
         failure: why no number of this row may be shown; None where its check is green.
         backend: which fused backend it is about; empty where a run has but one.
         numbers: further quantities by name, such as "gb_per_s".
+        others: contestants beyond the table's columns: what they are, by their name in ``values``.
     """
 
     subject: str
@@ -60,6 +62,12 @@ class Row:
     failure: str | None = None
     backend: str = ""
     numbers: dict[str, float] = field(default_factory=dict)
+    others: dict[str, str] = field(default_factory=dict)
+
+
+def row_data(row: Row) -> dict[str, Any]:
+    """A row fit for JSON, each of its figures with its verdict."""
+    return {**asdict(row), "figures": [{**asdict(figure), "reached": figure.reached} for figure in row.figures]}
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,9 @@ class Settings:
     minimum: int = 7
     seconds: float = 1.0
     compile: bool = True
+
+
+QUICK = Settings(minimum=3, seconds=0.3, compile=False)  # enough to see that all is well, not to be quoted
 
 
 @dataclass(frozen=True)
@@ -89,19 +100,6 @@ def figure(target: Target, samples: Mapping[str, Sequence[float]]) -> Figure:
     other, fused = samples[target.column], samples["fused"]
     found = ratio(fused, other) if target.kind == "ratio" else ratio(other, fused)
     return Figure(target.column, target.kind, found.median, found.p10, found.p90, target.number, target.sense)
-
-
-def timed_row(
-    row: Row,
-    contestants: Mapping[str, Callable[[], object]],
-    targets: Sequence[Target],
-    settings: Settings,
-    seconds: float,
-    on_repetition: Callable[[], None] | None = None,
-) -> Row:
-    """Fill ``row`` (unit "ms") by timing ``contestants`` in turn."""
-    samples = interleave(contestants, seconds=seconds * settings.seconds, minimum=settings.minimum, on_repetition=on_repetition)
-    return fill(row, samples, targets)
 
 
 def fill(row: Row, samples: Mapping[str, Sequence[float]], targets: Sequence[Target]) -> Row:

@@ -1,51 +1,46 @@
-"""The benchmark suite: checks first, then one table. `make bench`, or `python benchmarks/run.py`; about two minutes on two cores."""
+"""The benchmark suite: checks first, then one table; `python -m depthlstm_fast.bench`, or `make bench`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-# run as a program, sys.path holds this folder; the package's name keeps its `decoding` apart from the translation example's
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import depthlstm_fast as dl
-from depthlstm_fast.bench import cell, checks, compiled, decoding, gates, layer, machine, memory, overhead, plots, report, translation
-from depthlstm_fast.bench.rows import Row, Settings
+from depthlstm_fast.bench import CHECKOUT, checks, compiled, layer, machine, plots, report, scaling, scaling_plots, translation
+from depthlstm_fast.bench.rows import QUICK, Row, Settings, row_data
+from depthlstm_fast.bench.subjects import SUBJECTS
 
-RESULTS = Path(__file__).resolve().parent / "results"
-LIMIT_SECONDS = 120
-# what the translation needs beyond its training steps, then tables and pictures
-AFTER_SECONDS = 8
-MEASURES: dict[str, Callable[..., Any]] = {
-    "gates": gates.measure,
-    "cell": cell.measure,
-    "layer": layer.measure,
-    "decoding": decoding.measure,
-    "memory": memory.measure,
-    "overhead": overhead.measure,
-}
-SUBJECTS = (*MEASURES, "translation")
-# ticks of the progress bar: a repetition each, as many as a subject makes at least
-TICKS = {"checks": 6, "compile": 2, "gates": 4, "cell": 2, "layer": 1, "decoding": 2, "memory": 2, "overhead": 10, "translation": 1}
-REPEATING = ("gates", "cell", "layer", "decoding")
+# of the translation's training, which stops where its time is up
+TRANSLATION_SECONDS = 30
+NAMES = (*SUBJECTS, "scaling", "translation")
+
+
+def ticks(subject: str, settings: Settings) -> int:
+    """Ticks of the progress bar: one for each repetition, as many as a subject makes at least."""
+    fixed = {"checks": 7, "compile": 2, "translation": 1, "scaling": scaling.points_in(settings), "memory": 2}
+    return fixed[subject] if subject in fixed else len(SUBJECTS[subject]) * settings.minimum
+
+
+def default_output() -> Path:
+    """Where results go: into the source tree, where there is one."""
+    return Path("depthlstm_fast_bench") if CHECKOUT is None else CHECKOUT / "benchmarks" / "results" / "latest"
 
 
 class Bar:
     """Progress on stderr, silent where that is no terminal."""
 
     def __init__(self, subjects: list[str], settings: Settings) -> None:
-        self.ticks = {name: TICKS[name] * (settings.minimum if name in REPEATING else 1) for name in ("checks", "compile", *subjects)}
+        self.ticks = {name: ticks(name, settings) for name in ("checks", "compile", *subjects)}
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
         # redrawn by hand: a thread that redraws would be timed with the rest
         console = Console(stderr=True)
@@ -75,13 +70,11 @@ class Bar:
 
 
 def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m depthlstm_fast.bench", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="no torch.compile, three repetitions, few translation steps: not to be quoted")
     parser.add_argument("--no-translation", action="store_true", help="leave out the translation example")
-    parser.add_argument(
-        "--only", action="append", choices=SUBJECTS, metavar="SUBJECT", help=f"one of {', '.join(SUBJECTS)}; may be repeated"
-    )
-    parser.add_argument("--output", type=Path, default=RESULTS / "latest", help="folder for JSON, CSV, Markdown and PNG")
+    parser.add_argument("--only", action="append", choices=NAMES, metavar="SUBJECT", help=f"one of {', '.join(NAMES)}; may be repeated")
+    parser.add_argument("--output", type=Path, default=default_output(), help="folder for JSON, CSV, Markdown and PNG")
     return parser
 
 
@@ -104,20 +97,28 @@ def measure(subjects: list[str], settings: Settings, bar: Bar, found: list[check
         bar.start("compile", "compiling the eager baselines")
         fill_compiler_cache(references, bar)
     rows = []
-    for subject in subjects:
-        if subject == "translation":
-            continue
+    for subject in (name for name in subjects if name in SUBJECTS):
         bar.start(subject, f"timing: {subject}")
         red = checks.failure(found, subject)
         if red is not None:
             rows.append(Row(subject, subject, "", "", "", failure=red))
             continue
-        torch.manual_seed(0)
-        rows += MEASURES[subject](settings, references, bar.tick)
+        for make in SUBJECTS[subject].values():
+            torch.manual_seed(0)
+            row = make(references).measure(settings, bar.tick)
+            row.numbers |= checks.error_numbers(found, subject, row.dtype)
+            rows.append(row)
     return rows
 
 
-def translate(settings: Settings, bar: Bar, found: list[checks.Check], left_seconds: float) -> tuple[Row, dict[str, Any] | None]:
+def curves(settings: Settings, bar: Bar, found: list[checks.Check]) -> list[scaling.Curve]:
+    """The curves of scaling; none where a check is red."""
+    bar.start("scaling", "timing: scaling")
+    torch.manual_seed(0)
+    return [] if checks.failure(found, "scaling") else scaling.measure_curves(settings, bar.tick)
+
+
+def translate(settings: Settings, bar: Bar, found: list[checks.Check]) -> tuple[Row, dict[str, Any] | None]:
     """The last row, and what the example returned; it draws its own progress bar."""
     bar.start("translation", "training translation models")
     red = checks.failure(found, "translation")
@@ -125,7 +126,7 @@ def translate(settings: Settings, bar: Bar, found: list[checks.Check], left_seco
         return Row("translation", "translation training", "", "", "", failure=red), None
     bar.progress.stop()
     try:
-        result = translation.run(max(left_seconds, 10.0), None if settings.minimum >= 7 else 6, not bar.progress.disable)
+        result = translation.run(TRANSLATION_SECONDS, None if settings.minimum >= 7 else 6, not bar.progress.disable)
     except ImportError as error:
         row = Row("translation", "translation training", "fp32", "", "tokens/s")
         row.missing["translation"] = f"not run: {error}"
@@ -166,12 +167,12 @@ def main(arguments: list[str] | None = None) -> int:
     if not status.available:
         print(f"benchmarks: nothing to measure, the {checks.BACKEND} backend is not available: {status.detail}", file=sys.stderr)
         return 2
-    subjects = [name for name in SUBJECTS if not options.only or name in options.only]
+    subjects = [name for name in NAMES if not options.only or name in options.only]
     if options.no_translation:
         subjects = [name for name in subjects if name != "translation"]
     if not subjects:
         parser.error("--only translation with --no-translation leaves nothing to run")
-    settings = Settings(minimum=3, seconds=0.3, compile=False) if options.quick else Settings()
+    settings = QUICK if options.quick else Settings()
     about = machine.describe()
     bar = Bar(subjects, settings)
     result = None
@@ -181,24 +182,27 @@ def main(arguments: list[str] | None = None) -> int:
         bar.start("checks", "checking against fp64")
         found = checks.run_checks(subjects, bar.tick)
         rows = measure(subjects, settings, bar, found)
+        lines = curves(settings, bar, found) if "scaling" in subjects else []
         if "translation" in subjects:
-            row, result = translate(settings, bar, found, LIMIT_SECONDS - AFTER_SECONDS - (time.perf_counter() - started))
+            row, result = translate(settings, bar, found)
             rows.append(row)
         bar.finish()
     run = {
-        "schema": 1,
+        "schema": report.SCHEMA,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "quick": options.quick,
         "machine": about,
         "settings": asdict(settings),
         "checks": [asdict(check) for check in found],
-        "rows": [{**asdict(row), "figures": [{**asdict(f), "reached": f.reached} for f in row.figures]} for row in rows],
+        "rows": [row_data(row) for row in rows],
+        "scaling": lines,
         "translation": result,
         "stage_seconds": bar.seconds,
         "elapsed_seconds": time.perf_counter() - started,
     }
     report.write_all(run, options.output)
     plots.write_all(run, options.output)
+    scaling_plots.write_all(run, options.output)
     green = sum(check.passed for check in found)
     print(
         f"checks against fp64: {green} of {len(found)} green"
@@ -206,7 +210,3 @@ def main(arguments: list[str] | None = None) -> int:
     )
     show(run, options.output)
     return 1 if green < len(found) or any(row.failure is not None for row in rows) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

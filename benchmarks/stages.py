@@ -7,11 +7,11 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from depthlstm_fast.bench.rows import Row
+from depthlstm_fast.bench.rows import Row, row_data
 
 Run = dict[str, Any]
 GRACE_SECONDS = 15.0  # by how much a job may outlast the budget before it is stopped
@@ -51,11 +51,6 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
-
-
-def row_data(row: Row) -> dict[str, Any]:
-    """A row fit for JSON, each of its figures with its verdict."""
-    return {**asdict(row), "figures": [{**asdict(figure), "reached": figure.reached} for figure in row.figures]}
 
 
 class Recorder:

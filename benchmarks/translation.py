@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
+from depthlstm_fast.bench import CHECKOUT
 from depthlstm_fast.bench.rows import Figure, Row
 from depthlstm_fast.bench.timing import Spread
-
-FOLDER = Path(__file__).resolve().parents[1] / "examples" / "translation"
 
 
 def run(limit_seconds: float, steps: int | None, progress: bool) -> dict[str, Any]:
     """What the example's ``run_comparison`` returns.
 
     Raises:
-        ImportError: one of the example's packages is missing.
+        ImportError: one of the example's packages is missing, or the example is: it comes with the source tree alone.
     """
-    sys.path.insert(0, str(FOLDER))
+    if CHECKOUT is None:
+        raise ImportError("it needs the source tree")
+    folder = str(CHECKOUT / "examples" / "translation")
+    sys.path.insert(0, folder)
     try:
         from compare import run_comparison  # type: ignore[import-not-found]
     finally:
-        sys.path.remove(str(FOLDER))
+        sys.path.remove(folder)
     return run_comparison(steps, backend="cpp", examples=3, progress=progress, limit_seconds=limit_seconds)
 
 

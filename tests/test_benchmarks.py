@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from depthlstm_fast.bench import checks, compiled, decoding, gates, layer, machine, memory, overhead, report, timing, translation  # noqa: E402
-from depthlstm_fast.bench.rows import Figure, Row, Settings, Target, figure, timed_row  # noqa: E402
+from depthlstm_fast.bench.problems import Problem  # noqa: E402
+from depthlstm_fast.bench.rows import Figure, Row, Settings, Target, figure  # noqa: E402
 
 sys.path.remove(str(ROOT))
 
@@ -97,7 +98,7 @@ def test_figures_of_a_timed_row() -> None:
     assert (units.value, units.sense, units.reached) == (2, "at most", True)
     row = Row("gates", "a", "fp32", "", "ms")
     runs = {"eager": lambda: None, "fused": lambda: None}
-    timed_row(row, runs, [Target("eager", "speedup"), Target("compile", "speedup")], Settings(minimum=3, seconds=0), 1)
+    Problem(row, runs, [Target("eager", "speedup"), Target("compile", "speedup")]).measure(Settings(minimum=3, seconds=0), lambda: None)
     assert row.repetitions == 3
     assert set(row.values) == set(runs)
     assert [f.column for f in row.figures] == ["eager"]  # what did not take part has no figure

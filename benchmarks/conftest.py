@@ -1,0 +1,60 @@
+"""Fixtures of `pytest benchmarks --benchmark-only`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import depthlstm_fast as dl
+from depthlstm_fast.bench import checks, machine
+from depthlstm_fast.bench.compiled import Compiled
+from depthlstm_fast.bench.rows import QUICK, Settings
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    if not pluginmanager.hasplugin("benchmark"):
+        pytest.exit('benchmarks: pytest-benchmark not installed: pip install "depthlstm_fast[bench]"', returncode=2)
+    parser.addoption("--quick", action="store_true", help="no torch.compile, three rounds: not to be quoted")
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    """What the suite's own reports say about the machine, beside what pytest-benchmark says."""
+    machine_info["depthlstm_fast"] = machine.describe()
+
+
+@pytest.fixture(scope="session")
+def settings(request: pytest.FixtureRequest) -> Settings:
+    return QUICK if request.config.getoption("--quick") else Settings()
+
+
+@pytest.fixture(scope="session")
+def references(settings: Settings) -> Compiled:
+    return Compiled(settings.compile)
+
+
+@pytest.fixture(autouse=True)
+def compiled_backend() -> Iterator[None]:
+    """A call that would fall back raises instead of being timed."""
+    status = dl.backends()[checks.BACKEND]
+    if not status.available:
+        pytest.fail(f"nothing to measure, the {checks.BACKEND} backend is not available: {status.detail}", pytrace=False)
+    torch.manual_seed(0)
+    with dl.use_backend(checks.BACKEND):
+        yield
+
+
+@pytest.fixture(scope="session")
+def checked() -> Callable[[str], list[checks.Check]]:
+    """The checks that a subject stands on, each made once."""
+    known: dict[str, list[checks.Check]] = {}
+
+    def find(subject: str) -> list[checks.Check]:
+        if subject not in known:
+            known[subject] = checks.run_checks([subject])
+        return known[subject]
+
+    return find

@@ -1,0 +1,99 @@
+"""One training step of a whole model (forward, loss, backward, no optimizer) against a residual Transformer of equal parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import depthlstm_fast as dl
+from depthlstm_fast.bench import products
+from depthlstm_fast.bench.compiled import Compiled
+from depthlstm_fast.bench.layer import matrix_entries
+from depthlstm_fast.bench.problems import Problem, Runs
+from depthlstm_fast.bench.products import Product
+from depthlstm_fast.bench.rows import Row, Target
+
+FEATURES, HEADS, LAYERS, VOCABULARY, BATCH, LENGTH = 256, 4, 4, 2000, 8, 64
+RESIDUAL = "pre-norm Transformer"
+
+
+class ResidualTransformer(nn.Module):
+    """A pre-norm Transformer of torch's own layers: GELU, 4D features within, tied output, a fixed table of positions; no dropout."""
+
+    positions: Tensor
+
+    def __init__(self, vocabulary: int, features: int, heads: int, layers: int, positions: Tensor) -> None:
+        super().__init__()
+        sizes: dict[str, Any] = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
+        self.source_embedding, self.target_embedding = nn.Embedding(vocabulary, features), nn.Embedding(vocabulary, features)
+        self.register_buffer("positions", positions)
+        encoder = nn.TransformerEncoderLayer(features, heads, 4 * features, **sizes)
+        decoder = nn.TransformerDecoderLayer(features, heads, 4 * features, **sizes)
+        self.encoder = nn.TransformerEncoder(encoder, layers, nn.LayerNorm(features), enable_nested_tensor=False)
+        self.decoder = nn.TransformerDecoder(decoder, layers, nn.LayerNorm(features))
+        for embedding in (self.source_embedding, self.target_embedding):
+            nn.init.normal_(embedding.weight, std=features**-0.5)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        """Logits (batch, T, vocabulary) for source (batch, S) and target (batch, T)."""
+
+        def embed(tokens: Tensor, embedding: nn.Embedding) -> Tensor:
+            return embedding.embedding_dim**0.5 * embedding(tokens) + self.positions[: tokens.shape[1]]
+
+        memory = self.encoder(embed(source, self.source_embedding))
+        mask = nn.Transformer.generate_square_subsequent_mask(target.shape[1])
+        states = self.decoder(embed(target, self.target_embedding), memory, tgt_mask=mask, tgt_is_causal=True)
+        return F.linear(states, self.target_embedding.weight)
+
+
+def build(features: int = FEATURES, heads: int = HEADS, layers: int = LAYERS, vocabulary: int = VOCABULARY) -> dict[str, nn.Module]:
+    """The reference model, the fused one with the same parameters, and the residual one with as many matrix entries.
+
+    Raises:
+        ValueError: the residual model's matrices have more or fewer entries.
+    """
+    sizes: dict[str, Any] = {
+        "d_model": features, "nhead": heads, "num_encoder_layers": layers, "num_decoder_layers": layers, "dropout": 0.0,
+    }  # fmt: skip
+    eager, fused = (module(vocabulary, vocabulary, **sizes) for module in (dl.reference.DepthLSTMTransformer, dl.DepthLSTMTransformer))
+    fused.load_state_dict(eager.state_dict())
+    # any fixed table costs the same
+    residual = ResidualTransformer(vocabulary, features, heads, layers, torch.randn(LENGTH, features))
+    if matrix_entries(residual) != matrix_entries(fused):
+        raise ValueError(f"models of unequal size: {matrix_entries(residual)} and {matrix_entries(fused)} matrix entries")
+    return {"eager": eager, "fused": fused, "against": residual}
+
+
+def step(model: nn.Module, source: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    """The loss of predicting each next token of target (batch, T + 1), and the gradients of all parameters."""
+    logits = model(source, target[:, :-1])
+    loss = F.cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten())
+    return (loss, *torch.autograd.grad(loss, list(model.parameters())))
+
+
+def needed_products(batch: int, length: int, features: int, heads: int, layers: int, vocabulary: int) -> list[Product]:
+    """Those of all layers, source and target equally long, and of the output layer."""
+    encoder = products.encoder_layer(batch, length, features, heads)
+    decoder = products.decoder_layer(batch, length, length, features, heads)
+    return [*layers * encoder, *layers * decoder, Product(1, batch * length, features, vocabulary)]
+
+
+def training(compiled: Compiled) -> Problem:
+    """All three models on the same batch."""
+    models = build()
+    source, target = (torch.randint(3, VOCABULARY, (BATCH, length)) for length in (LENGTH, LENGTH + 1))
+    needed = needed_products(BATCH, LENGTH, FEATURES, HEADS, LAYERS, VOCABULARY)
+    runs: Runs = {name: lambda m=model: step(m, source, target) for name, model in models.items()}  # type: ignore[misc]
+    runs["floor"] = products.training_run(needed, torch.float32)
+    size = f"{BATCH}x{LENGTH} d={FEATURES} {LAYERS}+{LAYERS} layers"
+    row = Row("model", "model training step", "fp32", size, "ms", against=RESIDUAL, others={"floor": "its bare products"})
+    row.note = f"{matrix_entries(models['fused']) / 1e6:.2f}M matrix entries in each model, vocabulary {VOCABULARY}"
+    targets = [Target("eager", "speedup"), Target("against", "ratio")]
+    return Problem(row, runs, targets, 5.0, flops=products.training_flops(needed), floor="floor")
+
+
+PROBLEMS: dict[str, Callable[[Compiled], Problem]] = {"transformer": training}

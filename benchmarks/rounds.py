@@ -1,0 +1,77 @@
+"""pytest-benchmark as the clock of the fused call; its rivals are timed around it, in the order of :mod:`timing`."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from depthlstm_fast.bench.problems import Problem
+from depthlstm_fast.bench.rows import Row, Settings
+from depthlstm_fast.bench.timing import turn_order
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
+
+MOST_ROUNDS = 200
+
+
+def lap(run: Callable[[], object]) -> float:
+    """Seconds of one call, whose outputs are freed after the clock has stopped."""
+    before = time.perf_counter()
+    outputs = run()
+    seconds = time.perf_counter() - before
+    del outputs
+    return seconds
+
+
+def measure_rounds(benchmark: BenchmarkFixture, problem: Problem, settings: Settings) -> Row:
+    """Fill the problem's row: in each round everybody has one turn, the fused call on the clock of ``benchmark``.
+
+    Who comes before the fused call in a round's order runs in pytest-benchmark's setup, who comes after it in its teardown.
+    """
+    batches = problem.batches()
+    names, fused = list(batches), list(batches).index("fused")
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    outputs: list[object] = []
+    order: list[int] = []
+    done = 0
+
+    def take_turns(turns: list[int]) -> None:
+        for turn in turns:
+            samples[names[turn]].append(lap(batches[names[turn]]))
+
+    def before() -> None:
+        nonlocal order
+        order = turn_order(len(names), done)
+        take_turns(order[: order.index(fused)])
+
+    def timed() -> None:
+        outputs.append(batches["fused"]())
+
+    def after() -> None:
+        nonlocal done
+        outputs.clear()
+        take_turns(order[order.index(fused) + 1 :])
+        done += 1
+
+    with torch.set_grad_enabled(problem.grad):
+        for batch in batches.values():  # the warm-up
+            batch()
+        turn = sum(lap(batch) for batch in batches.values())
+        rounds = min(MOST_ROUNDS, max(settings.minimum, math.ceil(problem.seconds * settings.seconds / turn)))
+        gc.collect()
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            benchmark.pedantic(timed, setup=before, teardown=after, rounds=rounds)
+        finally:
+            if collecting:
+                gc.enable()
+        if benchmark.stats is None:  # --benchmark-disable: the call was made once, without a clock
+            return problem.row
+        return problem.finish(samples | {"fused": list(benchmark.stats.stats.data)})

@@ -1,0 +1,43 @@
+"""A test for each row of the table: red where its checks are red, else timed and archived by pytest-benchmark.
+
+    pytest benchmarks --benchmark-only --benchmark-autosave      --quick for a look, -k gates for a part
+
+The times of pytest-benchmark are those of the fused call, for the rows on bytes those of the forward call that keeps them; rivals, ratios,
+rates, operator calls, memory and errors are in ``extra_info``. A call of the overhead rows is the whole batch (``calls``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+
+from depthlstm_fast.bench import checks, rounds
+from depthlstm_fast.bench.compiled import Compiled
+from depthlstm_fast.bench.rows import Settings, row_data
+from depthlstm_fast.bench.subjects import SUBJECTS
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
+
+
+@pytest.mark.parametrize(
+    ("subject", "name"), [pytest.param(subject, name, id=f"{subject}: {name}") for subject in SUBJECTS for name in SUBJECTS[subject]]
+)
+def test_row(
+    subject: str,
+    name: str,
+    benchmark: BenchmarkFixture,
+    settings: Settings,
+    references: Compiled,
+    checked: Callable[[str], list[checks.Check]],
+) -> None:
+    red = checks.failure(checked(subject), subject)
+    if red is not None:
+        pytest.fail(f"no time for what is wrong: {red}", pytrace=False)
+    benchmark.group = subject
+    problem = SUBJECTS[subject][name](references)
+    row = rounds.measure_rounds(benchmark, problem, settings)
+    row.numbers |= checks.error_numbers(checked(subject), subject, row.dtype)
+    benchmark.extra_info |= {**row_data(row), "calls": problem.calls, "quick": settings.minimum < Settings().minimum}
