@@ -33,7 +33,7 @@ test: build internals
 	$(PY) -m pytest -q tests $$($(PY) -c "import xdist" 2>/dev/null && echo --numprocesses auto --maxprocesses 8 --dist loadfile) $(ARGS)
 
 bench: $(call READY,bench) build
-	$(PY) benchmarks/run.py $(ARGS)
+	$(PY) -m depthlstm_fast.bench $(ARGS)
 
 # Without a GPU it ends at once. The library is built for the GPU at hand alone, in two minutes at most; what is not there is not measured.
 gpu: $(call READY,bench)

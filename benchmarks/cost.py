@@ -39,7 +39,7 @@ def silent_stderr() -> Iterator[None]:
 
 def of_call(run: Callable[[], object]) -> Cost:
     """The cost of one call. Memory that a library allocates by itself, as oneDNN does for its scratch, goes unseen."""
-    with silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+    with silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         outputs = run()
     del outputs  # after the profile: what is returned counts to its end
     # the raw events: making the table of them takes longer than most calls, attributes bytes to operators and knows no peak
