@@ -1,0 +1,119 @@
+"""The benchmark suite's bytes, FLOPs, operator calls and memory, each against an independent count."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import depthlstm_fast as dl
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from depthlstm_fast.bench import cell, compiled, cost, decoding, gates, layer, model, products  # noqa: E402
+
+sys.path.remove(str(ROOT))
+
+needs_cpp = pytest.mark.skipif(not dl.backends()["cpp"].available, reason="the C++ extension is not built")
+BATCH, LENGTH, FEATURES, HEADS, LAYERS, VOCABULARY = 2, 7, 32, 4, 2, 50
+
+
+def counted(run: object) -> int:
+    """FLOPs by torch's counter, attention as plain products: of the fused attention kernels it counts what they compute twice."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run()  # type: ignore[operator]
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bytes_of_the_gates_are_those_of_the_tensors(dtype: torch.dtype) -> None:
+    rows, features = 6, 10
+    z, c, weight, bias = gates.make_inputs(rows, features, dtype)
+    leaves = [tensor.requires_grad_() for tensor in (z, c, weight, bias)]
+    cotangents = [torch.randn_like(c), torch.randn_like(c)]
+    h, c_out, dz, dc, *_ = gates.forward_and_backward(dl.reference.depth_lstm_gates, leaves, cotangents)
+    forward = sum(tensor.nbytes for tensor in (z, c, h, c_out))
+    backward = sum(tensor.nbytes for tensor in (z, c, *cotangents, dz, dc))
+    assert gates.moved_bytes(rows, features, dtype, gates.FORWARD_ELEMENTS) == forward
+    assert gates.moved_bytes(rows, features, dtype, gates.BACKWARD_ELEMENTS) == backward
+
+
+def test_flops_of_a_cell() -> None:
+    rows = 6
+    inputs = [tensor.requires_grad_() for tensor in cell.make_inputs(rows, FEATURES, torch.float32)]
+    cotangents = [torch.randn(rows, FEATURES) for _ in range(2)]
+    # the counter cannot follow autograd.grad
+    found = counted(lambda: torch.autograd.backward(compiled.reference_cell(*inputs), cotangents))
+    assert products.training_flops(products.cell(rows, FEATURES)) == found
+
+
+def test_flops_of_an_encoder_layer_and_of_its_rival() -> None:
+    h, c = (torch.randn(BATCH, LENGTH, FEATURES, requires_grad=True) for _ in range(2))
+    cotangents = [torch.randn(BATCH, LENGTH, FEATURES) for _ in range(2)]
+    eager, residual = layer.depth_lstm_layers(FEATURES, HEADS)["eager"], layer.residual_layer(FEATURES, HEADS)
+    wanted = products.training_flops(products.encoder_layer(BATCH, LENGTH, FEATURES, HEADS))
+    assert counted(lambda: torch.autograd.backward(eager(h, c), cotangents)) == wanted
+    assert counted(lambda: residual(h).backward(cotangents[0])) == wanted
+
+
+@pytest.mark.parametrize("name", ["eager", "against"])
+def test_flops_of_a_model_and_of_its_rival(name: str) -> None:
+    models = model.build(FEATURES, HEADS, LAYERS, VOCABULARY)
+    source, target = torch.randint(3, VOCABULARY, (BATCH, LENGTH)), torch.randint(3, VOCABULARY, (BATCH, LENGTH + 1))
+    needed = model.needed_products(BATCH, LENGTH, FEATURES, HEADS, LAYERS, VOCABULARY)
+    assert counted(lambda: model.step(models[name], source, target)) == products.training_flops(needed)
+
+
+def test_a_run_of_bare_products_computes_what_is_counted() -> None:
+    needed = [*products.decoder_layer(BATCH, LENGTH, 5, FEATURES, HEADS), *products.cell(3, FEATURES)]
+    assert counted(products.training_run(needed, torch.float32)) == products.training_flops(needed)
+
+
+def test_models_have_equally_many_matrix_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = model.build(FEATURES, HEADS, LAYERS, VOCABULARY)
+    wanted = LAYERS * (12 + 16) * FEATURES**2 + 2 * VOCABULARY * FEATURES
+    assert {layer.matrix_entries(module) for module in models.values()} == {wanted}
+    smaller = model.ResidualTransformer
+    monkeypatch.setattr(model, "ResidualTransformer", lambda *sizes: smaller(*sizes[:3], sizes[3] - 1, sizes[4]))
+    with pytest.raises(ValueError, match="unequal size"):
+        model.build(FEATURES, HEADS, LAYERS, VOCABULARY)
+
+
+def test_bytes_of_the_weights_that_decoding_reads() -> None:
+    steps, fused = 5, decoding.build(FEATURES, LAYERS, VOCABULARY)["fused"]
+    once = layer.matrix_entries(fused.encoder)
+    each = layer.matrix_entries(fused.decoder) + fused.output.weight.numel()
+    keys = sum(entry.cross_attn.kv_proj.weight.numel() for entry in fused.decoder.layers)
+    wanted = 4 * (once + keys + steps * (each - keys))
+    assert decoding.weight_bytes(FEATURES, LAYERS, VOCABULARY, steps, folded=False) == wanted
+    # W_x W_o in place of W_x and W_o
+    projections = sum(entry.self_attn.out_proj.weight.numel() for entry in fused.encoder.layers)
+    assert decoding.weight_bytes(FEATURES, LAYERS, VOCABULARY, steps, folded=True) == wanted - 4 * projections
+
+
+def test_cost_of_a_call_counts_innermost_operators_and_the_peak_of_memory() -> None:
+    x = torch.zeros(1000)
+
+    def run() -> torch.Tensor:
+        first = torch.mul(x, x)  # 4 kB
+        second = torch.mul(first, x)  # 8 kB
+        del first
+        return torch.mul(second, x)  # 8 kB again
+
+    assert cost.of_call(run) == cost.Cost(3, 8000)
+    nested = cost.of_call(lambda: torch.nn.functional.linear(torch.zeros(3, 4), torch.zeros(5, 4)))
+    assert nested.op_calls > 3  # two empty, two fill_ or zero_, a view and mm, but neither linear nor matmul beside them
+    leaf = x.clone().requires_grad_()
+    assert cost.of_call(lambda: torch.autograd.grad(leaf.exp(), leaf, x)).op_calls >= 2  # exp and its backward's mul
+
+
+@needs_cpp
+def test_fused_gates_are_one_call_without_scratch() -> None:
+    inputs = gates.make_inputs(8, 64, torch.float32)
+    with torch.no_grad(), dl.use_backend("cpp"):
+        assert cost.of_call(lambda: dl.depth_lstm_gates(*inputs)) == cost.Cost(1, 2 * 8 * 64 * 4)
