@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-import io
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from translation_helpers import batches, compare, data, tokenizer, training
 
 import depthlstm_fast as dl
 
-for package in ("sentencepiece", "rich", "polib", "safetensors"):
-    pytest.importorskip(package, reason=f"the translation example needs {package}: pip install {package}")
-
-FOLDER = Path(__file__).resolve().parents[1] / "examples" / "translation"
-sys.path.insert(0, str(FOLDER))
-
-import batches  # noqa: E402
-import compare  # noqa: E402
-import data  # noqa: E402
-import inference  # noqa: E402
-import tokenizer  # noqa: E402
-import train  # noqa: E402
-import translate  # noqa: E402
-from training import Settings, Trainer  # noqa: E402
-
-sys.path.remove(str(FOLDER))
-
-TINY = Settings(steps=2, token_budget=128, vocab_size=120, d_model=16, heads=2, layers=1)
+VOCABULARY = 120
+TINY = training.Settings(steps=2, token_budget=128, d_model=16, heads=2, layers=1, dropout=0.0, warmup_steps=20)
 
 CATALOG = """
 msgid ""
@@ -70,7 +53,7 @@ def dataset() -> data.Dataset:
 
 @pytest.fixture(scope="module")
 def subwords(dataset: data.Dataset) -> Any:
-    return tokenizer.train_tokenizer([text for pair in dataset.train for text in pair], TINY.vocab_size)
+    return tokenizer.train_tokenizer([text for pair in dataset.train for text in pair], VOCABULARY)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +141,7 @@ def test_split_is_disjoint_complete_and_keeps_its_held_out_pairs(dataset: data.D
 
 def test_tokenizer_ids_and_round_trip(dataset: data.Dataset, subwords: Any) -> None:
     assert (subwords.pad_id(), subwords.bos_id(), subwords.eos_id(), subwords.unk_id()) == (0, 1, 2, 3)
-    assert len(subwords) == TINY.vocab_size
+    assert len(subwords) == VOCABULARY
     text = dataset.train[0].target
     assert subwords.decode([tokenizer.BOS, *subwords.encode(text), tokenizer.EOS, tokenizer.PAD]) == text
     again = tokenizer.load_tokenizer(subwords.serialized_model_proto())
@@ -167,9 +150,9 @@ def test_tokenizer_ids_and_round_trip(dataset: data.Dataset, subwords: Any) -> N
 
 def test_batches_are_deterministic_and_cover_every_example_once_an_epoch(examples: list[batches.Example]) -> None:
     def rows(seed: int) -> list[tuple[tuple[int, ...], ...]]:
-        stream, seen = batches.endless_batches(examples, 128, seed), []
-        while len(seen) < len(examples):
-            batch = next(stream)
+        order, seen = batches.BatchOrder(examples, 128, seed), []
+        for index in range(order.per_epoch):
+            batch = batches.collate(order[index])
             pairs = zip(batch.source.tolist(), batch.target.tolist(), strict=True)
             seen += [tuple(tuple(id for id in row if id) for row in pair) for pair in pairs]
         return seen
@@ -205,14 +188,14 @@ def test_pairs_too_long_are_left_out(dataset: data.Dataset, subwords: Any) -> No
 
 def test_padding_does_not_change_the_loss(examples: list[batches.Example], subwords: Any) -> None:
     torch.manual_seed(0)
-    trainer = Trainer(dl.DepthLSTMTransformer(**TINY.model_arguments(len(subwords))), TINY)
+    trainer = training.Trainer(training.build_model(TINY, len(subwords)), TINY)
     together = trainer.evaluate([batches.collate(examples[:4])])
     alone = trainer.evaluate([batches.collate([example]) for example in examples[:4]])
     assert together == pytest.approx(alone, rel=1e-5)
 
 
 def test_comparison_of_two_steps(dataset: data.Dataset) -> None:
-    result = compare.run_comparison(2, settings=TINY, dataset=dataset, progress=False, examples=1)
+    result = compare.run_comparison(2, settings=TINY, dataset=dataset, progress=False, examples=1, vocab_size=VOCABULARY)
     assert result["losses"]["fused"] == pytest.approx(result["losses"]["reference"], rel=1e-4)
     assert result["losses_agree"]
     assert result["heldout_loss"]["fused"] == pytest.approx(result["heldout_loss"]["reference"], rel=1e-3)
@@ -227,12 +210,9 @@ def test_comparison_of_two_steps(dataset: data.Dataset) -> None:
         compare.run_comparison(0, dataset=dataset)
 
 
-def test_comparison_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = [
-        f"--{name.replace('_', '-')}={getattr(TINY, name)}"
-        for name in ("steps", "token_budget", "vocab_size", "d_model", "heads", "layers")
-    ]
-    assert train.main([*sizes, "--data", "builtin", "--compare"]) == 0
+def test_comparison_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "SETTINGS", TINY)
+    assert compare.main(["--steps", "2", "--data", "builtin"]) == 0
     printed = capsys.readouterr().out
     assert "losses agree" in printed
     assert "See you tomorrow morning." in printed
@@ -240,27 +220,10 @@ def test_comparison_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_training_lowers_the_loss(examples: list[batches.Example], subwords: Any) -> None:
     torch.manual_seed(0)
-    trainer = Trainer(dl.DepthLSTMTransformer(**TINY.model_arguments(len(subwords))), TINY)
+    trainer = training.Trainer(training.build_model(TINY, len(subwords)), TINY)
     batch = batches.collate(examples)
     losses = [trainer.step(batch).loss for _ in range(20)]
     assert losses[-1] < losses[0] - 0.2
-
-
-def test_train_then_translate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = [
-        f"--{name.replace('_', '-')}={getattr(TINY, name)}"
-        for name in ("steps", "token_budget", "vocab_size", "d_model", "heads", "layers")
-    ]
-    assert train.main([*sizes, "--data", "builtin", "--output", str(tmp_path / "kept")]) == 0
-    capsys.readouterr()
-    lines = ["The dog reads a book.", "", "Where is the river?"]
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
-    assert translate.main([str(tmp_path / "kept"), "--max-length", "8", "--batch-size", "2"]) == 0
-    printed = capsys.readouterr().out.split("\n")
-    assert len(printed) == 4
-    assert printed[1] == printed[3] == ""
-    model, subwords = translate.load_checkpoint(tmp_path / "kept")
-    assert printed[:3] == inference.translate(model, subwords, lines, max_length=8)
 
 
 def test_backend_that_cannot_run_is_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -268,11 +231,5 @@ def test_backend_that_cannot_run_is_refused_at_once(capsys: pytest.CaptureFixtur
     if not missing:
         pytest.skip("every backend runs on this machine")
     with pytest.raises(SystemExit, match="2"):
-        train.main(["--backend", missing[0], "--data", "builtin"])
+        compare.main(["--backend", missing[0], "--data", "builtin"])
     assert f"--backend {missing[0]}: {dl.backends()[missing[0]].detail}" in " ".join(capsys.readouterr().err.split())
-
-
-def test_translate_names_what_a_checkpoint_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        translate.main([str(tmp_path)])
-    assert "found no model.safetensors, tokenizer.model, config.json" in capsys.readouterr().err

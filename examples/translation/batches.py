@@ -64,12 +64,43 @@ def group(examples: Iterable[Example], token_budget: int) -> Iterator[list[Examp
         yield chosen
 
 
-def endless_batches(examples: Sequence[Example], token_budget: int, seed: int) -> Iterator[Batch]:
-    """Yield batches for ever, every example once an epoch; the same ``seed`` gives the same batches."""
-    generator = random.Random(seed)
-    while True:
-        shuffled = generator.sample(examples, len(examples))
+class BatchOrder:
+    """An endless sequence of batches, every example once an epoch: ``order[n]`` depends on n and ``seed`` alone.
+
+    ``per_epoch`` is the number of batches of an epoch, the same in each: only examples of one length change places.
+    """
+
+    def __init__(self, examples: Sequence[Example], token_budget: int, seed: int) -> None:
+        self.examples, self.token_budget, self.seed = examples, token_budget, seed
+        self.epoch, self.groups = -1, self._groups(0)
+        self.per_epoch = len(self.groups)
+
+    def _groups(self, epoch: int) -> list[list[Example]]:
+        generator = random.Random(f"{self.seed}/{epoch}")
+        shuffled = generator.sample(self.examples, len(self.examples))
         # the sort is stable: examples of one length meet different neighbours in each epoch
-        groups = list(group(sorted(shuffled, key=lambda example: (len(example[0]), len(example[1]))), token_budget))
+        groups = list(group(sorted(shuffled, key=lambda example: (len(example[0]), len(example[1]))), self.token_budget))
         generator.shuffle(groups)
-        yield from map(collate, groups)
+        return groups
+
+    def __getitem__(self, index: int) -> list[Example]:
+        epoch, place = divmod(index, self.per_epoch)
+        if epoch != self.epoch:
+            self.epoch, self.groups = epoch, self._groups(epoch)
+        return self.groups[place]
+
+
+def share(examples: Sequence[Example], rank: int = 0, size: int = 1) -> Batch:
+    """Return every ``size``-th of ``examples``, from number ``rank`` on, as one batch.
+
+    A process that gets none has to run along with the others all the same: it gets the first, all of its targets padding.
+    """
+    if mine := examples[rank::size]:
+        return collate(mine)
+    source, target = examples[0]
+    return Batch(pad([source]), pad([[BOS] + [PAD] * (len(target) - 1)]), 0)
+
+
+def target_tokens(examples: Iterable[Example]) -> int:
+    """Return the number of target tokens to predict: all but the first of each."""
+    return sum(len(target) - 1 for _, target in examples)

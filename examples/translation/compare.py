@@ -1,21 +1,29 @@
-"""Train the same model twice, plain PyTorch beside fused: same weights, same batches, step by step in turn."""
+"""Train the same model twice, plain PyTorch beside fused: same weights, same batches, step by step in turn.
+
+python examples/translation/compare.py --steps 50
+"""
 
 from __future__ import annotations
 
+import argparse
+import sys
 import time
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from batches import collate, encode_pairs, endless_batches, group
-from console import progress_bar
-from data import Dataset, Pair, load_dataset
+from batches import BatchOrder, collate, encode_pairs, group
+from console import print_comparison, progress_bar
+from data import DATASETS, Dataset, DownloadError, Pair, load_dataset
 from inference import translate
 from tokenizer import train_tokenizer
 from training import Settings, StepResult, Trainer
 
 import depthlstm_fast as dl
 
+# a step of moderate size on two CPU cores: what is compared is the two sides, not this model with another
+SETTINGS = Settings(steps=50, token_budget=1024, d_model=256, layers=4, dropout=0.0, warmup_steps=20)
 SIDES = ("reference", "fused")
 # rounding differs from the first step on, and Adam divides by the gradient's own size: runs drift apart, slowly
 TOLERANCE = 1e-3
@@ -37,29 +45,31 @@ def run_comparison(
     examples: int = 5,
     progress: bool = True,
     limit_seconds: float | None = None,
+    vocab_size: int = 2000,
 ) -> dict[str, Any]:
     """Train reference and fused model side by side and return plain numbers, strings and lists, fit for JSON.
 
     Args:
         steps: training steps of each; None takes them from ``settings``.
-        settings: model size and training; None is the default. Dropout is off in both, so that losses compare.
+        settings: model size and training; None is ``SETTINGS``. Dropout is off in both, so that losses compare.
         data: "auto", "django" or "builtin", see ``data.load_dataset``; ``dataset`` goes before it.
         dataset: the pairs, where the caller has them.
         backend: backend of the fused model.
         examples: held-out translations of the fused model to return.
         progress: show a progress bar on stderr.
         limit_seconds: start no further step after so many seconds of training, however few were done; for a busy machine.
+        vocab_size: subwords of both languages together, at most.
 
     Returns:
         a dict whose "losses", "heldout_loss" and "tokens_per_second" (median) have the keys "reference" and "fused";
         "speedup" is the median over steps of the fused model's tokens a second over the reference's in the same step.
     """
-    settings = settings or Settings()
+    settings = settings or SETTINGS
     steps = settings.steps if steps is None else steps
     if steps < 1:
         raise ValueError(f"steps must be at least 1; found {steps}")
     dataset = dataset or load_dataset(data)
-    tokenizer = train_tokenizer((text for pair in dataset.train for text in pair), settings.vocab_size)
+    tokenizer = train_tokenizer((text for pair in dataset.train for text in pair), vocab_size)
     train = encode_pairs(dataset.train, tokenizer)
     arguments = settings.model_arguments(len(tokenizer)) | {"dropout": 0.0}
     torch.manual_seed(settings.seed)
@@ -69,14 +79,14 @@ def run_comparison(
     trainers = {"reference": Trainer(reference, settings), "fused": Trainer(fused, settings, backend)}
     results: dict[str, list[StepResult]] = {side: [] for side in SIDES}
     ran = None
-    batches = endless_batches(train, settings.token_budget, settings.seed)
+    order = BatchOrder(train, settings.token_budget, settings.seed)
     start = time.perf_counter()
     with progress_bar("reference and fused", steps, progress) as advance:
         for step in range(steps):
             if step and limit_seconds is not None and time.perf_counter() - start > limit_seconds:
                 steps = step
                 break
-            batch = next(batches)
+            batch = collate(order[step])
             # who goes second finds warm caches and a warm batch: take turns
             for side in SIDES if step % 2 == 0 else SIDES[::-1]:
                 results[side].append(trainers[side].step(batch))
@@ -111,3 +121,29 @@ def run_comparison(
         "speedup": median(b / a for a, b in zip(speeds["reference"], speeds["fused"], strict=True)),
         "examples": [(pair.source, pair.target, text) for pair, text in zip(shown, translations, strict=True)],
     }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Read the command line, compare, and return the exit status: 1 where the losses disagree."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--steps", type=int, default=SETTINGS.steps, help="default: %(default)s")
+    parser.add_argument("--data", default="auto", choices=DATASETS, help="auto is django, builtin without a network; default: %(default)s")
+    parser.add_argument("--source", type=Path, help="text file, one sentence a line, to train on instead; needs --target")
+    parser.add_argument("--target", type=Path, help="its translation, line by line")
+    parser.add_argument(
+        "--backend", default="auto", choices=("auto", "cpp", "cuda", "triton"), help="of the fused model; default: %(default)s"
+    )
+    options = parser.parse_args(arguments)
+    if options.backend != "auto" and not (status := dl.backends()[options.backend]).available:
+        parser.error(f"--backend {options.backend}: {status.detail}")
+    try:
+        dataset = load_dataset(options.data, options.source, options.target)
+        result = run_comparison(options.steps, dataset=dataset, backend=options.backend)
+    except (DownloadError, ImportError, OSError, ValueError) as error:
+        parser.exit(2, f"compare.py: {error}\n")
+    print_comparison(result)
+    return 0 if result["losses_agree"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def progress_bar(name: str, steps: int, enabled: bool = True) -> Iterator[Callable[[StepResult], None]]:
-    """Show a bar of ``steps`` steps on stderr; yields the function that takes the result of each."""
+def progress_bar(name: str, steps: int, enabled: bool = True, done: int = 0) -> Iterator[Callable[[StepResult], None]]:
+    """Show a bar of ``steps`` steps, ``done`` of them done, on stderr; yields the function that takes the result of each."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -28,7 +28,7 @@ def progress_bar(name: str, steps: int, enabled: bool = True) -> Iterator[Callab
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), disable=not enabled) as progress:
-        task = progress.add_task(name, total=steps, loss=float("nan"), speed=0.0)
+        task = progress.add_task(name, total=steps, completed=done, loss=float("nan"), speed=0.0)
 
         def advance(result: StepResult) -> None:
             progress.update(task, advance=1, loss=result.loss, speed=result.tokens_per_second)
@@ -40,7 +40,7 @@ def print_examples(examples: list[tuple[str, str, str]]) -> None:
     """Print sources, reference translations and the model's own, as they are."""
     # markup and highlighting off: the sentences hold brackets, which rich would read as styles
     out = Console(markup=False, highlight=False, soft_wrap=True)
-    out.print("\nheld-out sentences after this short training:")
+    out.print("\nheld-out sentences:")
     for source, target, translation in examples:
         out.print(f"  source     {source}\n  reference  {target}\n  model      {translation or '(nothing)'}\n")
 

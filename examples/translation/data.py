@@ -1,4 +1,4 @@
-"""Sentence pairs: the German catalogs in the Django wheel (BSD licence), two aligned text files, or the pairs of ``sentences.py``."""
+"""Sentence pairs: the catalogs in the Django wheel (BSD licence), two aligned text files, or the pairs of ``sentences.py``."""
 
 from __future__ import annotations
 
@@ -144,26 +144,38 @@ def split(name: str, pairs: Iterable[Pair], heldout_share: float = 0.05) -> Data
     return Dataset(name, ranked[count:], ranked[:count])
 
 
-def load_dataset(data: str = "auto", source: Path | None = None, target: Path | None = None) -> Dataset:
-    """Return the pairs to train on: those of ``source`` and ``target`` where given, else those that ``data`` names.
+def read_named(data: str, language: str = "de") -> tuple[str, list[Pair]]:
+    """Return the name and the clean pairs of ``data``; ``language`` is that of the translations.
 
-    ``"auto"`` is ``"django"``, or ``"builtin"`` with one line on stderr where the wheel cannot be fetched.
+    ``"auto"`` is ``"django"``, or ``"builtin"`` (German alone) with one line on stderr where the wheel cannot be fetched.
 
     Raises:
-        ValueError: an unknown ``data``, or one of ``source`` and ``target`` without the other.
+        ValueError: an unknown ``data``, or a ``language`` that it does not have.
         DownloadError: ``data="django"`` and no network.
+    """
+    if data not in DATASETS:
+        raise ValueError(f"data must be one of {', '.join(DATASETS)}; found {data!r}")
+    if data != "builtin":
+        try:
+            return f"gettext catalogs of Django {DJANGO_VERSION}, en-{language}", clean(read_wheel(fetch_wheel(), language))
+        except DownloadError as error:
+            if data == "django" or language != "de":
+                raise
+            print(f"no Django wheel ({error}); using the {len(PAIRS)} built-in sentence pairs", file=sys.stderr)
+    if language != "de":
+        raise ValueError(f"language must be 'de' for the built-in sentences; found {language!r}")
+    return "built-in everyday sentences, en-de", [Pair(*pair) for pair in PAIRS]
+
+
+def load_dataset(data: str = "auto", source: Path | None = None, target: Path | None = None) -> Dataset:
+    """Return the pairs to train on: those of ``source`` and ``target`` where given, else those that ``data`` names in German.
+
+    Raises:
+        ValueError: one of ``source`` and ``target`` without the other, or as ``read_named``.
+        DownloadError: as ``read_named``.
     """
     if (source is None) != (target is None):
         raise ValueError(f"source and target must be given together; found source={source}, target={target}")
     if source is not None and target is not None:
         return split(f"{source.name} + {target.name}", clean(read_aligned(source, target)))
-    if data not in DATASETS:
-        raise ValueError(f"data must be one of {', '.join(DATASETS)}; found {data!r}")
-    if data != "builtin":
-        try:
-            return split(f"gettext catalogs of Django {DJANGO_VERSION}, en-de", clean(read_wheel(fetch_wheel())))
-        except DownloadError as error:
-            if data == "django":
-                raise
-            print(f"no Django wheel ({error}); using the {len(PAIRS)} built-in sentence pairs", file=sys.stderr)
-    return split("built-in everyday sentences, en-de", (Pair(*pair) for pair in PAIRS))
+    return split(*read_named(data))

@@ -23,3 +23,16 @@ def translate(model: Any, tokenizer: Any, lines: Sequence[str], max_length: int 
         for index, row in zip(filled, ids.tolist(), strict=True):
             translations[index] = tokenizer.decode(row[: row.index(EOS)] if EOS in row else row)
     return translations
+
+
+def translate_all(
+    model: Any, tokenizer: Any, lines: Sequence[str], max_length: int = 128, beam_size: int = 1, batch_size: int = 32
+) -> list[str]:
+    """Return the translation of each of ``lines``, in their order; lines of like length go into one batch."""
+    order = sorted(range(len(lines)), key=lambda index: len(lines[index]))
+    translations = [""] * len(lines)
+    for first in range(0, len(order), batch_size):
+        chosen = order[first : first + batch_size]
+        for index, text in zip(chosen, translate(model, tokenizer, [lines[i] for i in chosen], max_length, beam_size), strict=True):
+            translations[index] = text
+    return translations

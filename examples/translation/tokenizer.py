@@ -17,25 +17,44 @@ def _sentencepiece() -> Any:
     return sentencepiece
 
 
+def safetensors_torch() -> Any:
+    """Return the module ``safetensors.torch``."""
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("the translation example needs safetensors: pip install safetensors") from error
+    return safetensors.torch
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 2000) -> Any:
     """Train byte-pair encoding on ``texts`` and return the ``SentencePieceProcessor``.
 
     A text too small for ``vocab_size`` pieces gives fewer: ask ``len(tokenizer)``.
+
+    Raises:
+        ValueError: ``vocab_size`` is smaller than the number of different characters.
     """
     model = io.BytesIO()
-    _sentencepiece().SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        hard_vocab_limit=False,
-        character_coverage=1.0,
-        pad_id=PAD,
-        bos_id=BOS,
-        eos_id=EOS,
-        unk_id=UNKNOWN,
-        minloglevel=2,
-    )
+    texts = list(texts)
+    required = len({character for text in texts for character in text}) + 4
+    try:
+        _sentencepiece().SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            character_coverage=1.0,
+            pad_id=PAD,
+            bos_id=BOS,
+            eos_id=EOS,
+            unk_id=UNKNOWN,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        if vocab_size > required:
+            raise
+        raise ValueError(f"vocab_size must hold a piece for every character, about {required}; found {vocab_size}") from error
     return load_tokenizer(model.getvalue())
 
 

@@ -1,96 +1,166 @@
-"""Train a small depth-wise LSTM translation model on English-German pairs, or compare the fused backend with plain PyTorch.
+"""Train a translation model on a folder of prepare.py; started again, a run goes on from its last checkpoint.
 
-python examples/translation/train.py --steps 60 --compare
-python examples/translation/train.py --steps 2000 --dropout 0.1 --output checkpoint
+python examples/translation/train.py FOLDER --output RUN
+torchrun --nproc-per-node 2 examples/translation/train.py FOLDER --output RUN --parallel ddp
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
-from batches import collate, encode_pairs, endless_batches, group
-from checkpoint import save_checkpoint
-from compare import run_comparison, show
-from console import print_comparison, print_examples, progress_bar
-from data import DATASETS, Dataset, DownloadError, load_dataset
-from inference import translate
-from tokenizer import train_tokenizer
-from training import Settings, Trainer
+from architectures import ARCHITECTURES
+from batches import BatchOrder, group, share
+from checkpoint import LOG, Log, check_record, checkpoints, load_model, remove_partial, resume, save_checkpoint, start_run
+from console import print_examples, progress_bar
+from corpus import Corpus, load_corpus
+from inference import translate_all
+from parallel import KINDS, Processes, processes
+from scores import Score, corpus_scores
+from training import DTYPES, Settings, Trainer, build_model
 
 import depthlstm_fast as dl
 
-__all__ = ["main", "run_comparison", "train"]
+
+def train_steps(trainer: Trainer, corpus: Corpus, run: Path, log_size: int, evaluate_every: int, checkpoint_every: int) -> None:
+    """Take ``trainer`` from where it is to ``settings.steps``; process 0 writes log and checkpoints below ``run``."""
+    settings, first = trainer.settings, trainer.group.rank == 0
+    order = BatchOrder(corpus.examples["train"], settings.token_budget, settings.seed)
+    dev = [share(rows, trainer.group.rank, trainer.group.size) for rows in group(corpus.examples["dev"], settings.token_budget)]
+    log = Log(run / LOG, log_size) if first else None
+    with progress_bar("training", settings.steps, first, trainer.steps) as advance:
+        while trainer.steps < settings.steps:
+            result = trainer.step_in(order)
+            advance(result)
+            last = trainer.steps == settings.steps
+            if log:
+                log.write(step=trainer.steps, **{name: getattr(result, name) for name in ("loss", "learning_rate", "tokens_per_second")})
+            if last or trainer.steps % evaluate_every == 0:
+                loss = trainer.evaluate(dev)
+                if log:
+                    log.write(step=trainer.steps, dev_loss=loss)
+                    print(f"step {trainer.steps}: dev cross entropy {loss:.4f} nats a token", flush=True)
+            if last or trainer.steps % checkpoint_every == 0:
+                state = trainer.state()
+                if log:
+                    numbers = {
+                        "batch": trainer.steps * settings.accumulate,
+                        "learning_rate": result.learning_rate,
+                        "log_bytes": log.flush(),
+                    }
+                    save_checkpoint(run, trainer.steps, state, numbers)
+    if log:
+        log.close()
 
 
-def train(dataset: Dataset, settings: Settings, backend: str = "auto", output: Path | None = None) -> float:
-    """Train one model, print held-out loss and translations, keep it below ``output`` if given, and return the held-out loss."""
-    tokenizer = train_tokenizer((text for pair in dataset.train for text in pair), settings.vocab_size)
-    batches = endless_batches(encode_pairs(dataset.train, tokenizer), settings.token_budget, settings.seed)
-    heldout = [collate(rows) for rows in group(encode_pairs(dataset.heldout, tokenizer), settings.token_budget)]
-    arguments = settings.model_arguments(len(tokenizer))
-    torch.manual_seed(settings.seed)
-    model = dl.reference.DepthLSTMTransformer(**arguments) if backend == "reference" else dl.DepthLSTMTransformer(**arguments)
-    trainer = Trainer(model, settings, None if backend == "reference" else backend)
-    print(f"{dataset.name}: {len(dataset.train)} pairs to train on, {len(dataset.heldout)} held out; {len(tokenizer)} subwords")
-    with progress_bar(f"training ({backend})", settings.steps) as advance:
-        for _ in range(settings.steps):
-            advance(trainer.step(next(batches)))
-    loss = trainer.evaluate(heldout)
-    print(f"held-out loss {loss:.4f}")
-    shown = show(dataset, 5)
-    translations = translate(model, tokenizer, [pair.source for pair in shown], max_length=64)
-    print_examples([(pair.source, pair.target, text) for pair, text in zip(shown, translations, strict=True)])
-    if output is not None:
-        save_checkpoint(output, model, tokenizer, arguments)
-        print(f"checkpoint in {output}")
-    return loss
+def score_test_set(corpus: Corpus, run: Path, beam_size: int, device: str) -> list[Score]:
+    """Translate the test set with the last checkpoint of ``run``; print, log and return its BLEU and chrF, beside those of the sources."""
+    model, tokenizer = load_model(run, device)
+    sources, references = zip(*corpus.texts["test"], strict=True)
+    translations = translate_all(model, tokenizer, sources, beam_size=beam_size)
+    print_examples(list(zip(sources, references, translations, strict=True))[:5])
+    scores, copied = corpus_scores(translations, references), corpus_scores(sources, references)
+    log = Log(run / LOG, (run / LOG).stat().st_size)
+    for score, copy in zip(scores, copied, strict=True):
+        print(f"test {score.name} {score.value:.2f}, of the source copied {copy.value:.2f}; beam {beam_size}, {score.signature}")
+        log.write(test=score.name, value=score.value, copied=copy.value, beam_size=beam_size, signature=score.signature)
+    log.close()
+    return scores
+
+
+def run_training(
+    corpus: Corpus,
+    settings: Settings,
+    run: Path,
+    backend: str = "auto",
+    group: Processes | None = None,
+    device: str | None = None,
+    evaluate_every: int = 100,
+    checkpoint_every: int = 100,
+    beam_size: int = 4,
+) -> list[Score]:
+    """Train in ``run``, a new folder or one to go on in, and return the scores of the test set; without any on processes but the first.
+
+    Args:
+        corpus: what ``load_corpus`` returned.
+        settings: see ``Settings``.
+        backend: what the depth-wise LSTM runs on; "reference" is plain PyTorch.
+        group, device: what ``parallel.processes`` yields.
+        evaluate_every, checkpoint_every: steps from one to the next; the last step gets both.
+        beam_size: of the test set's translation.
+
+    Raises:
+        ValueError: ``run`` was started with other settings, or holds something else.
+    """
+    for name, number in (("evaluate_every", evaluate_every), ("checkpoint_every", checkpoint_every), ("beam_size", beam_size)):
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1; found {number}")
+    group, device = group or Processes(), device or settings.device
+    record = {"settings": asdict(settings), "backend": backend, "parallel": group.kind, "processes": group.size, "data": corpus.digest}
+    started = check_record(run, record)
+    model = build_model(settings, len(corpus.tokenizer), backend)
+    torch.manual_seed(settings.seed + group.rank)  # dropout: not the same on each process
+    trainer = Trainer(model, replace(settings, device=device), backend, group)
+    group.barrier()  # every process has looked at the folder before one changes it
+    if group.rank == 0:
+        if not started:
+            start_run(run, record, corpus)
+        remove_partial(run)
+    group.barrier()
+    size = resume(run, trainer)
+    if group.rank == 0:
+        meta, count = corpus.meta, sum(parameter.numel() for parameter in model.parameters())
+        print(
+            f"{meta['dataset']}: {meta['pairs']['train']} pairs, {meta['vocabulary']} subwords; {count / 1e6:.2f}M parameters", flush=True
+        )
+        if checkpoints(run):
+            print(f"going on from step {trainer.steps} of {run}", flush=True)
+    train_steps(trainer, corpus, run, size, evaluate_every, checkpoint_every)
+    return score_test_set(corpus, run, beam_size, device) if group.rank == 0 else []
 
 
 def command_line() -> argparse.ArgumentParser:
     """Return the parser: one option for each of ``Settings``, and those of the run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("data", type=Path, help="folder that prepare.py wrote")
+    parser.add_argument("--output", type=Path, required=True, metavar="RUN", help="folder of the run: log and checkpoints")
+    choices = {"architecture": ARCHITECTURES, "dtype": tuple(DTYPES), "init": ("lipschitz", "glorot")}
     for field in fields(Settings):
+        option = "--" + field.name.replace("_", "-")
         parser.add_argument(
-            "--" + field.name.replace("_", "-"), type=type(field.default), default=field.default, help="default: %(default)s"
+            option, type=type(field.default), default=field.default, choices=choices.get(field.name), help="default: %(default)s"
         )
     parser.add_argument(
         "--backend",
         default="auto",
         choices=("auto", "reference", "cpp", "cuda", "triton"),
-        help="reference is plain PyTorch; default: %(default)s",
+        help="of the depth-wise LSTM; reference is plain PyTorch; default: %(default)s",
     )
-    parser.add_argument("--compare", action="store_true", help="train reference and fused model side by side")
-    parser.add_argument(
-        "--data", default="auto", choices=DATASETS, help="auto is django, and builtin without a network; default: %(default)s"
-    )
-    parser.add_argument("--source", type=Path, help="text file, one sentence a line, to train on instead; needs --target")
-    parser.add_argument("--target", type=Path, help="its translation, line by line")
-    parser.add_argument("--output", type=Path, help="folder to keep the trained model in, for translate.py")
+    parser.add_argument("--parallel", default="none", choices=KINDS, help="how torchrun's processes share the work; default: %(default)s")
+    parser.add_argument("--evaluate-every", type=int, default=100, metavar="STEPS", help="dev cross entropy; default: %(default)s")
+    parser.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS", help="default: %(default)s")
+    parser.add_argument("--beam-size", type=int, default=4, help="of the test set's translation at the end; default: %(default)s")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Read the command line, train or compare, and return the exit status: 1 where the losses of a comparison disagree."""
+    """Read the command line, train, and return the exit status."""
     parser = command_line()
     options = parser.parse_args(arguments)
-    settings = replace(Settings(), **{field.name: getattr(options, field.name) for field in fields(Settings)})
-    if options.compare and options.output:
-        parser.error("--output keeps a trained model; leave out --compare")
     if options.backend != "auto" and not (status := dl.backends()[options.backend]).available:
         parser.error(f"--backend {options.backend}: {status.detail}")
     try:
-        dataset = load_dataset(options.data, options.source, options.target)
-    except (DownloadError, ImportError, OSError, ValueError) as error:
-        parser.exit(2, f"train.py: {error}\n")
-    if options.compare:
-        result = run_comparison(settings=settings, dataset=dataset, backend=options.backend)
-        print_comparison(result)
-        return 0 if result["losses_agree"] else 1
-    train(dataset, settings, options.backend, options.output)
+        settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
+        corpus = load_corpus(options.data)
+        with processes(options.parallel, settings.device) as (joined, device):
+            every = (options.evaluate_every, options.checkpoint_every, options.beam_size)
+            run_training(corpus, settings, options.output, options.backend, joined, device, *every)
+    except (ImportError, OSError, ValueError) as error:
+        parser.exit(2, f"train.py: {error}\n" if os.environ.get("RANK", "0") == "0" else None)
     return 0
 
 

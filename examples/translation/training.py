@@ -1,40 +1,65 @@
-"""The model's size, its optimizer and one training step: teacher forcing, label smoothing, clipped gradients, Adam after a warm-up."""
+"""The settings of a run, one training step and evaluation: teacher forcing, label smoothing, clipped gradients, AdamW after a warm-up."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from batches import Batch
+from architectures import build_architecture
+from batches import Batch, BatchOrder, share, target_tokens
+from parallel import Processes, divide, like, synchronise_gradients, whole
 from tokenizer import BOS, EOS, PAD
-from torch import nn
+from torch import Tensor, nn
 
 import depthlstm_fast as dl
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is made of; the defaults fit two CPU cores."""
+    """What a run is made of; the defaults are for a corpus of some hundred short pairs and two CPU cores.
 
-    steps: int = 50
-    token_budget: int = 1024
-    vocab_size: int = 2000
-    d_model: int = 256
+    ``token_budget`` counts ids of source and target, padding included, of one batch; a step takes ``accumulate`` batches. ``learning_rate``
+    is the highest, reached after ``warmup_steps``. ``dtype`` is "fp32", or "bf16" for autocast.
+
+    Raises:
+        ValueError: a number or name is not what is wanted.
+    """
+
+    steps: int = 1500
+    token_budget: int = 2048
+    accumulate: int = 1
+    architecture: str = "depth-lstm"
+    d_model: int = 128
     heads: int = 4
-    layers: int = 4
-    dropout: float = 0.0
+    layers: int = 2
+    dropout: float = 0.3
+    init: str = "lipschitz"
+    forget_bias: float = 0.0
     learning_rate: float = 2e-3
-    warmup_steps: int = 20
+    warmup_steps: int = 200
     weight_decay: float = 0.01
     label_smoothing: float = 0.1
     clip_norm: float = 1.0
+    dtype: str = "fp32"
     seed: int = 0
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "token_budget", "accumulate", "d_model", "heads", "layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; found {getattr(self, name)}")
+        for name in ("dropout", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be from 0 to below 1; found {getattr(self, name)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; found {self.dtype!r}")
 
     def model_arguments(self, vocab_size: int) -> dict[str, Any]:
         """Return the keyword arguments of ``DepthLSTMTransformer`` for a joint vocabulary of ``vocab_size`` pieces."""
@@ -46,6 +71,8 @@ class Settings:
             "num_encoder_layers": self.layers,
             "num_decoder_layers": self.layers,
             "dropout": self.dropout,
+            "init": self.init,
+            "forget_bias": self.forget_bias,
             "share_embeddings": True,
             "pad_id": PAD,
             "bos_id": BOS,
@@ -53,62 +80,145 @@ class Settings:
         }
 
 
+def build_model(settings: Settings, vocab_size: int, backend: str | None = None) -> nn.Module:
+    """Return a new model whose weights depend on ``settings.seed`` alone; ``backend="reference"`` gives one of plain PyTorch."""
+    torch.manual_seed(settings.seed)
+    return build_architecture(settings.architecture, settings.model_arguments(vocab_size), backend)
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """The rate of step number ``step``, counted from 0: linear warm-up, then the inverse square root."""
+    warmup = max(1, settings.warmup_steps)
+    return settings.learning_rate * min((step + 1) / warmup, (warmup / (step + 1)) ** 0.5)
+
+
 class StepResult(NamedTuple):
-    """Mean loss of a step, in nats a target token, and its speed in source and target tokens a second."""
+    """Mean loss of a step, in nats a target token, its speed in source and target tokens a second, and its learning rate."""
 
     loss: float
     tokens_per_second: float
+    learning_rate: float
 
 
 class Trainer:
-    """A model with its optimizer and schedule.
+    """A model with its optimizer and schedule; ``steps`` says how many it has taken.
 
     Args:
-        model: a ``DepthLSTMTransformer``, the fused or the reference one.
+        model: a ``DepthLSTMTransformer``, fused or reference, or a ``ResidualTransformer``; with ``group.kind`` "fsdp2" its parameters
+            become shards in place.
         settings: see ``Settings``.
-        backend: what the fused model runs on; None leaves it alone, as for a reference model.
+        backend: what the fused model runs on; None leaves it alone, and so does "reference".
+        group: the processes that share the work. All of them call each method, with their own part of the batches.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings, backend: str | None = None) -> None:
+    def __init__(self, model: nn.Module, settings: Settings, backend: str | None = None, group: Processes | None = None) -> None:
+        self.settings, self.group = settings, group or Processes()
+        self.backend = None if backend == "reference" else backend
         self.model = model.to(settings.device)
-        self.settings = settings
-        self.backend = backend
+        self.called = divide(self.model, self.group, settings.device)
         self.optimizer = torch.optim.AdamW(
-            dl.param_groups(model, settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.98), fused=True
+            dl.param_groups(self.model, settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.98), fused=True
         )
-        warmup = max(1, settings.warmup_steps)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: min((step + 1) / warmup, (warmup / (step + 1)) ** 0.5)
-        )
+        self.steps = 0
 
-    def loss(self, batch: Batch, label_smoothing: float = 0.0) -> torch.Tensor:
-        """Return the mean cross entropy of the target tokens, each predicted from those before it; padding does not count."""
-        source, target = batch.source.to(self.settings.device), batch.target.to(self.settings.device)
-        with dl.use_backend(self.backend) if self.backend else nullcontext():
-            logits = self.model(source, target[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten(), ignore_index=PAD, label_smoothing=label_smoothing)
+    def loss_sum(self, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
+        """Return the cross entropy of the target tokens, each predicted from those before it, summed; padding does not count."""
+        device = torch.device(self.settings.device)
+        source, target, dtype = batch.source.to(device), batch.target.to(device), DTYPES[self.settings.dtype]
+        with ExitStack() as contexts:
+            if self.backend:
+                contexts.enter_context(dl.use_backend(self.backend))
+            if dtype:
+                contexts.enter_context(torch.autocast(device.type, dtype))
+            logits = self.called(source, target[:, :-1])
+        labels = target[:, 1:].flatten()
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels, ignore_index=PAD, label_smoothing=label_smoothing, reduction="sum")
 
-    def step(self, batch: Batch) -> StepResult:
-        """Train on ``batch`` once."""
+    def step(self, *batches: Batch, predicted: int | None = None) -> StepResult:
+        """Train once on ``batches``, which count as one.
+
+        Args:
+            predicted: the target tokens of all processes' batches, which the loss is a mean over; None counts those of ``batches``.
+        """
         self.model.train()
         start = time.perf_counter()
+        predicted = predicted or sum(int((batch.target[:, 1:] != PAD).sum()) for batch in batches)
+        rate = learning_rate(self.settings, self.steps)
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = rate
         self.optimizer.zero_grad()
-        loss = self.loss(batch, self.settings.label_smoothing)
-        loss.backward()
+        losses = []
+        for number, batch in enumerate(batches):
+            synchronise_gradients(self.called, number == len(batches) - 1)
+            loss = self.loss_sum(batch, self.settings.label_smoothing) / predicted
+            (loss * self.group.size).backward()  # DDP and FSDP2 divide the sum of all processes' gradients by their number
+            losses.append(loss.detach())
         nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
         self.optimizer.step()
-        value = loss.item()  # after the update: reading it waits until the device has done the whole step
-        seconds = time.perf_counter() - start
-        self.schedule.step()
-        return StepResult(value, batch.tokens / seconds)
+        value = sum(loss.item() for loss in losses)  # after the update: reading it waits until the device has done the whole step
+        value, tokens = self.group.total(value, sum(batch.tokens for batch in batches), device=self.settings.device)
+        self.steps += 1
+        return StepResult(value, tokens / (time.perf_counter() - start), rate)
+
+    def step_in(self, order: BatchOrder) -> StepResult:
+        """Train once on this process's part of the batches that come next in ``order``."""
+        first = self.steps * self.settings.accumulate
+        chosen = [order[index] for index in range(first, first + self.settings.accumulate)]
+        parts = [share(examples, self.group.rank, self.group.size) for examples in chosen]
+        return self.step(*parts, predicted=sum(map(target_tokens, chosen)))
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:
-        """Return the mean loss a target token over ``batches``, without dropout or label smoothing."""
+        """Return the mean loss a target token over all processes' ``batches``, without dropout or label smoothing."""
         self.model.eval()
-        total, count = 0.0, 0
+        loss, count = 0.0, 0
         for batch in batches:
-            tokens = int((batch.target[:, 1:] != PAD).sum())
-            total += self.loss(batch).item() * tokens
-            count += tokens
-        return total / count
+            loss += self.loss_sum(batch).item()
+            count += int((batch.target[:, 1:] != PAD).sum())
+        loss, tokens = self.group.total(loss, count, device=self.settings.device)
+        return loss / tokens
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Return copies of the "model"'s and the "optimizer"'s tensors, whole and on the CPU, and of all processes' "generators"."""
+        optimizer = {
+            f"{key}/{name}": whole(value)
+            for name, parameter in self.model.named_parameters()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+        generators = {"cpu": self.group.gather(torch.get_rng_state())}
+        if self.settings.device.startswith("cuda"):
+            own = torch.cuda.get_rng_state(self.settings.device).to(self.settings.device)
+            generators["cuda"] = self.group.gather(own).cpu()
+        return {"model": parameters_of(self.model), "optimizer": optimizer, "generators": generators}
+
+    def load_state(self, state: dict[str, dict[str, Tensor]], steps: int) -> None:
+        """Go on from what ``state()`` returned after ``steps`` steps, in as many processes as there were then."""
+        load_parameters(self.model, state["model"])
+        parameters = dict(self.model.named_parameters())
+        for key, value in state["optimizer"].items():
+            kind, name = key.split("/", 1)
+            own = self.optimizer.state[parameters[name]]
+            own[kind] = value.to(self.settings.device) if kind == "step" else like(parameters[name], value)
+        torch.set_rng_state(state["generators"]["cpu"][self.group.rank])
+        if "cuda" in state["generators"]:
+            torch.cuda.set_rng_state(state["generators"]["cuda"][self.group.rank], self.settings.device)
+        self.steps = steps
+
+
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return each parameter by its name, whole and on the CPU; a tied one comes once."""
+    return {name: whole(parameter) for name, parameter in model.named_parameters()}
+
+
+@torch.no_grad()
+def load_parameters(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copy what ``parameters_of`` returned into ``model``.
+
+    Raises:
+        ValueError: the names are not those of the model's parameters.
+    """
+    parameters = dict(model.named_parameters())
+    if parameters.keys() != tensors.keys():
+        raise ValueError(f"tensors must be the model's parameters; they differ in {', '.join(sorted(parameters.keys() ^ tensors.keys()))}")
+    for name, parameter in parameters.items():
+        parameter.copy_(like(parameter, tensors[name]))

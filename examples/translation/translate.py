@@ -1,6 +1,6 @@
-"""Translate standard input line by line with a checkpoint of train.py.
+"""Translate standard input line by line with the newest checkpoint of a run of train.py.
 
-python examples/translation/translate.py CHECKPOINT < english.txt > german.txt
+python examples/translation/translate.py RUN < english.txt > german.txt
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ import sys
 from itertools import islice
 from pathlib import Path
 
-from checkpoint import load_checkpoint
+from checkpoint import load_model
 from inference import translate
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Read the command line, translate, and return the exit status."""
-    parser = argparse.ArgumentParser(description="Translate standard input line by line with a checkpoint of train.py.")
-    parser.add_argument("checkpoint", type=Path, help="folder that train.py --output wrote")
-    parser.add_argument("--beam-size", type=int, default=1, help="1 is greedy (default: %(default)s)")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run", type=Path, help="folder that train.py --output wrote")
+    parser.add_argument("--beam-size", type=int, default=4, help="1 is greedy (default: %(default)s)")
     parser.add_argument("--max-length", type=int, default=128, help="tokens of a translation at most (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="lines translated at once (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
     options = parser.parse_args(arguments)
     try:
-        model, tokenizer = load_checkpoint(options.checkpoint, options.device)
-    except (ImportError, ValueError) as error:
+        model, tokenizer = load_model(options.run, options.device)
+        while lines := list(islice(sys.stdin, options.batch_size)):
+            print(*translate(model, tokenizer, lines, options.max_length, options.beam_size), sep="\n", flush=True)
+    except (ImportError, OSError, ValueError) as error:
         parser.exit(2, f"translate.py: {error}\n")
-    while lines := list(islice(sys.stdin, options.batch_size)):
-        print(*translate(model, tokenizer, lines, options.max_length, options.beam_size), sep="\n", flush=True)
     return 0
 
 

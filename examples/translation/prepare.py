@@ -1,0 +1,154 @@
+"""Make the folder that train.py reads: splits, a joint vocabulary and encoded ids.
+
+python examples/translation/prepare.py --data django --language de FOLDER
+python examples/translation/prepare.py --source text.en --target text.de FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from corpus import SPLITS, save_corpus
+from data import DATASETS, DownloadError, Pair, clean, read_aligned, read_named
+from tokenizer import train_tokenizer
+
+Texts = dict[str, list[Pair]]
+
+HELDOUT_SHARE, HELDOUT_MOST = 0.08, 2000
+VOCABULARY = 2000
+
+
+def split(pairs: Sequence[Pair], seed: int, heldout: Sequence[str] = SPLITS[1:]) -> Texts:
+    """Give each split of ``heldout`` 8% of ``pairs``, one at least and 2000 at most; the rest is train.
+
+    Which pair goes where depends on ``seed`` and on its source alone, not on the order of ``pairs``.
+
+    Raises:
+        ValueError: there are fewer pairs than splits.
+    """
+    if len(pairs) <= len(heldout):
+        raise ValueError(f"pairs must be {len(heldout) + 1} at least after cleaning; found {len(pairs)}")
+    ranked = sorted(pairs, key=lambda pair: hashlib.sha256(f"{seed}\t{pair.source}".encode()).digest())
+    count = min(HELDOUT_MOST, max(1, round(HELDOUT_SHARE * len(ranked))))
+    texts = {name: ranked[index * count : (index + 1) * count] for index, name in enumerate(heldout)}
+    return texts | {"train": ranked[len(heldout) * count :]}
+
+
+def read_split_files(files: dict[str, tuple[Path, Path]], seed: int) -> Texts:
+    """Return the pairs of two aligned text files a split; dev and test without files of their own are cut from train's.
+
+    Train is cleaned, and loses every pair whose source is also in dev or test; given dev and test only lose blank lines.
+
+    Raises:
+        ValueError: two files differ in their number of lines, or a split is empty.
+    """
+    given = {
+        name: [Pair(*(text.strip() for text in pair)) for pair in read_aligned(*files[name]) if all(text.strip() for text in pair)]
+        for name in files
+        if name != "train"
+    }
+    for name, pairs in given.items():
+        if not pairs:
+            raise ValueError(f"{name} must hold a pair without blank sides; found none in {files[name][0]}")
+    heldout = {pair.source.casefold() for pairs in given.values() for pair in pairs}
+    pairs = [pair for pair in clean(read_aligned(*files["train"])) if pair.source.casefold() not in heldout]
+    return split(pairs, seed, [name for name in SPLITS[1:] if name not in given]) | given
+
+
+def prepare(
+    folder: Path,
+    data: str = "auto",
+    language: str = "de",
+    files: dict[str, tuple[Path, Path]] | None = None,
+    vocab_size: int | None = None,
+    seed: int = 0,
+) -> dict:
+    """Write a prepared folder (``corpus.save_corpus``) and return its meta data.
+
+    Args:
+        data: "auto", "django", "builtin" (see ``data.read_named``) or "debian"; ``files`` goes before it.
+        language: of the translations; the sources are English. With ``files`` it is a name only.
+        files: source and target file of "train" and, where the user has them, of "dev" and "test".
+        vocab_size: subwords of both languages together, exactly; None for 2000, or fewer where the text has fewer.
+        seed: of the split.
+
+    Raises:
+        ValueError: the text is empty or not aligned, or too small for ``vocab_size``.
+        DownloadError, OSError: something cannot be fetched or read.
+    """
+    if files:
+        name, texts = " + ".join(path.name for path in files["train"]), read_split_files(files, seed)
+    elif data == "debian":
+        import debian
+
+        with tempfile.TemporaryDirectory() as scratch:
+            name, texts = f"catalogs of Debian, en-{language}", read_split_files(debian.build(language, Path(scratch)), seed)
+    else:
+        name, pairs = read_named(data, language)
+        texts = split(pairs, seed)
+    tokenizer = train_tokenizer((text for pair in texts["train"] for text in pair), vocab_size or VOCABULARY)
+    if vocab_size is not None and len(tokenizer) != vocab_size:
+        raise ValueError(f"vocab_size must be at most {len(tokenizer)} for this text; found {vocab_size}")
+    meta = {"dataset": name, "source_language": "en", "target_language": language, "seed": seed}
+    return save_corpus(folder, texts, tokenizer, meta)
+
+
+def command_line() -> argparse.ArgumentParser:
+    """Return the parser."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, help="folder to write")
+    parser.add_argument(
+        "--data", default="auto", choices=(*DATASETS, "debian"), help="auto is django, and builtin without a network; default: %(default)s"
+    )
+    parser.add_argument("--language", default="de", help="of the translations: de, fr, cs, ...; default: %(default)s")
+    for name in SPLITS:
+        prefix = "" if name == "train" else f"{name}-"
+        use = "train on" if name == "train" else "hold out"
+        parser.add_argument(f"--{prefix}source", type=Path, help=f"text file, one sentence a line, to {use}")
+        parser.add_argument(f"--{prefix}target", type=Path, help="its translation, line by line")
+    parser.add_argument(
+        "--vocab-size", type=int, help=f"subwords of both languages together; default: {VOCABULARY}, or as many as there are"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the split; default: %(default)s")
+    return parser
+
+
+def given_files(options: argparse.Namespace) -> dict[str, tuple[Path, Path]]:
+    """Return the files of each split that the command line names.
+
+    Raises:
+        ValueError: one of two aligned files is missing, or dev or test are given without train.
+    """
+    files = {}
+    for name in SPLITS:
+        prefix = "" if name == "train" else f"{name}_"
+        source, target = getattr(options, prefix + "source"), getattr(options, prefix + "target")
+        if (source is None) != (target is None):
+            raise ValueError(f"{prefix}source and {prefix}target must be given together; found source={source}, target={target}")
+        if source is not None:
+            files[name] = (source, target)
+    if files and "train" not in files:
+        raise ValueError(f"source and target must be given with files for {', '.join(files)}; found neither")
+    return files
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Read the command line, write the folder, and return the exit status."""
+    parser = command_line()
+    options = parser.parse_args(arguments)
+    try:
+        meta = prepare(options.folder, options.data, options.language, given_files(options), options.vocab_size, options.seed)
+    except (DownloadError, ImportError, OSError, ValueError) as error:
+        parser.exit(2, f"prepare.py: {error}\n")
+    sizes = ", ".join(f"{count} {name}" for name, count in meta["pairs"].items())
+    print(f"{meta['dataset']}: {sizes} pairs, {meta['vocabulary']} subwords, in {options.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""The translation example's modules, imported from its folder, and its programs run as processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+for package in ("sentencepiece", "rich", "polib", "safetensors", "sacrebleu"):
+    pytest.importorskip(package, reason=f"the translation example needs {package}: pip install {package}")
+
+FOLDER = Path(__file__).resolve().parents[1] / "examples" / "translation"
+sys.path.insert(0, str(FOLDER))
+
+import architectures  # noqa: E402
+import batches  # noqa: E402
+import checkpoint  # noqa: E402
+import compare  # noqa: E402
+import corpus  # noqa: E402
+import data  # noqa: E402
+import inference  # noqa: E402
+import prepare  # noqa: E402
+import scores  # noqa: E402
+import tokenizer  # noqa: E402
+import train  # noqa: E402
+import training  # noqa: E402
+import translate  # noqa: E402
+
+sys.path.remove(str(FOLDER))
+
+__all__ = [
+    "FOLDER",
+    "SMALL",
+    "architectures",
+    "batches",
+    "checkpoint",
+    "compare",
+    "corpus",
+    "data",
+    "inference",
+    "log_values",
+    "options",
+    "prepare",
+    "scores",
+    "start",
+    "tokenizer",
+    "train",
+    "training",
+    "translate",
+]
+
+SMALL = training.Settings(steps=6, token_budget=128, d_model=16, heads=2, layers=1, dropout=0.1, warmup_steps=4)
+
+
+def options(settings: training.Settings) -> list[str]:
+    """Return ``settings`` as options of train.py."""
+    return [f"--{name.replace('_', '-')}={value}" for name, value in vars(settings).items()]
+
+
+def start(*command: str | Path, processes: int = 1) -> subprocess.Popen:
+    """Start a program of the example, by torchrun if there are to be several processes; one thread each."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    program, *arguments = map(str, command)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb"}
+    return subprocess.Popen(
+        [*launcher, str(FOLDER / program), *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def log_values(run: Path) -> list[dict]:
+    """Return the lines of a run's log, less the speeds, which no two runs share."""
+    import json
+
+    lines = [json.loads(line) for line in (run / checkpoint.LOG).read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
