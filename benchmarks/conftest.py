@@ -17,7 +17,7 @@ from depthlstm_fast.bench.rows import QUICK, Settings
 @pytest.hookimpl(tryfirst=True)
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     if not pluginmanager.hasplugin("benchmark"):
-        pytest.exit('benchmarks: pytest-benchmark not installed: pip install "depthlstm_fast[bench]"', returncode=2)
+        raise pytest.UsageError('pytest-benchmark not installed: pip install "depthlstm_fast[bench]"')
     parser.addoption("--quick", action="store_true", help="no torch.compile, three rounds: not to be quoted")
 
 

@@ -224,6 +224,12 @@ def test_pytest_benchmark_times_nothing_that_is_red(tmp_path: Path) -> None:
     assert found is None or found["benchmarks"] == []
 
 
+def test_without_pytest_benchmark_the_rows_say_what_to_install(tmp_path: Path) -> None:
+    result, found = run_pytest(tmp_path, "-p", "no:benchmark")
+    assert (result.returncode, found) == (pytest.ExitCode.USAGE_ERROR, None)
+    assert result.stderr == 'ERROR: pytest-benchmark not installed: pip install "depthlstm_fast[bench]"\n\n'
+
+
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.parent.name)
 def test_the_committed_reports_are_those_of_the_committed_numbers(path: Path) -> None:
     run = json.loads(path.read_text(encoding="utf-8"))
