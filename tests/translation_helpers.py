@@ -22,6 +22,7 @@ import compare  # noqa: E402
 import corpus  # noqa: E402
 import data  # noqa: E402
 import inference  # noqa: E402
+import placeholders  # noqa: E402
 import prepare  # noqa: E402
 import scores  # noqa: E402
 import tokenizer  # noqa: E402
@@ -43,6 +44,7 @@ __all__ = [
     "inference",
     "log_values",
     "options",
+    "placeholders",
     "prepare",
     "scores",
     "start",
@@ -66,7 +68,7 @@ def start(*command: str | Path, processes: int = 1) -> subprocess.Popen:
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     program, *arguments = map(str, command)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb", "PYTHONFAULTHANDLER": "1"}
     return subprocess.Popen(
         [*launcher, str(FOLDER / program), *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from data import Pair
+from placeholders import hide_pair
 from tokenizer import BOS, EOS, PAD
 from torch import Tensor
 
@@ -29,7 +30,7 @@ def encode_pairs(pairs: Iterable[Pair], tokenizer: Any, longest: int = 256) -> l
         ValueError: no pair is left.
     """
     examples = []
-    for pair in pairs:
+    for pair in map(hide_pair, pairs):
         source, target = tokenizer.encode(pair.source) + [EOS], [BOS] + tokenizer.encode(pair.target) + [EOS]
         if max(len(source), len(target)) <= longest:
             examples.append((source, target))

@@ -17,6 +17,7 @@ from batches import BatchOrder, collate, encode_pairs, group
 from console import print_comparison, progress_bar
 from data import DATASETS, Dataset, DownloadError, Pair, load_dataset
 from inference import translate
+from placeholders import hide_pair
 from tokenizer import train_tokenizer
 from training import Settings, StepResult, Trainer
 
@@ -69,7 +70,7 @@ def run_comparison(
     if steps < 1:
         raise ValueError(f"steps must be at least 1; found {steps}")
     dataset = dataset or load_dataset(data)
-    tokenizer = train_tokenizer((text for pair in dataset.train for text in pair), vocab_size)
+    tokenizer = train_tokenizer((text for pair in map(hide_pair, dataset.train) for text in pair), vocab_size)
     train = encode_pairs(dataset.train, tokenizer)
     arguments = settings.model_arguments(len(tokenizer)) | {"dropout": 0.0}
     torch.manual_seed(settings.seed)

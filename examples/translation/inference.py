@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from batches import pad
+from placeholders import hide, restore
 from tokenizer import EOS
 
 
@@ -17,11 +18,13 @@ def translate(model: Any, tokenizer: Any, lines: Sequence[str], max_length: int 
     if filled:
         model.eval()
         device = next(model.parameters()).device
-        source = pad([tokenizer.encode(lines[index].strip()) + [EOS] for index in filled]).to(device)
+        found: list[list[str]] = [[] for _ in filled]
+        hidden = [hide(lines[index].strip(), places) for index, places in zip(filled, found, strict=True)]
+        source = pad([tokenizer.encode(line) + [EOS] for line in hidden]).to(device)
         with torch.no_grad():
             ids = model.generate(source, max_length=max_length, beam_size=beam_size)
-        for index, row in zip(filled, ids.tolist(), strict=True):
-            translations[index] = tokenizer.decode(row[: row.index(EOS)] if EOS in row else row)
+        for index, row, places in zip(filled, ids.tolist(), found, strict=True):
+            translations[index] = restore(tokenizer.decode(row[: row.index(EOS)] if EOS in row else row), places)
     return translations
 
 

@@ -92,9 +92,15 @@ def synchronise_gradients(model: nn.Module, enabled: bool) -> None:
         model.set_requires_gradient_sync(enabled)
 
 
+def reshard(model: nn.Module) -> None:
+    """Have the model's parameters be shards again, which after a forward pass without a backward pass the outermost ones are not."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def whole(tensor: Tensor) -> Tensor:
-    """Return all of a shard's tensor, on the CPU; every process has to call this."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+    """Return a copy of all of a shard's tensor, on the CPU; every process has to call this."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().to("cpu", copy=True)
 
 
 def like(tensor: Tensor, value: Any) -> Tensor:

@@ -15,12 +15,13 @@ from pathlib import Path
 
 from corpus import SPLITS, save_corpus
 from data import DATASETS, DownloadError, Pair, clean, read_aligned, read_named
+from placeholders import hide_pair
 from tokenizer import train_tokenizer
 
 Texts = dict[str, list[Pair]]
 
 HELDOUT_SHARE, HELDOUT_MOST = 0.08, 2000
-VOCABULARY = 2000
+VOCABULARY = 1000
 
 
 def split(pairs: Sequence[Pair], seed: int, heldout: Sequence[str] = SPLITS[1:]) -> Texts:
@@ -74,7 +75,7 @@ def prepare(
         data: "auto", "django", "builtin" (see ``data.read_named``) or "debian"; ``files`` goes before it.
         language: of the translations; the sources are English. With ``files`` it is a name only.
         files: source and target file of "train" and, where the user has them, of "dev" and "test".
-        vocab_size: subwords of both languages together, exactly; None for 2000, or fewer where the text has fewer.
+        vocab_size: subwords of both languages together, exactly; None for 1000, or fewer where the text has fewer.
         seed: of the split.
 
     Raises:
@@ -91,7 +92,7 @@ def prepare(
     else:
         name, pairs = read_named(data, language)
         texts = split(pairs, seed)
-    tokenizer = train_tokenizer((text for pair in texts["train"] for text in pair), vocab_size or VOCABULARY)
+    tokenizer = train_tokenizer((text for pair in map(hide_pair, texts["train"]) for text in pair), vocab_size or VOCABULARY)
     if vocab_size is not None and len(tokenizer) != vocab_size:
         raise ValueError(f"vocab_size must be at most {len(tokenizer)} for this text; found {vocab_size}")
     meta = {"dataset": name, "source_language": "en", "target_language": language, "seed": seed}

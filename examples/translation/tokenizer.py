@@ -6,6 +6,8 @@ import io
 from collections.abc import Iterable
 from typing import Any
 
+from placeholders import SYMBOLS
+
 PAD, BOS, EOS, UNKNOWN = 0, 1, 2, 3
 
 
@@ -36,7 +38,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2000) -> Any:
     """
     model = io.BytesIO()
     texts = list(texts)
-    required = len({character for text in texts for character in text}) + 4
+    required = len({character for text in texts for character in text}) + 4 + len(SYMBOLS)
     try:
         _sentencepiece().SentencePieceTrainer.train(
             sentence_iterator=iter(texts),
@@ -49,6 +51,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2000) -> Any:
             bos_id=BOS,
             eos_id=EOS,
             unk_id=UNKNOWN,
+            user_defined_symbols=list(SYMBOLS),
             minloglevel=2,
         )
     except RuntimeError as error:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from architectures import build_architecture
 from batches import Batch, BatchOrder, share, target_tokens
-from parallel import Processes, divide, like, synchronise_gradients, whole
+from parallel import Processes, divide, like, reshard, synchronise_gradients, whole
 from tokenizer import BOS, EOS, PAD
 from torch import Tensor, nn
 
@@ -175,6 +175,7 @@ class Trainer:
         for batch in batches:
             loss += self.loss_sum(batch).item()
             count += int((batch.target[:, 1:] != PAD).sum())
+        reshard(self.called)
         loss, tokens = self.group.total(loss, count, device=self.settings.device)
         return loss / tokens
 
@@ -199,9 +200,10 @@ class Trainer:
             kind, name = key.split("/", 1)
             own = self.optimizer.state[parameters[name]]
             own[kind] = value.to(self.settings.device) if kind == "step" else like(parameters[name], value)
-        torch.set_rng_state(state["generators"]["cpu"][self.group.rank])
+        # a copy, for its alignment: set_rng_state faults on a tensor that begins at an odd place of a file
+        torch.set_rng_state(state["generators"]["cpu"][self.group.rank].clone())
         if "cuda" in state["generators"]:
-            torch.cuda.set_rng_state(state["generators"]["cuda"][self.group.rank], self.settings.device)
+            torch.cuda.set_rng_state(state["generators"]["cuda"][self.group.rank].clone(), self.settings.device)
         self.steps = steps
 
 

@@ -1,0 +1,37 @@
+"""Format placeholders ("%(name)s", "{}") as subwords of their own, so that the model learns to place them and never has to spell them."""
+
+from __future__ import annotations
+
+import re
+
+from data import PLACEHOLDER, Pair
+
+SYMBOLS = tuple(f"⟦{number}⟧" for number in range(1, 9))
+
+
+def hide(text: str, found: list[str], add: bool = True) -> str:
+    """Return ``text`` with a symbol for each placeholder: the n-th of ``found`` becomes the n-th symbol.
+
+    Args:
+        found: placeholders so far; with ``add`` new ones are appended to it, as long as there are symbols. Others stay as they are.
+    """
+
+    def symbol(match: re.Match[str]) -> str:
+        if add and match[0] not in found and len(found) < len(SYMBOLS):
+            found.append(match[0])
+        return SYMBOLS[found.index(match[0])] if match[0] in found else match[0]
+
+    return PLACEHOLDER.sub(symbol, text)
+
+
+def hide_pair(pair: Pair) -> Pair:
+    """Return ``pair`` with symbols for the placeholders of its source, in both sides."""
+    found: list[str] = []
+    return Pair(hide(pair.source, found), hide(pair.target, found, add=False))
+
+
+def restore(text: str, found: list[str]) -> str:
+    """Return ``text`` with the placeholders for their symbols; a symbol that stands for none is left out."""
+    for number, symbol in enumerate(SYMBOLS):
+        text = text.replace(symbol, found[number] if number < len(found) else "")
+    return text
