@@ -32,7 +32,7 @@ class Settings:
         ValueError: a number or name is not what is wanted.
     """
 
-    steps: int = 1500
+    steps: int = 800
     token_budget: int = 2048
     accumulate: int = 1
     architecture: str = "depth-lstm"
