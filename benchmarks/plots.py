@@ -37,8 +37,15 @@ def _figure(row: dict[str, Any], column: str, *kinds: str) -> dict[str, Any] | N
     return next((figure for figure in row["figures"] if figure["column"] == column and figure["kind"] in kinds), None)
 
 
-def _finish(run: dict[str, Any], figure: Any, axes: Any, title: str, path: Path) -> None:
+def caption(run: dict[str, Any]) -> str:
+    """The machine, the versions and the day, for the foot of every picture."""
     machine = run["machine"]
+    what = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores, {machine['isa']}"
+    notes = (" · rehearsal, no measurement" if run.get("rehearsal") else "") + (" · quick run" if run["quick"] else "")
+    return f"{what} · torch {machine['torch']} · {run['date'][:10]}{notes}"
+
+
+def _finish(run: dict[str, Any], figure: Any, axes: Any, title: str, path: Path) -> None:
     axes.invert_yaxis()
     axes.grid(axis="x", color="#dddddd", linewidth=0.7)
     axes.set_axisbelow(True)
@@ -47,9 +54,7 @@ def _finish(run: dict[str, Any], figure: Any, axes: Any, title: str, path: Path)
     axes.tick_params(axis="y", length=0)
     figure.get_layout_engine().set(rect=(0, 0.35 / figure.get_figheight(), 1, 1 - 0.35 / figure.get_figheight()))
     figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold", color=INK)
-    what = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores, {machine['isa']}"
-    caption = f"{what} · torch {machine['torch']} · {run['date'][:10]}" + (" · rehearsal, no measurement" if run.get("rehearsal") else "")
-    figure.text(0.012, 0.012, caption + (" · quick run" if run["quick"] else ""), fontsize=9, color="#555555")
+    figure.text(0.012, 0.012, caption(run), fontsize=9, color="#555555")
     figure.savefig(path, dpi=160)
     plt.close(figure)
 
