@@ -38,6 +38,12 @@ def bare_gemms(rows: int, features: int, dtype: torch.dtype, device: torch.devic
     return products.training_run(products.cell(rows, features), dtype, device)
 
 
+def moved_bytes(rows: int, features: int, dtype: torch.dtype) -> int:
+    """Bytes of all that enters and leaves forward + backward: x, h', c' and their gradients, h, c and theirs, parameters and theirs."""
+    weights = 8 * features * features + 4 * features + 2 * 4 * features
+    return dtype.itemsize * (10 * rows * features + 2 * weights)
+
+
 def lstm_cell(rows: int, features: int, dtype: torch.dtype) -> Callable[[], object]:
     """torch's own cell, forward + backward with every gradient, on as many weights.
 
@@ -80,7 +86,8 @@ def training(dtype: torch.dtype, compiled: Compiled) -> Problem:
     row = Row("cell", "cell forward + backward", name_of(dtype), f"N={ROWS} I=D={FEATURES}", "ms", against="3 bare GEMMs")
     row.others, row.missing = {"lstm_cell": "nn.LSTMCell (no LayerNorm)"}, compiled.missing()
     targets = [Target("eager", "speedup"), Target("compile", "speedup"), Target("against", "ratio", GEMM_UNITS[dtype])]
-    return Problem(row, runs, targets, 5.0, flops=products.training_flops(products.cell(ROWS, FEATURES)), floor="against")
+    flops, size = products.training_flops(products.cell(ROWS, FEATURES)), moved_bytes(ROWS, FEATURES, dtype)
+    return Problem(row, runs, targets, 5.0, moved_bytes=size, flops=flops, floor="against")
 
 
 PROBLEMS: dict[str, Callable[[Compiled], Problem]] = {name_of(dtype): functools.partial(training, dtype) for dtype in DTYPES}

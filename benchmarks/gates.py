@@ -17,6 +17,9 @@ ROWS, FEATURES = 4096, 512
 DTYPES = (torch.float32, torch.bfloat16)
 FORWARD_ELEMENTS = 7  # of D a token: z (4) and c' read, h and c written
 BACKWARD_ELEMENTS = 12  # z (4), c', dh and dc read, dz (4) and dc' written
+# of one feature of a token, as the formulas are written, an exponential, an error function and a division one each
+FORWARD_OPERATIONS = 49  # norm and affine 4 * 7, sigmoids 3 * 4, GELU 5, c and h 4
+BACKWARD_OPERATIONS = 115  # all of that again but h, gates and t 15, GELU's derivative 6, c' 1 and g 2 more, sums 4 * 3, dz 4 * 8
 SHARE_OF_COPY = {torch.float32: 0.80, torch.bfloat16: 0.60}
 SPEEDUPS = (Target("eager", "speedup", 8.0), Target("compile", "speedup", 3.5))
 
@@ -30,6 +33,11 @@ def name_of(dtype: torch.dtype) -> str:
 def moved_bytes(rows: int, features: int, dtype: torch.dtype, elements: int) -> int:
     """Bytes that ``elements`` * D elements a token make."""
     return rows * features * elements * dtype.itemsize
+
+
+def operations(rows: int, features: int, backward: bool) -> int:
+    """Arithmetic of the forward, or of forward and backward; what a kernel of ours spends on polynomials for exp and erf is more."""
+    return rows * features * (FORWARD_OPERATIONS + (BACKWARD_OPERATIONS if backward else 0))
 
 
 def make_inputs(rows: int, features: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> list[Tensor]:
@@ -132,7 +140,7 @@ def problem(
     row = Row("gates", name, name_of(dtype), f"N={ROWS} D={FEATURES}", "ms", against=f"copy of {elements}D", missing=compiled.missing())
     size = moved_bytes(ROWS, FEATURES, dtype, elements)
     row.note = f"{size / 1e6:.1f} MB moved"
-    return Problem(row, runs, targets, seconds, grad, moved_bytes=size, floor="against")
+    return Problem(row, runs, targets, seconds, grad, moved_bytes=size, flops=operations(ROWS, FEATURES, grad), floor="against")
 
 
 PROBLEMS: dict[str, Callable[[Compiled], Problem]] = {

@@ -78,7 +78,7 @@ def _inverted(figure: dict[str, Any]) -> dict[str, Any]:
 def _speeds(row: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
     """The row's bars: figures as times faster, each with its colour."""
     found = [(_figure(row, column, "speedup"), colour) for column, colour in (("eager", EAGER), ("compile", COMPILED))]
-    rival = _figure(row, "against", "ratio") if row["subject"] == "layer" else None
+    rival = _figure(row, "against", "ratio") if row["subject"] in ("layer", "model") else None
     found.append((None if rival is None else _inverted(rival), RIVAL))
     return [(figure, colour) for figure, colour in found if figure is not None]
 
@@ -96,7 +96,7 @@ def speed_plot(run: dict[str, Any], path: Path) -> None:
     axes.set_yticks(range(len(rows)), [_label(row) for row in rows])
     axes.set_xlabel("times faster (1 = as fast); dotted: target; thin line: p10 to p90")
     axes.margins(x=0.1)
-    colours = {"over eager PyTorch": EAGER, "over torch.compile": COMPILED, "over nn.TransformerEncoderLayer": RIVAL}
+    colours = {"over eager PyTorch": EAGER, "over torch.compile": COMPILED, "over torch.nn's residual twin": RIVAL}
     used = {colour for row in rows for _, colour in _speeds(row)}
     handles = [Rectangle((0, 0), 1, 1, color=colour, label=text) for text, colour in colours.items() if colour in used]
     axes.legend(handles=handles, loc="lower right", frameon=False, fontsize=9)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import depthlstm_fast as dl
-from depthlstm_fast.bench import CHECKOUT, checks, compiled, layer, machine, plots, report, scaling, scaling_plots, translation
+from depthlstm_fast.bench import CHECKOUT, checks, compiled, layer, machine, plots, report, roofline, scaling, scaling_plots, translation
 from depthlstm_fast.bench.rows import QUICK, Row, Settings, row_data
 from depthlstm_fast.bench.subjects import SUBJECTS
 
@@ -203,6 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
     report.write_all(run, options.output)
     plots.write_all(run, options.output)
     scaling_plots.write_all(run, options.output)
+    roofline.write(run, options.output)
     green = sum(check.passed for check in found)
     print(
         f"checks against fp64: {green} of {len(found)} green"

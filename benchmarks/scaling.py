@@ -6,6 +6,7 @@ linear in tokens and in layers; :func:`fit` says how far each point is from that
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 import depthlstm_fast as dl
-from depthlstm_fast.bench import gates
-from depthlstm_fast.bench.compiled import reference_gates
+from depthlstm_fast.bench import gates, products
+from depthlstm_fast.bench.compiled import Compiled, reference_gates
 from depthlstm_fast.bench.memory import kept_bytes
-from depthlstm_fast.bench.rows import Settings
+from depthlstm_fast.bench.problems import Problem, Runs
+from depthlstm_fast.bench.rows import Row, Settings, Target
 from depthlstm_fast.bench.timing import interleave, spread
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
@@ -33,7 +35,6 @@ EAGER_ELEMENTS = 4096 * 2048
 BEND = 0.25
 
 Curve = dict[str, Any]
-Contestants = dict[str, Callable[[], object]]
 
 
 def fit(xs: Sequence[float], times: Sequence[float]) -> tuple[float, float, list[float]]:
@@ -64,7 +65,7 @@ def curve(name: str, axis: str, fixed: str, against: str, points: list[dict[str,
     return found
 
 
-def point(x: int, runs: Contestants, settings: Settings, tick: Callable[[], None], seconds: float = 0.5) -> dict[str, Any]:
+def point(x: int, runs: Runs, settings: Settings, tick: Callable[[], None], seconds: float = 0.5) -> dict[str, Any]:
     """The contestants' milliseconds at one ``x``."""
     samples = interleave(runs, seconds=seconds * settings.seconds, minimum=settings.minimum, maximum=400, warmups=2)
     tick()
@@ -75,14 +76,14 @@ def point(x: int, runs: Contestants, settings: Settings, tick: Callable[[], None
     }
 
 
-def gates_runs(rows: int, features: int, backward: bool, dtype: torch.dtype = torch.float32) -> Contestants:
+def gates_runs(rows: int, features: int, backward: bool, dtype: torch.dtype = torch.float32) -> Runs:
     """Fused gates, the copy of the same bytes and, where it does not take seconds, eager PyTorch."""
     inputs = gates.make_inputs(rows, features, dtype)
     z, c = inputs[:2]
     scratch = torch.empty(2 * c.numel(), dtype=dtype)
     forward_copy = gates.copy_forward(z, scratch)
     if not backward:
-        runs: Contestants = {"fused": lambda: dl.depth_lstm_gates(*inputs), "against": forward_copy}
+        runs: Runs = {"fused": lambda: dl.depth_lstm_gates(*inputs), "against": forward_copy}
         eager: Callable[[], object] = lambda: reference_gates(*inputs)  # noqa: E731
     else:
         leaves = [tensor.clone().requires_grad_() for tensor in inputs]
@@ -155,7 +156,7 @@ def depth_curves(depths: Iterable[int], settings: Settings, tick: Callable[[], N
         stacks = encoders(depth)
         found = {name: kept_bytes(lambda m=module: m(x), module.parameters()) / 1e6 for name, module in stacks.items()}  # type: ignore[misc]
         kept.append({"x": depth, "values": {name: {"median": size, "p10": size, "p90": size} for name, size in found.items()}})
-        runs: Contestants = {name: lambda m=module: encoder_step(m, x, cotangent) for name, module in stacks.items()}  # type: ignore[misc]
+        runs: Runs = {name: lambda m=module: encoder_step(m, x, cotangent) for name, module in stacks.items()}  # type: ignore[misc]
         times.append(point(depth, runs, settings, tick, seconds=1.0))
     fixed = f"fp32, {BATCH}x{LENGTH} tokens, D={LAYER_FEATURES}"
     return curve("encoder training step", "layers", fixed, RESIDUAL, times), curve(
@@ -172,6 +173,32 @@ def measure_curves(settings: Settings, tick: Callable[[], None] = lambda: None) 
         for backward in (False, True)
     ]
     return [*found, threads_curve(settings, tick), *depth_curves(DEPTHS[::step], settings, tick)]
+
+
+def gates_problem(rows: int, features: int, compiled: Compiled) -> Problem:
+    """One point of the curves as a row of its own, for pytest: gates forward + backward."""
+    row = Row("scaling", "gates forward + backward", "fp32", f"N={rows} D={features}", "ms", against="copy of the same bytes")
+    size = gates.moved_bytes(rows, features, torch.float32, gates.FORWARD_ELEMENTS + gates.BACKWARD_ELEMENTS)
+    runs, flops = gates_runs(rows, features, backward=True), gates.operations(rows, features, backward=True)
+    targets = [Target("eager", "speedup"), Target("against", "share")]
+    return Problem(row, runs, targets, 0.5, moved_bytes=size, flops=flops, floor="against")
+
+
+def depth_problem(layers: int, compiled: Compiled) -> Problem:
+    """One point of the curves as a row of its own, for pytest: the training step of an encoder."""
+    x, cotangent = torch.randn(BATCH, LENGTH, LAYER_FEATURES, requires_grad=True), torch.randn(BATCH, LENGTH, LAYER_FEATURES)
+    size = f"{layers} layers, {BATCH}x{LENGTH} D={LAYER_FEATURES}"
+    row = Row("scaling", "encoder training step", "fp32", size, "ms", against=RESIDUAL)
+    runs: Runs = {name: lambda m=module: encoder_step(m, x, cotangent) for name, module in encoders(layers).items()}  # type: ignore[misc]
+    flops = layers * products.training_flops(products.encoder_layer(BATCH, LENGTH, LAYER_FEATURES, LAYER_HEADS))
+    return Problem(row, runs, [Target("eager", "speedup"), Target("against", "ratio")], 1.0, flops=flops)
+
+
+PROBLEMS: dict[str, Callable[[Compiled], Problem]] = {
+    **{f"{rows} tokens": functools.partial(gates_problem, rows, FEATURES) for rows in TOKENS},
+    **{f"{features} features": functools.partial(gates_problem, ROWS, features) for features in WIDTHS},
+    **{f"{layers} layers": functools.partial(depth_problem, layers) for layers in DEPTHS},
+}
 
 
 def points_in(settings: Settings) -> int:

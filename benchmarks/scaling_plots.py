@@ -55,6 +55,7 @@ def _draw(axes: Any, curve: dict[str, Any]) -> None:
 def _picture(run: dict[str, Any], curves: list[dict[str, Any]], title: str, path: Path) -> None:
     columns = 2
     count = -(-len(curves) // columns)
+    figure: Any
     figure, grid = plt.subplots(count, columns, figsize=(11, 0.9 + 3.7 * count), squeeze=False, layout="constrained")
     for axes, curve in zip(grid.flat, curves, strict=True):
         _draw(axes, curve)

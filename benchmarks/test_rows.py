@@ -1,4 +1,4 @@
-"""A test for each row of the table: red where its checks are red, else timed and archived by pytest-benchmark.
+"""A test for each row of the table and each point of the curves: red where its checks are, else archived by pytest-benchmark.
 
     pytest benchmarks --benchmark-only --benchmark-autosave      --quick for a look, -k gates for a part
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from depthlstm_fast.bench import checks, rounds
+from depthlstm_fast.bench import checks, rounds, scaling
 from depthlstm_fast.bench.compiled import Compiled
 from depthlstm_fast.bench.rows import Settings, row_data
 from depthlstm_fast.bench.subjects import SUBJECTS
@@ -22,8 +22,11 @@ if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
 
+ROWS = SUBJECTS | {"scaling": scaling.PROBLEMS}
+
+
 @pytest.mark.parametrize(
-    ("subject", "name"), [pytest.param(subject, name, id=f"{subject}: {name}") for subject in SUBJECTS for name in SUBJECTS[subject]]
+    ("subject", "name"), [pytest.param(subject, name, id=f"{subject}: {name}") for subject in ROWS for name in ROWS[subject]]
 )
 def test_row(
     subject: str,
@@ -37,7 +40,7 @@ def test_row(
     if red is not None:
         pytest.fail(f"no time for what is wrong: {red}", pytrace=False)
     benchmark.group = subject
-    problem = SUBJECTS[subject][name](references)
+    problem = ROWS[subject][name](references)
     row = rounds.measure_rounds(benchmark, problem, settings)
     row.numbers |= checks.error_numbers(checked(subject), subject, row.dtype)
     benchmark.extra_info |= {**row_data(row), "calls": problem.calls, "quick": settings.minimum < Settings().minimum}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,100 @@ def test_the_bytes_of_the_gates_are_those_of_the_tensors(dtype: torch.dtype) -> 
     backward = sum(tensor.nbytes for tensor in (z, c, *cotangents, dz, dc))
     assert gates.moved_bytes(rows, features, dtype, gates.FORWARD_ELEMENTS) == forward
     assert gates.moved_bytes(rows, features, dtype, gates.BACKWARD_ELEMENTS) == backward
+
+
+class Counted:
+    """A number that counts the operations made with numbers of its kind."""
+
+    operations = 0
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def _count(self, value: float) -> Counted:
+        Counted.operations += 1
+        return Counted(value)
+
+    def __add__(self, other: Counted | float) -> Counted:
+        return self._count(self.value + float(getattr(other, "value", other)))
+
+    def __sub__(self, other: Counted | float) -> Counted:
+        return self._count(self.value - float(getattr(other, "value", other)))
+
+    def __mul__(self, other: Counted | float) -> Counted:
+        return self._count(self.value * float(getattr(other, "value", other)))
+
+    def __rsub__(self, other: float) -> Counted:
+        return self._count(other - self.value)
+
+    def __neg__(self) -> Counted:
+        return self._count(-self.value)
+
+    def of(self, function: Callable[[float], float]) -> Counted:
+        return self._count(function(self.value))
+
+    __radd__, __rmul__ = __add__, __mul__
+
+
+def gates_by_formula(features: int, backward: bool) -> int:
+    """Operations of one row, by the formulas on numbers that count themselves; with ``backward`` those of the backward alone."""
+    Counted.operations = 0
+
+    def random(count: int = features) -> list[Counted]:
+        return [Counted(value) for value in torch.rand(count).tolist()]
+
+    z, gamma, beta = ([random() for _ in range(4)] for _ in range(3))
+    c, dh, dc = random(), random(), random()
+    n, a = [], []
+    for gate in range(4):
+        mean = sum(z[gate]) * (1 / features)
+        centred = [value - mean for value in z[gate]]
+        r = (sum(value * value for value in centred) * (1 / features)).of(lambda value: (value + 1e-6) ** -0.5)
+        n.append([value * r for value in centred])
+        a.append([value * scale + shift for value, scale, shift in zip(n[gate], gamma[gate], beta[gate], strict=True)])
+    i, f, o = ([(1 + (-value).of(math.exp)).of(lambda x: 1 / x) for value in a[gate]] for gate in range(3))
+    phi = [0.5 * (1 + (value * 0.5**0.5).of(math.erf)) for value in a[3]]
+    g = [value * p for value, p in zip(a[3], phi, strict=True)]
+    new = [x * y + v * w for x, y, v, w in zip(f, c, i, g, strict=True)]
+    if not backward:
+        [x * y for x, y in zip(o, new, strict=True)]
+        return Counted.operations
+    for index in range(features):
+        t = dc[index] + dh[index] * o[index]
+        x = a[3][index]
+        slope = phi[index] + x * (0.4 * (-0.5 * (x * x)).of(math.exp))
+        da = [
+            t * g[index] * i[index] * (1 - i[index]),
+            t * c[index] * f[index] * (1 - f[index]),
+            dh[index] * new[index] * o[index] * (1 - o[index]),
+            t * i[index] * slope,
+        ]
+        t * f[index]
+        for gate in range(4):
+            a[gate][index] = da[gate]
+    for gate in range(4):
+        sum((value * x for value, x in zip(a[gate], n[gate], strict=True)), Counted(0))  # of dgamma, over rows
+        sum(a[gate], Counted(0))  # of dbeta
+        u = [value * scale for value, scale in zip(a[gate], gamma[gate], strict=True)]
+        first, second = sum(u), sum(x * y for x, y in zip(u, n[gate], strict=True))
+        [r * (x - first - y * second) for x, y in zip(u, n[gate], strict=True)]
+    return Counted.operations
+
+
+def test_operations_of_the_gates() -> None:
+    # what a row costs however wide it is cancels out
+    forward, backward = ((gates_by_formula(48, side) - gates_by_formula(16, side)) / 32 for side in (False, True))
+    assert (forward, backward) == (gates.FORWARD_OPERATIONS, gates.BACKWARD_OPERATIONS)
+    assert gates.operations(3, 5, backward=True) == 15 * (forward + backward)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bytes_of_a_cell_are_those_of_the_tensors(dtype: torch.dtype) -> None:
+    rows, features = 6, 10
+    leaves = [tensor.requires_grad_() for tensor in cell.make_inputs(rows, features, dtype)]
+    cotangents = [torch.randn(rows, features).to(dtype) for _ in range(2)]
+    found = gates.forward_and_backward(dl.reference.depth_lstm_cell, leaves, cotangents)
+    assert cell.moved_bytes(rows, features, dtype) == sum(tensor.nbytes for tensor in (*leaves, *cotangents, *found))
 
 
 def test_flops_of_a_cell() -> None:
