@@ -36,7 +36,8 @@ class BackendStatus(NamedTuple):
 def _load_library() -> str | None:
     """Load the compiled extension. Returns None, or the reason why there is none: import must never fail."""
     if not LIBRARY.exists():
-        return f"{LIBRARY.name} is not beside the package: the extension was not built (pip install --no-build-isolation .)"
+        install = "pip install --no-build-isolation ., and in a checkout -e ."
+        return f"{LIBRARY.name} is not beside the package: the extension was not built in {LIBRARY.parent} ({install})"
     try:
         torch.ops.load_library(str(LIBRARY))
     except (OSError, RuntimeError) as error:

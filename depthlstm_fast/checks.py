@@ -38,13 +38,18 @@ def check_probability(argument: str, found: Any) -> None:
         raise ValueError(f"{argument} must be in [0, 1); found {found}")
 
 
-def check_eps(argument: str, found: Any) -> None:
-    """Raise TypeError or ValueError unless ``found`` is a finite number that is not negative."""
+def check_finite(argument: str, found: Any, least: float = -sys.float_info.max) -> None:
+    """Raise TypeError or ValueError unless ``found`` is a finite number of at least ``least``."""
     if isinstance(found, bool) or not isinstance(found, (int, float)):
         raise TypeError(f"{argument} must be a float; found {type(found).__name__}")
-    if not 0.0 <= found <= sys.float_info.max:
+    if not least <= found <= sys.float_info.max:
         shown = found if isinstance(found, float) or abs(found) < 2**64 else "an integer too large for a float"
-        raise ValueError(f"{argument} must be finite and not negative; found {shown}")
+        raise ValueError(f"{argument} must be finite{' and not negative' if least == 0 else ''}; found {shown}")
+
+
+def check_eps(argument: str, found: Any) -> None:
+    """Raise TypeError or ValueError unless ``found`` is a finite number that is not negative."""
+    check_finite(argument, found, 0.0)
 
 
 def check_shape(argument: str, found: Tensor, wanted: tuple[int, ...]) -> None:

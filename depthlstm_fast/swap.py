@@ -233,7 +233,10 @@ def _fuse(module: nn.Module, rules: Rules) -> nn.Module | None:
     """The fused form of ``module``, itself if changed in place; None where it is no candidate; ValueError with a reason to leave it."""
     for match, build in rules.items():
         if isinstance(module, match) if isinstance(match, type) else match(module):
-            return build(module)
+            built = build(module)
+            if not isinstance(built, nn.Module):
+                raise TypeError(f"the rule for {type(module).__name__} must return a torch.nn.Module; found {type(built).__name__}")
+            return built
     cls = type(module)
     if cls in _FUSED:
         _change_class(module, _FUSED[cls])
@@ -272,6 +275,8 @@ def swap(model: nn.Module, rules: Rules | None = None) -> SwapReport:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; found {type(model).__name__}")
+    if rules is not None and not isinstance(rules, Mapping):
+        raise TypeError(f"rules must be a dict from classes or predicates to functions, or None; found {type(rules).__name__}")
     report = SwapReport()
     done: dict[nn.Module, nn.Module] = {}
 
@@ -291,8 +296,6 @@ def swap(model: nn.Module, rules: Rules | None = None) -> SwapReport:
             except ValueError as error:
                 report.left.append(Left(name, before, str(error)))
         if result is not None:
-            if not isinstance(result, nn.Module):
-                raise TypeError(f"the rule for {before} must return a torch.nn.Module; found {type(result).__name__}")
             report.changed.append(Swapped(name, before, type(result).__name__))
             if result is not module:
                 if module is model:

@@ -273,6 +273,8 @@ def test_checkpointing(hidden: str) -> None:
         ({"init": "zeros"}, ValueError, "init must be one of 'lipschitz', 'glorot'; found 'zeros'"),
         ({"dropout": 1.0}, ValueError, r"dropout_?p? must be in \[0, 1\); found 1.0"),
         ({"eps": -1.0}, ValueError, "eps must be finite and not negative; found -1.0"),
+        ({"forget_bias": float("nan")}, ValueError, "forget_bias must be finite; found nan"),
+        ({"forget_bias": None}, TypeError, "forget_bias must be a float; found NoneType"),
         ({"hidden": "ffn", "ffn_size": 0}, ValueError, "ffn_size must be at least 1; found 0"),
         ({"norm": "none", "bias": False, "forget_bias": 1.0}, ValueError, "forget_bias must be 0 .* found 1.0"),
     ],

@@ -136,3 +136,7 @@ def test_rule_that_replaces() -> None:
         dl.swap(cell, {OtherNames: Wrapper})
     with pytest.raises(TypeError, match=r"the rule for OtherNames must return a torch\.nn\.Module; found int"):
         dl.swap(model, {OtherNames: lambda module: 3})
+    with pytest.raises(TypeError, match=r"the rule for OtherNames must return a torch\.nn\.Module; found NoneType"):
+        dl.swap(model, {OtherNames: lambda module: None})
+    with pytest.raises(TypeError, match=r"rules must be a dict .* found int"):
+        dl.swap(model, 1)

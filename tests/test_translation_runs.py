@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -15,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from translation_helpers import SMALL, checkpoint, corpus, data, inference, log_values, options, prepare, start, train, translate
+from translation_helpers import FOLDER, SMALL, checkpoint, corpus, data, inference, log_values, options, prepare, start, train, translate
 
 
 @pytest.fixture(scope="module")
@@ -254,3 +255,46 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_losses(folder: Path, tmp_
     assert last.returncode == 0, errors
     assert "going on from step" in output
     assert log_values(run) == log_values(tmp_path / "whole")
+
+
+def test_one_process_at_a_time_trains_in_a_run(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [str(folder), "--output", str(tmp_path / "run"), *options(replace(SMALL, steps=1))]
+    with checkpoint.held(tmp_path / "run"), pytest.raises(SystemExit) as stopped:
+        train.main(command)
+    assert stopped.value.code == 2
+    assert "a process at work" in capsys.readouterr().err
+    assert train.main(command) == 0  # free again
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--device", "nowhere", "device must be"),
+        ("--learning-rate", "nan", "learning_rate must be above 0"),
+        ("--clip-norm", "0", "clip_norm must be above 0"),
+        ("--warmup-steps", "-3", "warmup_steps must be 0 or more"),
+        ("--forget-bias", "nan", "forget_bias must be finite"),
+    ],
+)
+def test_numbers_that_make_no_run(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, message: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        train.main([str(folder), "--output", str(tmp_path / "run"), option, value])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_translate_takes_any_bytes_and_any_length(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train.main([str(folder), "--output", str(run), *options(replace(SMALL, steps=1))]) == 0
+    source = b"date\n\xff\xfe bad\n" + b"good day " * 3000 + b"\nname\n"
+    command = [sys.executable, str(FOLDER / "translate.py"), str(run), "--max-length", "3"]
+    done = subprocess.run(command, input=source, capture_output=True, env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"}, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.count(b"\n") == 4
+    assert b"is cut to the model's 1023" in done.stderr
+    wrong = subprocess.run([*command, "--batch-size", "0"], input=source, capture_output=True, check=False)
+    assert (wrong.returncode, wrong.stdout) == (2, b"")
+    assert b"batch_size must be at least 1; found 0" in wrong.stderr

@@ -88,6 +88,7 @@ class DepthLSTMCell(nn.Module):
         checks.check_name("activation", activation, checks.ACTIVATIONS)
         checks.check_eps("eps", eps)
         checks.check_probability("dropout", dropout)
+        checks.check_finite("forget_bias", forget_bias)
         checks.check_name("init", init, INITS)
         if ffn_size is not None:
             checks.check_size("ffn_size", ffn_size)

@@ -6,16 +6,19 @@ no longer wanted is renamed back before it is removed. So a folder ``checkpoint-
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from corpus import Corpus
 from tokenizer import load_tokenizer, safetensors_torch
 from torch import Tensor, nn
-from training import Settings, Trainer, build_model, load_parameters
+from training import Settings, Trainer, build_model, load_parameters, usable_device
 
 RECORD, TOKENIZER, LOG = "run.json", "tokenizer.model", "log.jsonl"
 PREFIX, PARTIAL = "checkpoint-", ".partial"
@@ -64,6 +67,25 @@ class Log:
     def close(self) -> None:
         """Close the file."""
         self.file.close()
+
+
+@contextmanager
+def held(run: Path) -> Iterator[None]:
+    """Keep other processes out of the folder ``run``, which is made where it is missing; however this one ends, it is free then.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    handle = os.open(run, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"output must be a folder that nobody is training in; found a process at work in {run}") from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -144,7 +166,7 @@ def load_model(run: Path, device: str = "cpu") -> tuple[nn.Module, Any]:
     """Return the model of the newest checkpoint of ``run``, in evaluation mode, and the tokenizer.
 
     Raises:
-        ValueError: ``run`` is not the folder of a run, or has no checkpoint yet.
+        ValueError: ``run`` is not the folder of a run, or has no checkpoint yet, or ``device`` cannot be used.
     """
     missing = [name for name in (RECORD, TOKENIZER) if not (run / name).is_file()]
     if missing:
@@ -155,4 +177,4 @@ def load_model(run: Path, device: str = "cpu") -> tuple[nn.Module, Any]:
     tokenizer = load_tokenizer((run / TOKENIZER).read_bytes())
     model = build_model(Settings(**record["settings"]), len(tokenizer), record["backend"])
     load_parameters(model, safetensors_torch().load_file(found[-1] / "model.safetensors"))
-    return model.to(device).eval(), tokenizer
+    return model.to(usable_device(device)).eval(), tokenizer

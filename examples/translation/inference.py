@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,10 @@ from tokenizer import EOS
 
 
 def translate(model: Any, tokenizer: Any, lines: Sequence[str], max_length: int = 128, beam_size: int = 1) -> list[str]:
-    """Return the translation of each of ``lines``, all in one batch; a blank line stays blank."""
+    """Return the translation of each of ``lines``, all in one batch; a blank line stays blank.
+
+    A line of more subwords than the model has positions for is cut, which a line on stderr says.
+    """
     filled = [index for index, line in enumerate(lines) if line.strip()]
     translations = [""] * len(lines)
     if filled:
@@ -20,7 +24,11 @@ def translate(model: Any, tokenizer: Any, lines: Sequence[str], max_length: int 
         device = next(model.parameters()).device
         found: list[list[str]] = [[] for _ in filled]
         hidden = [hide(lines[index].strip(), places) for index, places in zip(filled, found, strict=True)]
-        source = pad([tokenizer.encode(line) + [EOS] for line in hidden]).to(device)
+        ids_of, longest = [tokenizer.encode(line) for line in hidden], model.src_positions.max_len - 1
+        for ids in ids_of:
+            if len(ids) > longest:
+                print(f"a line of {len(ids)} subwords is cut to the model's {longest}", file=sys.stderr)
+        source = pad([ids[:longest] + [EOS] for ids in ids_of]).to(device)
         with torch.no_grad():
             ids = model.generate(source, max_length=max_length, beam_size=beam_size)
         for index, row, places in zip(filled, ids.tolist(), found, strict=True):

@@ -9,19 +9,20 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
 from architectures import ARCHITECTURES
 from batches import BatchOrder, group, share
-from checkpoint import LOG, Log, check_record, checkpoints, load_model, remove_partial, resume, save_checkpoint, start_run
+from checkpoint import LOG, Log, check_record, checkpoints, held, load_model, remove_partial, resume, save_checkpoint, start_run
 from console import print_examples, progress_bar
 from corpus import Corpus, load_corpus
 from inference import translate_all
 from parallel import KINDS, Processes, processes
 from scores import Score, corpus_scores
-from training import DTYPES, Settings, Trainer, build_model
+from training import DTYPES, Settings, Trainer, build_model, usable_device
 
 import depthlstm_fast as dl
 
@@ -94,7 +95,7 @@ def run_training(
         beam_size: of the test set's translation.
 
     Raises:
-        ValueError: ``run`` was started with other settings, or holds something else.
+        ValueError: ``run`` was started with other settings, or holds something else, or another process trains in it.
     """
     for name, number in (("evaluate_every", evaluate_every), ("checkpoint_every", checkpoint_every), ("beam_size", beam_size)):
         if number < 1:
@@ -106,21 +107,21 @@ def run_training(
     torch.manual_seed(settings.seed + group.rank)  # dropout: not the same on each process
     trainer = Trainer(model, replace(settings, device=device), backend, group)
     group.barrier()  # every process has looked at the folder before one changes it
-    if group.rank == 0:
-        if not started:
-            start_run(run, record, corpus)
-        remove_partial(run)
-    group.barrier()
-    size = resume(run, trainer)
-    if group.rank == 0:
-        meta, count = corpus.meta, sum(parameter.numel() for parameter in model.parameters())
-        print(
-            f"{meta['dataset']}: {meta['pairs']['train']} pairs, {meta['vocabulary']} subwords; {count / 1e6:.2f}M parameters", flush=True
-        )
-        if checkpoints(run):
-            print(f"going on from step {trainer.steps} of {run}", flush=True)
-    train_steps(trainer, corpus, run, size, evaluate_every, checkpoint_every)
-    return score_test_set(corpus, run, beam_size, device) if group.rank == 0 else []
+    with held(run) if group.rank == 0 else nullcontext():
+        if group.rank == 0:
+            if not started:
+                start_run(run, record, corpus)
+            remove_partial(run)
+        group.barrier()
+        size = resume(run, trainer)
+        if group.rank == 0:
+            meta, count = corpus.meta, sum(parameter.numel() for parameter in model.parameters())
+            about = f"{meta['pairs']['train']} pairs, {meta['vocabulary']} subwords; {count / 1e6:.2f}M parameters"
+            print(f"{meta['dataset']}: {about}", flush=True)
+            if checkpoints(run):
+                print(f"going on from step {trainer.steps} of {run}", flush=True)
+        train_steps(trainer, corpus, run, size, evaluate_every, checkpoint_every)
+        return score_test_set(corpus, run, beam_size, device) if group.rank == 0 else []
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -155,6 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--backend {options.backend}: {status.detail}")
     try:
         settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
+        usable_device(settings.device)
         corpus = load_corpus(options.data)
         with processes(options.parallel, settings.device) as (joined, device):
             every = (options.evaluate_every, options.checkpoint_every, options.beam_size)

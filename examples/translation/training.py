@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -55,6 +56,15 @@ class Settings:
         for name in ("steps", "token_budget", "accumulate", "d_model", "heads", "layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; found {getattr(self, name)}")
+        for name, allowed in (
+            ("learning_rate", "above 0"),
+            ("clip_norm", "above 0"),
+            ("warmup_steps", "0 or more"),
+            ("weight_decay", "0 or more"),
+        ):
+            number = getattr(self, name)
+            if not math.isfinite(number) or number < 0 or (number == 0 and allowed == "above 0"):
+                raise ValueError(f"{name} must be {allowed}; found {number}")
         for name in ("dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be from 0 to below 1; found {getattr(self, name)}")
@@ -78,6 +88,19 @@ class Settings:
             "bos_id": BOS,
             "eos_id": EOS,
         }
+
+
+def usable_device(device: str) -> str:
+    """Return ``device``.
+
+    Raises:
+        ValueError: torch does not know it, or cannot use it here.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"device must be one that torch can use here; found {device!r}: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def build_model(settings: Settings, vocab_size: int, backend: str | None = None) -> nn.Module:

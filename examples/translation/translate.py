@@ -6,6 +6,7 @@ python examples/translation/translate.py RUN < english.txt > german.txt
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from itertools import islice
 from pathlib import Path
@@ -23,7 +24,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=32, help="lines translated at once (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
     options = parser.parse_args(arguments)
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):  # whatever the locale; what is no UTF-8 is read as U+FFFD
+            stream.reconfigure(encoding="utf-8", errors="replace")
     try:
+        if options.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1; found {options.batch_size}")
         model, tokenizer = load_model(options.run, options.device)
         while lines := list(islice(sys.stdin, options.batch_size)):
             print(*translate(model, tokenizer, lines, options.max_length, options.beam_size), sep="\n", flush=True)
