@@ -231,6 +231,10 @@ extern "C" int limits(int* found) {
     cudaDeviceGetAttribute(&found[2], cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
     cudaDeviceGetAttribute(&found[3], cudaDevAttrComputeCapabilityMajor, 0);
     cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found[4], kernel, 64, 0);
+    cudaDeviceGetAttribute(&found[6], cudaDevAttrMultiProcessorCount, 1);
+    if (cudaSetDevice(2) == cudaSuccess || cudaGetLastError() == cudaSuccess) return -1;
+    cudaSetDevice(1);
+    cudaGetDevice(&found[7]);
     return cudaSetDevice(0) | cudaGetDevice(&found[5]) | cudaDeviceSynchronize() | cudaStreamSynchronize(nullptr) | cudaPeekAtLastError();
 }
 extern "C" int round_trip(float value, float* out) {
@@ -262,11 +266,38 @@ def test_the_cuda_runtime(folder: Path, tmp_path: Path) -> None:
     }
     assert {call: loaded.name_of(loaded.launch_kernel(*call, address)) for call in expected} == expected
     assert b"__launch_bounds__" in loaded.text_of(loaded.launch_kernel(65, 256, 0, address))
-    found = (ctypes.c_int * 6)()
+    found = (ctypes.c_int * 8)()
     assert loaded.limits(found) == 0
-    assert list(found) == [1, 2, 232448, 9, 2, 0]
+    assert list(found) == [2, 2, 232448, 9, 2, 0, 132, 1]
     assert loaded.round_trip(ctypes.c_float(2.5), address) == 0
     assert out[0] == 2.5
+
+
+BLOCKS = """
+#include <cuda_runtime.h>
+__global__ void numbers(uint2* out, unsigned first) { out[blockIdx.x + blockIdx.y - first] = {blockIdx.x, blockIdx.y}; }
+extern "C" int launch_numbers(int x, int y, uint2* out, unsigned first) {
+    if (const int error = cudaSetDevice(1)) return error;
+    numbers<<<dim3(x, y), 1>>>(out, first);
+    return cudaSetDevice(0) | cudaGetLastError();
+}
+"""
+
+
+def test_the_last_blocks_of_a_grid(folder: Path, tmp_path: Path) -> None:
+    """Numbered from where one says, along the last axis that has several; what was launched, and where, can be asked."""
+    source = tmp_path / "blocks.cu"
+    source.write_text(BLOCKS, encoding="utf-8")
+    loaded = load(build([source], folder / "blocks.so"))
+    first = 2**31
+    for grid, seen in (((3, 1), [[first, 0], [first + 1, 0], [first + 2, 0]]), ((1, 2), [[0, first], [0, first + 1]])):
+        out = empty((len(seen), 2), np.uint32)
+        loaded.ptx_first_block(first)
+        assert loaded.launch_numbers(*grid, pointer(out), ctypes.c_uint(first)) == 0, loaded.ptx_error()
+        assert out.tolist() == seen
+        assert re.fullmatch(r"\w*numbers\w*\n", loaded.ptx_launched().decode())
+        assert not loaded.ptx_launched()
+        assert loaded.ptx_devices() == 16
 
 
 PRINTS = """

@@ -187,8 +187,8 @@ def build(
     """A shared library of .cu files: their host code as nvcc compiles it, their kernels by the simulator. Does only what has changed.
 
     ``mode`` is plain, asan or tsan; ``defines`` are macros such as "NAME=1"; ``units``, (source, flags of nvcc) each, stand in for
-    ``sources`` where a file is compiled several times. Beside what the sources export there are ptx_launch, ptx_error, ptx_kernels and
-    ptx_seed of runtime/launch.cpp. RuntimeError has the first lines of what a compiler says.
+    ``sources`` where a file is compiled several times. Beside what the sources export there are ptx_launch, ptx_error and the others of
+    runtime/launch.cpp. RuntimeError has the first lines of what a compiler says.
     """
     if mode not in MODES:
         raise ValueError(f"mode is one of {', '.join(MODES)}, not {mode}")

@@ -44,8 +44,9 @@ def pointer(array: np.ndarray) -> ctypes.c_void_p:
 def load(library: Path) -> ctypes.CDLL:
     """A library of build.py's, with the types of its own functions."""
     loaded = ctypes.CDLL(str(library.absolute()))
-    loaded.ptx_error.restype = loaded.ptx_kernels.restype = ctypes.c_char_p
+    loaded.ptx_error.restype = loaded.ptx_kernels.restype = loaded.ptx_launched.restype = ctypes.c_char_p
     loaded.ptx_seed.argtypes = [ctypes.c_uint64]
+    loaded.ptx_first_block.argtypes = [ctypes.c_uint]
     return loaded
 
 

@@ -14,7 +14,9 @@ using cudaStream_t = void*;
 using Size = ptx::Dimensions;  // CUDA's dim3
 
 constexpr size_t default_shared_memory = 48 << 10;  // what a block may have without asking
-constexpr int occupancy = 2, multiprocessors = 2;
+constexpr int occupancy = 2, devices = 2;
+constexpr int multiprocessors[devices] = {2, 132};  // so few that a block takes several rows, and as many as a GPU has
+int current_device = 0, device_of_last_launch = 0;
 
 struct Function {
     std::string name;
@@ -82,6 +84,7 @@ cudaError_t cudaLaunchKernel(const void* host_function, Size grid, Size block, v
     const auto found = functions().find(host_function);
     if (found == functions().end()) return remember(ptx::invalid_device_function);
     const Function& function = found->second;
+    device_of_last_launch = current_device;
     const size_t used = static_shared(function) + shared;
     if (used > default_shared_memory && shared > function.dynamic_shared) return remember(ptx::invalid_value);
     return remember(ptx::launch(function.name, {grid, block, shared}, arguments));
@@ -117,15 +120,23 @@ const char* cudaGetErrorString(cudaError_t error) {
 }
 
 cudaError_t cudaGetDevice(int* device) {
-    *device = 0;
+    *device = current_device;
     return ptx::success;
 }
-cudaError_t cudaSetDevice(int device) { return device == 0 ? ptx::success : remember(101); }
+cudaError_t cudaSetDevice(int device) {
+    if (device < 0 || device >= devices) return remember(101);
+    current_device = device;
+    return ptx::success;
+}
+// The current device, and times 16 the one of the last launch.
+[[gnu::visibility("default")]] int ptx_devices() { return current_device + 16 * device_of_last_launch; }
 cudaError_t cudaGetDeviceCount(int* count) {
-    *count = 1;
+    *count = devices;
     return ptx::success;
 }
-cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
+cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int device) {
+    if (device < 0 || device >= devices) return remember(101);
+    constexpr int multiprocessor_count = 16;
     static const std::map<int, int> values = {
         {1, 1024},                        // threads of a block
         {2, 1024},                        // in x
@@ -137,7 +148,6 @@ cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
         {8, int(default_shared_memory)},  // shared memory of a block
         {10, 32},                         // lanes of a warp
         {12, 65536},                      // registers of a block
-        {16, multiprocessors},
         {38, 50 << 20},                    // L2 cache
         {39, 2048},                        // threads of a multiprocessor
         {75, 9},                           // compute capability
@@ -147,6 +157,10 @@ cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
         {97, ptx::largest_shared_memory},  // shared memory of a block that asks for it
         {106, 32},                         // blocks of a multiprocessor
     };
+    if (attribute == multiprocessor_count) {
+        *value = multiprocessors[device];
+        return ptx::success;
+    }
     const auto found = values.find(attribute);
     if (found == values.end()) return remember(ptx::invalid_value);
     *value = found->second;

@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "fiber.h"
@@ -20,6 +21,8 @@ constexpr size_t parameter_alignment = 128;
 
 std::string last_error;
 u64 order_seed = 0;
+u32 first_block = 0;
+std::string launched;
 
 std::map<std::string, std::vector<const Kernel*>>& kernels() {
     static std::map<std::string, std::vector<const Kernel*>> known;
@@ -71,7 +74,7 @@ void prepare_shared_memory(const Kernel& kernel, size_t dynamic_shared, u32 plac
     }
 }
 
-int launch(const std::string& name, const LaunchSize& size, void** arguments) {
+int launch(const std::string& name, LaunchSize size, void** arguments) {
     const Kernel* kernel = find_kernel(name);
     if (!kernel) {
         last_error = (kernels().count(name) ? "several translation units define the kernel " : "there is no kernel ") + name;
@@ -92,6 +95,8 @@ int launch(const std::string& name, const LaunchSize& size, void** arguments) {
         copies.emplace_back(memory, free);
         parameters.push_back(static_cast<u8*>(memory));
     }
+    launched += name + "\n";
+    (size.grid.z > 1 ? size.first_block.z : size.grid.y > 1 ? size.first_block.y : size.first_block.x) = first_block;
     const std::string error = run_grid(*kernel, size, parameters.data(), order_seed);
     if (error.empty()) return success;
     last_error = error;
@@ -117,4 +122,12 @@ extern "C" {
     return names.c_str();
 }
 [[gnu::visibility("default")]] void ptx_seed(uint64_t seed) { ptx::order_seed = seed; }
+// From now on blocks are numbered from here, along the last axis that has several: the end of a grid that nobody could wait for.
+[[gnu::visibility("default")]] void ptx_first_block(unsigned first) { ptx::first_block = first; }
+// Names of the kernels that were launched since the last call, a line each.
+[[gnu::visibility("default")]] const char* ptx_launched() {
+    static std::string names;
+    names = std::exchange(ptx::launched, {});
+    return names.c_str();
+}
 }

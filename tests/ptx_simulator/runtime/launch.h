@@ -19,7 +19,7 @@ enum CudaError {
 constexpr size_t largest_shared_memory = 232448;  // of a block that asks for it, on sm_90
 
 const Kernel* find_kernel(const std::string& name);  // nullptr where there is none, or not just one
-int launch(const std::string& name, const LaunchSize& size, void** arguments);
+int launch(const std::string& name, LaunchSize size, void** arguments);
 const std::string& error_of_last_launch();
 
 }  // namespace ptx

@@ -361,7 +361,9 @@ std::string run_grid(const Kernel& launched, const LaunchSize& size, const u8* c
             release(&launch_order);
         }
         const u32 index = order[i];
-        const Dimensions block = {index % size.grid.x, index / size.grid.x % size.grid.y, index / size.grid.x / size.grid.y};
+        const Dimensions& first = size.first_block;
+        const Dimensions block = {first.x + index % size.grid.x, first.y + index / size.grid.x % size.grid.y,
+                                  first.z + index / size.grid.x / size.grid.y};
         threads = &made[i % batch * block_threads];
         prepare_shared_memory(launched, size.dynamic_shared, i % batch);
         start_block(size, block);

@@ -9,6 +9,7 @@ namespace ptx {
 struct LaunchSize {
     Dimensions grid, block;
     size_t dynamic_shared;
+    Dimensions first_block = {0, 0, 0};  // added to the number of each block: those before it do not run
 };
 // Returns what went wrong, "" for nothing. The seed decides about the order of blocks and threads.
 std::string run_grid(const Kernel& kernel, const LaunchSize& size, const u8* const* parameters, u64 seed);
