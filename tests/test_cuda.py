@@ -38,7 +38,7 @@ from helpers import (
     results,
 )
 from helpers import fused as fused_by
-from test_dropout import SEEDS, mask_by_hand
+from test_dropout import SEEDS, mask_by_hand, ties, words_by_hand
 from torch import Tensor
 
 import depthlstm_fast as dl
@@ -207,6 +207,45 @@ def test_rows_are_independent(rows: int, features: int) -> None:
     assert after["dweight"].isnan().any()  # NaN is passed on, not lost in a comparison
 
 
+# Each special value in each place: what comes out must be NaN or infinite exactly where the reference's is.
+@pytest.mark.parametrize("types", [FULL, HALF], ids=str)
+@pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("norm", ["gate", "joint", "none"])
+@pytest.mark.parametrize(("rows", "features"), [(10, 16), (5, 16), (5, 15)])
+def test_nan_and_infinity_stay_where_they_belong(rows: int, features: int, norm: str, special: float, types: Types) -> None:
+    for kind in KINDS[:-1]:
+        tensors, options = given(rows, features, types, norm, False, kind)
+        for gate in range(4):
+            tensors["z"][gate, gate * features + 3] = special
+        tensors["c"][4, 3] = special
+        found = fused(**tensors, **options)
+        wanted = dl.reference.depth_lstm_gates(**double(tensors), **options)
+        # a cdf(a) at -infinity is 0 in the limit and NaN in IEEE arithmetic; torch's own kernels give either
+        either = norm == "none" and special == -torch.inf and kind in ("gelu", "gelu_tanh", "silu")
+        for a, b in zip(found, wanted, strict=True):
+            known = torch.arange(rows, device=DEVICE) != (3 if either else rows)
+            assert torch.equal(a.isnan()[known], b.isnan()[known]), kind
+            assert torch.equal(a.double()[known][b.isinf()[known]], b[known][b.isinf()[known]]), kind
+
+
+@pytest.mark.parametrize("features", [16, 15])
+@pytest.mark.parametrize("argument", ["dh", "dc", "c", "hidden"])
+def test_nan_gradients_stay_in_their_row(argument: str, features: int) -> None:
+    """And in their column of the parameters' gradients."""
+    tensors, options = given(5, features, FULL, kind="given")
+    every = {**tensors, **dict(zip(("dh", "dc"), cotangents(tensors), strict=True))}
+    before = results(fused, tensors, (every["dh"], every["dc"]), **options)
+    every[argument][2, 3] = torch.nan
+    after = results(fused, tensors, (every["dh"], every["dc"]), **options)
+    others, clean = torch.arange(5) != 2, torch.arange(features) != 3
+    for key in ("dz", "dc"):
+        assert torch.equal(after[key][others], before[key][others])
+    assert after["dz"][2].isnan().any()
+    for key in ("dweight", "dbias"):
+        assert after[key][:, 3].isnan().any()
+        assert torch.equal(after[key][:, clean], before[key][:, clean])
+
+
 @pytest.mark.parametrize("features", [16, 33])
 def test_repeatable(features: int) -> None:
     """The same bits every time, whichever thread and block come first."""
@@ -228,10 +267,39 @@ def test_repeatable(features: int) -> None:
 @pytest.mark.parametrize(("rows", "features"), [(MANY, 40), (3, 40), (3, 41)])
 def test_z_bias(rows: int, features: int, norm: str, affine: bool, kind: str, types: Types) -> None:
     """The operator with z_bias is the function of z + z_bias, and the bias's gradient is the sum of z's over the rows."""
-    tensors, options = given(rows, features, types, norm, affine, kind)
-    tensors["z_bias"] = normal(tensors["z"].shape[-1], dtype=types.affine).to(DEVICE)
+    check_z_bias(*given(rows, features, types, norm, affine, kind), types.affine)
+
+
+# several vectors of a lane and of a thread, several warps, two blocks of columns: the first has the smallest row of each
+@pytest.mark.parametrize("types", [FULL, HALF], ids=str)
+@pytest.mark.parametrize(("norm", "affine", "kind"), CALLS[:3:2])
+@pytest.mark.parametrize(
+    ("rows", "features"), [(MANY, 136), (MANY, 264), (MANY, 520), (2, 264), (2, 520), (2, 2048), (2, 2056), (1, 4104), (3, 259)]
+)
+def test_z_bias_of_longer_rows(rows: int, features: int, norm: str, affine: bool, kind: str, types: Types) -> None:
+    check_z_bias(*given(rows, features, types, norm, affine, kind), types.affine)
+
+
+@pytest.mark.parametrize(
+    ("types", "dtype"), [(MIXED, BF16), (Types(BF16, F32, BF16), F32), (Types(F16, F16, F32), F16), (Types(F16, F16, F16), F32)], ids=str
+)
+@pytest.mark.parametrize(("rows", "features"), [(MANY, 40), (3, 40), (3, 41)])
+def test_z_bias_of_another_type_than_the_affine(rows: int, features: int, types: Types, dtype: torch.dtype) -> None:
+    check_z_bias(*given(rows, features, types), dtype)
+
+
+@pytest.mark.parametrize("norm", ["gate", "joint"])
+@pytest.mark.parametrize(("rows", "features"), [(MANY, 40), (3, 40), (3, 41)])
+def test_large_z_bias(rows: int, features: int, norm: str) -> None:
+    """The mean is one of z + z_bias: what the shift takes out is its rounding error, no more."""
+    check_z_bias(*given(rows, features, FULL, norm), F32, shift=1e4)
+
+
+def check_z_bias(tensors: dict[str, Tensor], options: dict[str, Any], dtype: torch.dtype, shift: float = 0.0) -> None:
+    norm, kind = options["norm"], options["activation"]
+    tensors["z_bias"] = normal(tensors["z"].shape[-1], dtype=dtype, shift=shift).to(DEVICE)
     grads = cotangents(tensors)
-    codes = (dl.ops.NORM_CODES[norm], dl.ops.ACTIVATION_CODES[options["activation"]], 1e-6, 0.0)
+    codes = (dl.ops.NORM_CODES[norm], dl.ops.ACTIVATION_CODES[kind], 1e-6, 0.0)
 
     def with_bias(z: Tensor, c: Tensor, z_bias: Tensor, weight: Any = None, bias: Any = None, hidden: Any = None) -> tuple[Tensor, Tensor]:
         return dl.ops.gates(z, z_bias, hidden, c, weight, bias, None, *codes, backend="cuda")
@@ -240,13 +308,14 @@ def test_z_bias(rows: int, features: int, norm: str, affine: bool, kind: str, ty
         return dl.reference.depth_lstm_gates(z + z_bias.to(z.dtype), c, **others, **options)
 
     exact = results(plain, double(tensors), (grads[0].double(), grads[1].double()))
-    assert_bound(results(with_bias, tensors, grads), results(plain, tensors, grads), exact)
+    assert_bound(results(with_bias, tensors, grads), results(plain, tensors, grads), exact, shift)
 
 
 @pytest.mark.parametrize("types", [FULL, MIXED, Types(F16, F16, F16)], ids=str)
 @pytest.mark.parametrize("features", [16, 33, 520, 4104])
 @pytest.mark.parametrize("rows", [1, MANY])
-def test_two_products(rows: int, features: int, types: Types) -> None:
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_two_products(with_bias: bool, rows: int, features: int, types: Types) -> None:
     """A decoding step: z is the sum of two partial products, which is not rounded in between; h lies in a buffer of other columns."""
     tensors, _ = given(rows, features, types)
     more = normal(rows, 4 * features, dtype=types.z).to(DEVICE)
@@ -254,9 +323,11 @@ def test_two_products(rows: int, features: int, types: Types) -> None:
     h = buffer[:, features:]
     direct = dl.ops.DIRECT["cuda"]
     z, c, weight, bias = (tensors[name] for name in ("z", "c", "weight", "bias"))
-    found_h, found_c = direct.forward(z, None, None, c, weight, bias, None, 0, 0, 1e-6, 0.0, h, more)
-    exact = dl.reference.depth_lstm_gates(z.double() + more.double(), c.double(), weight.double(), bias.double())
-    eager = dl.reference.depth_lstm_gates(z + more, c, weight, bias)
+    z_bias = normal(4 * features, dtype=types.affine).to(DEVICE) if with_bias else None
+    added = torch.zeros(4 * features, dtype=types.affine, device=DEVICE) if z_bias is None else z_bias
+    found_h, found_c = direct.forward(z, z_bias, None, c, weight, bias, None, 0, 0, 1e-6, 0.0, h, more)
+    exact = dl.reference.depth_lstm_gates(z.double() + more.double() + added.double(), c.double(), weight.double(), bias.double())
+    eager = dl.reference.depth_lstm_gates(z + more + added.to(z.dtype), c, weight, bias)
     assert_bound(*({"h": h, "c": c} for h, c in ((found_h, found_c), eager, exact)))
     assert found_h.data_ptr() == h.data_ptr()
     assert buffer[:, :features].isnan().all()
@@ -275,6 +346,24 @@ def test_dropout_mask(rows: int, features: int, seed: int) -> None:
     mask = torch.from_numpy(mask_by_hand(seed, rows, features, 0.4))
     assert torch.equal(found["c_out"].cpu() != 0, mask)
     assert torch.equal(found["dhidden"].cpu() != 0, mask)
+
+
+@pytest.mark.parametrize("types", [FULL, HALF], ids=str)
+@pytest.mark.parametrize(("rows", "features"), [(MANY, 16), (3, 16), (3, 33)])
+def test_dropout_at_a_word(rows: int, features: int, types: Types) -> None:
+    """p 2^32 is cut off, and an element whose word is that number is kept; what is kept is divided by 1 - p, however small that is."""
+    tensors, options = given(rows, features, types, kind="given")
+    tensors["hidden"], tensors["c"] = torch.ones_like(tensors["hidden"]), torch.zeros_like(tensors["c"])
+    grads = (torch.zeros_like(tensors["c"]), torch.ones_like(tensors["c"]))
+    everything = fused(**tensors, **options)[1].double()
+    words = words_by_hand(5, rows, features)
+    for p in ties(words):
+        found = results(fused, tensors, grads, **options, **dropout(5, p))
+        mask = torch.from_numpy(words >= int(p * 2**32)).to(DEVICE)
+        assert torch.equal(found["c_out"] != 0, mask), p
+        assert torch.equal(found["dhidden"] != 0, mask), p
+        tolerance = 8 * torch.finfo(types.c).eps
+        torch.testing.assert_close(found["c_out"].double()[mask], everything[mask] / (1 - p), rtol=tolerance, atol=0)
 
 
 # --- memory

@@ -58,10 +58,21 @@ def test_philox_of_this_file(counter: list[int], key: list[int], wanted: list[in
     assert philox(counter, key) == wanted
 
 
-def mask_by_hand(seed: int, rows: int, features: int, p: float) -> np.ndarray:
+def words_by_hand(seed: int, rows: int, features: int, first: int = 0) -> np.ndarray:
+    """The random words of ``rows`` rows from ``first`` on."""
     key = [seed & LOW, (seed >> 32) & LOW]
-    words = [[philox([d // 4, n & LOW, n >> 32, 0], key)[d % 4] for d in range(features)] for n in range(rows)]
-    return np.array(words, dtype=np.uint64).reshape(rows, features) >= int(p * 2**32)
+    words = [[philox([d // 4, n & LOW, n >> 32, 0], key)[d % 4] for d in range(features)] for n in range(first, first + rows)]
+    return np.array(words, dtype=np.uint64).reshape(rows, features)
+
+
+def mask_by_hand(seed: int, rows: int, features: int, p: float, first: int = 0) -> np.ndarray:
+    return words_by_hand(seed, rows, features, first) >= int(p * 2**32)
+
+
+def ties(words: np.ndarray) -> list[float]:
+    """Probabilities that are, times 2^32, one of the words or beside it, for each place in a group of eight features; and extreme ones."""
+    word = [int(words[column % len(words), column]) for column in range(8)] + [int(words.max())]
+    return [1e-10, 2**-32, 1 - 2**-32, 1 - 2**-53, *((w + step) / 2**32 for w in word for step in (0, 0.75, 1) if w + step < 2**32)]
 
 
 SEEDS = [0, 1, 2**31, 2**32 - 1, 2**32, 2**62 + 12345, -1]
