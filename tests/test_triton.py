@@ -182,7 +182,10 @@ def test_every_wide_plan(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("eps", [0.0, 0.5, 1e6])
 @pytest.mark.parametrize("norm", ["gate", "joint"])
-def test_eps(norm: str, eps: float) -> None:
+@pytest.mark.parametrize("scheme", ["narrow", "wide"])
+def test_eps(scheme: str, norm: str, eps: float, request: pytest.FixtureRequest) -> None:
+    if scheme == "wide":
+        request.getfixturevalue("small_wide")
     tensors, options = given(3, 40, FULL, norm)
     check(tensors, {**options, "eps": eps})
 
@@ -221,6 +224,15 @@ def test_z_bias(scheme: str, norm: str, affine: bool, kind: str, types: Types, r
     check_z_bias(3, 20, types, norm, affine, kind)
 
 
+@pytest.mark.parametrize("norm", ["gate", "joint"])
+@pytest.mark.parametrize("scheme", ["narrow", "wide"])
+def test_large_z_bias(scheme: str, norm: str, request: pytest.FixtureRequest) -> None:
+    """Each pass over a row reads z + z_bias: the shift takes out the rounding error of the mean, not a mean of something else."""
+    if scheme == "wide":
+        request.getfixturevalue("small_wide")
+    check_z_bias(3, 20, FULL, norm, True, "gelu", shift=1e4)
+
+
 @pytest.mark.parametrize("features", [1024, 1025])
 def test_z_bias_of_both_schemes(features: int) -> None:
     """The sums of one more gradient leave less room for rows than test_features_of_both_schemes has."""
@@ -228,9 +240,9 @@ def test_z_bias_of_both_schemes(features: int) -> None:
     check_z_bias(2, features, FULL, "gate", True, "gelu")
 
 
-def check_z_bias(rows: int, features: int, types: Types, norm: str, affine: bool, kind: str) -> None:
+def check_z_bias(rows: int, features: int, types: Types, norm: str, affine: bool, kind: str, shift: float = 0.0) -> None:
     tensors, options = given(rows, features, types, norm, affine, kind)
-    tensors["z_bias"] = normal(tensors["z"].shape[1], dtype=types.affine).to(DEVICE)
+    tensors["z_bias"] = normal(tensors["z"].shape[1], dtype=types.affine, shift=shift).to(DEVICE)
     fixed = (ops.NORM_CODES[norm], ops.ACTIVATION_CODES[options["activation"]], 1e-6, 0.0)
 
     def by_operator(z: Tensor, c: Tensor, z_bias: Tensor, weight: Any = None, bias: Any = None, hidden: Any = None) -> Any:
@@ -246,7 +258,7 @@ def check_z_bias(rows: int, features: int, types: Types, norm: str, affine: bool
     grads = cotangents(tensors)
     surrounded = {key: among_nan(tensor) for key, tensor in tensors.items()}
     exact = results(by_reference, double(tensors), (grads[0].double(), grads[1].double()))
-    assert_bound(results(by_operator, surrounded, grads), results(eager, tensors, grads), exact)
+    assert_bound(results(by_operator, surrounded, grads), results(eager, tensors, grads), exact, shift)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -327,7 +327,7 @@ MUTATIONS = [
     Mutation("tiles.py", "-rest[k] * ", "0.0 * rest[k] * ", "test_constant_rows[gate-narrow-f32-f32-f32-41]", BOUND),
     Mutation("tiles.py", " - n[k] * mean_un[k]", "", SMALL, BOUND),
     Mutation("tiles.py", "u[k] - mean_u[k]", "u[k]", SMALL, BOUND),
-    Mutation("tiles.py", "rsqrt(variance + eps)", "rsqrt(variance + 1e-6)", "test_eps[gate-0.5]", BOUND),
+    Mutation("tiles.py", "rsqrt(variance + eps)", "rsqrt(variance + 1e-6)", "test_eps[narrow-gate-0.5]", BOUND),
     Mutation("tiles.py", 'NORM == "joint"', 'NORM == "neither"', "test_error_bound[gelu-joint-True-f32-f32-f32]", BOUND),
     Mutation("gates.py", "(dweight, dbias) if affine", "(dbias, dweight) if affine", SMALL, BOUND),
     Mutation("gates.py", "sums[GATES + k] + da[k]", "da[k]", "test_more_rows_than_programs[2-18-33]", BOUND),

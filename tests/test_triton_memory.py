@@ -15,6 +15,7 @@ from helpers import (
     DEVICE,
     F32,
     HAS_CPP,
+    Types,
     assert_identical,
     check_gates,
     cotangents,
@@ -22,7 +23,7 @@ from helpers import (
     results,
 )
 from helpers import fused as fused_by
-from test_dropout import LOW, SEEDS, kept, mask_by_hand, philox
+from test_dropout import LOW, SEEDS, kept, mask_by_hand, philox, ties, words_by_hand
 from test_gates_layouts import expanded, expanded_once, name, strided_features, transposed
 from test_ops import backward_arguments, raw
 from torch import Tensor
@@ -32,6 +33,7 @@ from triton_helpers import (  # noqa: F401, fixtures
     GUARD,
     HALF,
     MEMORIES,
+    MIXED,
     SENTINEL,
     Memory,
     among_nan,
@@ -114,6 +116,35 @@ def test_dropout_probabilities(p: float) -> None:
     found = kept(functools.partial(by_device, fused), (20,), 250, p, key)
     assert torch.equal(found != 0, dropout_mask(key, 20, 250, p))
     torch.testing.assert_close(found[found != 0], torch.full_like(found[found != 0], 1 / (1 - p)))
+
+
+def test_dropout_at_a_word() -> None:
+    """p 2^32 is cut off, and an element whose word is that number is kept; 1 / (1 - p) is that of p, not of the nearest fp32."""
+    words = words_by_hand(5, 4, 32)
+    found = torch.empty(4, 32, device=DEVICE)
+    plan, key = launcher.Launch(1, {"ROWS": 4, "BLOCK": 32}), torch.tensor([5], device=DEVICE)
+    for p in ties(words):
+        threshold, scale = gates._dropout(key, p)
+        assert scale == 1 / (1 - p)
+        launcher.launch(factors_kernel, (1,), (key, found, 0, 0, threshold, 3.0), {}, plan, False)
+        assert torch.equal(found != 0, torch.from_numpy(words >= int(p * 2**32)).to(DEVICE)), p
+
+
+@pytest.mark.parametrize("scheme", ["narrow", "wide"])
+def test_dropout_at_a_word_of_a_call(scheme: str, request: pytest.FixtureRequest) -> None:
+    if scheme == "wide":
+        request.getfixturevalue("small_wide")
+    tensors, options = given(3, 20, FULL, "none", False, "given")
+    tensors["hidden"], tensors["c"] = torch.ones_like(tensors["hidden"]), torch.zeros_like(tensors["c"])
+    grads = (torch.zeros_like(tensors["c"]), torch.ones_like(tensors["c"]))
+    words = words_by_hand(5, 3, 20)
+    for p in ties(words)[-3:]:  # of the largest word: what is kept is multiplied by some 60, which a p in fp32 would give three digits of
+        found = results(fused, tensors, grads, **options, **dropout(5, p))
+        mask = torch.from_numpy(words >= int(p * 2**32)).to(DEVICE)
+        assert torch.equal(found["c_out"] != 0, mask), p
+        assert torch.equal(found["dhidden"] != 0, mask), p
+        exact = (dl.reference.depth_lstm_gates(**tensors, **options)[1].double() / (1 - p))[mask]
+        torch.testing.assert_close(found["c_out"].double()[mask], exact, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(("norm", "affine", "kind"), CALLS)
@@ -235,6 +266,57 @@ def test_alignment() -> None:
         wanted = all(x[row * stride :].data_ptr() % 16 == 0 for row in range(4))
         assert launcher.is_aligned((None, x), (1, stride)) == wanted
         assert launcher.is_aligned((room[:0], x), (16, stride)) == (wanted and room.data_ptr() % 16 == 0)
+
+
+def one_element_later(x: Tensor) -> Tensor:
+    return torch.empty(x.numel() + 16, dtype=x.dtype, device=DEVICE)[1 : 1 + x.numel()].view(x.shape).copy_(x)
+
+
+def rows_one_element_apart(x: Tensor) -> Tensor:
+    return torch.empty(x.shape[0], x.shape[1] + 1, dtype=x.dtype, device=DEVICE)[:, :-1].copy_(x)
+
+
+@pytest.mark.parametrize("move", [one_element_later, rows_one_element_apart], ids=name)
+@pytest.mark.parametrize("types", [HALF, MIXED], ids=str)
+@pytest.mark.usefixtures("real_memory")
+def test_alignment_is_asked_of_every_operand(types: Types, move: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is promised to the compiler, with one of the operands that are read or written moved, and with none."""
+    promised: list[bool] = []
+    monkeypatch.setattr(gates, "launch", lambda *call: promised.append(call[-1]))
+    tensors, _ = given(3, 32, types, kind="given")
+    dh, dc = cotangents(tensors)
+    whole = {**tensors, "z_bias": tensors["z"][0].to(types.affine), "dh": dh, "dc": dc, "h": dh.clone()}
+
+    def promises(operands: dict[str, Tensor]) -> tuple[set[bool], set[bool]]:
+        z, z_bias, hidden, c, weight, bias, dh, dc, h = (
+            operands[key] for key in ("z", "z_bias", "hidden", "c", "weight", "bias", "dh", "dc", "h")
+        )
+        both = []
+        for call in (lambda *inputs: gates.gates_forward(*inputs, h), lambda *inputs: gates.gates_backward(dh, dc, *inputs, True, True)):
+            promised.clear()
+            call(z, z_bias, hidden, c, weight, bias, None, 0, 0, 1e-6, 0.0)
+            both.append(set(promised))
+        return both[0], both[1]
+
+    assert promises(whole) == ({True}, {True})
+    for key, x in whole.items():
+        if move is one_element_later or key not in ("z_bias", "weight", "bias"):
+            assert promises({**whole, key: move(x)}) == ({key in ("dh", "dc")}, {key == "h"}), key
+
+
+@pytest.mark.parametrize(("types", "features"), [(HALF, 12), (MIXED, 4), (MIXED, 12), (FULL, 6)], ids=str)
+def test_alignment_is_asked_of_what_is_written(types: Types, features: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs whose every row is aligned, beside gradients whose rows, one after the other, are not."""
+    promised: list[bool] = []
+    monkeypatch.setattr(gates, "launch", lambda *call: promised.append(call[-1]))
+    tensors, _ = given(3, features, types, affine=False)
+    z, c, dh, dc = (
+        torch.empty(3, 64, dtype=x.dtype, device=DEVICE)[:, : x.shape[1]].copy_(x) for x in (*tensors.values(), *cotangents(tensors))
+    )
+    inputs = (z, None, None, c, None, None, None, 0, 0, 1e-6, 0.0)
+    gates.gates_forward(*inputs)
+    gates.gates_backward(dh, dc, *inputs, False, False)
+    assert set(promised) == {False}
 
 
 @pytest.mark.parametrize("kind", ["gelu", "given"])
