@@ -144,9 +144,10 @@ def test_norms_and_activations_differ() -> None:
 
 
 @pytest.mark.parametrize("types", [types for types in CUDA_TYPES if types.z != F32 and F32 in types], ids=str)
-def test_fp32_results_beside_16_bit_ones(types: Types) -> None:
+@pytest.mark.parametrize(("rows", "features"), [(MANY, 64), (4, 64), (4, 65)])
+def test_fp32_results_beside_16_bit_ones(rows: int, features: int, types: Types) -> None:
     """What is given and returned in fp32 has the accuracy of fp32, which eager's own errors in 16 bits would not ask for."""
-    tensors, options = given(4, 64, types)
+    tensors, options = given(rows, features, types)
     grads = cotangents(tensors)
     exact = results(dl.reference.depth_lstm_gates, double(tensors), (grads[0].double(), grads[1].double()), **options)
     for key, value in results(fused, tensors, grads, **options).items():
@@ -189,6 +190,19 @@ def test_fp16_near_its_largest(features: int) -> None:
     tensors, options = given(3, features, Types(F16, F16, F16))
     tensors["z"] = normal(3, 4 * features, scale=2e4).clamp(-6e4, 6e4).to(F16).to(DEVICE)
     assert all(value.isfinite().all() for value in check(tensors, options).values())
+
+
+@pytest.mark.parametrize("features", [40, 41])
+def test_gradients_that_are_beyond_fp16_on_the_way(features: int) -> None:
+    """Those of the pre-activations, which r makes small again; eager in fp16 has no digit of them, and the bound would allow anything."""
+    tensors, options = given(3, features, Types(F16, F16, F32))
+    tensors["z"] = normal(3, 4 * features, scale=2e4).clamp(-6e4, 6e4).to(F16).to(DEVICE)
+    tensors["c"] *= 1000
+    dh, dc = (5e3 * x for x in cotangents(tensors))
+    exact = results(dl.reference.depth_lstm_gates, double(tensors), (dh.double(), dc.double()), **options)
+    assert exact["dbias"].abs().max() > 3 * torch.finfo(F16).max
+    for key, value in results(fused, tensors, (dh, dc), **options).items():
+        assert (value - exact[key]).abs().max() <= 1e-3 * exact[key].abs().max(), key
 
 
 @pytest.mark.parametrize("features", [40, 41])

@@ -200,9 +200,12 @@ def test_norms_and_activations_differ() -> None:
 
 
 @pytest.mark.parametrize("types", [types for types in TRITON_TYPES if types.z != F32 and F32 in types], ids=str)
-def test_fp32_results_beside_16_bit_ones(types: Types) -> None:
+@pytest.mark.parametrize("scheme", ["narrow", "wide"])
+def test_fp32_results_beside_16_bit_ones(scheme: str, types: Types, request: pytest.FixtureRequest) -> None:
     """What is given and returned in fp32 has the accuracy of fp32, which eager's own errors in 16 bits would not ask for."""
-    tensors, options = given(4, 64, types)
+    if scheme == "wide":
+        request.getfixturevalue("small_wide")
+    tensors, options = given(*((2, 20) if scheme == "wide" else (4, 64)), types)
     grads = cotangents(tensors)
     exact = results(dl.reference.depth_lstm_gates, double(tensors), (grads[0].double(), grads[1].double()), **options)
     for key, value in results(fused, tensors, grads, **options).items():

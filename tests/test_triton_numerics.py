@@ -189,6 +189,21 @@ def test_values_near_the_largest_of_fp16(norm: str, types: Types) -> None:
     assert all(value.isfinite().all() for value in found.values())
 
 
+@pytest.mark.parametrize("scheme", ["narrow", "wide"])
+def test_gradients_that_are_beyond_fp16_on_the_way(scheme: str, request: pytest.FixtureRequest) -> None:
+    """Those of the pre-activations, which r makes small again; eager in fp16 has no digit of them, and the bound would allow anything."""
+    if scheme == "wide":
+        request.getfixturevalue("small_wide")
+    tensors, options = given(3, 40, Types(F16, F16, F32))
+    tensors["z"] = normal(3, 160, scale=2e4).clamp(-6e4, 6e4).to(F16).to(DEVICE)
+    tensors["c"] *= 1000
+    dh, dc = (5e3 * x for x in cotangents(tensors))
+    exact = results(dl.reference.depth_lstm_gates, double(tensors), (dh.double(), dc.double()), **options)
+    assert exact["dbias"].abs().max() > 3 * torch.finfo(F16).max
+    for key, value in results(fused, tensors, (dh, dc), **options).items():
+        assert (value - exact[key]).abs().max() <= 1e-3 * exact[key].abs().max(), key
+
+
 @pytest.mark.parametrize("types", MEMORIES[:3], ids=str)
 @pytest.mark.parametrize("kind", KINDS[:-1])
 def test_saturated_gates(kind: str, types: Types) -> None:
