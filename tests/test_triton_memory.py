@@ -239,6 +239,14 @@ def test_each_argument_has_its_own_row_stride(scheme: str, request: pytest.Fixtu
     check_gates(apart, options, (among_nan(dh, 11), among_nan(dc, 13)), backend="triton")
 
 
+def test_row_strides_of_the_longest_rows() -> None:
+    """Of which forward loads c last."""
+    tensors, options = given(2, 4100, MIXED, kind="given")
+    apart = {key: among_nan(tensor, number) for number, (key, tensor) in enumerate(tensors.items(), 3)}
+    for found, wanted in zip(fused(**apart, **options), fused(**tensors, **options), strict=True):
+        assert torch.equal(found, wanted)
+
+
 def test_row_strides() -> None:
     """The stride that the launcher finds reads the rows that the tensor has; where it finds none there is none."""
     whole = torch.arange(2 * 3 * 4 * 30).view(2, 3, 4, 30)
