@@ -156,6 +156,14 @@ def test_fp32_results_beside_16_bit_ones(rows: int, features: int, types: Types)
             assert error < 1e-5, f"{key}: {error:.2g}"  # a rounding to fp16 is 5e-4
 
 
+@pytest.mark.parametrize("features", [16, 15])
+def test_slope_of_relu_at_zero(features: int) -> None:
+    """0, as torch has it: exact zeros are common in what ReLU is given."""
+    tensors, options = given(3, features, FULL, "none", False, "relu")
+    tensors["z"][:, 3 * features :] = 0
+    assert not check(tensors, options)["dz"][:, 3 * features :].any()
+
+
 # --- difficult rows
 
 

@@ -199,6 +199,13 @@ def test_norms_and_activations_differ() -> None:
         assert (a - b).abs().max() > 1e-5  # the two GELUs differ by up to 5e-4
 
 
+def test_slope_of_relu_at_zero() -> None:
+    """0, as torch has it: exact zeros are common in what ReLU is given."""
+    tensors, options = given(3, 16, FULL, "none", False, "relu")
+    tensors["z"][:, 48:] = 0
+    assert not check(tensors, options)["dz"][:, 48:].any()
+
+
 @pytest.mark.parametrize("types", [types for types in TRITON_TYPES if types.z != F32 and F32 in types], ids=str)
 @pytest.mark.parametrize("scheme", ["narrow", "wide"])
 def test_fp32_results_beside_16_bit_ones(scheme: str, types: Types, request: pytest.FixtureRequest) -> None:
