@@ -138,16 +138,16 @@ cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int device) {
     if (device < 0 || device >= devices) return remember(101);
     constexpr int multiprocessor_count = 16;
     static const std::map<int, int> values = {
-        {1, 1024},                        // threads of a block
-        {2, 1024},                        // in x
-        {3, 1024},                        // in y
-        {4, 64},                          // in z
-        {5, 0x7fffffff},                  // blocks of a grid in x
-        {6, 65535},                       // in y
-        {7, 65535},                       // in z
-        {8, int(default_shared_memory)},  // shared memory of a block
-        {10, 32},                         // lanes of a warp
-        {12, 65536},                      // registers of a block
+        {1, 1024},                         // threads of a block
+        {2, 1024},                         // in x
+        {3, 1024},                         // in y
+        {4, 64},                           // in z
+        {5, 0x7fffffff},                   // blocks of a grid in x
+        {6, 65535},                        // in y
+        {7, 65535},                        // in z
+        {8, int(default_shared_memory)},   // shared memory of a block
+        {10, 32},                          // lanes of a warp
+        {12, 65536},                       // registers of a block
         {38, 50 << 20},                    // L2 cache
         {39, 2048},                        // threads of a multiprocessor
         {75, 9},                           // compute capability
