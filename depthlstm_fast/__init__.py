@@ -1,7 +1,9 @@
 """Fused kernels for the depth-wise LSTM."""
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from . import reference
-from .backends import backends, last_backend, set_backend, use_backend
+from .backends import last_backend, set_backend, use_backend
 from .functional import depth_lstm_cell, depth_lstm_gates
 from .layers import (
     DepthLSTMCell,
@@ -12,7 +14,13 @@ from .layers import (
     fold_output_projections,
 )
 from .models import DepthLSTMTransformer, param_groups
-from .swap import SwapReport, swap, swap_rnmt_cell, unswap
+from .swap import SwapReport, swap_rnmt_cell, unswap
+
+if _TYPE_CHECKING:
+    from .backends import backends
+    from .swap import swap
+else:  # modules that are called as the function of their name
+    from . import backends, swap  # type: ignore[assignment]
 
 __version__ = "0.1.0"
 __all__ = [

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, modes, sharding
+from .callable_module import make_callable
 from .measured import FASTEST
 
 BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
@@ -177,6 +178,8 @@ def _fastest(tensor: Tensor, features: int) -> str:
     if FASTEST and tensor.device.type == "cuda":
         winner = FASTEST.get((_gpu_name(tensor.device.index), features, tensor.dtype))
         candidates.sort(key=lambda name: name != winner)
+    if tensor.is_meta:  # shapes alone: nothing is computed, so nothing falls back
+        return "reference"
     limits: list[str] = []
     for name in candidates:
         limit = _limit(name, tensor, features)
@@ -185,7 +188,7 @@ def _fastest(tensor: Tensor, features: int) -> str:
         if limit not in limits:
             limits.append(limit)
     # export asks for the decomposition, which is no fallback
-    if not _is_exporting():
+    if not is_exporting():
         _report_fallback("; ".join(limits))
     return "reference"
 
@@ -207,19 +210,22 @@ def _limit(name: str, tensor: Tensor, features: int) -> str | None:
             return limit
     else:
         return "there is no such backend"
-    if _is_exporting():
+    if is_exporting():
         return "export takes the decomposition into PyTorch operators"
     if not torch.compiler.is_compiling():
-        if torch._C._are_functorch_transforms_active():
+        if modes.is_transformed():
             return "torch.func transforms need the decomposition into PyTorch operators"
         if torch.autograd.forward_ad._current_level >= 0:
             return "forward-mode differentiation needs the decomposition into PyTorch operators"
-    return None
+    return sharding.limit(tensor)
 
 
-def _is_exporting() -> bool:
+def is_exporting() -> bool:
+    """Whether torch.export or torch.onnx.export records this call, into PyTorch operators that need no library of ours."""
     # not torch.compiler.is_exporting: under torch.compile torch 2.11 takes that for True
-    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
+    if getattr(torch.compiler, "_is_exporting_flag", False):
+        return True
+    return torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()
 
 
 def cuda_limit(tensor: Tensor, features: int) -> str | None:
@@ -305,3 +311,6 @@ def _report_fallback(limit: str) -> None:
     if not torch.compiler.is_compiling() and limit not in _logged:
         _logged.add(limit)
         logger.warning("falling back to the reference backend: %s", limit)
+
+
+make_callable(backends)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .derivatives import once_differentiable
+from .modes import is_direct, is_watched
 
 _ATTRIBUTE = "_depthlstm_buffer"
 
@@ -51,19 +52,24 @@ def pass_on(source: Tensor, view: Tensor) -> Tensor:
 def take(h: Tensor, left: int) -> Tensor | None:
     """The buffer of h, if ``left`` columns beside it are free, which then they are no more: two users of one h must not write to one place.
 
-    None where something watches what is saved for backward, as activation checkpointing does: recomputed, h would have no free columns.
+    None where something watches, see :func:`is_watched`: recomputed by activation checkpointing, h would have no free columns.
     """
     buffer = getattr(h, _ATTRIBUTE, None)
     if buffer is None or buffer.shape != (h.numel() // h.shape[-1], left + h.shape[-1]):
         return None
-    if torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+    if is_watched():
         return None
     delattr(h, _ATTRIBUTE)
     return buffer
 
 
 def side_by_side(slices: list[Tensor]) -> list[Tensor]:
-    """The slices (rows, width) as one matrix where each begins in memory where the one before it ends, else as they are."""
+    """The slices (rows, width) as one matrix where each begins in memory where the one before it ends, else as they are.
+
+    A subclass of Tensor has no memory of its own to look at.
+    """
+    if not all(map(is_direct, slices)):
+        return slices
     first, stride, width = slices[0], slices[0].stride(0), 0
     for piece in slices:
         beside = piece.data_ptr() == first.data_ptr() + width * first.itemsize and piece.stride() == (stride, 1)

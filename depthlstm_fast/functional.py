@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks, ops
+from . import checks, ops, sharding
 from .backends import choose
+from .modes import autocast_dtype
 from .reference import gates as reference
 
 
@@ -59,7 +60,7 @@ def depth_lstm_gates(
         return reference.depth_lstm_gates(
             z, c, weight, bias, hidden=hidden, norm=norm, activation=activation, eps=eps, dropout_p=dropout_p, training=training, seed=seed
         )
-    key = (reference.draw_seed(z.device) if seed is None else seed) if drops else None
+    key = _key(seed, z) if drops else None
     return ops.gates(
         z, None, hidden, c, weight, bias, key, ops.NORM_CODES[norm], ops.ACTIVATION_CODES[activation], eps, dropout_p if drops else 0.0,
         backend=chosen,
@@ -106,8 +107,8 @@ def depth_lstm_cell(
     checks.check_options(norm, activation, eps, dropout_p)
     checks.check_size("left", left, least=0)
     checks.check_float_tensor("h", h)
-    if torch.is_autocast_enabled(h.device.type):
-        dtype = torch.get_autocast_dtype(h.device.type)
+    dtype = autocast_dtype(h.device.type)
+    if dtype is not None:
         inputs = tuple(_autocast(part, dtype) for part in inputs)
         h, w = _autocast(h, dtype), _autocast(w, dtype)
         hidden = None if hidden is None else _autocast(hidden, dtype)
@@ -119,12 +120,17 @@ def depth_lstm_cell(
             inputs, h, c, w, b, weight, bias,
             hidden=hidden, norm=norm, activation=activation, eps=eps, dropout_p=dropout_p, training=training, seed=seed,
         )  # fmt: skip
-    key = (reference.draw_seed(h.device) if seed is None else seed) if drops else None
+    key = _key(seed, h) if drops else None
     norm_code, activation_code = ops.NORM_CODES[norm], ops.ACTIVATION_CODES[activation]
     return ops.cell(
         [*inputs, h], w, b, hidden, c, weight, bias, key, norm_code, activation_code, eps, dropout_p if drops else 0.0,
         backend=chosen, left=left,
     )  # fmt: skip
+
+
+def _key(seed: Tensor | None, like: Tensor) -> Tensor:
+    """The dropout mask's key for a call on ``like``: one for all ranks beside a DTensor."""
+    return sharding.replicated(reference.draw_seed(like.device) if seed is None else seed, like, source_rank=0)
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

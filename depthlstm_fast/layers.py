@@ -10,8 +10,9 @@ stays fused.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -20,19 +21,14 @@ from torch import Tensor, nn
 
 from . import beside, reference
 from .functional import depth_lstm_cell, depth_lstm_gates
+from .modes import autocast_dtype, is_watched
+from .plain import is_plain, is_plain_linear
 from .reference.attention import CrossAttention, SelfAttention
 from .reference.stacks import CELLS
 
 
-def _hookless(module: nn.Module) -> bool:
-    """Whether calling ``module`` runs its class's forward and nothing else."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not hooks and "forward" not in module.__dict__
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether ``module(x)`` is ``F.linear(x, module.weight, module.bias)`` and nothing else, so that its weight may be used directly."""
-    return type(module) is nn.Linear and type(module.weight) in (nn.Parameter, Tensor) and _hookless(module)
+def _is_plain_attention(module: nn.Module) -> bool:
+    return is_plain(module, SelfAttention) or is_plain(module, CrossAttention)
 
 
 def _accumulate(base: Tensor, x: Tensor, weight: Tensor, fresh: bool) -> Tensor:
@@ -40,7 +36,8 @@ def _accumulate(base: Tensor, x: Tensor, weight: Tensor, fresh: bool) -> Tensor:
 
     A fresh base must not be a view: autograd would copy it back and forth.
     """
-    if fresh and not torch.is_autocast_enabled(base.device.type):  # autocast does not reach in-place products
+    # autocast does not reach in-place products
+    if fresh and not (torch.compiler.is_compiling() or is_watched()) and autocast_dtype(base.device.type) is None:
         return base.addmm_(x, weight.t())
     return torch.addmm(base, x, weight.t())
 
@@ -64,8 +61,8 @@ def _linear_into(buffer: Tensor | None, first: int, linear: Any, x: Tensor, base
     if buffer is None or not is_plain_linear(linear):
         return linear(x) if base is None else base + linear(x)
     weight, bias = linear.weight, linear.bias
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None:
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if not x.dtype == weight.dtype == buffer.dtype:
         return linear(x) if base is None else base + linear(x)
@@ -76,7 +73,7 @@ def _attend_into(
     buffer: Tensor | None, first: int, attention: SelfAttention | CrossAttention, arguments: tuple, options: dict[str, Any]
 ) -> Tensor:
     """The attention's output, written into ``buffer`` from column ``first`` on where that can be."""
-    if buffer is None or not _hookless(attention):
+    if buffer is None or not _is_plain_attention(attention):
         return attention(*arguments, **options)
     return _linear_into(buffer, first, attention.out_proj, attention.context(*arguments, **options))
 
@@ -97,12 +94,12 @@ class DepthLSTMCell(reference.DepthLSTMCell):
             hidden = self._ffn_tail(inner)
         if is_plain_linear(self.gates):
             return self._step(inputs, h, c, self.gates.weight, self.gates.bias, hidden)  # type: ignore[arg-type]
-        return depth_lstm_gates(self.gates(torch.cat((*inputs, h), dim=-1)), c, **self._options(hidden))
+        return depth_lstm_gates(self.gates(torch.cat((*inputs, h), dim=-1)), c, **self._options(c, hidden))
 
     def _step(
         self, inputs: tuple[Tensor, ...], h: Tensor, c: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        return depth_lstm_cell(inputs, h, c, weight, bias, left=self.left, **self._options(hidden))
+        return depth_lstm_cell(inputs, h, c, weight, bias, left=self.left, **self._options(c, hidden))
 
     def _folded_step(self, inputs: tuple[Tensor, ...], state: tuple[Tensor, Tensor], fold: Fold) -> tuple[Tensor, Tensor]:
         """:meth:`forward` with the weights of ``fold``, the last of inputs being the attention's context."""
@@ -114,9 +111,9 @@ class DepthLSTMCell(reference.DepthLSTMCell):
 
 
 class Fold(NamedTuple):
-    """A cell's weights with an output projection folded in, and what they were made from."""
+    """A cell's weights with an output projection folded in, and copies of what they were made from."""
 
-    sources: tuple
+    sources: list[Tensor]
     weight: Tensor
     bias: Tensor | None
     ffn_weight: Tensor | None
@@ -144,15 +141,17 @@ class _FusedLayer(nn.Module):
 
     folds_output_projection: bool = False
     _folds: dict[str, Fold] | None = None
+    _trusted: set[str] | None = None  # inside trusted_folds(): the folds that have been compared with their sources
 
     def fold_output_projection(self, enabled: bool = True) -> None:
         """Use W_x W_o, computed once, in place of W_o and then W_x: one D x D product less for each attention that is folded.
 
         Only in eval mode with gradients off, outside torch.compile, and where it saves work: in encoder layers; in decoder layers with
         ``merge="cells"`` both attentions, with ``"concat"`` the cross-attention; not with ``"add"``, where s is needed anyway and the
-        D x D product would become a 4D x D one. Results differ by rounding. The folded weights (as many numbers as the cell's) are
-        made on the first call and again when a source weight has changed, as its version counter and address tell; a change
-        through ``parameter.data`` escapes the counter: call this method again, or ``train()`` and ``eval()``.
+        D x D product would become a 4D x D one. Results differ by rounding. The folded weights are made on the first call and again when
+        a source weight has changed, whatever changed it: their sources are kept, and compared value by value at each call, in
+        ``generate()`` once. So a fold keeps twice the numbers of the cell, and outside ``generate()`` it pays from some hundred tokens
+        a call on.
         """
         self.folds_output_projection, self._folds = enabled, None
 
@@ -165,32 +164,44 @@ class _FusedLayer(nn.Module):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_folds": None}
+        return {**self.__dict__, "_folds": None, "_trusted": None}
 
     def _fold(self, name: str, attention: SelfAttention | CrossAttention, cell: nn.Module, first: int) -> Fold | None:
         """The folded weights of ``cell`` for ``attention``, whose context takes the columns from ``first`` on; None where not to fold."""
         if not self.folds_output_projection or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        projection = attention.out_proj
-        if type(cell) is not DepthLSTMCell or cell.training or attention.training or not (_hookless(attention) and _hookless(cell)):
+        if cell.training or attention.training or not (_is_plain_attention(attention) and is_plain(cell, DepthLSTMCell)):
             return None
-        linears = [cell.gates, cell.ffn_in] if cell.hidden == "ffn" else [cell.gates]
+        projection = attention.out_proj
+        linears: list[Any] = [cell.gates, cell.ffn_in] if cell.hidden == "ffn" else [cell.gates]
         if not is_plain_linear(projection) or not all(is_plain_linear(linear) for linear in linears):
             return None
-        tensors = [t for module in (projection, *linears) for t in (module.weight, module.bias) if isinstance(t, Tensor)]
-        if any(t.is_inference() for t in tensors):  # these keep no version: a change would go unseen
+        sources = [t for module in (projection, *linears) for t in (module.weight, module.bias) if isinstance(t, Tensor)]
+        if any(t.is_meta for t in sources):
             return None
-        device = tensors[0].device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensors[0].dtype
-        sources = (dtype, *((t.data_ptr(), t._version, t.dtype, t.device) for t in tensors))
+        dtype = autocast_dtype(sources[0].device.type) or sources[0].dtype
         if self._folds is None:
             self._folds = {}
         fold = self._folds.get(name)
-        if fold is None or fold.sources != sources:
+        if fold is None or fold.weight.dtype != dtype or not self._is_up_to_date(name, fold, sources):
             folded = [_fold_linear(linear, projection, first, dtype) for linear in linears]  # type: ignore[arg-type]
-            fold = Fold(sources, *folded[0], *(folded[1] if len(folded) == 2 else (None, None)))
+            copies = [t.detach().clone() for t in sources]
+            fold = Fold(copies, *folded[0], *(folded[1] if len(folded) == 2 else (None, None)))
             self._folds[name] = fold
+        if self._trusted is not None:
+            self._trusted.add(name)
         return fold
+
+    def _is_up_to_date(self, name: str, fold: Fold, sources: list[Tensor]) -> bool:
+        """Whether the sources hold the values that ``fold`` was made from.
+
+        By value: fused optimisers, ``parameter.data`` and other processes change weights and no version counter.
+        """
+        if self._trusted is not None and name in self._trusted:
+            return True
+        if len(fold.sources) != len(sources):
+            return False
+        return all(a.dtype == b.dtype and a.device == b.device and torch.equal(a, b) for a, b in zip(fold.sources, sources, strict=True))
 
     def _attend_and_step(
         self,
@@ -254,7 +265,7 @@ class DepthLSTMDecoderLayer(_FusedLayer, reference.DepthLSTMDecoderLayer):
     def _add_cross_attention(self, s: Tensor, options: dict[str, Any], buffer: Tensor | None) -> Tensor:
         """s + CrossAttn(s), the output projection accumulating onto s; written into ``buffer`` where there is one."""
         projection = self.cross_attn.out_proj
-        if not is_plain_linear(projection) or not _hookless(self.cross_attn):
+        if not is_plain_linear(projection) or not _is_plain_attention(self.cross_attn):
             return s + self.cross_attn(s, **options)
         context = self.cross_attn.context(s, **options)
         if buffer is not None:
@@ -284,6 +295,19 @@ class DepthLSTMDecoder(reference.DepthLSTMDecoder):
 
     def _connect(self) -> None:
         _connect(self.layers)
+
+
+@contextlib.contextmanager
+def trusted_folds(model: nn.Module) -> Iterator[None]:
+    """Compare each fold in ``model`` with its sources once, not at every call: nothing changes the weights inside the block."""
+    layers = [module for module in model.modules() if isinstance(module, _FusedLayer) and module.folds_output_projection]
+    for layer in layers:
+        layer._trusted = set()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._trusted = None
 
 
 def fold_output_projections(model: nn.Module, enabled: bool = True) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 from . import reference
-from .layers import DepthLSTMDecoder, DepthLSTMDecoderLayer, DepthLSTMEncoder, DepthLSTMEncoderLayer
+from .layers import DepthLSTMDecoder, DepthLSTMDecoderLayer, DepthLSTMEncoder, DepthLSTMEncoderLayer, trusted_folds
 
 
 class DepthLSTMTransformer(reference.DepthLSTMTransformer):
@@ -17,6 +19,11 @@ class DepthLSTMTransformer(reference.DepthLSTMTransformer):
     decoder_layer_class = DepthLSTMDecoderLayer
     encoder_class = DepthLSTMEncoder
     decoder_class = DepthLSTMDecoder
+
+    @contextlib.contextmanager
+    def _inference(self) -> Iterator[None]:
+        with super()._inference(), trusted_folds(self):
+            yield
 
 
 NORMS = (reference.GateNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)

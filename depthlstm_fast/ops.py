@@ -16,6 +16,7 @@ from . import beside, checks
 from .backends import load_error, triton_limit
 from .checks import ACTIVATIONS, NORMS
 from .derivatives import Grads, once_differentiable
+from .modes import is_direct, is_traced, is_watched
 
 NORM_CODES = {name: code for code, name in enumerate(NORMS)}
 ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
@@ -70,11 +71,6 @@ def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
     ctx.save_for_backward(*inputs[:7])
     ctx.options = inputs[7:]
     ctx.set_materialize_grads(False)
-
-
-def is_direct(tensor: Tensor) -> bool:
-    """Whether nobody but the kernels looks at an eager call on ``tensor``: no subclass of Tensor, no dispatch mode."""
-    return type(tensor) in (Tensor, torch.nn.Parameter) and torch._C._len_torch_dispatch_stack() == 0
 
 
 def _operators(backend: str, z: Tensor) -> Operators:
@@ -163,32 +159,46 @@ class CellFunction(torch.autograd.Function):
         else:
             for i, columns in enumerate(w.split(widths, dim=1)):
                 dslices[i] = dz @ columns if needs[13 + i] else None
-        dw = None
-        if needs[0]:
-            dw = torch.empty_like(w, memory_format=torch.contiguous_format)
-            slices = beside.side_by_side(slices)
-            for part, columns in zip(slices, dw.split([part.shape[1] for part in slices], dim=1), strict=True):
-                torch.mm(dz.t(), part, out=columns)
+        dw = _weight_gradient(dz, slices, w) if needs[0] else None
         affine_gradients = (dweight, dbias) if affine else (None, None)
         hidden_gradient = dhidden if hidden is not None else None
         return (dw, db if b_gradient else None, hidden_gradient, dc_in, *affine_gradients, *(None,) * 7, *dslices)
 
 
+def _in_place(*tensors: Tensor) -> bool:
+    """Whether products of ``tensors`` may be written with ``out=``."""
+    return not torch.compiler.is_compiling() and not is_watched() and all(map(is_direct, tensors))
+
+
 def project(slices: list[Tensor], w: Tensor) -> Tensor:
-    """[slices] W^T for slices (rows, width) of the columns of W: the first GEMM writes, the others accumulate."""
-    tracing = torch.compiler.is_compiling()
-    if len(slices) > 1 and not tracing:
+    """[slices] W^T for slices (rows, width) of the columns of W: the first GEMM writes, the others accumulate.
+
+    Checkpointing policies and tracers see aten.mm for the first and aten.addmm for the others.
+    """
+    in_place = _in_place(w, *slices)
+    if len(slices) > 1 and in_place:
         slices = beside.side_by_side(slices)
     columns = w.split([part.shape[1] for part in slices], dim=1)
-    z = slices[0] @ columns[0].t()
+    z = torch.mm(slices[0], columns[0].t())
     for part, column in zip(slices[1:], columns[1:], strict=True):
-        z = torch.addmm(z, part, column.t()) if tracing else torch.addmm(z, part, column.t(), out=z)
+        z = torch.addmm(z, part, column.t(), out=z) if in_place else torch.addmm(z, part, column.t())
     return z
+
+
+def _weight_gradient(dz: Tensor, slices: list[Tensor], w: Tensor) -> Tensor:
+    """The gradient of W in :func:`project`."""
+    if not _in_place(dz, w, *slices):
+        return torch.cat([torch.mm(dz.t(), part) for part in slices], dim=1)
+    dw = torch.empty_like(w, memory_format=torch.contiguous_format)
+    slices = beside.side_by_side(slices)
+    for part, columns in zip(slices, dw.split([part.shape[1] for part in slices], dim=1), strict=True):
+        torch.mm(dz.t(), part, out=columns)
+    return dw
 
 
 def gates(*inputs: Any, backend: str) -> tuple[Tensor, Tensor]:
     """The gates with autograd; arguments as :class:`GatesFunction`."""
-    if torch.compiler.is_compiling():
+    if is_traced():
         return OPERATORS[backend].forward(*inputs)
     if torch.is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in inputs[:6]):
         return GatesFunction.apply(*inputs, backend)
@@ -208,7 +218,7 @@ def cell(
         slices = [piece.reshape(-1, piece.shape[-1]) for piece in slices]
         hidden = None if hidden is None else hidden.reshape(-1, features)
         c = c.reshape(-1, features)
-    if torch.compiler.is_compiling():
+    if is_traced():
         # traced as plain GEMMs, which inductor plans better than an opaque operator
         h, c = OPERATORS[backend].forward(project(slices, w), b, hidden, c, *rest)
         return (h, c) if len(shape) == 2 else (h.view(shape), c.view(shape))

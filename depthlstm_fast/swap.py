@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import layers, models, reference
+from .callable_module import make_callable
 from .functional import depth_lstm_cell, depth_lstm_gates
+from .plain import hookless, is_plain_linear
 
 Rules = Mapping[Any, Callable[[nn.Module], nn.Module]]
 
@@ -124,14 +126,14 @@ class _FusedRNMTCell(nn.Module):
         act, drop = getattr(self, parts.activation), getattr(self, parts.dropout, None)
         inner = [module for module in (norm, act, drop) if isinstance(module, nn.Module)]
         activation = _activation_name(act)
-        if rest or named or activation is None or type(norm) is not nn.LayerNorm or not all(map(layers._hookless, inner)):
+        if rest or named or activation is None or type(norm) is not nn.LayerNorm or not all(map(hookless, inner)):
             return super().forward(input, state, *rest, **named)
         h, c = state
         c = c.expand_as(h)
         options: dict[str, Any] = {"norm": "joint", "activation": activation, "eps": norm.eps}
         if drop is not None:
             options.update(dropout_p=drop.p, training=drop.training)
-        if layers.is_plain_linear(projection):
+        if is_plain_linear(projection):
             return depth_lstm_cell(input, h, c, projection.weight, projection.bias, norm.weight, norm.bias, **options)
         return depth_lstm_gates(projection(torch.cat((input, h), -1)), c, norm.weight, norm.bias, **options)
 
@@ -168,9 +170,9 @@ def _computes_another(module: nn.Module, fused: type[nn.Module], parts: _Parts) 
     if weight.is_meta:
         return None
     features = weight.shape[0] // 4
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     x, h, c = (
-        torch.randn(3, size, generator=generator).to(weight.device, weight.dtype)
+        torch.randn(3, size, generator=generator, device="cpu").to(weight.device, weight.dtype)
         for size in (weight.shape[1] - features, features, features)
     )
     training = [inner for inner in module.modules() if inner.training]
@@ -348,3 +350,6 @@ def unswap(model: nn.Module) -> SwapReport:
 
     visit("", model)
     return report
+
+
+make_callable(swap)

@@ -93,13 +93,15 @@ def attention_mask(
 class DecoderCache:
     """What one decoder layer keeps between the steps of incremental decoding.
 
-    Keys and values of its self-attention, (rows, nhead, capacity, D / nhead) of which the first ``length`` positions are in use, and
-    those of its cross-attention, (batch, nhead, S, D / nhead), computed once. ``rows`` is ``batch`` times the number of beams. There
-    is no cell state to keep: the depth-wise LSTM's state runs over the layers of one token and starts afresh with the next.
+    ``memory`` is the encoder's output, (batch, S, D). The cross-attention makes its keys and values, (batch, nhead, S, D / nhead), at the
+    first step, and the self-attention appends to its own, (rows, nhead, capacity, D / nhead) of which the first ``length`` positions are
+    in use. ``rows`` is ``batch`` times the number of beams. There is no cell state to keep: the depth-wise LSTM's state runs over the
+    layers of one token and starts afresh with the next.
     """
 
-    memory: tuple[Tensor, Tensor]
+    memory: Tensor
     memory_mask: Tensor | None = None
+    memory_keys_values: tuple[Tensor, Tensor] | None = None
     keys: Tensor | None = None
     values: Tensor | None = None
     length: int = 0
@@ -111,8 +113,9 @@ class DecoderCache:
         else:
             if self.length == self.keys.shape[2]:  # doubling: appending costs one copy per position, amortised
                 self.keys, self.values = (torch.cat((t, torch.zeros_like(t)), 2) for t in (self.keys, self.values))
-            self.keys[:, :, self.length] = keys[:, :, 0]
-            self.values[:, :, self.length] = values[:, :, 0]
+            # narrow, not an index: torch.compile would take the index for a constant and compile every position anew
+            self.keys.narrow(2, self.length, 1).copy_(keys)
+            self.values.narrow(2, self.length, 1).copy_(values)
         self.length += 1
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
@@ -245,19 +248,38 @@ class CrossAttention(_Attention):
         keys, values = self._split(self.kv_proj(memory), 2)
         return keys, values
 
-    def context(self, x: Tensor, memory: Tensor | tuple[Tensor, Tensor], mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def context(
+        self,
+        x: Tensor,
+        memory: Tensor | tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        cache: DecoderCache | None = None,
+    ) -> Tensor:
         """All of :meth:`forward` but the output projection."""
+        if cache is not None and cache.memory_keys_values is not None:
+            memory = cache.memory_keys_values
         keys, values = memory if isinstance(memory, tuple) else self.keys_values(memory)
+        if cache is not None:
+            cache.memory_keys_values = keys, values
         queries = x if x.shape[0] == keys.shape[0] else x.reshape(keys.shape[0], -1, self.d_model)
         query = self._project(self.q_proj, queries).unflatten(-1, (self.nhead, -1)).transpose(1, 2)
         return self._attend(query, keys, values, mask, is_causal).view(x.shape)
 
-    def forward(self, x: Tensor, memory: Tensor | tuple[Tensor, Tensor], mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        cache: DecoderCache | None = None,
+    ) -> Tensor:
         """Attend; x (batch, L, D) -> (batch, L, D).
 
         Args:
             x: (batch, L, D), or in incremental decoding (batch * beams, 1, D): beams are then queries of their common source.
             memory: (batch, S, D), or what :meth:`keys_values` made of it.
             mask, is_causal: as returned by :func:`attention_mask`. A row that may attend to nothing gets zeros before ``out_proj``.
+            cache: keeps the keys and values of memory from its first use on.
         """
-        return self.out_proj(self.context(x, memory, mask, is_causal))
+        return self.out_proj(self.context(x, memory, mask, is_causal, cache))

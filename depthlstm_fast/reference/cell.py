@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
+from ..plain import is_plain
 from .attention import INITS, initialise_linear
 from .gates import activate, depth_lstm_gates
 
@@ -18,6 +19,8 @@ class GateNorm(nn.Module):
 
     It holds the parameters; the gates function applies them. A module of its own, so that what sorts parameters by module (weight
     decay, initialisation loops) can tell these two-dimensional parameters from matrices.
+    The cell reads the parameters of a plain GateNorm directly, and calls any other: one with hooks, pruned, parametrised or wrapped by an
+    adapter.
     """
 
     def __init__(self, gates: int, features: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
@@ -26,9 +29,21 @@ class GateNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(gates, features, device=device, dtype=dtype))
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, forget_bias: float = 0.0) -> None:
+        """Ones and zeros; ``forget_bias`` goes to the forget gate's row of the bias."""
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
+        if forget_bias != 0:
+            with torch.no_grad():
+                self.bias[1] += forget_bias
+
+    def forward(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(weight, bias), each (4, D) or (3, D), as tensors of their own: a hook may free the parameters when this call ends.
+
+        Args:
+            x: not used. Wrappers of normalisation layers pass the layer's input on.
+        """
+        return self.weight.clone(), self.bias.clone()
 
     def extra_repr(self) -> str:
         return f"gates={self.weight.shape[0]}, features={self.weight.shape[1]}"
@@ -99,7 +114,7 @@ class DepthLSTMCell(nn.Module):
         self.activation, self.eps, self.dropout, self.forget_bias, self.init = activation, eps, dropout, forget_bias, init
         width, rows = input_size + hidden_size, 4 if hidden == "linear" else 3
         self.gates: nn.Module = nn.Linear(width, rows * hidden_size, bias, device, dtype)
-        self.norm = GateNorm(rows, hidden_size, device, dtype) if norm != "none" else None
+        self.norm: nn.Module | None = GateNorm(rows, hidden_size, device, dtype) if norm != "none" else None
         if self.ffn_size is not None:
             self.ffn_in: nn.Module = nn.Linear(width, self.ffn_size, bias, device, dtype)
             self.ffn_norm: nn.Module = nn.LayerNorm(self.ffn_size, eps, device=device, dtype=dtype)
@@ -115,9 +130,8 @@ class DepthLSTMCell(nn.Module):
             if isinstance(self.ffn_norm, nn.LayerNorm):
                 self.ffn_norm.reset_parameters()
         with torch.no_grad():
-            if self.norm is not None:
-                self.norm.reset_parameters()
-                self.norm.bias[1] += self.forget_bias
+            if isinstance(self.norm, GateNorm):
+                self.norm.reset_parameters(self.forget_bias)
             elif isinstance(self.gates, nn.Linear) and self.gates.bias is not None:
                 self.gates.bias[self.hidden_size : 2 * self.hidden_size] += self.forget_bias
 
@@ -172,12 +186,20 @@ class DepthLSTMCell(nn.Module):
         inputs, h, c = self._unpack(input, state)
         x = torch.cat((*inputs, h), dim=-1)
         hidden = self._ffn_tail(self.ffn_in(x)) if self.hidden == "ffn" else None
-        return depth_lstm_gates(self.gates(x), c, **self._options(hidden))
+        return depth_lstm_gates(self.gates(x), c, **self._options(c, hidden))
 
-    def _options(self, hidden: Tensor | None) -> dict:
+    def _affine(self, c: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The weight and bias of the normalisation, from a call of ``norm`` where that is not plain."""
+        norm = self.norm
+        if norm is None:
+            return None, None
+        return (norm.weight, norm.bias) if is_plain(norm, GateNorm) else norm(c)  # type: ignore[return-value]
+
+    def _options(self, c: Tensor, hidden: Tensor | None) -> dict:
+        weight, bias = self._affine(c)
         return {
-            "weight": None if self.norm is None else self.norm.weight,
-            "bias": None if self.norm is None else self.norm.bias,
+            "weight": weight,
+            "bias": bias,
             "hidden": hidden,
             "norm": self.norm_kind,
             "activation": self.activation,

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import checks
+from .. import checks, sharding
+from ..modes import autocast_dtype
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -76,6 +77,7 @@ def activate_backward(a: Tensor, activation: str) -> Tensor:
 
 def _drop(g: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
     keep = dropout_mask(seed, g.numel() // g.shape[-1], g.shape[-1], dropout_p).view(g.shape)
+    keep = sharding.replicated(keep, g, source_rank=0)
     return torch.where(keep, g / (1 - dropout_p), torch.zeros((), dtype=g.dtype, device=g.device))
 
 
@@ -188,10 +190,11 @@ def depth_lstm_cell(
     inputs = x if isinstance(x, tuple) else (x,)
     checks.check_options(norm, activation, eps, dropout_p)
     checks.check_float_tensor("h", h)
-    if not torch.is_autocast_enabled(h.device.type):
+    autocast = autocast_dtype(h.device.type) is not None
+    if not autocast:
         checks.check_cell(inputs, h, c, w, b, weight, bias, hidden, norm, seed)
     z = F.linear(torch.cat((*inputs, h), dim=-1), w, None if b is None else b.to(w.dtype))
-    if hidden is not None and torch.is_autocast_enabled(h.device.type):
+    if hidden is not None and autocast:
         checks.check_float_tensor("hidden", hidden)
         hidden = hidden.to(z.dtype)
     return depth_lstm_gates(

@@ -73,9 +73,23 @@ def greedy_search(next_logits: NextLogits, reorder: Reorder, settings: Settings)
         token = token.masked_fill(finished[:, None], settings.pad_id)
         finished = finished | (token[:, 0] == settings.eos_id)
         ids = torch.cat((ids, token), 1)
-        if finished.all():
+        if _check_and_ask(scores, finished.all(), length):
             break
     return ids[:, 1:], scores
+
+
+def _check_and_ask(scores: Tensor, done: Tensor, length: int) -> bool:
+    """Whether to stop, as the tensor ``done`` says; one transfer from the device for both questions.
+
+    Raises:
+        ValueError: a score (batch, ...) is NaN.
+    """
+    invalid = scores.isnan()
+    stop, failed = torch.stack((done, invalid.any())).tolist()
+    if failed:
+        source = int(invalid.view(invalid.shape[0], -1).any(1).nonzero()[0])
+        raise ValueError(f"logits must be numbers; found NaN for source {source} at token {length}: look for NaN in the weights")
+    return bool(stop)
 
 
 def beam_search(next_logits: NextLogits, reorder: Reorder, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -109,8 +123,8 @@ def beam_search(next_logits: NextLogits, reorder: Reorder, settings: Settings) -
         rows, token = first_row + index // vocab, index % vocab
         extended = torch.cat((ids[rows], token[..., None]), -1)
 
-        ends = token == settings.eos_id
-        complete = (ends | (length == settings.max_length))[:, :beams] & (found < beams)[:, None] & (candidates[:, :beams] > -torch.inf)
+        ends, done = token == settings.eos_id, found >= beams
+        complete = (ends | (length == settings.max_length))[:, :beams] & ~done[:, None] & (candidates[:, :beams] > -torch.inf)
         new = (candidates[:, :beams] / penalty(length, settings.length_penalty)).masked_fill(~complete, -torch.inf)
         padded = F.pad(extended[:, :beams, 1:], (0, settings.max_length - length), value=settings.pad_id)
         scores, kept = torch.cat((scores.to(new.dtype), new), 1).sort(dim=1, descending=True, stable=True)
@@ -118,11 +132,12 @@ def beam_search(next_logits: NextLogits, reorder: Reorder, settings: Settings) -
         lengths = torch.cat((lengths, torch.full_like(lengths, length)), 1).gather(1, kept)
         hypotheses = torch.cat((hypotheses, padded), 1).gather(1, kept[..., None].expand(-1, -1, settings.max_length))
         found = found + complete.sum(1)
-        if length == settings.max_length or (found >= beams).all():
+        if _check_and_ask(candidates.masked_fill(done[:, None], 0), (found >= beams).all(), length) or length == settings.max_length:
             break
 
         onward = ends.to(torch.int8).argsort(dim=1, stable=True)[:, :beams]
-        live = candidates.gather(1, onward)
+        # where fewer than ``beams`` candidates go on, ended ones fill the rows: they never come back
+        live = candidates.gather(1, onward).masked_fill(ends.gather(1, onward), -torch.inf)
         rows = rows.gather(1, onward).view(-1)
         ids = torch.cat((ids[rows], token.gather(1, onward).view(-1, 1)), 1)
         reorder(rows)

@@ -248,6 +248,7 @@ class DepthLSTMDecoderLayer(_Layer):
         memory_key_padding_mask: Tensor | None = None,
         tgt_is_causal: bool = False,
         memory_is_causal: bool = False,
+        cache: DecoderCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run the layer.
 
@@ -256,6 +257,9 @@ class DepthLSTMDecoderLayer(_Layer):
             memory: the encoder's output, (batch, S, D), (S, batch, D) or (S, D).
             state: c', the cell of the layer below, in tgt's shape; zeros if None.
             tgt_mask and the other masks and hints: see :func:`attention_mask`.
+            cache: incremental decoding: tgt is the next position alone, L = 1, and the cache is updated. The batch of tgt is that of memory
+                times any number of beams, the beams of one source side by side. Masks and hints are not used: attention is causal, and
+                the cache has memory's mask.
 
         Returns:
             (h, c), both in tgt's shape and layout. A position that may attend to nothing takes a zero context; nothing becomes NaN.
@@ -264,6 +268,11 @@ class DepthLSTMDecoderLayer(_Layer):
             TypeError, ValueError: naming the argument, what was found and what was wanted.
         """
         h, c = self._enter_states("tgt", tgt, state)
+        if cache is not None:
+            keys = self._check_step(h, memory, cache)
+            cross_options: dict[str, Any] = {"memory": keys, "mask": cache.memory_mask, "cache": cache}
+            h, c = self._feed_forward(*self._run(h, c, {"cache": cache}, cross_options))
+            return self._leave(h, tgt), self._leave(c, tgt)
         unbatched = tgt.dim() == 2
         keys = self._enter("memory", memory)
         if keys.shape[0] != h.shape[0] or memory.dim() != tgt.dim():
@@ -285,17 +294,33 @@ class DepthLSTMDecoderLayer(_Layer):
         m = self.cross_attn(s, **cross_options)
         return self.cell((s, m) if self.merge == "concat" else s + m, (h, c))
 
+    def _check_step(self, h: Tensor, memory: Tensor, cache: DecoderCache) -> Tensor:
+        """memory as the cross-attention takes it in a decoding step, which is checked."""
+        if not isinstance(cache, DecoderCache):
+            raise TypeError(f"cache must be a DecoderCache, as new_cache makes it; found {type(cache).__name__}")
+        if h.shape[1] != 1:
+            raise ValueError(f"tgt must hold one position with a cache; found {h.shape[1]}")
+        if h.shape[0] % cache.memory.shape[0]:
+            raise ValueError(f"tgt must have a multiple of the cache's {cache.memory.shape[0]} sources as its batch; found {h.shape[0]}")
+        return self._enter("memory", memory) if cache.memory_keys_values is None else memory
+
     def new_cache(self, memory: Tensor, memory_key_padding_mask: Tensor | None = None) -> DecoderCache:
         """Start incremental decoding: memory (batch, S, D), mask (batch, S) bool or floating point; always batch first."""
+        checks.check_float_tensor("memory", memory)
+        if memory.dim() != 3 or memory.shape[-1] != self.d_model:
+            raise ValueError(f"memory must have shape (batch, length, {self.d_model}); found {tuple(memory.shape)}")
         sizes = (memory.shape[0], self.nhead, 1, memory.shape[1])
         arguments = ("memory_mask", "memory_key_padding_mask")
         mask, _ = attention_mask(None, memory_key_padding_mask, False, sizes=sizes, device=memory.device, arguments=arguments)
-        return DecoderCache(self.cross_attn.keys_values(memory), mask)
+        return DecoderCache(memory, mask)
 
     def step(self, tgt: Tensor, cache: DecoderCache, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """:meth:`forward` for the next position alone, causal; tgt and state (rows, 1, D), always batch first.
+        """:meth:`forward` with ``cache``, but tgt, state and the results are (rows, 1, D), always batch first.
 
         rows is the batch of the cache times any number of beams, the beams of one source side by side. The cache is updated.
         """
-        c = torch.zeros_like(tgt) if state is None else state
-        return self._feed_forward(*self._run(tgt, c, {"cache": cache}, {"memory": cache.memory, "mask": cache.memory_mask}))
+        if self.batch_first:
+            return self(tgt, cache.memory, state, cache=cache)
+        above = None if state is None else state.transpose(0, 1)
+        h, c = self(tgt.transpose(0, 1), cache.memory.transpose(0, 1), above, cache=cache)
+        return h.transpose(0, 1), c.transpose(0, 1)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import checks
+from .. import checks, sharding
+from ..modes import is_direct, is_traced, is_transformed
 from . import generation
 from .layers import DepthLSTMDecoderLayer, DepthLSTMEncoderLayer
 from .stacks import DepthLSTMDecoder, DepthLSTMEncoder
@@ -17,19 +20,24 @@ POSITIONS = ("sinusoidal", "learned")
 
 
 def sinusoidal_positions(max_len: int, d_model: int) -> Tensor:
-    """The position table of Vaswani et al. (2017), (max_len, d_model) float32: sines in even columns, cosines in odd ones."""
-    position = torch.arange(max_len, dtype=torch.float64).unsqueeze(1)
-    frequency = torch.exp(torch.arange(0, d_model, 2, dtype=torch.float64) * (-math.log(10000.0) / d_model))
-    table = torch.empty(max_len, d_model, dtype=torch.float64)
+    """The position table of Vaswani et al. (2017), (max_len, d_model) float32 on the CPU: sines in even columns, cosines in odd ones."""
+    place: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    position = torch.arange(max_len, **place).unsqueeze(1)
+    frequency = torch.exp(torch.arange(0, d_model, 2, **place) * (-math.log(10000.0) / d_model))
+    table = torch.empty(max_len, d_model, **place)
     table[:, 0::2] = torch.sin(position * frequency)
     table[:, 1::2] = torch.cos(position * frequency[: d_model // 2])
     return table.float()
 
 
 class Positions(nn.Module):
-    """Adds a position's vector to each token's: a table of sines, or a learned ``weight`` (max_len, D)."""
+    """Adds a position's vector to each token's: a ``table`` of sines, or a learned ``weight`` (max_len, D).
 
-    table: Tensor
+    The table is no buffer, but a copy of what its sizes say, kept while its device and dtype fit. So nothing that fills a model anew
+    (``to_empty``, ``skip_init``, a checkpoint without it) can leave it wrong.
+    """
+
+    table: Tensor | None = None
 
     def __init__(
         self, kind: str, max_len: int, d_model: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -39,20 +47,46 @@ class Positions(nn.Module):
         if kind == "learned":
             self.weight = nn.Parameter(torch.empty(max_len, d_model, device=device, dtype=dtype))
         else:
-            table = sinusoidal_positions(max_len, d_model).to(device=device, dtype=dtype or torch.get_default_dtype())
-            self.register_buffer("table", table, persistent=False)
+            self.fill(torch.empty(0, device=device, dtype=dtype))
 
     def reset_parameters(self, init: str) -> None:
         if self.kind == "learned":
             _initialise_embedding(self.weight, init)
+
+    @torch.inference_mode(False)
+    def fill(self, like: Tensor) -> None:
+        """Make the table of sines for the dtype and device of ``like``; nothing on the meta device, where there is nothing to keep."""
+        if self.kind != "learned":
+            self.table = None if like.is_meta else sinusoidal_positions(self.max_len, self.d_model).to(like.device, like.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if self.table is not None:
+            moved = fn(torch.empty(0, device=self.table.device, dtype=self.table.dtype))
+            if not _fits(self.table, moved):
+                self.fill(moved)
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         return f"{self.kind!r}, max_len={self.max_len}, d_model={self.d_model}"
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
         """x (batch, L, D), its first token at position ``start``."""
-        table = self.weight if self.kind == "learned" else self.table
-        return x + table[start : start + x.shape[1]]
+        table = self.weight if self.kind == "learned" else self._table_for(x)
+        return x + sharding.replicated(table[start : start + x.shape[1]], x)
+
+    def _table_for(self, x: Tensor) -> Tensor:
+        if self.table is not None and _fits(self.table, x):
+            return self.table
+        if x.is_meta:
+            return torch.empty(self.max_len, self.d_model, device=x.device, dtype=x.dtype)
+        if not is_traced() and is_direct(x) and not is_transformed():
+            self.fill(x)
+            return self.table  # type: ignore[return-value]
+        return sinusoidal_positions(self.max_len, self.d_model).to(x.device, x.dtype)
+
+
+def _fits(table: Tensor, like: Tensor) -> bool:
+    return table.device == like.device and table.dtype == like.dtype
 
 
 def _initialise_embedding(weight: Tensor, init: str) -> None:
@@ -88,6 +122,7 @@ class DepthLSTMTransformer(nn.Module):
     decoder_layer_class: type[DepthLSTMDecoderLayer] = DepthLSTMDecoderLayer
     encoder_class: type[DepthLSTMEncoder] = DepthLSTMEncoder
     decoder_class: type[DepthLSTMDecoder] = DepthLSTMDecoder
+    _ties_after_load = False
 
     def __init__(
         self,
@@ -149,16 +184,53 @@ class DepthLSTMTransformer(nn.Module):
         self.src_positions = Positions(positions, max_len, d_model, device, dtype)
         self.tgt_positions = Positions(positions, max_len, d_model, device, dtype)
         self.output = nn.Linear(d_model, tgt_vocab, bias=False, **placed)
-        if tie_output:
-            self.output.weight = self.tgt_embedding.weight
+        self.tie_weights()
         self.input_dropout = nn.Dropout(dropout)
         self._reset_embeddings()
+        self.register_load_state_dict_post_hook(_tie_after_load)
+
+    def _is_tied(self) -> bool:
+        return getattr(self.output, "weight", None) is getattr(self.tgt_embedding, "weight", self)
+
+    def tie_weights(self) -> None:
+        """With ``tie_output=True`` make the output layer's weight the target embedding's again; nothing otherwise.
+
+        ``to_empty()`` and ``load_state_dict(assign=True)`` of a tied model, and ``reset_parameters()``, call it. Call it yourself after
+        anything else that gave the two a parameter each. Where one of them is on the meta device the other's weight is taken.
+        A layer that is no nn.Linear or nn.Embedding any more, and weights of different types, are left as they are.
+        """
+        if not self.tie_output or self._is_tied():
+            return
+        if not isinstance(self.output, nn.Linear) or not isinstance(self.tgt_embedding, nn.Embedding):
+            return
+        own, embedded = self.output._parameters.get("weight"), self.tgt_embedding._parameters.get("weight")
+        if own is None or embedded is None or type(own) is not type(embedded) or own.shape != embedded.shape:
+            return
+        if embedded.is_meta and not own.is_meta:
+            self.tgt_embedding.weight = own
+        else:
+            self.output.weight = embedded
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        tied = self._is_tied()
+        super()._apply(fn, recurse)
+        if tied:
+            self.tie_weights()
+        return self
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        # a tie that loading breaks is made again, as is one that was lost before there was anything to load into
+        weights = [getattr(module, "weight", None) for module in (self.output, self.tgt_embedding)]
+        self._ties_after_load = self._is_tied() or any(isinstance(weight, Tensor) and weight.is_meta for weight in weights)
+        super()._load_from_state_dict(*arguments)
 
     def _reset_embeddings(self) -> None:
-        if not self.tie_output:
+        self.tie_weights()
+        if not self._is_tied() and isinstance(self.output, nn.Linear):
             _initialise_embedding(self.output.weight, self.init)
         for embedding in dict.fromkeys((self.src_embedding, self.tgt_embedding)):
-            _initialise_embedding(embedding.weight, self.init)
+            if isinstance(embedding, nn.Embedding):
+                _initialise_embedding(embedding.weight, self.init)
         self.src_positions.reset_parameters(self.init)
         self.tgt_positions.reset_parameters(self.init)
 
@@ -177,7 +249,7 @@ class DepthLSTMTransformer(nn.Module):
             raise ValueError(f"{argument} must have shape (batch, length), neither of them 0; found {tuple(ids.shape)}")
         if ids.shape[1] > self.max_len:
             raise ValueError(f"{argument} must have at most max_len, {self.max_len}, tokens; found {ids.shape[1]}")
-        if range_too and not torch.compiler.is_compiling():
+        if range_too and not is_traced() and is_direct(ids) and not is_transformed():
             least, most = (int(bound) for bound in torch.aminmax(ids))
             if least < 0 or most >= vocab:
                 raise ValueError(f"{argument} must hold ids from 0 to {vocab - 1}; found {least if least < 0 else most}")
@@ -211,10 +283,16 @@ class DepthLSTMTransformer(nn.Module):
         memory: Tensor,
         tgt_key_padding_mask: Tensor | None = None,
         memory_key_padding_mask: Tensor | None = None,
+        return_hidden: bool = False,
     ) -> Tensor:
-        """Logits (batch, L, tgt_vocab) for tgt (batch, L) int64 and memory (batch, S, D); causal. Raises as :meth:`encode`."""
+        """Logits (batch, L, tgt_vocab) for tgt (batch, L) int64 and memory (batch, S, D); causal.
+
+        With ``return_hidden`` what ``output`` would be applied to, (batch, L, D): for losses that make the logits themselves, in pieces.
+        Raises as :meth:`encode`.
+        """
         self._check_ids("tgt", tgt, self.tgt_vocab, tgt.device.type == "cpu" if isinstance(tgt, Tensor) else True)
-        return self.output(self._decode(tgt, memory, tgt_key_padding_mask, memory_key_padding_mask))
+        hidden = self._decode(tgt, memory, tgt_key_padding_mask, memory_key_padding_mask)
+        return hidden if return_hidden else self.output(hidden)
 
     def forward(
         self,
@@ -222,6 +300,7 @@ class DepthLSTMTransformer(nn.Module):
         tgt: Tensor,
         src_key_padding_mask: Tensor | None = None,
         tgt_key_padding_mask: Tensor | None = None,
+        return_hidden: bool = False,
     ) -> Tensor:
         """Logits of the next token at every position of tgt.
 
@@ -231,9 +310,10 @@ class DepthLSTMTransformer(nn.Module):
             src_key_padding_mask: (batch, S), True where padded; ``src == pad_id`` if None.
             tgt_key_padding_mask: (batch, L), True where padded. None for no mask, which is right for targets padded on the right:
                 attention is causal, so no token sees padding behind it, and attention without a mask is faster.
+            return_hidden: see :meth:`decode`.
 
         Returns:
-            (batch, L, tgt_vocab).
+            (batch, L, tgt_vocab), or (batch, L, D) with ``return_hidden``.
 
         Raises:
             TypeError, ValueError: as :meth:`encode`.
@@ -241,7 +321,7 @@ class DepthLSTMTransformer(nn.Module):
         if isinstance(src, Tensor) and isinstance(tgt, Tensor) and src.shape[:1] != tgt.shape[:1]:
             raise ValueError(f"tgt must have the batch size of src, {tuple(src.shape[:1])}; found {tuple(tgt.shape[:1])}")
         padding = src == self.pad_id if src_key_padding_mask is None and isinstance(src, Tensor) else src_key_padding_mask
-        return self.decode(tgt, self.encode(src, padding), tgt_key_padding_mask, padding)
+        return self.decode(tgt, self.encode(src, padding), tgt_key_padding_mask, padding, return_hidden)
 
     @torch.no_grad()
     def generate(
@@ -263,7 +343,8 @@ class DepthLSTMTransformer(nn.Module):
             beam_size: hypotheses kept for each source.
             length_penalty: alpha. A hypothesis of n tokens, eos_id included, is scored log p / ((5 + n) / 6) ** alpha (Wu et al., 2016).
             src_key_padding_mask: (batch, S), True where padded; ``src == pad_id`` if None.
-            use_cache: keep keys and values of earlier tokens; False recomputes everything at every step, to the same tokens.
+            use_cache: keep keys and values of earlier tokens; False recomputes everything at every step, to the same tokens. Layers whose
+                forward was replaced by one that takes no ``cache`` are run without it.
             return_scores: return the scores, too.
 
         A source is finished when its hypothesis has produced eos_id, with beams when ``beam_size`` of its hypotheses have; decoding stops
@@ -275,7 +356,7 @@ class DepthLSTMTransformer(nn.Module):
             the scores, (batch,).
 
         Raises:
-            TypeError, ValueError: naming the argument, what was found and what was wanted.
+            TypeError, ValueError: naming the argument, what was found and what was wanted; logits are NaN.
         """
         self._check_ids("src", src, self.src_vocab)
         max_length = self.max_len if max_length is None else max_length
@@ -287,23 +368,34 @@ class DepthLSTMTransformer(nn.Module):
             raise TypeError(f"length_penalty must be a float; found {type(length_penalty).__name__}")
         if not math.isfinite(length_penalty):
             raise ValueError(f"length_penalty must be finite; found {length_penalty}")
+        settings = generation.Settings(
+            src.shape[0], beam_size, max_length, length_penalty, self.bos_id, self.eos_id, self.pad_id, src.device
+        )
+        with self._inference():
+            padding = src == self.pad_id if src_key_padding_mask is None else src_key_padding_mask
+            memory = self.encode(src, padding)
+            cached = use_cache and self.decoder.takes_caches()
+            decoding = (CachedDecoding if cached else Decoding)(self, memory, padding, beam_size)
+            search = generation.greedy_search if beam_size == 1 else generation.beam_search
+            tokens, scores = search(decoding.next_logits, decoding.reorder, settings)
+        return (tokens, scores) if return_scores else tokens
+
+    @contextlib.contextmanager
+    def _inference(self) -> Iterator[None]:
+        """Evaluation mode, in which nothing changes the weights; each module's mode comes back."""
         trained = [module for module in self.modules() if module.training]
         for module in trained:
             module.training = False
         try:
-            padding = src == self.pad_id if src_key_padding_mask is None else src_key_padding_mask
-            memory = self.encode(src, padding)
-            decoding = (CachedDecoding if use_cache else Decoding)(self, memory, padding, beam_size)
-            search = generation.greedy_search if beam_size == 1 else generation.beam_search
-            tokens, scores = search(
-                decoding.next_logits,
-                decoding.reorder,
-                generation.Settings(src.shape[0], beam_size, max_length, length_penalty, self.bos_id, self.eos_id, self.pad_id, src.device),
-            )
+            yield
         finally:
             for module in trained:
                 module.training = True
-        return (tokens, scores) if return_scores else tokens
+
+
+def _tie_after_load(model: DepthLSTMTransformer, incompatible_keys: Any) -> None:
+    if model._ties_after_load:
+        model.tie_weights()
 
 
 class Decoding:
@@ -325,14 +417,27 @@ class CachedDecoding:
     """The next token's logits for batch * beams rows, from the last token and what the decoder's caches keep."""
 
     def __init__(self, model: DepthLSTMTransformer, memory: Tensor, padding: Tensor, beams: int) -> None:
-        self.model = model
+        self.model, self.memory = model, memory
         self.caches = model.decoder.new_caches(memory, padding)
 
     def next_logits(self, ids: Tensor) -> Tensor:
         """(rows, tgt_vocab) after ids (rows, n), of which all but the last token have been seen."""
         model = self.model
         embedded = model._embed(ids[:, -1:], model.tgt_embedding, model.tgt_positions, ids.shape[1] - 1)
-        return model.output(model.decoder.step(embedded, self.caches)[:, 0])
+        hidden = self._step(embedded)
+        for index, cache in enumerate(self.caches):
+            if cache.length != ids.shape[1]:
+                raise ValueError(
+                    f"use_cache must be False: decoder.layers.{index} passes its cache by (its forward was replaced or it is wrapped); "
+                    f"found {cache.length} positions kept, wanted {ids.shape[1]}"
+                )
+        return model.output(hidden[:, 0])
+
+    def _step(self, embedded: Tensor) -> Tensor:
+        decoder = self.model.decoder
+        if getattr(decoder.step, "__func__", None) is DepthLSTMDecoder.step:  # what wraps the decoder sees the call
+            return decoder(embedded, self.memory, caches=self.caches)
+        return decoder.step(embedded, self.caches)  # the user's own: compiled, for example
 
     def reorder(self, rows: Tensor) -> None:
         """Row i goes on from row ``rows[i]``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ CELLS = ("cell", "cross_cell", "ffn_cell")
 class _Stack(nn.Module):
     """``num_layers`` copies of a layer, each drawn anew, through which the states (h, c) run."""
 
+    layer_class: type[DepthLSTMEncoderLayer] | type[DepthLSTMDecoderLayer]
+
     def __init__(
         self,
         layer: DepthLSTMEncoderLayer | DepthLSTMDecoderLayer,
@@ -29,6 +32,8 @@ class _Stack(nn.Module):
         init_cell: str,
     ) -> None:
         super().__init__()
+        if not isinstance(layer, self.layer_class):
+            raise TypeError(f"layer must be a {self.layer_class.__name__}, whose forward returns (h, c); found {type(layer).__name__}")
         checks.check_size("num_layers", num_layers)
         checks.check_name("init_cell", init_cell, INIT_CELLS)
         self.layers = nn.ModuleList([copy.deepcopy(layer) for _ in range(num_layers)])
@@ -89,8 +94,10 @@ class DepthLSTMEncoder(_Stack):
     Set ``gradient_checkpointing = True`` on the stack to recompute each layer in the backward pass instead of keeping its activations.
 
     Raises:
-        TypeError, ValueError: a size or name is not what is wanted.
+        TypeError, ValueError: layer is of another kind, or a size or name is not what is wanted.
     """
+
+    layer_class = DepthLSTMEncoderLayer
 
     def __init__(
         self,
@@ -120,6 +127,8 @@ class DepthLSTMEncoder(_Stack):
 class DepthLSTMDecoder(_Stack):
     """A stack of decoder layers; the arguments are those of :class:`DepthLSTMEncoder`."""
 
+    layer_class = DepthLSTMDecoderLayer
+
     def __init__(
         self,
         layer: DepthLSTMDecoderLayer,
@@ -140,11 +149,18 @@ class DepthLSTMDecoder(_Stack):
         memory_key_padding_mask: Tensor | None = None,
         tgt_is_causal: bool | None = None,
         memory_is_causal: bool = False,
+        caches: list[DecoderCache] | None = None,
     ) -> Tensor:
         """h of the top layer, in tgt's shape; tgt, memory and the masks as in :class:`DepthLSTMDecoderLayer`.
 
         ``tgt_is_causal=None`` means False: the mask is used as it is, and not examined (torch looks whether it is causal).
+        ``caches`` (of :meth:`new_caches`) is for incremental decoding: see ``cache`` in :meth:`DepthLSTMDecoderLayer.forward`.
         """
+        if caches is not None:
+            h, c = tgt, self._initial_cell(tgt)
+            for layer, cache in zip(self.layers, caches, strict=True):
+                h, c = layer(h, memory, c, cache=cache)
+            return h if self.norm is None else self.norm(h)
         if memory.dim() == 3 and not self.batch_first:
             memory = memory.transpose(0, 1).contiguous().transpose(0, 1)  # once here, not once in every layer
         options = {
@@ -159,11 +175,22 @@ class DepthLSTMDecoder(_Stack):
 
     def new_caches(self, memory: Tensor, memory_key_padding_mask: Tensor | None = None) -> list[DecoderCache]:
         """Start incremental decoding: one cache a layer for memory (batch, S, D), always batch first."""
-        return [layer.new_cache(memory, memory_key_padding_mask) for layer in self.layers]  # type: ignore[operator]
+        first: DecoderCache = self.layers[0].new_cache(memory, memory_key_padding_mask)  # type: ignore[operator]
+        return [first, *(DecoderCache(memory, first.memory_mask) for _ in self.layers[1:])]
 
     def step(self, tgt: Tensor, caches: list[DecoderCache]) -> Tensor:
-        """:meth:`forward` for the next position alone; tgt and the result (rows, 1, D), see :meth:`DepthLSTMDecoderLayer.step`."""
-        h, c = tgt, self._initial_cell(tgt)
-        for layer, cache in zip(self.layers, caches, strict=True):
-            h, c = layer.step(h, cache, c)  # type: ignore[operator]
-        return h if self.norm is None else self.norm(h)
+        """:meth:`forward` with ``caches``, but tgt and the result are (rows, 1, D), always batch first."""
+        memory = caches[0].memory
+        if self.batch_first:
+            return self(tgt, memory, caches=caches)
+        return self(tgt.transpose(0, 1), memory.transpose(0, 1), caches=caches).transpose(0, 1)
+
+    def takes_caches(self) -> bool:
+        """Whether the forward of this stack and of each layer, possibly replaced by the user's own, takes the cache of a decoding step."""
+        return _takes(self, "caches") and all(_takes(layer, "cache") for layer in self.layers)
+
+
+def _takes(module: nn.Module, argument: str) -> bool:
+    """Whether ``module`` can be called with this keyword argument."""
+    parameters = inspect.signature(module.forward).parameters
+    return argument in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())

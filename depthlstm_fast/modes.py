@@ -1,0 +1,39 @@
+"""What surrounds a call and changes how it may be made: autocast, tracers, dispatch modes, saved-tensor hooks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast casts products to on devices of this type; None where it is off, or unknown to autocast as "meta" is."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def is_traced() -> bool:
+    """Whether torch.compile, torch.export or torch.jit.trace records this call instead of running it."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def is_transformed() -> bool:
+    """Whether a torch.func transform (vmap, grad, ...) is active."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def is_direct(tensor: Tensor) -> bool:
+    """Whether only kernels see an eager call on ``tensor``: no subclass of Tensor, no dispatch mode."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and torch._C._len_torch_dispatch_stack() == 0
+
+
+def is_watched() -> bool:
+    """Whether results may be kept by something that no version counter protects, so that no product may be written in place.
+
+    Selective activation checkpointing keeps results of operators by a dispatch mode, and plain checkpointing what is saved for backward by
+    hooks. torch.jit.trace records the operators themselves, and ONNX has none with ``out=``.
+    """
+    if torch._C._len_torch_dispatch_stack() > 0 or torch.jit.is_tracing():
+        return True
+    return torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
