@@ -9,9 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checks
+from .. import checks, sharding
 
 INITS = ("lipschitz", "glorot")
+
+
+@torch.no_grad()
+def draw_uniform(parameter: Tensor, bound: float) -> None:
+    """Draw ``parameter`` from U(+-bound); a sharded one takes its part of a whole draw, which for one seed is that of one process.
+
+    DTensor's own draw on the CPU gives every rank the same numbers, so that the shards would be copies of each other.
+    """
+    if sharding.is_dtensor(parameter):
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device).uniform_(-bound, bound)
+        parameter.copy_(sharding.replicated(whole, parameter))
+    else:
+        nn.init.uniform_(parameter, -bound, bound)
 
 
 def initialise_linear(linear: nn.Module, init: str, matrices: int = 1) -> None:
@@ -24,7 +37,7 @@ def initialise_linear(linear: nn.Module, init: str, matrices: int = 1) -> None:
         return
     fan_out, fan_in = linear.weight.shape
     bound = 1 / math.sqrt(fan_in) if init == "lipschitz" else math.sqrt(6 / (fan_in + fan_out // matrices))
-    nn.init.uniform_(linear.weight, -bound, bound)
+    draw_uniform(linear.weight, bound)
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)
 

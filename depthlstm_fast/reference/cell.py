@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checks
+from .. import checks, sharding
 from ..plain import is_plain
 from .attention import INITS, initialise_linear
 from .gates import activate, depth_lstm_gates
@@ -32,10 +32,7 @@ class GateNorm(nn.Module):
     def reset_parameters(self, forget_bias: float = 0.0) -> None:
         """Ones and zeros; ``forget_bias`` goes to the forget gate's row of the bias."""
         nn.init.ones_(self.weight)
-        nn.init.zeros_(self.bias)
-        if forget_bias != 0:
-            with torch.no_grad():
-                self.bias[1] += forget_bias
+        _set_forget_bias(self.bias, 1, 2, forget_bias)
 
     def forward(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(weight, bias), each (4, D) or (3, D), as tensors of their own: a hook may free the parameters when this call ends.
@@ -47,6 +44,17 @@ class GateNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"gates={self.weight.shape[0]}, features={self.weight.shape[1]}"
+
+
+@torch.no_grad()
+def _set_forget_bias(bias: Tensor, first: int, end: int, forget_bias: float) -> None:
+    """``forget_bias`` in rows ``first`` to ``end - 1`` of ``bias``, zeros elsewhere.
+
+    Not by index: a row of a sharded parameter is a copy, and what is written there is lost.
+    """
+    values = torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
+    values[first:end] = forget_bias
+    bias.copy_(sharding.replicated(values, bias))
 
 
 class DepthLSTMCell(nn.Module):
@@ -129,11 +137,10 @@ class DepthLSTMCell(nn.Module):
             initialise_linear(self.ffn_out, self.init)
             if isinstance(self.ffn_norm, nn.LayerNorm):
                 self.ffn_norm.reset_parameters()
-        with torch.no_grad():
-            if isinstance(self.norm, GateNorm):
-                self.norm.reset_parameters(self.forget_bias)
-            elif isinstance(self.gates, nn.Linear) and self.gates.bias is not None:
-                self.gates.bias[self.hidden_size : 2 * self.hidden_size] += self.forget_bias
+        if isinstance(self.norm, GateNorm):
+            self.norm.reset_parameters(self.forget_bias)
+        elif self.norm is None and isinstance(self.gates, nn.Linear) and self.gates.bias is not None:
+            _set_forget_bias(self.gates.bias, self.hidden_size, 2 * self.hidden_size, self.forget_bias)
 
     def extra_repr(self) -> str:
         network = f", ffn_size={self.ffn_size}" if self.hidden == "ffn" else ""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import checks, sharding
 from ..modes import is_direct, is_traced, is_transformed
 from . import generation
+from .attention import draw_uniform
 from .layers import DepthLSTMDecoderLayer, DepthLSTMEncoderLayer
 from .stacks import DepthLSTMDecoder, DepthLSTMEncoder
 
@@ -91,7 +92,7 @@ def _fits(table: Tensor, like: Tensor) -> bool:
 
 def _initialise_embedding(weight: Tensor, init: str) -> None:
     bound = math.sqrt((2 if init == "lipschitz" else 6) / sum(weight.shape))
-    nn.init.uniform_(weight, -bound, bound)
+    draw_uniform(weight, bound)
 
 
 class DepthLSTMTransformer(nn.Module):
