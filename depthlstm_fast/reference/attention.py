@@ -98,7 +98,7 @@ def attention_mask(
     if all(mask.dtype == torch.bool for mask in masks):
         return ~(masks[0] | masks[1] if len(masks) == 2 else masks[0]), False
     dtype = next(mask.dtype for mask in masks if mask.dtype != torch.bool)
-    added = [torch.zeros_like(m, dtype=dtype).masked_fill_(m, -math.inf) if m.dtype == torch.bool else m for m in masks]
+    added = [torch.zeros_like(m, dtype=dtype).masked_fill(m, -math.inf) if m.dtype == torch.bool else m for m in masks]
     return (added[0] + added[1] if len(added) == 2 else added[0]), False
 
 
