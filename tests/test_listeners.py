@@ -186,7 +186,9 @@ def replaced_by_the_old_signature(module: nn.Module) -> None:
         )
     else:
 
-        def forward(tgt, memory, state, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal, memory_is_causal):  # type: ignore[no-untyped-def] # noqa: E501
+        def forward(
+            tgt, memory, state, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal, memory_is_causal
+        ):  # type: ignore[no-untyped-def] # noqa: E501
             found = original(
                 tgt, memory, state, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal, memory_is_causal
             )
@@ -203,9 +205,7 @@ def overridden(module: nn.Module) -> None:
 @each_twin
 @each_variant
 @pytest.mark.parametrize("name", ["decoder", "decoder.layers.0", "decoder.layers.1"])
-@pytest.mark.parametrize(
-    "put", [hook, hook_with_options, pre_hook, memory_pre_hook, replaced, replaced_by_the_old_signature, overridden]
-)
+@pytest.mark.parametrize("put", [hook, hook_with_options, pre_hook, memory_pre_hook, replaced, replaced_by_the_old_signature, overridden])
 def test_the_cache_changes_nothing(module: Any, options: dict[str, Any], name: str, put: Callable[[nn.Module], None]) -> None:
     model = module.DepthLSTMTransformer(9, 7, **SIZES, **options).eval()
     src = torch.randint(3, 9, (3, 6))
