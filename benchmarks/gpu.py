@@ -38,7 +38,7 @@ NO_GPU, LOST = 2, 70  # exit statuses of the worker: there is nothing to measure
 
 
 def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=8.5, help="the budget of time; what does not fit is skipped and listed")
     parser.add_argument("--started", type=float, help="when the budget began, in seconds since 1970; default: now")
     parser.add_argument("--output", type=Path, help="the folder for the results; default: OUT, else benchmarks/results/MACHINE")

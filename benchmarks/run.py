@@ -70,7 +70,7 @@ class Bar:
 
 
 def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m depthlstm_fast.bench", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m depthlstm_fast.bench", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="no torch.compile, three repetitions, few translation steps: not to be quoted")
     parser.add_argument("--no-translation", action="store_true", help="leave out the translation example")
     parser.add_argument("--only", action="append", choices=NAMES, metavar="SUBJECT", help=f"one of {', '.join(NAMES)}; may be repeated")
