@@ -1,0 +1,145 @@
+"""What every program of the example does around its work: errors in one line, and a terminal that cannot stop it.
+
+A program ends with status 0, or with 2 and one line on stderr, or with 130 where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+INTERRUPTED = 130
+
+
+class Terminal(io.TextIOBase):
+    """A text stream for messages: what it cannot show is escaped, and once its reader has gone it says nothing more.
+
+    Args:
+        stream: standard output or standard error; None where that is closed.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self.stream = stream
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(self.stream, "encoding", None) or "utf-8"
+
+    def isatty(self) -> bool:
+        return self.stream is not None and self.stream.isatty()
+
+    def fileno(self) -> int:
+        if self.stream is None:
+            raise io.UnsupportedOperation("fileno")
+        return self.stream.fileno()
+
+    def write(self, text: str) -> int:
+        if self.stream is not None:
+            try:
+                self.stream.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
+            except OSError:
+                self._give_up()
+        return len(text)
+
+    def flush(self) -> None:
+        if self.stream is not None:
+            try:
+                self.stream.flush()
+            except OSError:
+                self._give_up()
+
+    def _give_up(self) -> None:
+        """Let what is left in the stream's buffer, which Python writes at the end, go nowhere."""
+        stream, self.stream = self.stream, None
+        discard(stream)
+
+
+def discard(stream: TextIO | None) -> None:
+    """Have all that is still to be written to ``stream`` go nowhere."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())  # type: ignore[union-attr]
+        os.close(nowhere)
+
+
+def results() -> TextIO:
+    """Return standard output for what a program is run for: UTF-8 whatever the locale, and an OSError where it cannot be written.
+
+    Raises:
+        ValueError: it is closed.
+    """
+    stream = sys.stdout.stream if isinstance(sys.stdout, Terminal) else sys.stdout
+    if stream is None:
+        raise ValueError("standard output must be open; found it closed")
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(encoding="utf-8", errors="replace", newline="\n")
+    return stream
+
+
+def occupy_closed_streams() -> None:
+    """Open the standard streams that are closed on nothing: else the next file to be opened is taken for one of them."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+
+
+@contextlib.contextmanager
+def terminal_streams() -> Iterator[None]:
+    """Print to ``Terminal`` for the time being."""
+    with contextlib.redirect_stdout(Terminal(sys.stdout)), contextlib.redirect_stderr(Terminal(sys.stderr)):
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+
+
+def fail(program: str, error: BaseException) -> NoReturn:
+    """Print ``error`` in one line, by the first of torchrun's processes alone, and end with status 2."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{program}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def command(program: str, *errors: type[Exception]) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Make a function of the command line's arguments, which returns the exit status, a program's ``main``.
+
+    Args:
+        program: its name, which an error's line begins with.
+        errors: what ends in one line besides ImportError, OSError and ValueError.
+    """
+
+    def wrap(function: Callable[..., int]) -> Callable[..., int]:
+        @functools.wraps(function)
+        def main(arguments: list[str] | None = None) -> int:
+            occupy_closed_streams()
+            with terminal_streams():
+                try:
+                    return function(arguments)
+                except (ImportError, OSError, ValueError, *errors) as error:
+                    fail(program, error)
+                except KeyboardInterrupt:
+                    raise SystemExit(INTERRUPTED) from None
+
+        return main
+
+    return wrap
+
+
+def _quiet_interrupt(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, traceback)
+        return
+    os._exit(INTERRUPTED)
+
+
+if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:
+    sys.excepthook = _quiet_interrupt  # while torch, which takes seconds, is still being imported
