@@ -24,7 +24,7 @@ class Batch(NamedTuple):
 
 
 def encode_pairs(pairs: Iterable[Pair], tokenizer: Any, longest: int = 256) -> list[Example]:
-    """Return the ids of each pair as ``Batch`` describes them, less the pairs with a side of more than ``longest`` ids.
+    """Return the ids of each pair as ``Batch`` describes them, less the pairs with a side that is blank or of more than ``longest`` ids.
 
     Raises:
         ValueError: no pair is left.
@@ -32,7 +32,7 @@ def encode_pairs(pairs: Iterable[Pair], tokenizer: Any, longest: int = 256) -> l
     examples = []
     for pair in map(hide_pair, pairs):
         source, target = tokenizer.encode(pair.source) + [EOS], [BOS] + tokenizer.encode(pair.target) + [EOS]
-        if max(len(source), len(target)) <= longest:
+        if max(len(source), len(target)) <= longest and len(source) > 1 and len(target) > 2:
             examples.append((source, target))
     if not examples:
         raise ValueError(f"pairs must hold one of at most {longest} tokens a side; found none")

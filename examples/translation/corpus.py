@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,9 @@ from typing import Any
 import torch
 from batches import Example, encode_pairs
 from data import Pair, read_aligned
-from tokenizer import load_tokenizer, safetensors_torch
+from files import DamagedError, check_values, read_json, read_tensors, to_json, write_tensors
+from lines import write_lines
+from tokenizer import load_tokenizer
 from torch import Tensor
 
 TOKENIZER, IDS, META = "tokenizer.model", "ids.safetensors", "meta.json"
@@ -35,7 +36,15 @@ def _flatten(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return ids, torch.tensor([len(row) for row in rows], dtype=torch.int32)
 
 
-def _rows(ids: Tensor, lengths: Tensor) -> list[list[int]]:
+def _rows(path: Path, tensors: dict[str, Tensor], name: str, vocabulary: int) -> list[list[int]]:
+    """Return the rows ``name`` in ``tensors``, which were read from ``path``."""
+    ids, lengths = (tensors.get(f"{name}.{part}") for part in ("ids", "lengths"))
+    if ids is None or lengths is None or any(tensor.dtype != torch.int32 or tensor.dim() != 1 for tensor in (ids, lengths)):
+        raise DamagedError(f"{path} must hold int32 vectors {name}.ids and {name}.lengths; found others")
+    if not len(lengths) or int(lengths.min()) < 1 or int(lengths.sum()) != len(ids):
+        raise DamagedError(f"{path} must hold as many ids as the lengths of {name} add up to; found {len(ids)}")
+    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        raise DamagedError(f"{path} must hold ids below {vocabulary}, the size of the vocabulary; found others in {name}")
     return [row.tolist() for row in ids.split(lengths.tolist())]
 
 
@@ -59,17 +68,16 @@ def save_corpus(folder: Path, texts: dict[str, list[Pair]], tokenizer: Any, meta
     tensors: dict[str, Tensor] = {}
     for name in SPLITS:
         for side, column in (("source", 0), ("target", 1)):
-            text = "".join(pair[column] + "\n" for pair in texts[name])
-            (folder / f"{name}.{side}.txt").write_text(text, encoding="utf-8", newline="\n")
+            write_lines(folder / f"{name}.{side}.txt", [pair[column] for pair in texts[name]])
         try:
             examples = encode_pairs(texts[name], tokenizer, longest)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         for side, rows in zip(("source", "target"), zip(*examples, strict=True), strict=True):
             tensors[f"{name}.{side}.ids"], tensors[f"{name}.{side}.lengths"] = _flatten(rows)
-    safetensors_torch().save_file(tensors, folder / IDS)
+    write_tensors(folder / IDS, tensors)
     meta = meta | {"pairs": {name: len(texts[name]) for name in SPLITS}, "vocabulary": len(tokenizer), "longest": longest}
-    (folder / META).write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / META).write_text(to_json(meta, indent=1), encoding="utf-8")
     return meta
 
 
@@ -77,18 +85,26 @@ def load_corpus(folder: Path) -> Corpus:
     """Return what ``prepare.py`` wrote below ``folder``.
 
     Raises:
-        ValueError: ``folder`` is no prepared folder, or a file of it is missing.
+        ValueError: ``folder`` is no prepared folder, or a file of it is missing, or damaged, or another folder's.
     """
     names = [META, IDS, TOKENIZER, *(f"{name}.{side}.txt" for name in SPLITS[1:] for side in ("source", "target"))]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"data must be a folder that prepare.py wrote; found no {', '.join(missing)} in {folder}")
-    binary = (folder / IDS).read_bytes()
-    tensors = safetensors_torch().load(binary)
+    meta = read_json(folder / META, {"dataset": str, "pairs": dict, "vocabulary": int})
+    check_values(folder / META, meta["pairs"], dict.fromkeys(SPLITS, int))
+    tokenizer = load_tokenizer((folder / TOKENIZER).read_bytes(), str(folder / TOKENIZER))
+    if len(tokenizer) != meta["vocabulary"]:
+        raise DamagedError(f"{folder / TOKENIZER} must have {meta['vocabulary']} pieces, as {META} says; found {len(tokenizer)}")
+    tensors = read_tensors(folder / IDS)
     examples = {}
     for name in SPLITS:
-        sides = [_rows(tensors[f"{name}.{side}.ids"], tensors[f"{name}.{side}.lengths"]) for side in ("source", "target")]
-        examples[name] = list(zip(*sides, strict=True))
+        source, target = (_rows(folder / IDS, tensors, f"{name}.{side}", len(tokenizer)) for side in ("source", "target"))
+        if len(source) != len(target):
+            raise DamagedError(f"{folder / IDS} must hold as many sources as targets of {name}; found {len(source)} and {len(target)}")
+        examples[name] = list(zip(source, target, strict=True))
     texts = {name: read_aligned(folder / f"{name}.source.txt", folder / f"{name}.target.txt") for name in SPLITS[1:]}
-    meta = json.loads((folder / META).read_text(encoding="utf-8"))
-    return Corpus(load_tokenizer((folder / TOKENIZER).read_bytes()), examples, texts, meta, hashlib.sha256(binary).hexdigest())
+    for name, pairs in texts.items():
+        if len(pairs) != meta["pairs"][name]:
+            raise DamagedError(f"{folder / name}.source.txt must have {meta['pairs'][name]} lines, as {META} says; found {len(pairs)}")
+    return Corpus(tokenizer, examples, texts, meta, hashlib.sha256((folder / IDS).read_bytes()).hexdigest())

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from lines import read_lines, same_text, visible
 from sentences import PAIRS
 
 DJANGO_VERSION = "5.2.19"
@@ -41,25 +43,37 @@ class DownloadError(RuntimeError):
 
 
 def cache_folder() -> Path:
-    """The folder that downloads are kept in: below ``XDG_CACHE_HOME`` where that is set, else below ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "depthlstm_fast"
+    """The folder that downloads are kept in: below ``XDG_CACHE_HOME`` where that is set, else below ``~/.cache``.
+
+    Raises:
+        DownloadError: the user has no home folder.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "depthlstm_fast"
+    except RuntimeError:
+        raise DownloadError("no home folder to keep downloads in; XDG_CACHE_HOME can name another") from None
 
 
 def fetch_wheel(version: str = DJANGO_VERSION, timeout: float = 60.0) -> Path:
     """Return the path of the Django wheel, downloaded by pip the first time.
 
     Raises:
-        DownloadError: pip is missing, found no network or no such version, or took longer than ``timeout`` seconds.
+        DownloadError: pip is missing, found no network or no such version, or took longer than ``timeout`` seconds; or there is no
+            folder to keep the wheel in, or it cannot be read.
     """
     wheel = cache_folder() / f"django-{version}-py3-none-any.whl"
-    if wheel.exists():
-        return wheel
+    try:
+        if wheel.exists():
+            wheel.open("rb").close()
+            return wheel
+    except OSError as error:
+        raise DownloadError(f"the kept wheel cannot be read: {error}") from error
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input", "--retries", "1"]
     try:
         wheel.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=wheel.parent) as folder:
             what = ["--timeout", "10", "--no-deps", "--only-binary=:all:", "--dest", folder, f"django=={version}"]
-            done = subprocess.run([*pip, *what], capture_output=True, text=True, timeout=timeout, check=False)
+            done = subprocess.run([*pip, *what], capture_output=True, text=True, errors="replace", timeout=timeout, check=False)
             found = sorted(Path(folder).glob("*.whl"))
             if done.returncode != 0 or not found:
                 errors = [line for line in done.stderr.splitlines() if "ERROR" in line]
@@ -100,7 +114,7 @@ def read_wheel(wheel: Path, language: str = "de") -> list[Pair]:
         with zipfile.ZipFile(wheel) as archive:
             names = sorted(name for name in archive.namelist() if name.endswith(".po") and f"/locale/{language}/" in name)
             pairs = [pair for name in names for pair in parse_catalog(archive.read(name).decode("utf-8"))]
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"wheel must be a zip archive; found a damaged file, remove it and try again: {wheel}") from error
     if not pairs:
         raise ValueError(f"wheel must hold .po catalogs for language {language!r}; found none in {wheel}")
@@ -111,10 +125,9 @@ def read_aligned(source: Path, target: Path) -> list[Pair]:
     """Return the pairs of two UTF-8 text files, line n of the one being the translation of line n of the other.
 
     Raises:
-        ValueError: the files differ in their number of lines.
+        ValueError: the files differ in their number of lines, or one is no UTF-8.
     """
-    # split("\n") after stripping the end: splitlines() would also split at form feeds and U+2028 inside a line
-    left, right = (path.read_text(encoding="utf-8").removesuffix("\n").split("\n") for path in (source, target))
+    left, right = read_lines(source), read_lines(target)
     if len(left) != len(right):
         raise ValueError(f"source and target must have equally many lines; found {len(left)} in {source} and {len(right)} in {target}")
     return [Pair(*pair) for pair in zip(left, right, strict=True)]
@@ -125,9 +138,9 @@ def clean(pairs: Iterable[Pair]) -> list[Pair]:
     kept: dict[str, Pair] = {}
     for pair in pairs:
         source, target = (" ".join(text.split()) for text in pair)
-        words = all(WORD.search(PLACEHOLDER.sub(" ", text)) for text in (source, target))
+        words = all(visible(text) and WORD.search(PLACEHOLDER.sub(" ", text)) for text in (source, target))
         if words and source != target and "<" not in source:
-            kept.setdefault(source.casefold(), Pair(source, target))
+            kept.setdefault(same_text(source), Pair(source, target))
     return list(kept.values())
 
 

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import os
 import sys
-import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from command import command
 from data import DownloadError, cache_folder
 from debian_archive import LANGUAGES, Archive
 from debian_pairs import clean_rows, document_rows, split_rows
 from debian_text import Row, catalog_rows, description_rows, html_blocks, roff_blocks
+from lines import write_lines
 
 LOCALES = {"de": "de-DE", "fr": "fr-FR", "cs": "cs-CZ"}
 
@@ -128,6 +129,14 @@ def guide_rows(archive: Archive, guide: Guide, language: str) -> Iterator[Row]:
         yield from document_rows(f"{guide.name}/{name}", *blocks)
 
 
+def unpack(name: str, content: bytes) -> str:
+    """Return the text of the gzipped manual page ``name``."""
+    try:
+        return gzip.decompress(content).decode("utf-8", "replace")
+    except (OSError, EOFError, zlib.error) as error:
+        raise DownloadError(f"damaged manual page {name}: {error}") from None
+
+
 def manual_rows(archive: Archive, language: str) -> Iterator[Row]:
     """Yield the blocks of the manual pages that are there in both languages."""
     prefix, translated_prefix = "usr/share/man/man", f"usr/share/man/{language}/man"
@@ -141,7 +150,7 @@ def manual_rows(archive: Archive, language: str) -> Iterator[Row]:
             pages = english if path.startswith(prefix) else translated
             pages.setdefault(PurePosixPath(path).name.removesuffix(".gz"), content)
     for name in sorted(english.keys() & translated.keys()):
-        blocks = (roff_blocks(gzip.decompress(pages[name]).decode("utf-8", "replace")) for pages in (english, translated))
+        blocks = (roff_blocks(unpack(name, pages[name])) for pages in (english, translated))
         yield from document_rows(f"man/{name}", *blocks)
 
 
@@ -155,15 +164,6 @@ def all_rows(archive: Archive, language: str) -> Iterator[Row]:
     for path, content in archive.read(CATALOGS.format(language=language), ("",), ".mo").items():
         yield from catalog_rows(f"libreoffice/{Path(path).stem}", content)
     yield from manual_rows(archive, language)
-
-
-def write_lines(path: Path, lines: list[str]) -> Path:
-    """Write ``lines`` to ``path`` at once, so that no reader finds half a file; return ``path``."""
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", newline="\n", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-        file.writelines(f"{line}\n" for line in lines)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
-    return path
 
 
 def build(language: str, folder: Path) -> dict[str, tuple[Path, Path]]:
@@ -193,17 +193,16 @@ def build(language: str, folder: Path) -> dict[str, tuple[Path, Path]]:
     return files
 
 
-def main() -> None:
-    """Build the pairs of one language from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+@command("debian.py", DownloadError)
+def main(arguments: list[str] | None = None) -> int:
+    """Build the pairs of one language from the command line, and return the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("language", choices=LANGUAGES)
     parser.add_argument("folder", type=Path)
-    arguments = parser.parse_args()
-    try:
-        build(arguments.language, arguments.folder)
-    except DownloadError as error:
-        sys.exit(str(error))
+    options = parser.parse_args(arguments)
+    build(options.language, options.folder)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

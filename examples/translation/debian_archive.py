@@ -13,6 +13,7 @@ from pathlib import Path
 
 from data import DownloadError
 from debian_text import read_stanzas
+from lines import read_lines
 
 LANGUAGES = ("de", "fr", "cs")
 APT_SETTINGS = """
@@ -41,7 +42,14 @@ def tool_output(command: list[str], folder: Path, timeout: float = 900.0) -> str
     shown = " ".join(word for word in command if not word.startswith(("-", "/")))
     try:
         done = subprocess.run(
-            command, cwd=folder, env={**os.environ, "LC_ALL": "C"}, capture_output=True, text=True, timeout=timeout, check=False
+            command,
+            cwd=folder,
+            env={**os.environ, "LC_ALL": "C"},
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout,
+            check=False,
         )
     except FileNotFoundError:
         raise DownloadError(f"{shown}: needs {command[0]}, on Debian or Ubuntu") from None
@@ -77,6 +85,7 @@ class Archive:
             stanza["Package"]: stanza.get("Source", stanza["Package"]).split(" ")[0]
             for text in self.read_lists("*_Packages")
             for stanza in read_stanzas(text)
+            if "Package" in stanza
         }
 
     def apt_get(self, lists: Path, folder: Path, *arguments: str) -> str:
@@ -104,7 +113,7 @@ class Archive:
 
     def read_lists(self, pattern: str) -> list[str]:
         """Return the texts of apt's lists of these names."""
-        return [path.read_text(encoding="utf-8") for path in sorted(self.lists.glob(pattern))]
+        return ["\n".join(read_lines(path)) for path in sorted(self.lists.glob(pattern))]
 
     def fetch(self, name: str) -> Path | None:
         """Return the path of a package, which apt has checked against the signed lists; None, with a line on stderr, where Debian has none.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
+import struct
 import tempfile
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
-from email.parser import HeaderParser
 from html.parser import HTMLParser
 from typing import NamedTuple
 
@@ -187,7 +187,10 @@ def catalog_rows(name: str, content: bytes) -> Iterator[Row]:
     with tempfile.NamedTemporaryFile(suffix=".mo") as file:  # polib reads .mo files only by their names
         file.write(content)
         file.flush()
-        entries = list(polib.mofile(file.name))
+        try:
+            entries = list(polib.mofile(file.name))
+        except (OSError, ValueError, IndexError, struct.error) as error:
+            raise ValueError(f"catalog {name} must be a whole .mo file; found {error}") from None
     for entry in entries:
         source, target = (normalize(re.sub(r"<[^>]+>|~|_(?=\w)", "", text.replace("\\n", " "))) for text in (entry.msgid, entry.msgstr))
         if source and target:
@@ -197,8 +200,17 @@ def catalog_rows(name: str, content: bytes) -> Iterator[Row]:
 def read_stanzas(text: str) -> Iterator[dict[str, str]]:
     """Yield the fields of every stanza of one of apt's lists; the lines of a long field keep their first blank."""
     for stanza in text.split("\n\n"):
-        if stanza.strip():
-            yield dict(HeaderParser().parsestr(stanza.strip("\n")).items())
+        fields: dict[str, str] = {}
+        name = ""
+        for line in stanza.strip("\n").split("\n"):
+            if line[:1] in (" ", "\t"):
+                if name:
+                    fields[name] += "\n" + line
+            elif ":" in line:
+                name, value = line.split(":", 1)
+                fields[name] = value.strip()
+        if fields:
+            yield fields
 
 
 def description_paragraphs(description: str) -> list[Block]:
@@ -227,12 +239,12 @@ def description_rows(sources: Mapping[str, str], english: Iterable[str], transla
         stanza["Description-md5"]: stanza["Description-en"]
         for text in english
         for stanza in read_stanzas(text)
-        if "Description-en" in stanza
+        if {"Description-md5", "Description-en"} <= stanza.keys()
     }
     seen = set()
     for stanza in (stanza for text in translated for stanza in read_stanzas(text)):
-        key, target = stanza["Description-md5"], stanza.get(f"Description-{language}")
-        if target is None or key not in descriptions or key in seen:
+        key, target = stanza.get("Description-md5", ""), stanza.get(f"Description-{language}")
+        if target is None or key not in descriptions or key in seen or "Package" not in stanza:
             continue
         seen.add(key)
         left, right = description_paragraphs(descriptions[key]), description_paragraphs(target)

@@ -8,30 +8,35 @@ from typing import Any
 
 import torch
 from batches import pad
+from lines import visible
 from placeholders import hide, restore
 from tokenizer import EOS
 
 
 def translate(model: Any, tokenizer: Any, lines: Sequence[str], max_length: int = 128, beam_size: int = 1) -> list[str]:
-    """Return the translation of each of ``lines``, all in one batch; a blank line stays blank.
+    """Return the translation of each of ``lines``, all in one batch; a line of nothing that is seen stays blank.
 
     A line of more subwords than the model has positions for is cut, which a line on stderr says.
     """
-    filled = [index for index, line in enumerate(lines) if line.strip()]
     translations = [""] * len(lines)
+    longest = model.src_positions.max_len - 1
+    filled: list[int] = []
+    found: list[list[str]] = []
+    rows: list[list[int]] = []
+    for index, line in enumerate(lines):
+        places: list[str] = []
+        ids = tokenizer.encode(hide(line.strip(), places)) if visible(line) else []
+        if not ids:
+            continue
+        if len(ids) > longest:
+            print(f"a line of {len(ids)} subwords is cut to the model's {longest}", file=sys.stderr)
+        filled, found, rows = [*filled, index], [*found, places], [*rows, [*ids[:longest], EOS]]
     if filled:
         model.eval()
-        device = next(model.parameters()).device
-        found: list[list[str]] = [[] for _ in filled]
-        hidden = [hide(lines[index].strip(), places) for index, places in zip(filled, found, strict=True)]
-        ids_of, longest = [tokenizer.encode(line) for line in hidden], model.src_positions.max_len - 1
-        for ids in ids_of:
-            if len(ids) > longest:
-                print(f"a line of {len(ids)} subwords is cut to the model's {longest}", file=sys.stderr)
-        source = pad([ids[:longest] + [EOS] for ids in ids_of]).to(device)
+        source = pad(rows).to(next(model.parameters()).device)
         with torch.no_grad():
-            ids = model.generate(source, max_length=max_length, beam_size=beam_size)
-        for index, row, places in zip(filled, ids.tolist(), found, strict=True):
+            generated = model.generate(source, max_length=max_length, beam_size=beam_size)
+        for index, row, places in zip(filled, generated.tolist(), found, strict=True):
             translations[index] = restore(tokenizer.decode(row[: row.index(EOS)] if EOS in row else row), places)
     return translations
 

@@ -13,8 +13,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from command import command
 from corpus import SPLITS, save_corpus
 from data import DATASETS, DownloadError, Pair, clean, read_aligned, read_named
+from lines import same_text, visible
 from placeholders import hide_pair
 from tokenizer import train_tokenizer
 
@@ -49,15 +51,15 @@ def read_split_files(files: dict[str, tuple[Path, Path]], seed: int) -> Texts:
         ValueError: two files differ in their number of lines, or a split is empty.
     """
     given = {
-        name: [Pair(*(text.strip() for text in pair)) for pair in read_aligned(*files[name]) if all(text.strip() for text in pair)]
+        name: [Pair(*(text.strip() for text in pair)) for pair in read_aligned(*files[name]) if all(map(visible, pair))]
         for name in files
         if name != "train"
     }
     for name, pairs in given.items():
         if not pairs:
             raise ValueError(f"{name} must hold a pair without blank sides; found none in {files[name][0]}")
-    heldout = {pair.source.casefold() for pairs in given.values() for pair in pairs}
-    pairs = [pair for pair in clean(read_aligned(*files["train"])) if pair.source.casefold() not in heldout]
+    heldout = {same_text(pair.source) for pairs in given.values() for pair in pairs}
+    pairs = [pair for pair in clean(read_aligned(*files["train"])) if same_text(pair.source) not in heldout]
     return split(pairs, seed, [name for name in SPLITS[1:] if name not in given]) | given
 
 
@@ -101,7 +103,7 @@ def prepare(
 
 def command_line() -> argparse.ArgumentParser:
     """Return the parser."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path, help="folder to write")
     parser.add_argument(
         "--data", default="auto", choices=(*DATASETS, "debian"), help="auto is django, and builtin without a network; default: %(default)s"
@@ -138,14 +140,11 @@ def given_files(options: argparse.Namespace) -> dict[str, tuple[Path, Path]]:
     return files
 
 
+@command("prepare.py", DownloadError)
 def main(arguments: list[str] | None = None) -> int:
     """Read the command line, write the folder, and return the exit status."""
-    parser = command_line()
-    options = parser.parse_args(arguments)
-    try:
-        meta = prepare(options.folder, options.data, options.language, given_files(options), options.vocab_size, options.seed)
-    except (DownloadError, ImportError, OSError, ValueError) as error:
-        parser.exit(2, f"prepare.py: {error}\n")
+    options = command_line().parse_args(arguments)
+    meta = prepare(options.folder, options.data, options.language, given_files(options), options.vocab_size, options.seed)
     sizes = ", ".join(f"{count} {name}" for name, count in meta["pairs"].items())
     print(f"{meta['dataset']}: {sizes} pairs, {meta['vocabulary']} subwords, in {options.folder}")
     return 0

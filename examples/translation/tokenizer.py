@@ -6,9 +6,12 @@ import io
 from collections.abc import Iterable
 from typing import Any
 
+from files import DamagedError
+from lines import visible
 from placeholders import SYMBOLS
 
 PAD, BOS, EOS, UNKNOWN = 0, 1, 2, 3
+LONGEST_LINE = 4192  # bytes; SentencePiece passes over the longer ones
 
 
 def _sentencepiece() -> Any:
@@ -19,25 +22,18 @@ def _sentencepiece() -> Any:
     return sentencepiece
 
 
-def safetensors_torch() -> Any:
-    """Return the module ``safetensors.torch``."""
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError("the translation example needs safetensors: pip install safetensors") from error
-    return safetensors.torch
-
-
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 2000) -> Any:
     """Train byte-pair encoding on ``texts`` and return the ``SentencePieceProcessor``.
 
     A text too small for ``vocab_size`` pieces gives fewer: ask ``len(tokenizer)``.
 
     Raises:
-        ValueError: ``vocab_size`` is smaller than the number of different characters.
+        ValueError: ``vocab_size`` is smaller than the number of different characters, or no line is short enough to train on.
     """
     model = io.BytesIO()
-    texts = list(texts)
+    texts = [text for text in texts if len(text.encode()) <= LONGEST_LINE]
+    if not any(map(visible, texts)):
+        raise ValueError(f"texts must hold a line of at most {LONGEST_LINE} bytes to train a vocabulary on; found none")
     required = len({character for text in texts for character in text}) + 4 + len(SYMBOLS)
     try:
         _sentencepiece().SentencePieceTrainer.train(
@@ -47,6 +43,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2000) -> Any:
             vocab_size=vocab_size,
             hard_vocab_limit=False,
             character_coverage=1.0,
+            max_sentence_length=LONGEST_LINE,
             pad_id=PAD,
             bos_id=BOS,
             eos_id=EOS,
@@ -56,11 +53,24 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2000) -> Any:
         )
     except RuntimeError as error:
         if vocab_size > required:
-            raise
+            raise ValueError(f"texts must be what SentencePiece can train on; found {' '.join(str(error).split())}") from error
         raise ValueError(f"vocab_size must hold a piece for every character, about {required}; found {vocab_size}") from error
     return load_tokenizer(model.getvalue())
 
 
-def load_tokenizer(model: bytes) -> Any:
-    """Return the ``SentencePieceProcessor`` of a model kept by ``tokenizer.serialized_model_proto()``."""
-    return _sentencepiece().SentencePieceProcessor(model_proto=model)
+def load_tokenizer(model: bytes, name: str = "tokenizer") -> Any:
+    """Return the ``SentencePieceProcessor`` of a model kept by ``tokenizer.serialized_model_proto()``.
+
+    Raises:
+        DamagedError: ``model``, called ``name`` in the message, is cut, or was not made by ``train_tokenizer``.
+    """
+    try:
+        tokenizer = _sentencepiece().SentencePieceProcessor(model_proto=model) if model else None
+    except RuntimeError as error:
+        raise DamagedError(f"{name} must be a whole SentencePiece model; found {' '.join(str(error).split())}") from None
+    if tokenizer is None:
+        raise DamagedError(f"{name} must be a whole SentencePiece model; found an empty file")
+    ids = (tokenizer.pad_id(), tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.unk_id())
+    if ids != (PAD, BOS, EOS, UNKNOWN) or any(tokenizer.is_unknown(tokenizer.piece_to_id(symbol)) for symbol in SYMBOLS):
+        raise DamagedError(f"{name} must have the ids and symbols that prepare.py gives it; found another SentencePiece model")
+    return tokenizer
