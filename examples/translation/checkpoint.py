@@ -7,23 +7,27 @@ no longer wanted is renamed back before it is removed. So a folder ``checkpoint-
 from __future__ import annotations
 
 import fcntl
-import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from corpus import Corpus
-from tokenizer import load_tokenizer, safetensors_torch
+from files import DamagedError, check_values, read_json, read_tensors, to_json, write_tensors
+from tokenizer import load_tokenizer
 from torch import Tensor, nn
 from training import Settings, Trainer, build_model, load_parameters, usable_device
 
 RECORD, TOKENIZER, LOG = "run.json", "tokenizer.model", "log.jsonl"
-PREFIX, PARTIAL = "checkpoint-", ".partial"
+PREFIX, PARTIAL, DAMAGED = "checkpoint-", ".partial", ".damaged"
 PARTS = ("model", "optimizer", "generators")
 KEPT = 2
+Loaded = TypeVar("Loaded")
 
 
 def _flush(path: Path) -> None:
@@ -48,16 +52,26 @@ class Log:
     """A file of JSON lines; floats are written so that reading gives the same number.
 
     Args:
-        path: the file; it is cut to its first ``size`` bytes.
+        path: the file; it is cut to its first ``size`` bytes, and to whole lines where it has no more than some of them.
     """
 
     def __init__(self, path: Path, size: int = 0) -> None:
         self.file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+        if path.stat().st_size < size:
+            size = path.read_bytes().rfind(b"\n") + 1
+            print(f"{path} is shorter than when the checkpoint was written: it goes on after {size} bytes", file=sys.stderr)
         self.file.truncate(size)
 
     def write(self, **values: Any) -> None:
-        """Append one line."""
-        self.file.write((json.dumps(values, ensure_ascii=False) + "\n").encode())
+        """Append one line, or nothing where the disk is full."""
+        line = to_json(values).encode()
+        size = os.fstat(self.file.fileno()).st_size
+        try:
+            while line:
+                line = line[self.file.write(line) :]
+        except OSError:
+            self.file.truncate(size)
+            raise
 
     def flush(self) -> int:
         """Have all lines on the disk; returns the file's size in bytes."""
@@ -90,7 +104,8 @@ def held(run: Path) -> Iterator[None]:
 
 def checkpoints(run: Path) -> list[Path]:
     """Return the complete checkpoints of a run, the oldest first."""
-    return sorted(path for path in run.glob(PREFIX + "*") if path.is_dir() and path.suffix != PARTIAL)
+    found = (path for path in run.glob(PREFIX + "*") if re.fullmatch(PREFIX + r"\d+", path.name) and path.is_dir())
+    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
 
 
 def remove_partial(run: Path) -> None:
@@ -107,12 +122,16 @@ def save_checkpoint(run: Path, step: int, state: dict[str, dict[str, Tensor]], n
     final = run / f"{PREFIX}{step:08d}"
     partial = final.with_name(final.name + PARTIAL)
     partial.mkdir()
-    for part in PARTS:
-        path = partial / f"{part}.safetensors"
-        safetensors_torch().save_file({name: tensor.contiguous() for name, tensor in state[part].items()}, path)
-        _flush(path)
-    write_file(partial / "state.json", (json.dumps({"step": step} | numbers, indent=1) + "\n").encode())
-    os.rename(partial, final)
+    try:
+        for part in PARTS:
+            path = partial / f"{part}.safetensors"
+            write_tensors(path, state[part])
+            _flush(path)
+        write_file(partial / "state.json", to_json(numbers | {"step": step}, indent=1).encode())
+        os.rename(partial, final)
+    except BaseException:  # a full disk has room again for what else is to be written
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     _flush(run)
     for old in checkpoints(run)[:-KEPT]:
         os.rename(old, old.with_name(old.name + PARTIAL))
@@ -121,9 +140,41 @@ def save_checkpoint(run: Path, step: int, state: dict[str, dict[str, Tensor]], n
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Return the state and the numbers that ``save_checkpoint`` wrote."""
-    state = {part: safetensors_torch().load_file(folder / f"{part}.safetensors") for part in PARTS}
-    return state, json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    """Return the state and the numbers that ``save_checkpoint`` wrote.
+
+    Raises:
+        DamagedError: a file of it is missing, cut, or holds something else.
+    """
+    numbers = read_json(whole_file(folder / "state.json"), {"step": int, "log_bytes": int})
+    if numbers["step"] != int(folder.name.removeprefix(PREFIX)) or numbers["log_bytes"] < 0:
+        raise DamagedError(f"{folder} must hold the state of its own step; found step {numbers['step']}")
+    return {part: read_tensors(whole_file(folder / f"{part}.safetensors")) for part in PARTS}, numbers
+
+
+def whole_file(path: Path) -> Path:
+    """Return ``path``.
+
+    Raises:
+        DamagedError: there is no such file.
+    """
+    if not path.is_file():
+        raise DamagedError(f"{path.parent} must be a whole checkpoint; found no file {path.name}")
+    return path
+
+
+def read_record(run: Path) -> dict[str, Any]:
+    """Return the record of a run, with "settings" that make ``Settings``.
+
+    Raises:
+        DamagedError: it is cut, or was not written by train.py.
+    """
+    path = run / RECORD
+    record = read_json(path, {"settings": dict, "backend": str, "parallel": str, "processes": int, "data": str})
+    kinds = {field.name: type(field.default) for field in fields(Settings)}
+    check_values(path, record["settings"], {name: kind for name, kind in kinds.items() if name in record["settings"]})
+    if unknown := sorted(record["settings"].keys() - kinds.keys()):
+        raise DamagedError(f"{path} must hold settings that train.py has; found {', '.join(unknown)}")
+    return record
 
 
 def check_record(run: Path, record: dict[str, Any]) -> bool:
@@ -132,11 +183,11 @@ def check_record(run: Path, record: dict[str, Any]) -> bool:
     Raises:
         ValueError: it has, with other settings; "steps" may differ.
     """
-    if not (run / RECORD).is_file():
+    if not (run / RECORD).exists():
         if run.is_dir() and any(path.suffix != PARTIAL and path.name != TOKENIZER for path in run.iterdir()):
             raise ValueError(f"output must be a new folder or one that train.py wrote; found other files in {run}")
         return False
-    kept = json.loads((run / RECORD).read_text(encoding="utf-8"))
+    kept = read_record(run)
     then, now = ({**part["settings"], **{key: part[key] for key in part if key != "settings"}} for part in (kept, record))
     differing = [name for name in {**then, **now} if name != "steps" and then.get(name) != now.get(name)]
     if differing:
@@ -149,32 +200,72 @@ def start_run(run: Path, record: dict[str, Any], corpus: Corpus) -> None:
     """Make the folder of a new run; the record comes last, so that a run that has one is whole."""
     run.mkdir(parents=True, exist_ok=True)
     write_file(run / TOKENIZER, corpus.tokenizer.serialized_model_proto())
-    write_file(run / RECORD, (json.dumps(record, indent=1) + "\n").encode())
+    write_file(run / RECORD, to_json(record, indent=1).encode())
+
+
+def newest_whole(run: Path, load: Callable[[Path], Loaded], says: bool = True) -> tuple[Loaded, list[Path]]:
+    """Return what ``load`` makes of the newest checkpoint of ``run`` that is whole, and the damaged ones that are newer.
+
+    Args:
+        load: gets a checkpoint's folder, and raises ValueError where it is damaged.
+        says: name each damaged one on stderr.
+
+    Raises:
+        DamagedError: none is whole.
+    """
+    found, errors = checkpoints(run)[::-1], []
+    for number, folder in enumerate(found):
+        try:
+            loaded = load(folder)
+        except ValueError as error:
+            errors.append(error)
+            continue
+        for error in errors if says else ():
+            print(f"passed over for {folder.name}: {error}", file=sys.stderr)
+        return loaded, found[:number]
+    raise DamagedError(f"run must have a whole checkpoint; {errors[0]}")
 
 
 def resume(run: Path, trainer: Trainer) -> int:
-    """Load the newest checkpoint, if there is one, into ``trainer``; returns the size of the log at that time, in bytes."""
-    found = checkpoints(run)
-    if not found:
+    """Load the newest whole checkpoint, if there is any, into ``trainer``; returns the size of the log at that time, in bytes.
+
+    Damaged ones that are newer are renamed: the run will write others of those steps.
+
+    Raises:
+        DamagedError: there are checkpoints, and all are damaged.
+    """
+    if not checkpoints(run):
         return 0
-    state, numbers = read_checkpoint(found[-1])
-    trainer.load_state(state, numbers["step"])
+    first = trainer.group.rank == 0
+
+    def load(folder: Path) -> dict[str, Any]:
+        state, numbers = read_checkpoint(folder)
+        trainer.load_state(state, numbers["step"], numbers.get("skipped", 0))
+        return numbers
+
+    numbers, damaged = newest_whole(run, load, first)
+    trainer.group.barrier()  # every process has looked at them
+    for folder in damaged if first else ():
+        aside = folder.with_name(folder.name + DAMAGED)
+        if aside.exists():
+            shutil.rmtree(aside)
+        os.rename(folder, aside)
     return numbers["log_bytes"]
 
 
 def load_model(run: Path, device: str = "cpu") -> tuple[nn.Module, Any]:
-    """Return the model of the newest checkpoint of ``run``, in evaluation mode, and the tokenizer.
+    """Return the model of the newest whole checkpoint of ``run``, in evaluation mode, and the tokenizer.
 
     Raises:
-        ValueError: ``run`` is not the folder of a run, or has no checkpoint yet, or ``device`` cannot be used.
+        ValueError: ``run`` is not the folder of a run, or has no whole checkpoint, or ``device`` cannot be used.
     """
     missing = [name for name in (RECORD, TOKENIZER) if not (run / name).is_file()]
     if missing:
         raise ValueError(f"run must be a folder that train.py --output wrote; found no {', '.join(missing)} in {run}")
-    if not (found := checkpoints(run)):
+    if not checkpoints(run):
         raise ValueError(f"run must have a checkpoint; found none in {run}: train.py did not get as far")
-    record = json.loads((run / RECORD).read_text(encoding="utf-8"))
-    tokenizer = load_tokenizer((run / TOKENIZER).read_bytes())
+    record = read_record(run)
+    tokenizer = load_tokenizer((run / TOKENIZER).read_bytes(), str(run / TOKENIZER))
     model = build_model(Settings(**record["settings"]), len(tokenizer), record["backend"])
-    load_parameters(model, safetensors_torch().load_file(found[-1] / "model.safetensors"))
+    newest_whole(run, lambda folder: load_parameters(model, read_tensors(whole_file(folder / "model.safetensors"))))
     return model.to(usable_device(device)).eval(), tokenizer

@@ -6,6 +6,7 @@ python examples/translation/compare.py --steps 50
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -14,12 +15,13 @@ from typing import Any
 
 import torch
 from batches import BatchOrder, collate, encode_pairs, group
+from command import command
 from console import print_comparison, progress_bar
 from data import DATASETS, Dataset, DownloadError, Pair, load_dataset
 from inference import translate
 from placeholders import hide_pair
 from tokenizer import train_tokenizer
-from training import Settings, StepResult, Trainer
+from training import DivergedError, Settings, StepResult, Trainer
 
 import depthlstm_fast as dl
 
@@ -64,6 +66,9 @@ def run_comparison(
     Returns:
         a dict whose "losses", "heldout_loss" and "tokens_per_second" (median) have the keys "reference" and "fused";
         "speedup" is the median over steps of the fused model's tokens a second over the reference's in the same step.
+
+    Raises:
+        DivergedError: a loss or gradient of one of the two is not finite: nothing can be compared.
     """
     settings = settings or SETTINGS
     steps = settings.steps if steps is None else steps
@@ -90,13 +95,20 @@ def run_comparison(
             batch = collate(order[step])
             # who goes second finds warm caches and a warm batch: take turns
             for side in SIDES if step % 2 == 0 else SIDES[::-1]:
-                results[side].append(trainers[side].step(batch))
+                try:
+                    results[side].append(trainers[side].step(batch))
+                except DivergedError as error:
+                    raise DivergedError(f"{side}: {error}") from None
                 ran = dl.last_backend() if side == "fused" else ran
             advance(results["fused"][-1])
     losses = {side: [result.loss for result in results[side]] for side in SIDES}
     speeds = {side: [result.tokens_per_second for result in results[side]][UNTIMED if steps > UNTIMED else 0 :] for side in SIDES}
     difference = max(abs(a - b) / abs(a) for a, b in zip(losses["reference"], losses["fused"], strict=True))
     heldout = [collate(rows) for rows in group(encode_pairs(dataset.heldout, tokenizer), settings.token_budget)]
+    heldout_loss = {side: trainers[side].evaluate(heldout) for side in SIDES}
+    for side, loss in heldout_loss.items():
+        if not math.isfinite(loss):
+            raise DivergedError(f"{side}: the held-out loss is {loss} after step {steps}")
     shown = show(dataset, examples)
     with dl.use_backend(backend):
         translations = translate(fused, tokenizer, [pair.source for pair in shown], max_length=64)
@@ -117,16 +129,17 @@ def run_comparison(
         "max_relative_loss_difference": difference,
         "tolerance": TOLERANCE,
         "losses_agree": difference <= TOLERANCE,
-        "heldout_loss": {side: trainers[side].evaluate(heldout) for side in SIDES},
+        "heldout_loss": heldout_loss,
         "tokens_per_second": {side: median(speeds[side]) for side in SIDES},
         "speedup": median(b / a for a, b in zip(speeds["reference"], speeds["fused"], strict=True)),
         "examples": [(pair.source, pair.target, text) for pair, text in zip(shown, translations, strict=True)],
     }
 
 
+@command("compare.py", DownloadError)
 def main(arguments: list[str] | None = None) -> int:
     """Read the command line, compare, and return the exit status: 1 where the losses disagree."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=SETTINGS.steps, help="default: %(default)s")
     parser.add_argument("--data", default="auto", choices=DATASETS, help="auto is django, builtin without a network; default: %(default)s")
     parser.add_argument("--source", type=Path, help="text file, one sentence a line, to train on instead; needs --target")
@@ -137,11 +150,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.backend != "auto" and not (status := dl.backends()[options.backend]).available:
         parser.error(f"--backend {options.backend}: {status.detail}")
-    try:
-        dataset = load_dataset(options.data, options.source, options.target)
-        result = run_comparison(options.steps, dataset=dataset, backend=options.backend)
-    except (DownloadError, ImportError, OSError, ValueError) as error:
-        parser.exit(2, f"compare.py: {error}\n")
+    dataset = load_dataset(options.data, options.source, options.target)
+    result = run_comparison(options.steps, dataset=dataset, backend=options.backend)
     print_comparison(result)
     return 0 if result["losses_agree"] else 1
 

@@ -38,11 +38,9 @@ def progress_bar(name: str, steps: int, enabled: bool = True, done: int = 0) -> 
 
 def print_examples(examples: list[tuple[str, str, str]]) -> None:
     """Print sources, reference translations and the model's own, as they are."""
-    # markup and highlighting off: the sentences hold brackets, which rich would read as styles
-    out = Console(markup=False, highlight=False, soft_wrap=True)
-    out.print("\nheld-out sentences:")
+    print("\nheld-out sentences:")
     for source, target, translation in examples:
-        out.print(f"  source     {source}\n  reference  {target}\n  model      {translation or '(nothing)'}\n")
+        print(f"  source     {source}\n  reference  {target}\n  model      {translation or '(nothing)'}\n")
 
 
 def print_comparison(result: dict[str, Any]) -> None:

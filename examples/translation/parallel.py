@@ -98,6 +98,11 @@ def reshard(model: nn.Module) -> None:
         model.reshard()
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """Return the part of a shard's tensor that this process has."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Return a copy of all of a shard's tensor, on the CPU; every process has to call this."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().to("cpu", copy=True)

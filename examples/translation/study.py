@@ -16,18 +16,22 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from batches import BatchOrder, collate, group, share, target_tokens
+from command import command
 from corpus import Corpus, load_corpus
+from files import DamagedError, check_values, read_json, to_json
 from torch import Tensor, nn
-from training import Settings, Trainer, build_model
+from training import DivergedError, Settings, Trainer, build_model
 
 import depthlstm_fast as dl
 from depthlstm_fast.bench import machine
@@ -70,7 +74,7 @@ class Task:
 def write_atomically(path: Path, found: dict[str, Any]) -> None:
     """``found`` as JSON in ``path``, all of it or nothing."""
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(to_json(found, indent=1), encoding="utf-8")
     os.replace(partial, path)
 
 
@@ -95,16 +99,17 @@ def unigram_loss(corpus: Corpus, batches: Iterable[Any], steps: int, base: Setti
 
 
 def train_run(corpus: Corpus, settings: Settings, dev: Sequence[Any]) -> dict[str, Any]:
-    """Train from scratch; losses are cross entropies in nats a target token, NaN as None."""
+    """Train from scratch; losses are cross entropies in nats a target token, None from where the run diverges on."""
     trainer = Trainer(build_model(settings, len(corpus.tokenizer)), settings, "auto")
     # the seed is the model's: every run sees the same batches
     order, losses = BatchOrder(corpus.examples["train"], settings.token_budget, 0), []
     for _ in range(settings.steps):
-        losses.append(trainer.step_in(order).loss)
-        if not math.isfinite(losses[-1]):
+        try:
+            losses.append(trainer.step_in(order).loss)
+        except DivergedError:
+            losses.append(math.nan)
             break
-    finished = len(losses) == settings.steps and math.isfinite(losses[-1])
-    dev_loss = trainer.evaluate(dev) if finished else math.nan
+    dev_loss = trainer.evaluate(dev) if math.isfinite(losses[-1]) else math.nan
     means = [sum(losses[start : start + EVERY]) / len(losses[start : start + EVERY]) for start in range(0, len(losses), EVERY)]
     return {
         "learning_rate": settings.learning_rate,
@@ -113,6 +118,17 @@ def train_run(corpus: Corpus, settings: Settings, dev: Sequence[Any]) -> dict[st
         "train_losses": [value if math.isfinite(value) else None for value in means],
         "backend": dl.last_backend(),
     }
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """Return what ``train_run`` found, kept in ``path``.
+
+    Raises:
+        DamagedError: the file holds something else.
+    """
+    run = read_json(path, {"variant": str, "layers": int, "learning_rate": float, "seed": int, "train_losses": list})
+    check_values(path, {"dev_loss": 0.0} | {name: value for name, value in run.items() if value is not None}, {"dev_loss": float})
+    return run
 
 
 def run_task(task: Task) -> list[dict[str, Any]]:
@@ -128,7 +144,7 @@ def run_task(task: Task) -> list[dict[str, Any]]:
         if not path.exists():
             result = train_run(corpus, replace(settings, learning_rate=rate, seed=seed), dev)
             write_atomically(path, {"variant": task.variant, "layers": task.layers} | result)
-        found.append(json.loads(path.read_text(encoding="utf-8")))
+        found.append(read_run(path))
         loss = found[-1]["dev_loss"]
         return math.inf if loss is None else loss
 
@@ -211,7 +227,20 @@ def once(path: Path, make: Any) -> Any:
     """What ``make()`` returns, kept in ``path`` the first time and read from it ever after."""
     if not path.exists():
         write_atomically(path, {"found": make()})
-    return json.loads(path.read_text(encoding="utf-8"))["found"]
+    found = read_json(path)
+    if "found" not in found:
+        raise DamagedError(f"{path} must hold what this study found; found other values")
+    return found["found"]
+
+
+@contextmanager
+def deaf_children() -> Iterator[None]:
+    """Have processes that are started meanwhile ignore the terminal's interrupt, which this one passes on to them in its own way."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def study(
@@ -257,26 +286,31 @@ def study(
     found["runs"] = []
     workers = workers or machine.usable_cores()
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        waiting = {pool.submit(run_task, task): task for task in tasks}
-        for future in as_completed(waiting):
-            found["runs"] += future.result()
-            task = waiting[future]
-            print(f"{task.variant}, {task.layers} layers: {len(future.result())} runs", file=sys.stderr, flush=True)
+        with deaf_children():
+            waiting = {pool.submit(run_task, task): task for task in tasks}
+        try:
+            for future in as_completed(waiting):
+                found["runs"] += future.result()
+                task = waiting[future]
+                print(f"{task.variant}, {task.layers} layers: {len(future.result())} runs", file=sys.stderr, flush=True)
+        except BaseException:  # no reason to wait for the others: what they have found so far is kept
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
     found["runs"].sort(key=lambda run: (list(VARIANTS).index(run["variant"]), run["layers"], run["learning_rate"], run["seed"]))
     write_atomically(output / "study.json", found)
     return found
 
 
+@command("study.py")
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    """Read the command line, do the study, and return the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("data", type=Path, help="folder that prepare.py wrote")
     parser.add_argument("--output", type=Path, required=True, help="folder for the runs and study.json")
     parser.add_argument("--steps", type=int, default=BASE.steps, help="of each run; default: %(default)s")
     options = parser.parse_args(arguments)
-    try:
-        study(options.data, options.output, replace(BASE, steps=options.steps))
-    except (ImportError, OSError, ValueError) as error:
-        parser.exit(2, f"study.py: {error}\n")
+    study(options.data, options.output, replace(BASE, steps=options.steps))
     return 0
 
 

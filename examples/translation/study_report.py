@@ -6,7 +6,7 @@ python examples/translation/study_report.py study --docs docs      writes study.
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import shutil
 import sys
 from collections.abc import Iterable
@@ -15,6 +15,8 @@ from statistics import mean
 from typing import Any
 
 import matplotlib as mpl
+from command import command
+from files import DamagedError, read_json
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -60,6 +62,12 @@ def tuned(study: Study, variant: str, layers: int) -> list[dict[str, Any]]:
 def losses(study: Study, variant: str, layers: int) -> list[float]:
     """Dev cross entropy of each seed at the tuned learning rate; infinite where a run broke off."""
     return [float("inf") if run["dev_loss"] is None else run["dev_loss"] for run in tuned(study, variant, layers)]
+
+
+def change(now: list[float], before: list[float]) -> str:
+    """By how much the mean differs; of runs that broke off there is none."""
+    difference = mean(now) - mean(before)
+    return f"{difference:+.3f}" if math.isfinite(difference) else "no number (runs broke off)"
 
 
 def loss_table(study: Study) -> str:
@@ -121,14 +129,14 @@ def findings(study: Study) -> list[str]:
         others = []
         for variant in ranked[1:]:
             overlap = min(found[variant]) <= max(found[best])
-            others.append(f"{variant} {mean(found[variant]) - mean(found[best]):+.3f}{' (the seeds overlap)' if overlap else ''}")
+            others.append(f"{variant} {change(found[variant], found[best])}{' (the seeds overlap)' if overlap else ''}")
         lines.append(
             f"{layers}+{layers} layers: {best} has the lowest dev cross entropy, {mean(found[best]):.3f}; then {', '.join(others)}."
         )
     shallow, deep = min(study["settings"]["depths"]), max(study["settings"]["depths"])
     for variant in study["variants"]:
-        change = mean(losses(study, variant, deep)) - mean(losses(study, variant, shallow))
-        lines.append(f"From {shallow}+{shallow} to {deep}+{deep} layers, after as many steps, {variant} changes by {change:+.3f}.")
+        changed = change(losses(study, variant, deep), losses(study, variant, shallow))
+        lines.append(f"From {shallow}+{shallow} to {deep}+{deep} layers, after as many steps, {variant} changes by {changed}.")
     count = sum(failed(study, run) for run in study["runs"])
     limit = f"{study['unigram_loss']:.3f}, what the tokens' frequencies give"
     lines.append(f"{count} of {len(study['runs'])} runs failed: broke off, or ended above {limit}.")
@@ -270,20 +278,27 @@ def learning_plot(study: Study, path: Path) -> None:
     _finish(study, figure, "Learning curves at the tuned learning rates", path)
 
 
+@command("study_report.py")
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    """Read the command line, write the page, and return the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("study", type=Path, help="folder that study.py wrote")
     parser.add_argument("--docs", type=Path, required=True, help="folder for study.md, study.json and the pictures")
     options = parser.parse_args(arguments)
     source = options.study / "study.json"
     if not source.is_file():
-        parser.exit(2, f"study_report.py: study must be a folder that study.py finished; found no study.json in {options.study}\n")
-    study = json.loads(source.read_text(encoding="utf-8"))
+        raise ValueError(f"study must be a folder that study.py finished; found no study.json in {options.study}")
+    study = read_json(source)
+    try:
+        page = markdown(study)
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise DamagedError(f"{source} must be what study.py wrote; found other values: {type(error).__name__}: {error}") from None
     options.docs.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, options.docs / "study.json")
+    if not (options.docs / "study.json").exists() or not source.samefile(options.docs / "study.json"):
+        shutil.copyfile(source, options.docs / "study.json")
     gradient_plot(study, options.docs / "study_gradients.png")
     learning_plot(study, options.docs / "study_learning.png")
-    (options.docs / "study.md").write_text(markdown(study), encoding="utf-8")
+    (options.docs / "study.md").write_text(page, encoding="utf-8")
     return 0
 
 

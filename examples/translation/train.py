@@ -7,7 +7,7 @@ torchrun --nproc-per-node 2 examples/translation/train.py FOLDER --output RUN --
 from __future__ import annotations
 
 import argparse
-import os
+import math
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
@@ -17,18 +17,29 @@ import torch
 from architectures import ARCHITECTURES
 from batches import BatchOrder, group, share
 from checkpoint import LOG, Log, check_record, checkpoints, held, load_model, remove_partial, resume, save_checkpoint, start_run
+from command import command
 from console import print_examples, progress_bar
 from corpus import Corpus, load_corpus
 from inference import translate_all
 from parallel import KINDS, Processes, processes
 from scores import Score, corpus_scores
-from training import DTYPES, Settings, Trainer, build_model, usable_device
+from training import DTYPES, DivergedError, Settings, StepResult, Trainer, build_model, usable_device
 
 import depthlstm_fast as dl
 
 
+def log_step(log: Log, step: int, result: StepResult) -> None:
+    """Append a step; one that was skipped has its reason in place of a loss that no JSON can hold."""
+    what = {"skipped": result.skipped} if result.skipped else {"loss": result.loss}
+    log.write(step=step, **what, learning_rate=result.learning_rate, tokens_per_second=result.tokens_per_second)
+
+
 def train_steps(trainer: Trainer, corpus: Corpus, run: Path, log_size: int, evaluate_every: int, checkpoint_every: int) -> None:
-    """Take ``trainer`` from where it is to ``settings.steps``; process 0 writes log and checkpoints below ``run``."""
+    """Take ``trainer`` from where it is to ``settings.steps``; process 0 writes log and checkpoints below ``run``.
+
+    Raises:
+        DivergedError: a number that training goes by is not finite, on no process or on all of them; nothing is saved after that.
+    """
     settings, first = trainer.settings, trainer.group.rank == 0
     order = BatchOrder(corpus.examples["train"], settings.token_budget, settings.seed)
     dev = [share(rows, trainer.group.rank, trainer.group.size) for rows in group(corpus.examples["dev"], settings.token_budget)]
@@ -39,9 +50,11 @@ def train_steps(trainer: Trainer, corpus: Corpus, run: Path, log_size: int, eval
             advance(result)
             last = trainer.steps == settings.steps
             if log:
-                log.write(step=trainer.steps, **{name: getattr(result, name) for name in ("loss", "learning_rate", "tokens_per_second")})
+                log_step(log, trainer.steps, result)
             if last or trainer.steps % evaluate_every == 0:
                 loss = trainer.evaluate(dev)
+                if not math.isfinite(loss):
+                    raise DivergedError(f"the dev loss is {loss} after step {trainer.steps}")
                 if log:
                     log.write(step=trainer.steps, dev_loss=loss)
                     print(f"step {trainer.steps}: dev cross entropy {loss:.4f} nats a token", flush=True)
@@ -51,6 +64,7 @@ def train_steps(trainer: Trainer, corpus: Corpus, run: Path, log_size: int, eval
                     numbers = {
                         "batch": trainer.steps * settings.accumulate,
                         "learning_rate": result.learning_rate,
+                        "skipped": trainer.skipped,
                         "log_bytes": log.flush(),
                     }
                     save_checkpoint(run, trainer.steps, state, numbers)
@@ -59,17 +73,18 @@ def train_steps(trainer: Trainer, corpus: Corpus, run: Path, log_size: int, eval
 
 
 def score_test_set(corpus: Corpus, run: Path, beam_size: int, device: str) -> list[Score]:
-    """Translate the test set with the last checkpoint of ``run``; print, log and return its BLEU and chrF, beside those of the sources."""
+    """Translate the test set with the last checkpoint of ``run``; log, print and return its BLEU and chrF, beside those of the sources."""
     model, tokenizer = load_model(run, device)
     sources, references = zip(*corpus.texts["test"], strict=True)
     translations = translate_all(model, tokenizer, sources, beam_size=beam_size)
-    print_examples(list(zip(sources, references, translations, strict=True))[:5])
     scores, copied = corpus_scores(translations, references), corpus_scores(sources, references)
     log = Log(run / LOG, (run / LOG).stat().st_size)
     for score, copy in zip(scores, copied, strict=True):
-        print(f"test {score.name} {score.value:.2f}, of the source copied {copy.value:.2f}; beam {beam_size}, {score.signature}")
         log.write(test=score.name, value=score.value, copied=copy.value, beam_size=beam_size, signature=score.signature)
     log.close()
+    print_examples(list(zip(sources, references, translations, strict=True))[:5])
+    for score, copy in zip(scores, copied, strict=True):
+        print(f"test {score.name} {score.value:.2f}, of the source copied {copy.value:.2f}; beam {beam_size}, {score.signature}")
     return scores
 
 
@@ -83,6 +98,7 @@ def run_training(
     evaluate_every: int = 100,
     checkpoint_every: int = 100,
     beam_size: int = 4,
+    skip_nonfinite: int = 0,
 ) -> list[Score]:
     """Train in ``run``, a new folder or one to go on in, and return the scores of the test set; without any on processes but the first.
 
@@ -93,19 +109,23 @@ def run_training(
         group, device: what ``parallel.processes`` yields.
         evaluate_every, checkpoint_every: steps from one to the next; the last step gets both.
         beam_size: of the test set's translation.
+        skip_nonfinite: see ``Trainer``; a run that is gone on with may have another one.
 
     Raises:
+        DivergedError: a loss or gradient is not finite, and may not be skipped; the message names the step and the last good checkpoint.
         ValueError: ``run`` was started with other settings, or holds something else, or another process trains in it.
     """
     for name, number in (("evaluate_every", evaluate_every), ("checkpoint_every", checkpoint_every), ("beam_size", beam_size)):
         if number < 1:
             raise ValueError(f"{name} must be at least 1; found {number}")
+    if skip_nonfinite < 0:
+        raise ValueError(f"skip_nonfinite must be 0 or more; found {skip_nonfinite}")
     group, device = group or Processes(), device or settings.device
     record = {"settings": asdict(settings), "backend": backend, "parallel": group.kind, "processes": group.size, "data": corpus.digest}
     started = check_record(run, record)
     model = build_model(settings, len(corpus.tokenizer), backend)
     torch.manual_seed(settings.seed + group.rank)  # dropout: not the same on each process
-    trainer = Trainer(model, replace(settings, device=device), backend, group)
+    trainer = Trainer(model, replace(settings, device=device), backend, group, skip_nonfinite)
     group.barrier()  # every process has looked at the folder before one changes it
     with held(run) if group.rank == 0 else nullcontext():
         if group.rank == 0:
@@ -120,13 +140,17 @@ def run_training(
             print(f"{meta['dataset']}: {about}", flush=True)
             if checkpoints(run):
                 print(f"going on from step {trainer.steps} of {run}", flush=True)
-        train_steps(trainer, corpus, run, size, evaluate_every, checkpoint_every)
+        try:
+            train_steps(trainer, corpus, run, size, evaluate_every, checkpoint_every)
+        except DivergedError as error:
+            good = checkpoints(run)
+            raise DivergedError(f"{error}; {f'the last good checkpoint is {good[-1]}' if good else 'there is no checkpoint yet'}") from None
         return score_test_set(corpus, run, beam_size, device) if group.rank == 0 else []
 
 
 def command_line() -> argparse.ArgumentParser:
     """Return the parser: one option for each of ``Settings``, and those of the run."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("data", type=Path, help="folder that prepare.py wrote")
     parser.add_argument("--output", type=Path, required=True, metavar="RUN", help="folder of the run: log and checkpoints")
     choices = {"architecture": ARCHITECTURES, "dtype": tuple(DTYPES), "init": ("lipschitz", "glorot")}
@@ -145,24 +169,29 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--evaluate-every", type=int, default=100, metavar="STEPS", help="dev cross entropy; default: %(default)s")
     parser.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS", help="default: %(default)s")
     parser.add_argument("--beam-size", type=int, default=4, help="of the test set's translation at the end; default: %(default)s")
+    parser.add_argument(
+        "--skip-nonfinite",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="in a row that are left out where loss or gradient is not finite; default: %(default)s, the first one ends the run",
+    )
     return parser
 
 
+@command("train.py")
 def main(arguments: list[str] | None = None) -> int:
     """Read the command line, train, and return the exit status."""
     parser = command_line()
     options = parser.parse_args(arguments)
     if options.backend != "auto" and not (status := dl.backends()[options.backend]).available:
         parser.error(f"--backend {options.backend}: {status.detail}")
-    try:
-        settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
-        usable_device(settings.device)
-        corpus = load_corpus(options.data)
-        with processes(options.parallel, settings.device) as (joined, device):
-            every = (options.evaluate_every, options.checkpoint_every, options.beam_size)
-            run_training(corpus, settings, options.output, options.backend, joined, device, *every)
-    except (ImportError, OSError, ValueError) as error:
-        parser.exit(2, f"train.py: {error}\n" if os.environ.get("RANK", "0") == "0" else None)
+    settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
+    usable_device(settings.device)
+    corpus = load_corpus(options.data)
+    with processes(options.parallel, settings.device) as (joined, device):
+        every = (options.evaluate_every, options.checkpoint_every, options.beam_size, options.skip_nonfinite)
+        run_training(corpus, settings, options.output, options.backend, joined, device, *every)
     return 0
 
 

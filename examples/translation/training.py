@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from architectures import build_architecture
 from batches import Batch, BatchOrder, share, target_tokens
-from parallel import Processes, divide, like, reshard, synchronise_gradients, whole
+from parallel import Processes, divide, like, own_part, reshard, synchronise_gradients, whole
 from tokenizer import BOS, EOS, PAD
 from torch import Tensor, nn
 
@@ -115,16 +115,29 @@ def learning_rate(settings: Settings, step: int) -> float:
     return settings.learning_rate * min((step + 1) / warmup, (warmup / (step + 1)) ** 0.5)
 
 
+class DivergedError(ValueError):
+    """A number that training goes by is NaN or infinite; the message is one line."""
+
+
 class StepResult(NamedTuple):
-    """Mean loss of a step, in nats a target token, its speed in source and target tokens a second, and its learning rate."""
+    """Mean loss of a step, in nats a target token, its speed in source and target tokens a second, and its learning rate.
+
+    ``skipped`` says why the weights were left as they were, and is empty where they were not.
+    """
 
     loss: float
     tokens_per_second: float
     learning_rate: float
+    skipped: str = ""
+
+
+def not_finite(loss: float) -> str:
+    """Return what is not finite: ``loss``, or else the gradient."""
+    return "the gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
 
 
 class Trainer:
-    """A model with its optimizer and schedule; ``steps`` says how many it has taken.
+    """A model with its optimizer and schedule; ``steps`` says how many it has taken, ``skipped`` how many of the last it skipped.
 
     Args:
         model: a ``DepthLSTMTransformer``, fused or reference, or a ``ResidualTransformer``; with ``group.kind`` "fsdp2" its parameters
@@ -132,17 +145,25 @@ class Trainer:
         settings: see ``Settings``.
         backend: what the fused model runs on; None leaves it alone, and so does "reference".
         group: the processes that share the work. All of them call each method, with their own part of the batches.
+        skip_nonfinite: steps in a row that may have a loss or gradient that is not finite; they leave the weights as they are.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings, backend: str | None = None, group: Processes | None = None) -> None:
-        self.settings, self.group = settings, group or Processes()
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        backend: str | None = None,
+        group: Processes | None = None,
+        skip_nonfinite: int = 0,
+    ) -> None:
+        self.settings, self.group, self.skip_nonfinite = settings, group or Processes(), skip_nonfinite
         self.backend = None if backend == "reference" else backend
         self.model = model.to(settings.device)
         self.called = divide(self.model, self.group, settings.device)
         self.optimizer = torch.optim.AdamW(
             dl.param_groups(self.model, settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.98), fused=True
         )
-        self.steps = 0
+        self.steps = self.skipped = 0
 
     def loss_sum(self, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
         """Return the cross entropy of the target tokens, each predicted from those before it, summed; padding does not count."""
@@ -162,6 +183,10 @@ class Trainer:
 
         Args:
             predicted: the target tokens of all processes' batches, which the loss is a mean over; None counts those of ``batches``.
+
+        Raises:
+            DivergedError: the loss or the gradient is not finite, in any process, and this step may not be skipped: none has changed
+                a weight.
         """
         self.model.train()
         start = time.perf_counter()
@@ -176,12 +201,21 @@ class Trainer:
             loss = self.loss_sum(batch, self.settings.label_smoothing) / predicted
             (loss * self.group.size).backward()  # DDP and FSDP2 divide the sum of all processes' gradients by their number
             losses.append(loss.detach())
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
-        self.optimizer.step()
-        value = sum(loss.item() for loss in losses)  # after the update: reading it waits until the device has done the whole step
-        value, tokens = self.group.total(value, sum(batch.tokens for batch in batches), device=self.settings.device)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
+        # the one time that a step waits for the device; a shard's norm is that of its own part, so that they are added up here
+        *values, own = torch.stack([*losses, own_part(norm)]).tolist()
+        tokens = sum(batch.tokens for batch in batches)
+        value, tokens, squares = self.group.total(sum(values), tokens, own * own, device=self.settings.device)
+        reason = "" if math.isfinite(value) and math.isfinite(squares) else not_finite(value)
+        if not reason:
+            self.optimizer.step()
+            self.skipped = 0
+        elif self.skipped < self.skip_nonfinite:
+            self.skipped += 1
+        else:
+            raise DivergedError(f"{reason} in step {self.steps + 1}")
         self.steps += 1
-        return StepResult(value, tokens / (time.perf_counter() - start), rate)
+        return StepResult(value, tokens / (time.perf_counter() - start), rate, reason)
 
     def step_in(self, order: BatchOrder) -> StepResult:
         """Train once on this process's part of the batches that come next in ``order``."""
@@ -203,31 +237,76 @@ class Trainer:
         return loss / tokens
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Return copies of the "model"'s and the "optimizer"'s tensors, whole and on the CPU, and of all processes' "generators"."""
+        """Return copies of the "model"'s and the "optimizer"'s tensors, whole and on the CPU, and of all processes' "generators".
+
+        Raises:
+            DivergedError: a number of them is not finite.
+        """
         optimizer = {
             f"{key}/{name}": whole(value)
             for name, parameter in self.model.named_parameters()
             for key, value in self.optimizer.state[parameter].items()
         }
-        generators = {"cpu": self.group.gather(torch.get_rng_state())}
-        if self.settings.device.startswith("cuda"):
-            own = torch.cuda.get_rng_state(self.settings.device).to(self.settings.device)
-            generators["cuda"] = self.group.gather(own).cpu()
-        return {"model": parameters_of(self.model), "optimizer": optimizer, "generators": generators}
+        generators = self._generators()
+        if "cuda" in generators:
+            generators["cuda"] = generators["cuda"].to(self.settings.device)  # NCCL gathers there
+        generators = {name: self.group.gather(own).cpu() for name, own in generators.items()}
+        model = parameters_of(self.model)
+        for name, tensor in [*model.items(), *optimizer.items()]:
+            if not tensor.isfinite().all():
+                raise DivergedError(f"{name} is not finite after step {self.steps}")
+        return {"model": model, "optimizer": optimizer, "generators": generators}
 
-    def load_state(self, state: dict[str, dict[str, Tensor]], steps: int) -> None:
-        """Go on from what ``state()`` returned after ``steps`` steps, in as many processes as there were then."""
-        load_parameters(self.model, state["model"])
+    def _generators(self) -> dict[str, Tensor]:
+        """Return the states of this process's generators."""
+        generators = {"cpu": torch.get_rng_state()}
+        if self.settings.device.startswith("cuda"):
+            generators["cuda"] = torch.cuda.get_rng_state(self.settings.device)
+        return generators
+
+    def load_state(self, state: dict[str, dict[str, Tensor]], steps: int, skipped: int = 0) -> None:
+        """Go on from what ``state()`` returned after ``steps`` steps, in as many processes as there were then.
+
+        Raises:
+            ValueError: the tensors are not those of this model, optimizer and number of processes.
+        """
         parameters = dict(self.model.named_parameters())
+        check_tensors("optimizer", state["optimizer"], optimizer_shapes(parameters, bool(state["optimizer"])))
+        check_tensors("generators", state["generators"], {name: (self.group.size, *own.shape) for name, own in self._generators().items()})
+        load_parameters(self.model, state["model"])
         for key, value in state["optimizer"].items():
             kind, name = key.split("/", 1)
             own = self.optimizer.state[parameters[name]]
             own[kind] = value.to(self.settings.device) if kind == "step" else like(parameters[name], value)
-        # a copy, for its alignment: set_rng_state faults on a tensor that begins at an odd place of a file
-        torch.set_rng_state(state["generators"]["cpu"][self.group.rank].clone())
-        if "cuda" in state["generators"]:
-            torch.cuda.set_rng_state(state["generators"]["cuda"][self.group.rank].clone(), self.settings.device)
-        self.steps = steps
+        try:
+            # a copy, for its alignment: set_rng_state faults on a tensor that begins at an odd place of a file
+            torch.set_rng_state(state["generators"]["cpu"][self.group.rank].clone())
+            if "cuda" in state["generators"]:
+                torch.cuda.set_rng_state(state["generators"]["cuda"][self.group.rank].clone(), self.settings.device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"generators must hold torch's states; found {' '.join(str(error).split())}") from None
+        self.steps, self.skipped = steps, skipped
+
+
+def optimizer_shapes(parameters: dict[str, nn.Parameter], stepped: bool) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of AdamW's tensors by their names in ``Trainer.state()``; before the first step it has none."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, parameter in parameters.items() if stepped else ():
+        shapes |= {f"step/{name}": (), f"exp_avg/{name}": tuple(parameter.shape), f"exp_avg_sq/{name}": tuple(parameter.shape)}
+    return shapes
+
+
+def check_tensors(what: str, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Check that ``tensors`` have the names and the shapes ``shapes``.
+
+    Raises:
+        ValueError: they have not.
+    """
+    if tensors.keys() != shapes.keys():
+        raise ValueError(f"tensors must be the {what}'s; they differ in {', '.join(sorted(tensors.keys() ^ shapes.keys()))}")
+    for name, shape in shapes.items():
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(f"{name} of the {what} must have the shape {shape}; found {tuple(tensors[name].shape)}")
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
@@ -240,10 +319,9 @@ def load_parameters(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Copy what ``parameters_of`` returned into ``model``.
 
     Raises:
-        ValueError: the names are not those of the model's parameters.
+        ValueError: the names or the shapes are not those of the model's parameters.
     """
     parameters = dict(model.named_parameters())
-    if parameters.keys() != tensors.keys():
-        raise ValueError(f"tensors must be the model's parameters; they differ in {', '.join(sorted(parameters.keys() ^ tensors.keys()))}")
+    check_tensors("model", tensors, {name: tuple(parameter.shape) for name, parameter in parameters.items()})
     for name, parameter in parameters.items():
         parameter.copy_(like(parameter, tensors[name]))
