@@ -131,6 +131,14 @@ def stanza(package: str, language: str, text: str) -> str:
     return f"Package: {package}\nDescription-md5: {package}5\nDescription-{language}: {text}\n\n"
 
 
+def test_debian_stanzas_keep_what_is_inside_a_line() -> None:
+    text = "Package: a\nDescription-en: first\rsecond\u2028third\x0c\n more\n .\n\tend\n\n\nPackage: b\nno field\n x\n"
+    assert list(dt.read_stanzas(text)) == [
+        {"Package": "a", "Description-en": "first\rsecond\u2028third\n more\n .\n\tend"},
+        {"Package": "b\n x"},
+    ]
+
+
 def test_descriptions_pair_paragraphs_and_items() -> None:
     english = stanza("tool-dev", "en", "a tool\n The first\n paragraph.\n .\n Items:\n  * one\n    thing\n  * two")
     german = stanza("tool-dev", "de", "ein Werkzeug\n Der erste Absatz.\n .\n Dinge:\n  * eins\n  * zwei")
@@ -301,3 +309,14 @@ def test_no_network_and_no_apt_are_errors_of_one_line(tmp_path: Path, monkeypatc
 def test_unknown_language() -> None:
     with pytest.raises(ValueError, match="language must be one of de, fr, cs; found 'it'"):
         debian.build("it", Path("nowhere"))
+
+
+def test_damaged_pages_and_catalogs_are_named(cache: Path) -> None:
+    with pytest.raises(DownloadError, match=r"damaged manual page ls\.1: "):
+        debian.unpack("ls.1", gzip.compress(b"text" * 100)[:20])
+    for content in (b"", b"no catalog", b"\xde\x12\x04\x95" + b"\xff" * 40):
+        with pytest.raises(ValueError, match=r"catalog sw must be a whole \.mo file"):
+            list(dt.catalog_rows("sw", content))
+    (cache / "lists" / "x_Translation-de").write_bytes(b"Package: tool-dev\nDescription-de: \xff\n")
+    with pytest.raises(ValueError, match=r"x_Translation-de must be UTF-8; found byte 0xff in line 2"):
+        debian.build("de", cache)

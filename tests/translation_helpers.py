@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,10 +19,13 @@ sys.path.insert(0, str(FOLDER))
 import architectures  # noqa: E402
 import batches  # noqa: E402
 import checkpoint  # noqa: E402
+import command  # noqa: E402
 import compare  # noqa: E402
 import corpus  # noqa: E402
 import data  # noqa: E402
+import files  # noqa: E402
 import inference  # noqa: E402
+import lines  # noqa: E402
 import placeholders  # noqa: E402
 import prepare  # noqa: E402
 import scores  # noqa: E402
@@ -38,11 +42,15 @@ __all__ = [
     "architectures",
     "batches",
     "checkpoint",
+    "command",
     "compare",
     "corpus",
     "data",
+    "files",
     "inference",
+    "lines",
     "log_values",
+    "one_line",
     "options",
     "placeholders",
     "prepare",
@@ -60,6 +68,18 @@ SMALL = training.Settings(steps=6, token_budget=128, d_model=16, heads=2, layers
 def options(settings: training.Settings) -> list[str]:
     """Return ``settings`` as options of train.py."""
     return [f"--{name.replace('_', '-')}={value}" for name, value in vars(settings).items()]
+
+
+def one_line(program: Any, arguments: list[Any], capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the line on stderr that ``program`` ends with, with status 2, given ``arguments``."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        program.main([str(argument) for argument in arguments])
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2, printed
+    assert printed.startswith(f"{program.__name__}.py: "), printed
+    assert printed.count("\n") == 1, printed
+    return printed
 
 
 def start(*command: str | Path, processes: int = 1) -> subprocess.Popen:
