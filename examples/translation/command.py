@@ -109,11 +109,11 @@ def fail(program: str, error: BaseException) -> NoReturn:
     raise SystemExit(2)
 
 
-def command(program: str, *errors: type[Exception]) -> Callable[[Callable[..., int]], Callable[..., int]]:
+def program(name: str, *errors: type[Exception]) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Make a function of the command line's arguments, which returns the exit status, a program's ``main``.
 
     Args:
-        program: its name, which an error's line begins with.
+        name: of the program, which an error's line begins with.
         errors: what ends in one line besides ImportError, OSError and ValueError.
     """
 
@@ -125,7 +125,7 @@ def command(program: str, *errors: type[Exception]) -> Callable[[Callable[..., i
                 try:
                     return function(arguments)
                 except (ImportError, OSError, ValueError, *errors) as error:
-                    fail(program, error)
+                    fail(name, error)
                 except KeyboardInterrupt:
                     raise SystemExit(INTERRUPTED) from None
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import command
 import torch
 from batches import BatchOrder, collate, encode_pairs, group
-from command import command
 from console import print_comparison, progress_bar
 from data import DATASETS, Dataset, DownloadError, Pair, load_dataset
 from inference import translate
@@ -136,7 +136,7 @@ def run_comparison(
     }
 
 
-@command("compare.py", DownloadError)
+@command.program("compare.py", DownloadError)
 def main(arguments: list[str] | None = None) -> int:
     """Read the command line, compare, and return the exit status: 1 where the losses disagree."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def progress_bar(name: str, steps: int, enabled: bool = True, done: int = 0) -> Iterator[Callable[[StepResult], None]]:
-    """Show a bar of ``steps`` steps, ``done`` of them done, on stderr; yields the function that takes the result of each."""
+    """Show a bar of ``steps`` steps, ``done`` of them done, on stderr if that is a terminal; yields what takes the result of each."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -27,7 +28,7 @@ def progress_bar(name: str, steps: int, enabled: bool = True, done: int = 0) -> 
         TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not enabled) as progress:
+    with Progress(*columns, console=Console(stderr=True), disable=not enabled or not sys.stderr.isatty()) as progress:
         task = progress.add_task(name, total=steps, completed=done, loss=float("nan"), speed=0.0)
 
         def advance(result: StepResult) -> None:

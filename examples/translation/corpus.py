@@ -91,7 +91,7 @@ def load_corpus(folder: Path) -> Corpus:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"data must be a folder that prepare.py wrote; found no {', '.join(missing)} in {folder}")
-    meta = read_json(folder / META, {"dataset": str, "pairs": dict, "vocabulary": int})
+    meta = read_json(folder / META, {"dataset": str, "pairs": dict, "vocabulary": int, "longest": int})
     check_values(folder / META, meta["pairs"], dict.fromkeys(SPLITS, int))
     tokenizer = load_tokenizer((folder / TOKENIZER).read_bytes(), str(folder / TOKENIZER))
     if len(tokenizer) != meta["vocabulary"]:
@@ -107,4 +107,6 @@ def load_corpus(folder: Path) -> Corpus:
     for name, pairs in texts.items():
         if len(pairs) != meta["pairs"][name]:
             raise DamagedError(f"{folder / name}.source.txt must have {meta['pairs'][name]} lines, as {META} says; found {len(pairs)}")
+        if encode_pairs(pairs, tokenizer, meta["longest"]) != examples[name]:
+            raise DamagedError(f"{name}.source.txt and {name}.target.txt in {folder} must be what {IDS} has the ids of; found other text")
     return Corpus(tokenizer, examples, texts, meta, hashlib.sha256((folder / IDS).read_bytes()).hexdigest())

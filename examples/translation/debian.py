@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from command import command
+import command
 from data import DownloadError, cache_folder
 from debian_archive import LANGUAGES, Archive
 from debian_pairs import clean_rows, document_rows, split_rows
@@ -193,7 +193,7 @@ def build(language: str, folder: Path) -> dict[str, tuple[Path, Path]]:
     return files
 
 
-@command("debian.py", DownloadError)
+@command.program("debian.py", DownloadError)
 def main(arguments: list[str] | None = None) -> int:
     """Build the pairs of one language from the command line, and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])

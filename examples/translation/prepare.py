@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from command import command
+import command
 from corpus import SPLITS, save_corpus
 from data import DATASETS, DownloadError, Pair, clean, read_aligned, read_named
 from lines import same_text, visible
@@ -140,7 +140,7 @@ def given_files(options: argparse.Namespace) -> dict[str, tuple[Path, Path]]:
     return files
 
 
-@command("prepare.py", DownloadError)
+@command.program("prepare.py", DownloadError)
 def main(arguments: list[str] | None = None) -> int:
     """Read the command line, write the folder, and return the exit status."""
     options = command_line().parse_args(arguments)

@@ -25,9 +25,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import command
 import torch
 from batches import BatchOrder, collate, group, share, target_tokens
-from command import command
 from corpus import Corpus, load_corpus
 from files import DamagedError, check_values, read_json, to_json
 from torch import Tensor, nn
@@ -302,7 +302,7 @@ def study(
     return found
 
 
-@command("study.py")
+@command.program("study.py")
 def main(arguments: list[str] | None = None) -> int:
     """Read the command line, do the study, and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])

@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import command
 import matplotlib as mpl
-from command import command
 from files import DamagedError, read_json
 
 mpl.use("Agg")
@@ -278,7 +278,7 @@ def learning_plot(study: Study, path: Path) -> None:
     _finish(study, figure, "Learning curves at the tuned learning rates", path)
 
 
-@command("study_report.py")
+@command.program("study_report.py")
 def main(arguments: list[str] | None = None) -> int:
     """Read the command line, write the page, and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])

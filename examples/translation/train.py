@@ -13,11 +13,11 @@ from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+import command
 import torch
 from architectures import ARCHITECTURES
 from batches import BatchOrder, group, share
 from checkpoint import LOG, Log, check_record, checkpoints, held, load_model, remove_partial, resume, save_checkpoint, start_run
-from command import command
 from console import print_examples, progress_bar
 from corpus import Corpus, load_corpus
 from inference import translate_all
@@ -179,7 +179,7 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
-@command("train.py")
+@command.program("train.py")
 def main(arguments: list[str] | None = None) -> int:
     """Read the command line, train, and return the exit status."""
     parser = command_line()

@@ -10,15 +10,15 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+import command
 from checkpoint import load_model
-from command import command, discard, results
 from inference import translate
 from lines import standard_input
 
 BROKEN_PIPE = 141  # as of a program that the signal has ended
 
 
-@command("translate.py")
+@command.program("translate.py")
 def main(arguments: list[str] | None = None) -> int:
     """Read the command line, translate, and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -30,16 +30,16 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; found {options.batch_size}")
-    source, output = standard_input(), results()
+    source, output = standard_input(), command.results()
     model, tokenizer = load_model(options.run, options.device)
     try:
         while lines := list(islice(source, options.batch_size)):
             print(*translate(model, tokenizer, lines, options.max_length, options.beam_size), sep="\n", file=output, flush=True)
     except BrokenPipeError:  # whoever read the translations has had enough
-        discard(output)
+        command.discard(output)
         return BROKEN_PIPE
     except OSError:
-        discard(output)
+        command.discard(output)
         raise
     return 0
 

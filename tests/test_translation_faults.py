@@ -1,0 +1,463 @@
+"""The translation example where something is amiss: damaged files, full disks, closed streams: one line, status 2, nothing lost."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import io
+import json
+import os
+import pwd
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from translation_helpers import FOLDER, SMALL, checkpoint, corpus, data, log_values, one_line, options, prepare, start, train, translate
+
+PROGRAMS = ("prepare", "train", "translate", "compare", "study", "study_report", "debian")
+EVERY = ("--evaluate-every", "2", "--checkpoint-every", "2", "--beam-size", "1")
+GREEDY = ("--beam-size", "1", "--max-length", "2")
+MORE = [*options(replace(SMALL, steps=6)), *EVERY]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared folder and a run with checkpoints of steps 2 and 4."""
+    path = tmp_path_factory.mktemp("whole")
+    prepare.prepare(path / "corpus", "builtin", vocab_size=120)
+    assert train.main([str(path / "corpus"), "--output", str(path / "run"), *options(replace(SMALL, steps=4)), *EVERY]) == 0
+    return path
+
+
+@pytest.fixture
+def own(whole: Path, tmp_path: Path) -> Path:
+    """A copy to be damaged."""
+    shutil.copytree(whole, tmp_path / "own")
+    return tmp_path / "own"
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:50])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def foreign(path: Path) -> None:
+    path.write_bytes(b"\xff\x00 something else entirely " * 9)
+
+
+def folder_instead(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGES = (cut, empty, foreign, folder_instead)
+
+
+def commands(own: Path) -> dict[str, tuple[Any, list[Any]]]:
+    """Return what reads a corpus, what goes on with a run, and what translates with one."""
+    return {
+        "load": (train, [own / "corpus", "--output", own / "other", *MORE]),
+        "resume": (train, [own / "corpus", "--output", own / "run", *MORE]),
+        "translate": (translate, [own / "run"]),
+    }
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    ("name", "readers"),
+    [
+        *(
+            (f"corpus/{name}", ("load",))
+            for name in ("ids.safetensors", "tokenizer.model", "meta.json", "dev.source.txt", "test.target.txt")
+        ),
+        ("run/run.json", ("resume", "translate")),
+        ("run/tokenizer.model", ("translate",)),
+    ],
+)
+def test_a_damaged_file_is_named(
+    name: str, readers: tuple[str, ...], damage: Callable[[Path], None], own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(own / name)
+    for reader in readers:
+        assert Path(name).name in one_line(*commands(own)[reader], capsys)
+    assert not (own / "other").exists()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "generators.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    name: str, damage: Callable[[Path], None], own: Path, whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = checkpoint.checkpoints(own / "run")
+    damage(new / name)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    if name == "model.safetensors":
+        assert translate.main([str(own / "run")]) == 0
+        printed = capsys.readouterr().err
+        assert printed.startswith(f"passed over for {old.name}: {new / name}") or f"found no file {name}" in printed
+        assert printed.count("\n") == 1
+    assert train.main([str(own / "corpus"), "--output", str(own / "run"), *options(replace(SMALL, steps=4)), *EVERY]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.count("passed over for checkpoint-00000002") == 1
+    assert "going on from step 2 " in printed.out
+    assert log_values(own / "run") == log_values(whole / "run")
+    assert [path.name for path in checkpoint.checkpoints(own / "run")] == ["checkpoint-00000002", "checkpoint-00000004"]
+    assert (own / "run" / "checkpoint-00000004.damaged").is_dir()
+    good = "run/checkpoint-00000004/model.safetensors"
+    assert (own / good).read_bytes() == (whole / good).read_bytes()
+
+
+def test_without_a_whole_checkpoint_nothing_is_lost(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in checkpoint.checkpoints(own / "run"):
+        cut(path / "model.safetensors")
+    before = sorted(path.name for path in (own / "run").rglob("*"))
+    for reader in ("resume", "translate"):
+        assert "run must have a whole checkpoint; " in one_line(*commands(own)[reader], capsys)
+    assert sorted(path.name for path in (own / "run").rglob("*")) == before
+
+
+def rewrite(path: Path, change: Callable[[Any], Any]) -> None:
+    """Write what ``change`` makes of the JSON in ``path``."""
+    path.write_text(json.dumps(change(json.loads(path.read_text(encoding="utf-8")))), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reader", "message"),
+    [
+        ("corpus/meta.json", lambda old: [old], "load", "must hold a JSON object; found list"),
+        ("corpus/meta.json", lambda old: None, "load", "must hold a JSON object; found NoneType"),
+        ("corpus/meta.json", lambda old: old | {"pairs": 3}, "load", "must hold 'pairs' of type dict; found int"),
+        ("corpus/meta.json", lambda old: old | {"pairs": {"train": "many"}}, "load", "must hold 'train' of type int; found str"),
+        ("corpus/meta.json", lambda old: old | {"vocabulary": True}, "load", "must hold 'vocabulary' of type int; found bool"),
+        ("corpus/meta.json", lambda old: old | {"vocabulary": 7}, "load", "must have 7 pieces, as meta.json says; found 120"),
+        ("corpus/meta.json", lambda old: {}, "load", "must hold 'dataset' of type str; found none"),
+        ("run/run.json", lambda old: "text", "resume", "must hold a JSON object; found str"),
+        ("run/run.json", lambda old: old | {"settings": []}, "resume", "must hold 'settings' of type dict; found list"),
+        ("run/run.json", lambda old: old | {"settings": {"steps": "4"}}, "translate", "must hold 'steps' of type int; found str"),
+        ("run/run.json", lambda old: old | {"settings": {"colour": 1}}, "translate", "must hold settings that train.py has; found colour"),
+        ("run/run.json", lambda old: old | {"backend": None}, "translate", "must hold 'backend' of type str; found NoneType"),
+        ("run/checkpoint-00000004/state.json", lambda old: old | {"step": 3}, "only", "must hold the state of its own step; found step 3"),
+        (
+            "run/checkpoint-00000004/state.json",
+            lambda old: old | {"log_bytes": "9"},
+            "only",
+            "must hold 'log_bytes' of type int; found str",
+        ),
+    ],
+)
+def test_json_of_another_kind_is_named(
+    name: str, change: Callable[[Any], Any], reader: str, message: str, own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewrite(own / name, change)
+    if reader == "only":
+        shutil.rmtree(own / "run" / "checkpoint-00000002")
+        reader = "resume"
+    assert str((own / name).parent) in (line := one_line(*commands(own)[reader], capsys))
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("model", lambda old: dict(list(old.items())[1:]), "tensors must be the model's; they differ in"),
+        ("model", lambda old: {key: value[:1] for key, value in old.items()}, "of the model must have the shape"),
+        ("optimizer", lambda old: dict(list(old.items())[1:]), "tensors must be the optimizer's; they differ in"),
+        ("optimizer", lambda old: {key: value.reshape(-1)[:1] for key, value in old.items()}, "of the optimizer must have the shape"),
+        ("generators", lambda old: {}, "tensors must be the generators's; they differ in cpu"),
+        ("generators", lambda old: {"cpu": old["cpu"].repeat(2, 1)}, "cpu of the generators must have the shape"),
+        ("generators", lambda old: {"cpu": old["cpu"].float()}, "generators must hold torch's states"),
+    ],
+)
+def test_tensors_of_another_model_are_named(
+    name: str, change: Callable[[Any], Any], message: str, own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = checkpoint.checkpoints(own / "run")
+    shutil.rmtree(old)
+    path = new / f"{name}.safetensors"
+    save_file({key: value.clone() for key, value in change(load_file(path)).items()}, path)
+    assert message in one_line(*commands(own)["resume"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda old: {key: value for key, value in old.items() if key != "dev.target.ids"}, "must hold int32 vectors dev.target.ids"),
+        (lambda old: old | {"train.source.ids": old["train.source.ids"].long()}, "must hold int32 vectors train.source.ids"),
+        (lambda old: old | {"train.source.ids": old["train.source.ids"][1:]}, "must hold as many ids as the lengths of train.source"),
+        (lambda old: old | {"test.source.ids": old["test.source.ids"] + 120}, "must hold ids below 120, the size of the vocabulary"),
+        (
+            lambda old: old | {f"dev.source.{part}": old[f"train.source.{part}"] for part in ("ids", "lengths")},
+            "as many sources as targets",
+        ),
+    ],
+)
+def test_ids_of_another_text_are_named(change: Callable[[Any], Any], message: str, own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = own / "corpus" / "ids.safetensors"
+    save_file({key: value.clone() for key, value in change(load_file(path)).items()}, path)
+    assert message in one_line(*commands(own)["load"], capsys)
+
+
+def test_another_tokenizer_is_named(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import sentencepiece
+
+    model = io.BytesIO()
+    texts = iter([text for pair in data.PAIRS for text in pair])
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=texts, model_writer=model, vocab_size=120, minloglevel=2)
+    for folder, reader in (("corpus", "load"), ("run", "translate")):
+        (own / folder / "tokenizer.model").write_bytes(model.getvalue())
+        assert "found another SentencePiece model" in one_line(*commands(own)[reader], capsys)
+
+
+def test_a_log_that_was_cut_goes_on_after_its_last_whole_line(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = own / "run" / checkpoint.LOG
+    kept = path.read_bytes().splitlines(keepends=True)[0]
+    path.write_bytes(kept + b'{"step": 2, "lo')
+    assert train.main([str(own / "corpus"), "--output", str(own / "run"), *MORE]) == 0
+    assert "is shorter than when the checkpoint was written" in capsys.readouterr().err
+    assert path.read_bytes().startswith(kept)
+    assert [line["step"] for line in log_values(own / "run") if "loss" in line] == [1, 5, 6]
+
+
+def test_a_file_where_a_folder_should_be_and_a_folder_where_a_file_should_be(
+    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("precious", encoding="utf-8")
+    for program, arguments in (
+        (prepare, ["--data", "builtin", file]),
+        (train, [own / "corpus", "--output", file]),
+        (train, [own / "corpus", "--output", file / "below"]),
+        (train, [file, "--output", own / "other"]),
+        (translate, [file]),
+        (prepare, ["--source", own, "--target", own, tmp_path / "out"]),
+    ):
+        one_line(program, arguments, capsys)
+    assert file.read_text(encoding="utf-8") == "precious"
+
+
+class DiskFullError(OSError):
+    """What the tests' full disk raises, to tell it from a real one."""
+
+
+@pytest.mark.parametrize("allowed", range(4))
+def test_a_disk_that_fills_up_ends_a_run_in_one_line(
+    allowed: int, own: Path, whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+
+    def full(path: Path, content: Any, really: Callable[..., None]) -> None:
+        if len(written) == allowed:
+            path.write_bytes(b"half")
+            raise DiskFullError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        written.append(path)
+        really(path, content)
+
+    tensors, file = checkpoint.write_tensors, checkpoint.write_file
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_tensors", lambda path, content: full(path, content, tensors))
+        patch.setattr(checkpoint, "write_file", lambda path, content: full(path, content, file))
+        assert "No space left on device" in one_line(*commands(own)["resume"], capsys)
+    assert [path.name for path in checkpoint.checkpoints(own / "run")] == ["checkpoint-00000002", "checkpoint-00000004"]
+    assert not list((own / "run").glob("*.partial"))  # the room is given back
+    assert train.main([str(own / "corpus"), "--output", str(own / "run"), *MORE]) == 0
+    assert [line["step"] for line in log_values(own / "run") if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_files_that_may_not_grow(own: Path) -> None:
+    """The system's own error for every write beyond a size: in safetensors, the log, the corpus."""
+
+    def limit(size: int) -> Callable[[], None]:
+        return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    run = own / "run"
+    size = (checkpoint.checkpoints(run)[-1] / "model.safetensors").stat().st_size
+    for bound in (size - 100, 100):
+        command = [sys.executable, FOLDER / "train.py", own / "corpus", "--output", run, *MORE]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, preexec_fn=limit(bound), check=False)
+        assert done.returncode == 2, done.stderr
+        assert [line for line in done.stderr.splitlines() if "training" not in line][-1].startswith("train.py: ")
+        assert "Traceback" not in done.stderr
+        assert [path.name for path in checkpoint.checkpoints(run)] == ["checkpoint-00000002", "checkpoint-00000004"]
+        for path in checkpoint.checkpoints(run):
+            checkpoint.read_checkpoint(path)
+        for line in (run / checkpoint.LOG).read_text(encoding="utf-8").splitlines():
+            json.loads(line)
+    command = [sys.executable, FOLDER / "prepare.py", "--data", "builtin", own / "new"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, preexec_fn=limit(100), check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert not (own / "new" / corpus.META).exists()
+
+
+def test_no_home_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(uid: int) -> Any:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    assert prepare.main(["--data", "auto", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().err
+    assert "no home folder" in printed
+    assert "built-in sentence pairs" in printed
+    assert printed.count("\n") == 1
+    monkeypatch.syspath_prepend(FOLDER)
+    for name in ("django", "debian"):
+        assert "no home folder" in one_line(prepare, ["--data", name, tmp_path / "out"], capsys)
+
+
+def refuse(*_: Any, **__: Any) -> Any:
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+@pytest.mark.parametrize("call", ["mkdir", "exists", "open"])
+def test_a_cache_folder_that_may_not_be_used(
+    call: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if call == "open":
+        wheel = tmp_path / "depthlstm_fast" / f"django-{data.DJANGO_VERSION}-py3-none-any.whl"
+        wheel.parent.mkdir()
+        wheel.touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, call, refuse)
+        assert "built-in" in data.read_named("auto")[0]
+        printed = capsys.readouterr().err
+        assert "Permission denied" in printed
+        assert printed.count("\n") == 1
+        with pytest.raises(data.DownloadError, match="Permission denied"):
+            data.read_named("django")
+
+
+def test_a_damaged_member_of_the_wheel_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    wheel = tmp_path / "depthlstm_fast" / f"django-{data.DJANGO_VERSION}-py3-none-any.whl"
+    wheel.parent.mkdir()
+    for content in (b"msgid broken\n", b"\xff\xff"):
+        with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("django/conf/locale/de/LC_MESSAGES/django.po", content * 50)
+        assert "found a damaged file, remove it" in one_line(prepare, ["--data", "django", tmp_path / "out"], capsys)
+    wheel.write_bytes(wheel.read_bytes().replace(b"\xfb\xff", b"\x00\x00", 1))
+    assert "found a damaged file, remove it" in one_line(prepare, ["--data", "django", tmp_path / "out"], capsys)
+
+
+def test_only_lines_too_long_for_a_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for side, words in (("en", "and a few more words"), ("de", "und noch ein paar Worte")):
+        text = "".join(f"Line {n} {side} " + f"{words} " * 250 + "\n" for n in range(12))
+        (tmp_path / f"a.{side}").write_text(text, encoding="utf-8")
+    files = ["--source", tmp_path / "a.en", "--target", tmp_path / "a.de", tmp_path / "out"]
+    assert "texts must hold a line of at most 4192 bytes" in one_line(prepare, files, capsys)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_help_without_docstrings(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    if name == "study_report":
+        pytest.importorskip("matplotlib")
+    program = importlib.import_module(name)
+    monkeypatch.setattr(program, "__doc__", None)  # as under python -OO
+    with pytest.raises(SystemExit) as stopped:
+        program.main(["--help"])
+    assert not stopped.value.code
+    assert "usage:" in capsys.readouterr().out
+
+
+def shell(command: str, *arguments: Any, **environment: str) -> tuple[int, str]:
+    """Run ``command`` in bash, its words ``$1`` and so on ``arguments``; return its status and what was written to stderr."""
+    script = ["bash", "-c", command, "bash", *map(str, arguments)]
+    done = subprocess.run(script, capture_output=True, text=True, env=os.environ | environment | {"TERM": "dumb"}, check=False)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("ending", [">&- 2>&- <&-", "> /dev/full 2> /dev/full", "2>&1 | true; exit ${PIPESTATUS[0]}"])
+def test_a_run_does_not_mind_who_reads_what_it_prints(ending: str, whole: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        FOLDER / "train.py",
+        whole / "corpus",
+        "--output",
+        tmp_path / "run",
+        *options(replace(SMALL, steps=4)),
+        *EVERY,
+    ]
+    status, errors = shell(f'"$@" {ending}', *command)
+    assert status == 0, errors
+    assert "Traceback" not in errors
+    assert "Exception" not in errors
+    assert log_values(tmp_path / "run") == log_values(whole / "run")
+
+
+def test_scores_are_kept_whatever_the_terminal_can_show(whole: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        FOLDER / "train.py",
+        whole / "corpus",
+        "--output",
+        tmp_path / "run",
+        *options(replace(SMALL, steps=4)),
+        *EVERY,
+    ]
+    status, errors = shell('"$@"', *command, PYTHONIOENCODING="ascii")
+    assert status == 0, errors
+    assert [line["test"] for line in log_values(tmp_path / "run")[-2:]] == ["BLEU", "chrF"]
+
+
+def test_scores_are_kept_before_anything_is_printed(own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    before = log_values(own / "run")
+    monkeypatch.setattr(train, "print_examples", refuse)
+    with pytest.raises(PermissionError):
+        train.score_test_set(corpus.load_corpus(own / "corpus"), own / "run", 1, "cpu")
+    assert log_values(own / "run") == before + before[-2:]
+
+
+def test_translate_into_streams_that_are_closed_or_close(whole: Path) -> None:
+    command = [sys.executable, FOLDER / "translate.py", whole / "run", *GREEDY, "--batch-size", "1"]
+    assert shell('"$@" <&-', *command) == (2, "translate.py: standard input must be open; found it closed\n")
+    assert shell('echo dog | "$@" >&-', *command) == (2, "translate.py: standard output must be open; found it closed\n")
+    assert shell('yes dog | head -2000 | "$@" | head -1; exit ${PIPESTATUS[2]}', *command) == (141, "")
+    status, errors = shell('echo dog | "$@" > /dev/full', *command)
+    assert (status, errors.count("\n")) == (2, 1)
+    assert "No space left on device" in errors
+
+
+@pytest.mark.parametrize("program", [prepare, train, translate])
+def test_an_interrupt_ends_a_program_without_a_word(
+    program: Any, own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    name = {prepare: "read_named", train: "load_corpus", translate: "load_model"}[program]
+    monkeypatch.setattr(program, name, interrupt)
+    arguments = {prepare: [own / "x"], train: [own / "corpus", "--output", own / "x"], translate: [own / "run"]}[program]
+    with pytest.raises(SystemExit) as stopped:
+        program.main(list(map(str, arguments)))
+    assert stopped.value.code == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_interrupted_while_it_starts_and_while_it_trains(whole: Path, tmp_path: Path) -> None:
+    arguments = [whole / "corpus", "--output", tmp_path / "run", *options(replace(SMALL, steps=100_000)), *EVERY]
+    for until in (None, tmp_path / "run" / "checkpoint-00000004"):
+        process = start("train.py", *arguments)
+        time.sleep(0.7)  # torch is being imported
+        while until and process.poll() is None and not until.exists():
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130, errors
+        assert "Traceback" not in errors
