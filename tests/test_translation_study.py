@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from translation_helpers import FOLDER, prepare, training
+from translation_helpers import FOLDER, one_line, prepare, training
 
 pytest.importorskip("matplotlib")
 sys.path.insert(0, str(FOLDER))
@@ -113,6 +114,43 @@ def test_the_unigram_loss_is_that_of_counts(folder: Path) -> None:
     assert found == pytest.approx(wanted, rel=1e-5)
 
 
+def test_a_run_that_diverges_ends_without_a_dev_loss(folder: Path, tmp_path: Path) -> None:
+    corpus = study.load_corpus(folder)
+    wild = replace(TINY, learning_rate=1e38, clip_norm=1e30, warmup_steps=0)
+    found = study.train_run(corpus, wild, study.dev_batches(corpus, 2, 64))
+    assert found["dev_loss"] is None
+    assert found["train_losses"] == [None]
+    study.write_atomically(tmp_path / "run.json", {"variant": "post-norm", "layers": 1} | found)
+    assert study.read_run(tmp_path / "run.json")["train_losses"] == [None]
+    with pytest.raises(ValueError, match="JSON"):
+        study.write_atomically(tmp_path / "other.json", {"loss": float("nan")})
+    assert not (tmp_path / "other.json").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b'{"found": ', b"[]", b"{}", b'{"variant": "pre-norm", "layers": "1"}'])
+def test_damaged_files_of_a_study_are_named(content: bytes, finished: tuple[Path, dict[str, Any]], folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished[0], tmp_path / "output")
+    for name in ("about.json", "costs.json"):
+        path = tmp_path / "output" / name
+        whole = path.read_bytes()
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{path.name} must "):
+            run_study(folder, tmp_path / "output", **SIZES)
+        path.write_bytes(whole)
+    path = tmp_path / "output" / "runs" / "pre-norm-1-0.001-0.json"
+    assert study.read_run(path)["layers"] == 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{path.name} must "):
+        study.read_run(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"runs": 3, "settings": []}'])
+def test_a_damaged_study_is_named(content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "study.json").write_bytes(content)
+    assert "study.json must " in one_line(study_report, [tmp_path, "--docs", tmp_path / "docs"], capsys)
+    assert not (tmp_path / "docs").exists()
+
+
 def test_the_page_tells_failures_and_defeats(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     output, found = finished
     assert study_report.main([str(output), "--docs", str(tmp_path)]) == 0
@@ -132,6 +170,11 @@ def test_the_page_tells_failures_and_defeats(finished: tuple[Path, dict[str, Any
     assert f"{count} of {len(changed['runs'])} runs failed" in text
     broken = len(study_report.tuned(changed, "post-norm", 2))
     assert f"inf (inf to inf, {broken} of {broken} failed)" in study_report.loss_table(changed)
+    for run in changed["runs"]:
+        run["dev_loss"] = None
+    text = "\n".join(study_report.findings(changed))
+    assert "nan" not in text
+    assert "post-norm changes by no number (runs broke off)." in text
 
 
 def test_the_committed_page_is_that_of_the_committed_results() -> None:
