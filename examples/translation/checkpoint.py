@@ -220,8 +220,8 @@ def newest_whole(run: Path, load: Callable[[Path], Loaded], says: bool = True) -
         except ValueError as error:
             errors.append(error)
             continue
-        for error in errors if says else ():
-            print(f"passed over for {folder.name}: {error}", file=sys.stderr)
+        for damage in errors if says else ():
+            print(f"passed over for {folder.name}: {damage}", file=sys.stderr)
         return loaded, found[:number]
     raise DamagedError(f"run must have a whole checkpoint; {errors[0]}")
 

@@ -204,8 +204,8 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
         # the one time that a step waits for the device; a shard's norm is that of its own part, so that they are added up here
         *values, own = torch.stack([*losses, own_part(norm)]).tolist()
-        tokens = sum(batch.tokens for batch in batches)
-        value, tokens, squares = self.group.total(sum(values), tokens, own * own, device=self.settings.device)
+        own_tokens = sum(batch.tokens for batch in batches)
+        value, tokens, squares = self.group.total(sum(values), own_tokens, own * own, device=self.settings.device)
         reason = "" if math.isfinite(value) and math.isfinite(squares) else not_finite(value)
         if not reason:
             self.optimizer.step()
