@@ -117,6 +117,8 @@ def program(name: str, *errors: type[Exception]) -> Callable[[Callable[..., int]
         errors: what ends in one line besides ImportError, OSError and ValueError.
     """
 
+    caught: tuple[type[Exception], ...] = (ImportError, OSError, ValueError, *errors)
+
     def wrap(function: Callable[..., int]) -> Callable[..., int]:
         @functools.wraps(function)
         def main(arguments: list[str] | None = None) -> int:
@@ -124,7 +126,7 @@ def program(name: str, *errors: type[Exception]) -> Callable[[Callable[..., int]
             with terminal_streams():
                 try:
                     return function(arguments)
-                except (ImportError, OSError, ValueError, *errors) as error:
+                except caught as error:
                     fail(name, error)
                 except KeyboardInterrupt:
                     raise SystemExit(INTERRUPTED) from None
