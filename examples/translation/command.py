@@ -9,6 +9,7 @@ import contextlib
 import functools
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -122,6 +123,8 @@ def program(name: str, *errors: type[Exception]) -> Callable[[Callable[..., int]
     def wrap(function: Callable[..., int]) -> Callable[..., int]:
         @functools.wraps(function)
         def main(arguments: list[str] | None = None) -> int:
+            if signal.getsignal(signal.SIGINT) is _leave:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             occupy_closed_streams()
             with terminal_streams():
                 try:
@@ -136,12 +139,10 @@ def program(name: str, *errors: type[Exception]) -> Callable[[Callable[..., int]
     return wrap
 
 
-def _quiet_interrupt(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
-    if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, traceback)
-        return
+def _leave(*_: Any) -> NoReturn:
     os._exit(INTERRUPTED)
 
 
-if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:
-    sys.excepthook = _quiet_interrupt  # while torch, which takes seconds, is still being imported
+# While torch is being imported, which takes seconds: it and NumPy take a KeyboardInterrupt for a module that is missing, and go on.
+if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _leave)
