@@ -1,17 +1,16 @@
-// For the tests alone: the scalar formulas of gate_math.h, the vector ones of this CPU's kernels through gates.h, and a dirty stack.
-#include <pybind11/numpy.h>
+// For the tests alone: the scalar formulas of gate_math.h, the kernels of each instruction set through gates.h, and a dirty stack.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <alloca.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "cpu/gates.h"
 #include "gate_math.h"
@@ -76,7 +75,9 @@ const GatesKernels& kernels_of(const std::string& isa) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (isa == "avx2" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::gates_kernels;
-    if (isa == "avx512" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) return avx512::gates_kernels;
+    const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
+    if (isa == "avx512" && has_avx512) return avx512::gates_kernels;
+    if (isa == "avx512_bf16" && has_avx512 && __builtin_cpu_supports("avx512bf16")) return avx512_bf16::gates_kernels;
 #endif
     throw std::invalid_argument("this CPU or build has no " + isa);
 }
@@ -85,29 +86,27 @@ struct Free {
     void operator()(void* p) const { std::free(p); }
 };
 
-// One row through one instruction set's forward kernel with norm none: (h, c), z (4, D) and c (D) in fp32 or fp64.
-template <class T>
-py::tuple forward(const std::string& isa, py::array_t<T, py::array::c_style> z, py::array_t<T, py::array::c_style> c, int activation) {
+std::unique_ptr<void, Free> memory(int64_t bytes) {
+    return std::unique_ptr<void, Free>(std::aligned_alloc(64, std::size_t((bytes + 127) / 64 * 64)));
+}
+
+// The GatesCall at `address` by one instruction set's kernels: forward where h is set, else backward, in chunks of `chunk_rows`.
+void run(const std::string& isa, uintptr_t address, int64_t chunk_rows) {
     const GatesKernels& kernels = kernels_of(isa);
-    GatesCall call;
-    call.rows = 1;
-    call.features = c.size();
-    if (z.size() != 4 * call.features) throw std::invalid_argument("z must have 4 D elements");
-    call.z_dtype = call.c_dtype = call.affine_dtype = call.z_bias_dtype = sizeof(T) == 8 ? DType::float64 : DType::float32;
-    call.norm = Norm::none;
-    call.activation = Activation(activation);
-    py::array_t<T> h(call.features), c_out(call.features);
-    call.z = {z.data(), 4 * call.features};
-    call.c = {c.data(), call.features};
-    call.h = {h.mutable_data(), call.features};
-    call.c_out = {c_out.mutable_data(), call.features};
-    const auto memory = [](int64_t bytes) {
-        return std::unique_ptr<void, Free>(std::aligned_alloc(64, std::size_t((bytes + 127) / 64 * 64)));
-    };
+    const GatesCall& call = *reinterpret_cast<const GatesCall*>(address);
+    const int64_t chunks = (call.rows + chunk_rows - 1) / chunk_rows, partial_bytes = kernels.partial_bytes(call);
     const auto packed = memory(kernels.packed_bytes(call)), scratch = memory(kernels.scratch_bytes(call));
+    const auto partials = memory(chunks * partial_bytes);
     kernels.pack(call, packed.get());
-    kernels.forward(call, packed.get(), scratch.get(), 0, 1);
-    return py::make_tuple(h, c_out);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const int64_t begin = chunk * chunk_rows, end = std::min(call.rows, begin + chunk_rows);
+        if (call.h.data != nullptr) {
+            kernels.forward(call, packed.get(), scratch.get(), begin, end);
+        } else {
+            kernels.backward(call, packed.get(), scratch.get(), static_cast<char*>(partials.get()) + chunk * partial_bytes, begin, end);
+        }
+    }
+    if (call.h.data == nullptr) kernels.reduce(call, partials.get(), chunks, 0, kernels.feature_blocks(call));
 }
 
 // Leaves `bytes` of the stack below the caller filled with `fill` (0xff is NaN in every type): what a later call finds there.
@@ -126,7 +125,6 @@ PYBIND11_MODULE(_internals, m) {
     m.def("philox", &philox_words);
     m.def("cell_forward", &cell);
     m.def("cell_backward", &cell_gradient);
-    m.def("forward_float", &forward<float>);
-    m.def("forward_double", &forward<double>);
+    m.def("run", &run);
     m.def("dirty_stack", &dirty_stack);
 }

@@ -162,10 +162,17 @@ def check_gates(
     """Run the fused gates, eager and fp64 on the same arguments and hold the first to the bound; returns its results."""
     grads = cotangents(tensors) if grads is None else grads
     found = results(functools.partial(fused, backend=backend), tensors, grads, **options)
+    check_results(found, tensors, options, grads, condition)
+    return found
+
+
+def check_results(
+    found: dict[str, Tensor], tensors: dict[str, Tensor], options: dict[str, Any], grads: tuple[Tensor, Tensor], condition: float = 0.0
+) -> None:
+    """Hold ``found``, results of some gates on these arguments, to the bound."""
     eager = results(dl.reference.depth_lstm_gates, tensors, grads, **options)
     exact = results(dl.reference.depth_lstm_gates, double(tensors), (grads[0].double(), grads[1].double()), **options)
     assert_bound(found, eager, exact, condition)
-    return found
 
 
 def assert_identical(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
