@@ -67,8 +67,8 @@ def test_outputs_need_no_alignment(isa: str, types: Types, shift: int) -> None:
 @pytest.mark.parametrize(("norm", "affine", "kind"), CALLS)
 @pytest.mark.parametrize("isa", ISAS)
 def test_partial_vectors(isa: str, norm: str, affine: bool, kind: str, types: Types) -> None:
-    """Every number of lanes in the last vector: results as the reference's, and nothing written after it."""
-    for features in (*range(1, 18), 33):
+    """Few and many lanes in the last vector: results as the reference's, and nothing written after it."""
+    for features in (1, 2, 3, 5, 7, 11, 15, 17):
         tensors, options = arguments(3, features, types, norm, affine, kind)
         options["eps"] = 1e-2  # at D = 1 and 2 the variance may vanish, and 1/sqrt(eps) magnifies every rounding
         grads = cotangents(tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import pickle
 from typing import Any
@@ -140,3 +141,70 @@ def test_rule_that_replaces() -> None:
         dl.swap(model, {OtherNames: lambda module: None})
     with pytest.raises(TypeError, match=r"rules must be a dict .* found int"):
         dl.swap(model, 1)
+
+
+class Exact(PlainCell):
+    """PlainCell with an eps that shows."""
+
+    def __init__(self, eps: float, **options: Any) -> None:
+        super().__init__(**options)
+        self.normer.eps = eps
+
+
+def check_swapped(cell: nn.Module, plain: nn.Module, tolerance: float = 1e-12) -> None:
+    """The swapped cell computes what its twin does, forward and backward, in fp64 or rounded to the type of both."""
+    dtype = next(cell.parameters()).dtype
+    tensors = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs(4)]
+    grads = [grad.to(dtype) for grad in cotangents(4)]
+    for found, wanted in zip(results(cell, tensors, grads), results(plain, tensors, grads), strict=True):
+        assert found.dtype == wanted.dtype == dtype
+        torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("eps", [1e-12, 0.3, 5.0])
+def test_eps_of_a_swapped_cell(eps: float) -> None:
+    plain = randomised(Exact(eps))
+    cell = copy.deepcopy(plain)
+    dl.swap(cell)
+    check_swapped(cell, plain)
+
+
+def test_what_is_changed_after_a_swap_counts() -> None:
+    """eps, activation, probability, mode and dtype are read at each call."""
+    plain = randomised(PlainCell(dropout=0.5)).eval()
+    cell = copy.deepcopy(plain)
+    dl.swap(cell)
+    for change in (
+        lambda module: setattr(module.normer, "eps", 0.7),
+        lambda module: setattr(module, "act", nn.Tanh()),
+        lambda module: setattr(module, "act", nn.GELU(approximate="tanh")),
+        lambda module: setattr(module.drop, "p", 0.9),
+        lambda module: setattr(module, "drop", None),
+    ):
+        for module in (cell, plain):
+            change(module)
+        check_swapped(cell, plain)
+        if HAS_CPP:
+            assert dl.last_backend() == "cpp"
+    cell.float(), plain.float()
+    check_swapped(cell, plain, 1e-5)
+    cell.bfloat16(), plain.bfloat16()
+    check_swapped(cell, plain, 0.1)
+
+
+@pytest.mark.parametrize("p", [0.2, 0.7])
+def test_dropout_of_a_swapped_cell(p: float) -> None:
+    """What is kept is multiplied by 1 / (1 - p), elements of g alone are dropped, and the dropout module's mode decides."""
+    plain = randomised(PlainCell(dropout=p))
+    cell = copy.deepcopy(plain)
+    dl.swap(cell)
+    x, h, _ = (tensor.detach() for tensor in inputs(500))
+    zeros = torch.zeros(500, SIZE, dtype=torch.float64)
+    without = plain.eval()(x, (h, zeros))[1]
+    for drops in (True, False):
+        cell.train(not drops)
+        cell.drop.train(drops)
+        found = cell(x, (h, zeros))[1]
+        kept = found != 0
+        assert abs(kept.double().mean().item() - (1 - p if drops else 1)) < 0.04  # 3000 elements: four standard deviations
+        torch.testing.assert_close(found[kept], without[kept] / (1 - p if drops else 1), rtol=1e-12, atol=1e-12)
