@@ -286,3 +286,27 @@ def test_fold_of_a_model_that_goes_on_training() -> None:
                 model.train()
                 model.eval()
         assert_same(logits[:1], logits[1:], 1e-6)
+
+
+def test_fold_of_a_parameter_in_the_place_of_another() -> None:
+    """Freed first, the old one's address and version may be the new one's."""
+    folded, plain, inputs = twins("Encoder")
+    linear = folded.self_attn.out_proj
+    with torch.no_grad():
+        for _ in range(20):
+            values = (linear.weight.numpy() * 0.9).tolist()
+            del linear.weight
+            linear.weight = nn.Parameter(torch.tensor(values, dtype=torch.float64))
+            plain.load_state_dict(folded.state_dict())
+            assert_same(folded(*inputs), plain(*inputs))
+
+
+def test_fold_when_parameter_data_changes() -> None:
+    """parameter.data has a version counter of its own."""
+    folded, plain, inputs = twins("Encoder")
+    with torch.no_grad():
+        assert_folds(folded, plain, inputs, True)
+        for layer in (folded, plain):
+            for parameter in layer.parameters():
+                parameter.data.mul_(0.9)
+        assert_folds(folded, plain, inputs, True)
