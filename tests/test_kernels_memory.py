@@ -126,6 +126,7 @@ def distant(stride: int) -> Callable[[Tensor], Tensor]:
     return move
 
 
+@needs_cpp
 @pytest.mark.skipif(not hasattr(mmap, "MAP_PRIVATE"), reason="mmap has no private mappings here")
 @pytest.mark.parametrize("types", [Types(BF16, BF16, F32), Types(F32, F32, F32)], ids=str)
 def test_rows_beyond_2_to_the_31_elements(types: Types) -> None:
