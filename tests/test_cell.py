@@ -278,3 +278,22 @@ def test_checkpointing_with_dropout(reentrant: bool) -> None:
         torch.autograd.backward(outputs, grads)
         found.append({"h": outputs[0].detach(), **{name: leaf.grad for name, leaf in zip(names, leaves, strict=True)}})
     assert_identical(found[1], found[0])
+
+
+@pytest.mark.parametrize("types", [TYPES[0], TYPES[1], TYPES[4]], ids=str)
+@pytest.mark.parametrize("widths", [(24,), (5, 13)], ids=str)
+@pytest.mark.parametrize(("norm", "affine", "kind"), CALLS)
+def test_without_gradients(norm: str, affine: bool, kind: str, widths: tuple[int, ...], types: tuple[torch.dtype, torch.dtype]) -> None:
+    """Few rows take another way to z then; what comes out is what the same call gives with gradients."""
+    for rows in (1, 3, 64, 65):
+        tensors, options = arguments((rows,), widths, 33, types, norm, affine, kind)
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+        wanted = call(fused_cell, leaves, options)
+        assert wanted[0].requires_grad
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                found = call(fused_cell, leaves, options)
+            tolerance = 16 * torch.finfo(types[0]).eps  # another order of summation in z
+            for a, b in zip(found, wanted, strict=True):
+                assert not a.requires_grad
+                torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)

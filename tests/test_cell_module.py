@@ -192,8 +192,15 @@ class LowRank(nn.Module):
         return self.base(x) + self.up(self.down(x))
 
 
+class Doubled(nn.Linear):
+    """A subclass with the same parameters and another forward."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
 @pytest.mark.parametrize("hidden", ["linear", "ffn"])
-@pytest.mark.parametrize("how", ["module", "hook", "parametrised", "forward"])
+@pytest.mark.parametrize("how", ["module", "hook", "pre-hook", "parametrised", "forward", "subclass"])
 def test_replaced_linears_are_called(hidden: str, how: str) -> None:
     reference, fused = cells(hidden=hidden)
     names = ["gates", "ffn_in"] if hidden == "ffn" else ["gates"]
@@ -204,8 +211,12 @@ def test_replaced_linears_are_called(hidden: str, how: str) -> None:
             setattr(fused, name, LowRank(linear))
         elif how == "hook":
             linear.register_forward_hook(lambda module, args, output: (calls.append(module), 2 * output)[1])
+        elif how == "pre-hook":
+            linear.register_forward_pre_hook(lambda module, args: 2 * args[0])
         elif how == "parametrised":
             parametrizations.weight_norm(linear)
+        elif how == "subclass":
+            linear.__class__ = Doubled
         else:
             original = linear.forward
             linear.forward = lambda x, original=original: 3 * original(x)

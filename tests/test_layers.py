@@ -218,12 +218,23 @@ def test_copies_and_reset(kind: str) -> None:
         assert changed == {name for name in before if name.endswith("weight") and "norm" not in name}
 
 
-@pytest.mark.parametrize("how", ["hook", "lora"])
+class Doubled(nn.Linear):
+    """A subclass with the same parameters and another forward."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "lora", "subclass"])
 def test_replaced_output_projection_is_called(how: str) -> None:
     reference, fused = pair("Decoder")
     for layer in (reference, fused):
         if how == "hook":
             layer.cross_attn.out_proj.register_forward_hook(lambda module, args, output: 2 * output)
+        elif how == "pre-hook":
+            layer.cross_attn.out_proj.register_forward_pre_hook(lambda module, args: 2 * args[0])
+        elif how == "subclass":
+            layer.cross_attn.out_proj.__class__ = Doubled
         else:
             layer.cross_attn.out_proj = nn.Sequential(layer.cross_attn.out_proj, nn.Tanh())
     tgt, memory = normal(BATCH, LENGTH, D), normal(BATCH, SOURCE, D)
