@@ -262,3 +262,13 @@ def test_forward_errors(module: Any) -> None:
     ):
         with pytest.raises(error, match=text):
             each(*arguments)
+
+
+def test_param_groups_of_what_a_norm_shares() -> None:
+    """One of the modules that hold a parameter being a norm is enough, in either order, and it comes once."""
+    for reverse in (False, True):
+        modules = [nn.LayerNorm((3, 3)), nn.Linear(3, 3, bias=False)][:: -1 if reverse else 1]
+        modules[0].weight = modules[1].weight
+        decay, plain = dl.param_groups(nn.Sequential(*modules))
+        assert not decay["params"]
+        assert sum(parameter is modules[0].weight for parameter in plain["params"]) == 1
