@@ -206,7 +206,8 @@ ACCURACY_OF_DOUBLE = {**ACCURACY, "gelu": (25.0, 60.0, 60.0), "gelu_tanh": (3.5,
 def test_accuracy_of_activations(dtype: str, isa: str, name: str) -> None:
     """i = 1 and f c' = 0 leave act(a) in c; backward dc = 1 and dh = 0 leave act'(a) in dz."""
     kind = DTYPES[dtype]
-    near, everywhere, steep = (ACCURACY if dtype == "float" else ACCURACY_OF_DOUBLE)[name]
+    slack = 1.5 if isa.startswith("avx512") else 1.0  # a Newton step there is what a division is elsewhere
+    near, everywhere, steep = (slack * bound for bound in (ACCURACY if dtype == "float" else ACCURACY_OF_DOUBLE)[name])
     a = np.concatenate([np.linspace(-9, 9, 30001), [0.0]]).astype(kind)
     exact = a.astype(np.float64)
     z = torch.from_numpy(np.stack([np.full_like(a, np.inf), np.full_like(a, -np.inf), np.full_like(a, np.inf), a]))

@@ -98,7 +98,7 @@ def test_fp32_beside_16_bits_is_computed_as_such(isa: str, wide: str, half: torc
 @pytest.mark.parametrize("isa", ISAS)
 def test_fast_formulas(isa: str, half: torch.dtype, kind: str) -> None:
     """Every a between -20 and 20 that ``half`` holds: sigmoid and activation within a rounding and the formulas' own errors."""
-    fast = 1.5e-4 if isa.startswith("avx512") else 6e-5  # the approximate reciprocal of AVX-512 has an error of its own
+    fast = 2e-4 if isa.startswith("avx512") else 6e-5  # the approximate reciprocal of AVX-512 has an error of its own
     a = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(half)
     a = a[a.abs() <= 20][None]
     exact = a.double()
