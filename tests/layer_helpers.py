@@ -14,7 +14,8 @@ MERGES = ("add", "concat", "cells")
 
 
 def build(module: Any, kind: str, **options: Any) -> nn.Module:
-    return getattr(module, f"DepthLSTM{kind}Layer")(D, HEADS, **{"dropout": 0.0, "batch_first": True, "dtype": torch.float64, **options})
+    defaults = {"d_model": D, "nhead": HEADS, "dropout": 0.0, "batch_first": True, "dtype": torch.float64}
+    return getattr(module, f"DepthLSTM{kind}Layer")(**{**defaults, **options})
 
 
 def pair(kind: str, **options: Any) -> tuple[nn.Module, nn.Module]:

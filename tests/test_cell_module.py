@@ -86,18 +86,19 @@ def test_input_in_slices(hidden: str) -> None:
         assert_same(list(torch.autograd.grad(sliced, weights, cotangents)), list(torch.autograd.grad(whole, weights, cotangents)))
 
 
-def test_definition_in_twenty_lines() -> None:
-    reference, fused = cells(hidden="ffn", norm="gate")
+@pytest.mark.parametrize(("eps", "activation"), [(1e-6, "gelu"), (0.5, "silu"), (3.0, "relu")])
+def test_definition_in_twenty_lines(eps: float, activation: str) -> None:
+    reference, fused = cells(hidden="ffn", norm="gate", eps=eps, activation=activation)
     x, h, c = arguments(3)
     xh = torch.cat((x, h), 1)
     z = xh @ reference.gates.weight.T + reference.gates.bias
     gates = []
     for k, part in enumerate(z.split(SIZE, 1)):
-        normed = (part - part.mean(1, keepdim=True)) / torch.sqrt(part.var(1, correction=0, keepdim=True) + 1e-6)
+        normed = (part - part.mean(1, keepdim=True)) / torch.sqrt(part.var(1, correction=0, keepdim=True) + eps)
         gates.append(torch.sigmoid(normed * reference.norm.weight[k] + reference.norm.bias[k]))
     inner = xh @ reference.ffn_in.weight.T + reference.ffn_in.bias
-    inner = (inner - inner.mean(1, keepdim=True)) / torch.sqrt(inner.var(1, correction=0, keepdim=True) + 1e-6)
-    inner = nn.functional.gelu(inner * reference.ffn_norm.weight + reference.ffn_norm.bias)
+    inner = (inner - inner.mean(1, keepdim=True)) / torch.sqrt(inner.var(1, correction=0, keepdim=True) + eps)
+    inner = getattr(nn.functional, activation)(inner * reference.ffn_norm.weight + reference.ffn_norm.bias)
     g = inner @ reference.ffn_out.weight.T + reference.ffn_out.bias
     new_c = gates[1] * c + gates[0] * g
     for cell in (reference, fused):

@@ -207,6 +207,23 @@ def test_matrices_have_the_size_of_a_residual_layer() -> None:
     assert matrices(build(dl, "Decoder", bias=False)) == 16 * D * D
 
 
+@pytest.mark.parametrize("init", ["lipschitz", "glorot"])
+@pytest.mark.parametrize("hidden", ["linear", "ffn"])
+def test_initialisation(hidden: str, init: str) -> None:
+    """The bound of every matrix, of each of those that lie in one weight by itself; biases are zero."""
+    stacked = {"in_proj": 3, "kv_proj": 2, "gates": 4 if hidden == "linear" else 3}
+    for module in (dl, dl.reference):
+        layer = build(module, "Decoder", d_model=60, merge="cells", sublayer=True, hidden=hidden, init=init, dim_feedforward=100)
+        linears = {name: child for name, child in layer.named_modules() if isinstance(child, nn.Linear)}
+        assert len(linears) == (10 if hidden == "linear" else 16)
+        for name, linear in linears.items():
+            rows, columns = linear.weight.shape
+            rows //= stacked.get(name.split(".")[-1], 1)
+            bound = columns**-0.5 if init == "lipschitz" else (6 / (rows + columns)) ** 0.5
+            assert 0.98 * bound < linear.weight.abs().max() <= bound, name
+            assert not linear.bias.any(), name
+
+
 @pytest.mark.parametrize("kind", ["Encoder", "Decoder"])
 def test_copies_and_reset(kind: str) -> None:
     for module in (dl, dl.reference):
