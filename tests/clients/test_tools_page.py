@@ -1,0 +1,31 @@
+"""docs/other_tools.md names a test for what it says; each of them exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+PAGE = HERE.parents[1] / "docs" / "other_tools.md"
+
+
+@pytest.mark.skipif(not PAGE.is_file(), reason="no checkout")
+def test_named_tests_exist() -> None:
+    missing, checked = [], 0
+    for named in re.findall(r"\[((?:tests/)?test_[^\]]+)\](?!\()", PAGE.read_text(encoding="utf-8")):
+        for part in named.split(";"):
+            file, _, functions = part.strip().partition(": ")
+            path = HERE.parents[1] / file if file.startswith("tests/") else HERE / f"{file}.py"
+            text = path.read_text(encoding="utf-8") if path.is_file() else ""
+            if file == "test_two_processes":
+                text += (HERE / "two_processes.py").read_text(encoding="utf-8")
+            for name in filter(None, (function.strip() for function in functions.split(","))):
+                checked += 1
+                if not re.search(rf"^def (?:check_)?{name}\(", text, re.MULTILINE):
+                    missing.append(f"{file}: {name}")
+            if not text:
+                missing.append(file)
+    assert checked > 20
+    assert not missing

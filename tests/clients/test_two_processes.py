@@ -1,0 +1,87 @@
+"""torch.distributed with two gloo processes: data, tensor and pipeline parallelism, sharded parameters and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from client_helpers import batch, cotangent, model
+
+import depthlstm_fast as dl
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
+
+SCRIPT = Path(__file__).with_name("two_processes.py")
+CHECKS = re.findall(r"^def check_(\w+)", SCRIPT.read_text(), re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the two processes have left their results, one run for all the checks that are selected."""
+    path = tmp_path_factory.mktemp("two")
+    selected = [name for name in CHECKS if any(f"[{name}]" in item.name for item in request.session.items)]
+    names = selected if any("test_check[" in item.name for item in request.session.items) else []
+    names = names if "checkpoint" in names else [*names, "checkpoint"]
+    places = [str(SCRIPT.parent), str(Path(dl.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": os.pathsep.join(places)}
+    command = [sys.executable, str(SCRIPT), str(path)]
+    processes = [
+        subprocess.Popen([*command, str(rank), *names], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for rank in range(2)
+    ]
+    outputs = []
+    try:
+        for process in processes:
+            outputs.append(process.communicate(timeout=300)[0])
+    finally:
+        for process in processes:
+            process.kill()
+    (path / "output.txt").write_text("\n".join(outputs))
+    return path
+
+
+def assert_ok(folder: Path, name: str) -> None:
+    """Neither process found anything wrong."""
+    wrong = []
+    for rank in range(2):
+        path = folder / f"results{rank}.json"
+        results = json.loads(path.read_text()) if path.exists() else {}
+        found = results.get(name, f"process {rank} did not come to it; it ended with {list(results.items())[-1:]}")
+        if found != "ok":
+            wrong.append(found)
+    if wrong:
+        pytest.fail("\n".join([*wrong, (folder / "output.txt").read_text()]), pytrace=False)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_check(name: str, folder: Path) -> None:
+    assert_ok(folder, name)
+
+
+def test_checkpoint_of_two_is_loaded_by_one(folder: Path) -> None:
+    """Model and optimiser go on as the two processes do."""
+    dcp = pytest.importorskip("torch.distributed.checkpoint")
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    assert_ok(folder, "checkpoint")
+    torch.manual_seed(9)
+    loaded = model()
+    optimizer = torch.optim.AdamW(dl.param_groups(loaded), 1e-2)
+    state = dict(zip(("model", "optimizer"), get_state_dict(loaded, optimizer), strict=True))
+    dcp.load(state, checkpoint_id=folder / "checkpoint", no_dist=True)
+    set_state_dict(loaded, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    assert loaded.output.weight is loaded.tgt_embedding.weight
+    loaded.zero_grad()
+    loaded(*batch()).backward(cotangent())
+    optimizer.step()
+    after = torch.load(folder / "after.pt")
+    for name, parameter in loaded.named_parameters():
+        if name.endswith(("in_proj.bias", "kv_proj.bias")):
+            continue  # keys' biases have no gradient but rounding, of which Adam makes steps
+        torch.testing.assert_close(parameter.detach(), after[name], rtol=1e-3, atol=1e-4)
