@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -51,14 +52,27 @@ def gradients(model: torch.nn.Module, call: Callable[[], Tensor]) -> dict[str, T
     model.zero_grad()
     output = call()
     torch.manual_seed(7)
-    output.backward(torch.randn_like(output))
+    output.backward(torch.randn(output.shape).to(output.dtype))
     return {"output": output.detach(), **{name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}}
 
 
-def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 2e-5) -> None:
+def check(found: dict[str, Tensor], model: torch.nn.Module, call: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """Hold ``found`` to twice the error of eager fp32, both against ``call(model, *inputs)`` by the reference in fp64.
+
+    Errors are relative to the largest value of a result, and eager's is the largest of all results: a chain of cells has results whose
+    error in eager is luckily small.
+    """
+    exact, doubled = copy.deepcopy(model).double(), [x.double() for x in inputs]
+    with dl.use_backend("reference"):
+        eager = gradients(model, lambda: call(model, *inputs))
+        wanted = gradients(exact, lambda: call(exact, *doubled))
     assert found.keys() == wanted.keys()
-    for name in found:
-        torch.testing.assert_close(found[name], wanted[name], rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+    scales = {name: value.abs().max() for name, value in wanted.items()}
+    allowed = 2 * max((eager[name] - wanted[name]).abs().max() / scales[name] for name in wanted) + 8 * torch.finfo(torch.float32).eps
+    for name in wanted:
+        error = (found[name] - wanted[name]).abs().max() / scales[name]
+        assert error <= allowed, f"{name}: relative error {error:.3g}, allowed {allowed:.3g}"
+    assert allowed < 1e-4
 
 
 def test_side_by_side() -> None:
@@ -107,8 +121,7 @@ def test_encoder(options: dict[str, Any], batch_first: bool, monkeypatch: pytest
     assert dl.last_backend() == "triton"
     # in all layers but the first, whose h is the input, and with sublayer=True before each second cell
     assert len(writes) == (5 if options.get("sublayer") else 2)
-    with dl.use_backend("reference"):
-        assert_close(found, gradients(model, lambda: model(source)))
+    check(found, model, lambda each, x: each(x), source)
 
 
 @needs_triton
@@ -119,8 +132,7 @@ def test_decoder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with dl.use_backend("triton"), counted_writes(monkeypatch) as writes:
         found = gradients(model, lambda: model(target, memory, tgt_is_causal=True))
     assert len(writes) == {"add": 2, "concat": 4, "cells": 5, "sublayer": 5, "no bias": 2}[name]
-    with dl.use_backend("reference"):
-        assert_close(found, gradients(model, lambda: model(target, memory, tgt_is_causal=True)))
+    check(found, model, lambda each, x, y: each(x, y, tgt_is_causal=True), target, memory)
 
 
 @needs_triton
@@ -172,28 +184,29 @@ def test_checkpointing(reentrant: bool) -> None:
         return h
 
     with dl.use_backend("triton"):
-        found = gradients(model, checkpointed)
-        assert_close(found, gradients(model, lambda: model(source)))
+        results = [gradients(model, checkpointed), gradients(model, lambda: model(source))]
         model.gradient_checkpointing = True
-        assert_close(gradients(model, lambda: model(source)), found)
+        results.append(gradients(model, lambda: model(source)))
+    model.gradient_checkpointing = False
+    for found in results:
+        check(found, model, lambda each, x: each(x), source)
 
 
 @needs_triton
 def test_two_users_of_one_h() -> None:
     """Two layers fed from one h write to one place unless the second is refused it: x of the first is kept for backward."""
     layers = encoder().layers
-    first, second, third = layers
     source = torch.randn(BATCH, LENGTH, D)
 
-    def run() -> Tensor:
+    def run(layers: torch.nn.ModuleList, source: Tensor) -> Tensor:
+        first, second, third = layers
         h, c = first(source)
         (a, _), (b, _) = second(h, c), third(h, c)
         return a + b
 
     with dl.use_backend("triton"):
-        found = gradients(layers, run)
-    with dl.use_backend("reference"):
-        assert_close(found, gradients(layers, run))
+        found = gradients(layers, lambda: run(layers, source))
+    check(found, layers, run, source)
 
 
 @needs_triton
@@ -240,5 +253,4 @@ def test_modules_that_are_not_plain_are_called() -> None:
     with dl.use_backend("triton"):
         found = gradients(model, lambda: model(source))
     assert called == [1]
-    with dl.use_backend("reference"):
-        assert_close(found, gradients(model, lambda: model(source)))
+    check(found, model, lambda each, x: each(x), source)
