@@ -188,7 +188,7 @@ def replaced_by_the_old_signature(module: nn.Module) -> None:
 
         def forward(
             tgt, memory, state, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal, memory_is_causal
-        ):  # type: ignore[no-untyped-def] # noqa: E501
+        ):  # type: ignore[no-untyped-def]
             found = original(
                 tgt, memory, state, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal, memory_is_causal
             )
