@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, modes, sharding
+from . import checks, sharding
 from .callable_module import make_callable
 from .measured import FASTEST
+from .modes import is_jit_tracing, is_transformed
 
 BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
 LIBRARY = Path(__file__).with_name("_C.abi3.so")
@@ -213,11 +214,11 @@ def _limit(name: str, tensor: Tensor, features: int) -> str | None:
     if is_exporting():
         return "export takes the decomposition into PyTorch operators"
     if not torch.compiler.is_compiling():
-        if modes.is_transformed():
+        if is_transformed():
             return "torch.func transforms need the decomposition into PyTorch operators"
         if torch.autograd.forward_ad._current_level >= 0:
             return "forward-mode differentiation needs the decomposition into PyTorch operators"
-    return sharding.limit(tensor)
+    return None if type(tensor) is Tensor else sharding.limit(tensor)
 
 
 def is_exporting() -> bool:
@@ -225,7 +226,7 @@ def is_exporting() -> bool:
     # not torch.compiler.is_exporting: under torch.compile torch 2.11 takes that for True
     if getattr(torch.compiler, "_is_exporting_flag", False):
         return True
-    return torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()
+    return not torch.compiler.is_compiling() and is_jit_tracing() and torch.onnx.is_in_onnx_export()
 
 
 def cuda_limit(tensor: Tensor, features: int) -> str | None:

@@ -16,7 +16,7 @@ from . import beside, checks
 from .backends import load_error, triton_limit
 from .checks import ACTIVATIONS, NORMS
 from .derivatives import Grads, once_differentiable
-from .modes import is_direct, is_traced, is_watched
+from .modes import is_direct, is_jit_tracing, is_watched
 
 NORM_CODES = {name: code for code, name in enumerate(NORMS)}
 ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
@@ -198,7 +198,7 @@ def _weight_gradient(dz: Tensor, slices: list[Tensor], w: Tensor) -> Tensor:
 
 def gates(*inputs: Any, backend: str) -> tuple[Tensor, Tensor]:
     """The gates with autograd; arguments as :class:`GatesFunction`."""
-    if is_traced():
+    if torch.compiler.is_compiling() or is_jit_tracing():
         return OPERATORS[backend].forward(*inputs)
     if torch.is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in inputs[:6]):
         return GatesFunction.apply(*inputs, backend)
@@ -218,7 +218,7 @@ def cell(
         slices = [piece.reshape(-1, piece.shape[-1]) for piece in slices]
         hidden = None if hidden is None else hidden.reshape(-1, features)
         c = c.reshape(-1, features)
-    if is_traced():
+    if torch.compiler.is_compiling() or is_jit_tracing():
         # traced as plain GEMMs, which inductor plans better than an opaque operator
         h, c = OPERATORS[backend].forward(project(slices, w), b, hidden, c, *rest)
         return (h, c) if len(shape) == 2 else (h.view(shape), c.view(shape))
