@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import beside, reference
 from .functional import depth_lstm_cell, depth_lstm_gates
-from .modes import autocast_dtype, is_watched
+from .modes import autocast_dtype, is_jit_traced, is_watched
 from .plain import is_plain, is_plain_linear
 from .reference.attention import CrossAttention, SelfAttention
 from .reference.stacks import CELLS
@@ -48,6 +48,8 @@ def _rows(x: Tensor) -> Tensor:
 
 def linear_slices(inputs: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None) -> Tensor:
     """W [inputs] + b without the concatenation; inputs (..., I_j) with the I_j adding to the columns of weight (R, I) -> (..., R)."""
+    if is_jit_traced():  # the exporter to ONNX takes the sizes of the view below for constants
+        return F.linear(torch.cat(inputs, dim=-1), weight, bias)
     # one split: its backward writes the weight's gradient once, where a slice each would write zeros and add
     first, *rest = weight.split([x.shape[-1] for x in inputs], dim=1)
     total = F.linear(_rows(inputs[0]), first, bias)
@@ -265,7 +267,7 @@ class DepthLSTMDecoderLayer(_FusedLayer, reference.DepthLSTMDecoderLayer):
     def _add_cross_attention(self, s: Tensor, options: dict[str, Any], buffer: Tensor | None) -> Tensor:
         """s + CrossAttn(s), the output projection accumulating onto s; written into ``buffer`` where there is one."""
         projection = self.cross_attn.out_proj
-        if not is_plain_linear(projection) or not _is_plain_attention(self.cross_attn):
+        if not is_plain_linear(projection) or not _is_plain_attention(self.cross_attn) or is_jit_traced():
             return s + self.cross_attn(s, **options)
         context = self.cross_attn.context(s, **options)
         if buffer is not None:

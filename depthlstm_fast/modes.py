@@ -23,6 +23,16 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or is_jit_tracing()
 
 
+def is_jit_traced() -> bool:
+    """Whether torch.jit.trace, or the exporter to ONNX that is built on it, records this call."""
+    return not torch.compiler.is_compiling() and is_jit_tracing()
+
+
+def constant(size: int) -> int:
+    """A size that no call changes: torch.jit.trace would record it as one that may vary, which ONNX takes for no number of features."""
+    return int(size) if is_jit_traced() else size
+
+
 def is_direct(tensor: Tensor) -> bool:
     """Whether only kernels see an eager call on ``tensor``: no subclass of Tensor, no dispatch mode."""
     return type(tensor) in (Tensor, torch.nn.Parameter) and torch._C._len_torch_dispatch_stack() == 0

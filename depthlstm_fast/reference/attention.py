@@ -277,7 +277,8 @@ class CrossAttention(_Attention):
             cache.memory_keys_values = keys, values
         queries = x if x.shape[0] == keys.shape[0] else x.reshape(keys.shape[0], -1, self.d_model)
         query = self._project(self.q_proj, queries).unflatten(-1, (self.nhead, -1)).transpose(1, 2)
-        return self._attend(query, keys, values, mask, is_causal).view(x.shape)
+        attended = self._attend(query, keys, values, mask, is_causal)
+        return attended if queries is x else attended.view(x.shape)
 
     def forward(
         self,

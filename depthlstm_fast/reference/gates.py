@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks, sharding
-from ..modes import autocast_dtype
+from ..modes import autocast_dtype, constant
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -98,15 +98,15 @@ def depth_lstm_gates(
     """The twin of :func:`depthlstm_fast.depth_lstm_gates` in plain PyTorch; differentiable any number of times."""
     checks.check_options(norm, activation, eps, dropout_p)
     checks.check_gates(z, c, weight, bias, hidden, norm, seed)
-    features = c.shape[-1]
-    a = z.unflatten(-1, (-1, features))
+    gates, features = 4 if hidden is None else 3, constant(c.shape[-1])
+    a = z.unflatten(-1, (gates, features))
     if norm == "gate":
         a = F.layer_norm(a, (features,), None, None, eps)
         if weight is not None and bias is not None:
             a = a * weight + bias
     elif norm == "joint":
         # layer_norm wants z's own dtype in its affine, or fp32
-        a = F.layer_norm(a, tuple(a.shape[-2:]), weight, bias, eps)
+        a = F.layer_norm(a, (gates, features), weight, bias, eps)
     input_gate, forget_gate, output_gate = torch.sigmoid(a[..., :3, :]).unbind(-2)
     g = activate(a[..., 3, :], activation) if hidden is None else hidden
     if training and dropout_p > 0:
