@@ -144,7 +144,8 @@ def run_training(
             train_steps(trainer, corpus, run, size, evaluate_every, checkpoint_every)
         except DivergedError as error:
             good = checkpoints(run)
-            raise DivergedError(f"{error}; {f'the last good checkpoint is {good[-1]}' if good else 'there is no checkpoint yet'}") from None
+            kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+            raise DivergedError(f"{error}; {kept}") from None
         return score_test_set(corpus, run, beam_size, device) if group.rank == 0 else []
 
 
