@@ -98,6 +98,42 @@ def check_fsdp2_meta(mesh: DeviceMesh, folder: Path) -> None:
     torch.testing.assert_close(full(empty.eval()(*batch())), plain(*batch()))
 
 
+def check_fsdp2_meta_draws(mesh: DeviceMesh, folder: Path) -> None:
+    """Shards are parts of one draw, that of one process; a forget bias reaches the shard that it belongs to."""
+    variants: list[dict[str, Any]] = [
+        {"forget_bias": 2.0},
+        {"forget_bias": 2.0, "norm": "none"},
+        {"tie_output": False, "positions": "learned"},
+    ]
+    for options in variants:
+        with torch.device("meta"):
+            sharded = shard(model(**options), mesh)
+        sharded.to_empty(device="cpu")
+        whole = model(**options)
+        for each in (sharded, whole):
+            torch.manual_seed(3)
+            each.reset_parameters()
+        for (name, found), wanted in zip(sharded.named_parameters(), whole.parameters(), strict=True):
+            assert torch.equal(full(found), wanted), (options, name)
+
+
+def check_dtensor_dropout(mesh: DeviceMesh, folder: Path) -> None:
+    """One mask for all processes, that of the first one's generator, however the rows lie."""
+    torch.manual_seed(0)
+    cell, x = dl.DepthLSTMCell(D, D, dropout=0.5), torch.randn(6, D)
+    for backend in ("auto", "reference"):
+        with dl.use_backend(backend):
+            torch.manual_seed(5)
+            wanted = cell(x)[0].detach()
+            torch.manual_seed(5 + mesh.get_local_rank())
+            spread = distribute_module(copy.deepcopy(cell), mesh)
+            for place in (Replicate(), Shard(0)):
+                torch.manual_seed(5 + mesh.get_local_rank())
+                h = spread(distribute_tensor(x, mesh, [place]))[0]
+                torch.testing.assert_close(full(h).detach(), wanted, **CLOSE)
+                h.square().sum().backward()
+
+
 def check_checkpoint(mesh: DeviceMesh, folder: Path) -> None:
     """Saved by two processes; test_two_processes.py loads it in one."""
     sharded = shard(same_model(), mesh)
