@@ -179,8 +179,6 @@ def _fastest(tensor: Tensor, features: int) -> str:
     if FASTEST and tensor.device.type == "cuda":
         winner = FASTEST.get((_gpu_name(tensor.device.index), features, tensor.dtype))
         candidates.sort(key=lambda name: name != winner)
-    if tensor.is_meta:  # shapes alone: nothing is computed, so nothing falls back
-        return "reference"
     limits: list[str] = []
     for name in candidates:
         limit = _limit(name, tensor, features)

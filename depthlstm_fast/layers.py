@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import beside, reference
 from .functional import depth_lstm_cell, depth_lstm_gates
-from .modes import autocast_dtype, is_jit_traced, is_watched
+from .modes import autocast_dtype, is_jit_traced, is_traced, is_transformed, is_watched
 from .plain import is_plain, is_plain_linear
 from .reference.attention import CrossAttention, SelfAttention
 from .reference.stacks import CELLS
@@ -170,7 +170,7 @@ class _FusedLayer(nn.Module):
 
     def _fold(self, name: str, attention: SelfAttention | CrossAttention, cell: nn.Module, first: int) -> Fold | None:
         """The folded weights of ``cell`` for ``attention``, whose context takes the columns from ``first`` on; None where not to fold."""
-        if not self.folds_output_projection or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not self.folds_output_projection or self.training or torch.is_grad_enabled() or is_traced() or is_transformed():
             return None
         if cell.training or attention.training or not (_is_plain_attention(attention) and is_plain(cell, DepthLSTMCell)):
             return None
@@ -221,7 +221,8 @@ class _FusedLayer(nn.Module):
         """
         cell = getattr(self, name)
         width = sum(x.shape[-1] for x in before)
-        fold = self._fold(name, attention, cell, width)
+        # neither a fake tensor nor another subclass: weights made from one must not be kept
+        fold = self._fold(name, attention, cell, width) if type(state[0]) in (Tensor, nn.Parameter) else None
         if fold is not None:
             return cell._folded_step((*before, attention.context(*arguments, **options)), state, fold)
         if not before:
@@ -316,7 +317,12 @@ def fold_output_projections(model: nn.Module, enabled: bool = True) -> int:
     """Call ``fold_output_projection(enabled)`` on every fused layer in ``model``; returns how many there are.
 
     Folding is for inference, see :meth:`DepthLSTMEncoderLayer.fold_output_projection` for what it does and when.
+
+    Raises:
+        TypeError: model is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; found {type(model).__name__}")
     layers = [module for module in model.modules() if isinstance(module, _FusedLayer)]
     for layer in layers:
         layer.fold_output_projection(enabled)

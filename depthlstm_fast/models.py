@@ -40,18 +40,19 @@ def param_groups(model: nn.Module, weight_decay: float = 0.01) -> list[dict[str,
         ``torch.optim.AdamW(param_groups(model))``.
 
     Raises:
-        TypeError, ValueError: weight_decay is not a finite number of at least 0.
+        TypeError, ValueError: model is no module, or weight_decay is not a finite number of at least 0.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; found {type(model).__name__}")
     if isinstance(weight_decay, bool) or not isinstance(weight_decay, (int, float)):
         raise TypeError(f"weight_decay must be a float; found {type(weight_decay).__name__}")
     if not 0.0 <= weight_decay < math.inf:
         raise ValueError(f"weight_decay must be finite and not negative; found {weight_decay}")
-    decays: dict[nn.Parameter, bool] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if parameter.requires_grad:
-                decay = parameter.dim() > 1 and not isinstance(module, NORMS)
-                decays[parameter] = decay and decays.get(parameter, True)
+    # those of a parametrisation or an adapter inside a normalisation, too
+    normalising = {parameter for module in model.modules() if isinstance(module, NORMS) for parameter in module.parameters()}
+    decays = {
+        parameter: parameter.dim() > 1 and parameter not in normalising for parameter in model.parameters() if parameter.requires_grad
+    }
     return [
         {"params": [parameter for parameter, decay in decays.items() if decay], "weight_decay": weight_decay},
         {"params": [parameter for parameter, decay in decays.items() if not decay], "weight_decay": 0.0},

@@ -135,6 +135,33 @@ def test_a_head_of_the_users_own_stays(module: Any) -> None:
 
 
 @each_twin
+@pytest.mark.parametrize("kept", ["output.weight", "tgt_embedding.weight"])
+@pytest.mark.parametrize("start", ["drawn", "to_empty", "meta"])
+@pytest.mark.parametrize("assign", [True, False])
+def test_one_name_of_the_tied_weight_is_enough(module: Any, kept: str, start: str, assign: bool) -> None:
+    full = build(module).eval()
+    state = {name: value for name, value in full.state_dict().items() if name not in {"output.weight", "tgt_embedding.weight"} - {kept}}
+    model = {"drawn": build, "to_empty": poisoned, "meta": on_meta}[start](module)
+    if start == "meta" and not assign:
+        model = model.to_empty(device="cpu")
+    model.load_state_dict(state, strict=False, assign=assign)
+    assert_tied(model, True)
+    assert torch.equal(model.eval()(SRC, TGT), full(SRC, TGT))
+
+
+@each_twin
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_head_of_the_users_own_is_loaded_onto_meta(module: Any, whole: bool) -> None:
+    full = build(module).eval()
+    full.output = nn.Linear(16, 9, bias=False)
+    model = on_meta(module) if whole else build(module)
+    model.output = nn.Linear(16, 9, bias=False, device="meta")
+    model.load_state_dict(full.state_dict(), assign=True)
+    assert torch.equal(model.output.weight, full.output.weight)
+    assert torch.equal(model.eval()(SRC, TGT), full(SRC, TGT))
+
+
+@each_twin
 @pytest.mark.parametrize("move", ["double", "bfloat16", "cpu", "share_memory", "to_empty"])
 def test_tables_follow_the_model(module: Any, move: str) -> None:
     model = build(module)

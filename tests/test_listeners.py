@@ -116,6 +116,24 @@ def test_the_norm_is_called_with_something_wrappers_can_pass_on(module: Any) -> 
     assert [tuple(x.shape) for (x,) in seen] == [(5, 8)]
 
 
+@each_twin
+@pytest.mark.parametrize("number", [1, 3])
+def test_backward_hooks_of_each_norm_run(module: Any, number: int) -> None:
+    encoder, calls = module.DepthLSTMEncoder(module.DepthLSTMEncoderLayer(16, 2, dropout=0.0), number), []
+    for layer in encoder.layers:
+        layer.cell.norm.register_full_backward_hook(lambda norm, inputs, outputs: calls.append([g.shape for g in outputs]))
+    encoder(torch.randn(3, 2, 16, requires_grad=True)).square().sum().backward()
+    assert calls == [[(4, 16), (4, 16)]] * number
+
+
+@each_twin
+def test_a_norm_of_another_kind_is_refused(module: Any) -> None:
+    cell = module.DepthLSTMCell(8, 8)
+    cell.norm = nn.Identity()
+    with pytest.raises(TypeError, match=r"norm must be a GateNorm, or wrap one, and return \(weight, bias\); found Identity"):
+        cell(torch.randn(3, 8))
+
+
 def test_what_a_call_of_the_norm_returns_outlives_its_parameters() -> None:
     # FSDP2 frees the gathered parameters of a module when its call ends
     norm = dl.reference.GateNorm(4, 8)
@@ -232,6 +250,42 @@ def test_parts_of_a_layer_are_called_with_the_cache(module: Any, options: dict[s
     assert counts
 
 
+class Wrapper(nn.Module):
+    """A wrapper that passes every call on, and nothing else."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        return self.inner(*arguments, **options)
+
+
+@each_twin
+@pytest.mark.parametrize("name", ["decoder", "decoder.layers.0", "decoder.layers.1", "encoder"])
+def test_wrapped_modules_generate(module: Any, name: str) -> None:
+    model = module.DepthLSTMTransformer(9, 7, **SIZES).eval()
+    src = torch.randint(3, 9, (2, 6))
+    wanted = model.generate(src, 6, beam_size=2)
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, Wrapper(model.get_submodule(name)))
+    assert torch.equal(model.generate(src, 6, beam_size=2), wanted)
+
+
+@each_twin
+@pytest.mark.parametrize("part", ["self_attn", "cross_attn"])
+def test_attention_without_a_cache_argument(module: Any, part: str) -> None:
+    model = module.DepthLSTMTransformer(9, 7, **SIZES).eval()
+    attention = model.get_submodule(f"decoder.layers.0.{part}")
+    original, src = attention.forward, torch.randint(3, 9, (2, 6))
+    if part == "self_attn":
+        attention.forward = lambda x, mask=None, is_causal=False: -original(x, mask, is_causal)
+    else:
+        attention.forward = lambda x, memory, mask=None, is_causal=False: -original(x, memory, mask, is_causal)
+    scores = [model.generate(src, 6, use_cache=cache, return_scores=True)[1] for cache in (True, False)]
+    torch.testing.assert_close(*scores)
+
+
 def test_a_wrapper_that_drops_the_cache_is_told() -> None:
     model = dl.DepthLSTMTransformer(9, 7, **SIZES).eval()
     layer = model.decoder.layers[1]
@@ -283,3 +337,14 @@ def test_errors_of_a_step(module: Any) -> None:
         layer(torch.randn(3, 1, 16), memory, cache=cache)
     with pytest.raises(ValueError, match=r"memory must have shape \(batch, length, 16\); found \(4, 16\)"):
         layer.new_cache(memory[0])
+    layer(torch.randn(2, 1, 16), memory, cache=cache)
+    with pytest.raises(ValueError, match="tgt must have the batch that the cache began with, 2; found 4"):
+        layer(torch.randn(4, 1, 16), memory, cache=cache)
+    decoder = module.DepthLSTMDecoder(layer, 2)
+    for wrong, found in ((3, "int"), ([cache], "a list of 1")):
+        with pytest.raises(ValueError, match=f"caches must be a list of 2, one a layer, as new_caches makes it; found {found}"):
+            decoder(torch.randn(2, 1, 16), memory, caches=wrong)
+    with pytest.raises(TypeError, match="caches must be a list, as new_caches makes it; found list"):
+        decoder.step(torch.randn(2, 1, 16), [])
+    with pytest.raises(TypeError, match=r"memory must be a torch\.Tensor; found NoneType"):
+        decoder(torch.randn(2, 1, 16), None)

@@ -223,6 +223,17 @@ def test_param_groups() -> None:
         dl.param_groups(each, "0.1")  # type: ignore[arg-type]
 
 
+def test_what_is_inside_a_norm_does_not_decay() -> None:
+    cell = dl.DepthLSTMCell(8, 16)
+    nn.utils.parametrizations.weight_norm(cell.norm, "weight")
+    decaying, kept = dl.param_groups(cell, 0.1)
+    assert [id(p) for p in decaying["params"]] == [id(cell.gates.weight)]
+    assert len(kept["params"]) == 4  # gates.bias, norm.bias and the two of the parametrisation
+    for function in (dl.param_groups, dl.fold_output_projections):
+        with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module; found NoneType"):
+            function(None)
+
+
 @pytest.mark.parametrize("module", [dl, dl.reference])
 def test_constructor_errors(module: Any) -> None:
     for options, error, text in (

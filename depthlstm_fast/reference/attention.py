@@ -42,13 +42,15 @@ def initialise_linear(linear: nn.Module, init: str, matrices: int = 1) -> None:
         nn.init.zeros_(linear.bias)
 
 
-def _check_mask(argument: str, mask: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
+def _check_mask(argument: str, mask: Tensor, shapes: tuple[tuple[int, ...], ...], device: torch.device) -> None:
     if not isinstance(mask, Tensor):
         raise TypeError(f"{argument} must be a torch.Tensor; found {type(mask).__name__}")
     if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
         raise TypeError(f"{argument} must be bool or floating point; found {mask.dtype}")
     if tuple(mask.shape) not in shapes:
         raise ValueError(f"{argument} must have shape {' or '.join(map(str, shapes))}; found {tuple(mask.shape)}")
+    if mask.device != device:
+        raise ValueError(f"{argument} must be on the device of its queries, {device}; found {mask.device}")
 
 
 def attention_mask(
@@ -81,9 +83,9 @@ def attention_mask(
     """
     batch, nhead, queries, keys = sizes
     if attention is not None:
-        _check_mask(arguments[0], attention, ((queries, keys), (batch * nhead, queries, keys)))
+        _check_mask(arguments[0], attention, ((queries, keys), (batch * nhead, queries, keys)), device)
     if key_padding is not None:
-        _check_mask(arguments[1], key_padding, ((batch, keys),))
+        _check_mask(arguments[1], key_padding, ((batch, keys),), device)
     if is_causal and key_padding is None:
         return None, True
     if is_causal and attention is None:
@@ -136,6 +138,21 @@ class DecoderCache:
         """Row i goes on from what row ``rows[i]`` has seen; rows int64, only ever moved within the beams of one source."""
         if self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+
+
+def new_cache(memory: Tensor, key_padding: Tensor | None, d_model: int) -> DecoderCache:
+    """A cache that nothing is in yet, for memory (batch, S, D) and its padding mask (batch, S).
+
+    Raises:
+        TypeError, ValueError: memory or the mask is not what is wanted.
+    """
+    checks.check_float_tensor("memory", memory)
+    if memory.dim() != 3 or memory.shape[-1] != d_model:
+        raise ValueError(f"memory must have shape (batch, length, {d_model}); found {tuple(memory.shape)}")
+    sizes = (memory.shape[0], 1, 1, memory.shape[1])
+    arguments = ("memory_mask", "memory_key_padding_mask")
+    mask, _ = attention_mask(None, key_padding, False, sizes=sizes, device=memory.device, arguments=arguments)
+    return DecoderCache(memory, mask)
 
 
 class _Attention(nn.Module):

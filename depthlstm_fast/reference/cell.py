@@ -200,7 +200,13 @@ class DepthLSTMCell(nn.Module):
         norm = self.norm
         if norm is None:
             return None, None
-        return (norm.weight, norm.bias) if is_plain(norm, GateNorm) else norm(c)  # type: ignore[return-value]
+        if is_plain(norm, GateNorm):
+            return norm.weight, norm.bias  # type: ignore[return-value]
+        # detached: a backward hook waits for the gradient of the input, and this one has none
+        affine = norm(c.detach())
+        if not isinstance(affine, tuple) or len(affine) != 2:
+            raise TypeError(f"norm must be a GateNorm, or wrap one, and return (weight, bias); found {type(norm).__name__}")
+        return affine
 
     def _options(self, c: Tensor, hidden: Tensor | None) -> dict:
         weight, bias = self._affine(c)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
-from .attention import CrossAttention, DecoderCache, SelfAttention, attention_mask, initialise_linear
+from .attention import CrossAttention, DecoderCache, SelfAttention, attention_mask, initialise_linear, new_cache
 from .cell import DepthLSTMCell
 from .gates import activate
 
@@ -302,17 +302,13 @@ class DepthLSTMDecoderLayer(_Layer):
             raise ValueError(f"tgt must hold one position with a cache; found {h.shape[1]}")
         if h.shape[0] % cache.memory.shape[0]:
             raise ValueError(f"tgt must have a multiple of the cache's {cache.memory.shape[0]} sources as its batch; found {h.shape[0]}")
+        if cache.keys is not None and cache.keys.shape[0] != h.shape[0]:
+            raise ValueError(f"tgt must have the batch that the cache began with, {cache.keys.shape[0]}; found {h.shape[0]}")
         return self._enter("memory", memory) if cache.memory_keys_values is None else memory
 
     def new_cache(self, memory: Tensor, memory_key_padding_mask: Tensor | None = None) -> DecoderCache:
         """Start incremental decoding: memory (batch, S, D), mask (batch, S) bool or floating point; always batch first."""
-        checks.check_float_tensor("memory", memory)
-        if memory.dim() != 3 or memory.shape[-1] != self.d_model:
-            raise ValueError(f"memory must have shape (batch, length, {self.d_model}); found {tuple(memory.shape)}")
-        sizes = (memory.shape[0], self.nhead, 1, memory.shape[1])
-        arguments = ("memory_mask", "memory_key_padding_mask")
-        mask, _ = attention_mask(None, memory_key_padding_mask, False, sizes=sizes, device=memory.device, arguments=arguments)
-        return DecoderCache(memory, mask)
+        return new_cache(memory, memory_key_padding_mask, self.d_model)
 
     def step(self, tgt: Tensor, cache: DecoderCache, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """:meth:`forward` with ``cache``, but tgt, state and the results are (rows, 1, D), always batch first.

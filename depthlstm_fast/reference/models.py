@@ -123,7 +123,7 @@ class DepthLSTMTransformer(nn.Module):
     decoder_layer_class: type[DepthLSTMDecoderLayer] = DepthLSTMDecoderLayer
     encoder_class: type[DepthLSTMEncoder] = DepthLSTMEncoder
     decoder_class: type[DepthLSTMDecoder] = DepthLSTMDecoder
-    _ties_after_load = False
+    _ties_after_load = _output_alone_is_loaded = False
 
     def __init__(
         self,
@@ -207,7 +207,7 @@ class DepthLSTMTransformer(nn.Module):
         own, embedded = self.output._parameters.get("weight"), self.tgt_embedding._parameters.get("weight")
         if own is None or embedded is None or type(own) is not type(embedded) or own.shape != embedded.shape:
             return
-        if embedded.is_meta and not own.is_meta:
+        if (embedded.is_meta and not own.is_meta) or self._output_alone_is_loaded:
             self.tgt_embedding.weight = own
         else:
             self.output.weight = embedded
@@ -219,11 +219,14 @@ class DepthLSTMTransformer(nn.Module):
             self.tie_weights()
         return self
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        # a tie that loading breaks is made again, as is one that was lost before there was anything to load into
-        weights = [getattr(module, "weight", None) for module in (self.output, self.tgt_embedding)]
-        self._ties_after_load = self._is_tied() or any(isinstance(weight, Tensor) and weight.is_meta for weight in weights)
-        super()._load_from_state_dict(*arguments)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        own, embedded = (state_dict.get(f"{prefix}{name}.weight") for name in ("output", "tgt_embedding"))
+        on_meta = any(getattr(module.weight, "is_meta", False) for module in (self.output, self.tgt_embedding) if hasattr(module, "weight"))
+        # a tie that loading breaks is made again, as is one that was lost before there was anything to load into; two weights that
+        # differ belong to a head of the user's own
+        self._ties_after_load = self._is_tied() or (on_meta and (own is None or embedded is None or _are_equal(own, embedded)))
+        self._output_alone_is_loaded = own is not None and embedded is None
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _reset_embeddings(self) -> None:
         self.tie_weights()
@@ -250,6 +253,9 @@ class DepthLSTMTransformer(nn.Module):
             raise ValueError(f"{argument} must have shape (batch, length), neither of them 0; found {tuple(ids.shape)}")
         if ids.shape[1] > self.max_len:
             raise ValueError(f"{argument} must have at most max_len, {self.max_len}, tokens; found {ids.shape[1]}")
+        held = getattr(self.src_embedding, "weight", ids)
+        if ids.is_meta and not held.is_meta:  # an embedding on the CPU would take them, and return what memory holds
+            raise ValueError(f"{argument} must be on the device of the model, {held.device}; found meta")
         if range_too and not is_traced() and is_direct(ids) and not is_transformed():
             least, most = (int(bound) for bound in torch.aminmax(ids))
             if least < 0 or most >= vocab:
@@ -375,7 +381,8 @@ class DepthLSTMTransformer(nn.Module):
         with self._inference():
             padding = src == self.pad_id if src_key_padding_mask is None else src_key_padding_mask
             memory = self.encode(src, padding)
-            cached = use_cache and self.decoder.takes_caches()
+            takes_caches = getattr(self.decoder, "takes_caches", None)  # a wrapper need not have it
+            cached = use_cache and takes_caches is not None and takes_caches()
             decoding = (CachedDecoding if cached else Decoding)(self, memory, padding, beam_size)
             search = generation.greedy_search if beam_size == 1 else generation.beam_search
             tokens, scores = search(decoding.next_logits, decoding.reorder, settings)
@@ -397,6 +404,14 @@ class DepthLSTMTransformer(nn.Module):
 def _tie_after_load(model: DepthLSTMTransformer, incompatible_keys: Any) -> None:
     if model._ties_after_load:
         model.tie_weights()
+    model._output_alone_is_loaded = False
+
+
+def _are_equal(a: Any, b: Any) -> bool:
+    """Whether two entries of a state_dict hold the same numbers, as far as that can be told."""
+    if a is b or not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.is_meta or b.is_meta:
+        return True
+    return type(a) is type(b) and a.shape == b.shape and a.dtype == b.dtype and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
 
 
 class Decoding:

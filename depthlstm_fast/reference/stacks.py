@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import checks
-from .attention import DecoderCache
+from .attention import DecoderCache, new_cache
 from .cell import DepthLSTMCell
 from .layers import DepthLSTMDecoderLayer, DepthLSTMEncoderLayer
 
@@ -156,7 +156,11 @@ class DepthLSTMDecoder(_Stack):
         ``tgt_is_causal=None`` means False: the mask is used as it is, and not examined (torch looks whether it is causal).
         ``caches`` (of :meth:`new_caches`) is for incremental decoding: see ``cache`` in :meth:`DepthLSTMDecoderLayer.forward`.
         """
+        checks.check_float_tensor("memory", memory)
         if caches is not None:
+            if not isinstance(caches, list) or len(caches) != len(self.layers):
+                found = f"a list of {len(caches)}" if isinstance(caches, list) else type(caches).__name__
+                raise ValueError(f"caches must be a list of {len(self.layers)}, one a layer, as new_caches makes it; found {found}")
             h, c = tgt, self._initial_cell(tgt)
             for layer, cache in zip(self.layers, caches, strict=True):
                 h, c = layer(h, memory, c, cache=cache)
@@ -175,11 +179,13 @@ class DepthLSTMDecoder(_Stack):
 
     def new_caches(self, memory: Tensor, memory_key_padding_mask: Tensor | None = None) -> list[DecoderCache]:
         """Start incremental decoding: one cache a layer for memory (batch, S, D), always batch first."""
-        first: DecoderCache = self.layers[0].new_cache(memory, memory_key_padding_mask)  # type: ignore[operator]
+        first = new_cache(memory, memory_key_padding_mask, self.d_model)
         return [first, *(DecoderCache(memory, first.memory_mask) for _ in self.layers[1:])]
 
     def step(self, tgt: Tensor, caches: list[DecoderCache]) -> Tensor:
         """:meth:`forward` with ``caches``, but tgt and the result are (rows, 1, D), always batch first."""
+        if not isinstance(caches, list) or not caches or not isinstance(caches[0], DecoderCache):
+            raise TypeError(f"caches must be a list, as new_caches makes it; found {type(caches).__name__}")
         memory = caches[0].memory
         if self.batch_first:
             return self(tgt, memory, caches=caches)
@@ -187,7 +193,9 @@ class DepthLSTMDecoder(_Stack):
 
     def takes_caches(self) -> bool:
         """Whether the forward of this stack and of each layer, possibly replaced by the user's own, takes the cache of a decoding step."""
-        return _takes(self, "caches") and all(_takes(layer, "cache") for layer in self.layers)
+        parts = [getattr(layer, name, None) for layer in self.layers for name in ("self_attn", "cross_attn")]
+        inside = all(_takes(part, "cache") for part in parts if isinstance(part, nn.Module))
+        return _takes(self, "caches") and inside and all(_takes(layer, "cache") for layer in self.layers)
 
 
 def _takes(module: nn.Module, argument: str) -> bool:
