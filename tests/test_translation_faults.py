@@ -356,3 +356,30 @@ def test_only_lines_too_long_for_a_vocabulary(tmp_path: Path, capsys: pytest.Cap
         (tmp_path / f"a.{side}").write_text(text, encoding="utf-8")
     files = ["--source", tmp_path / "a.en", "--target", tmp_path / "a.de", tmp_path / "out"]
     assert "texts must hold a line of at most 4192 bytes" in one_line(prepare, files, capsys)
+
+
+@pytest.mark.parametrize(
+    "content", [bytes(3000), b"\xff\n" * 1500, b"[1]\n" * 800, b"no JSON\n" * 400], ids=["nul", "bytes", "list", "text"]
+)
+def test_a_log_of_something_else_is_refused(own: Path, content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    log = own / "run" / checkpoint.LOG
+    log.write_bytes(content)
+    printed = one_line(train, [own / "corpus", "--output", own / "run", *MORE], capsys)
+    assert "must hold JSON objects, one a line; found another line 1" in printed
+    assert log.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("more", "wanted"),
+    [
+        (["--d-model", "1000000000000"], ""),
+        (["--forget-bias", "1e300"], "forget_bias must be at most 3.4e+38 in size; found 1e+300"),
+        (["--device", "meta"], "device must be one that torch can use here; found 'meta'"),
+        (["--beam-size", "9" * 30], ""),
+        (["--warmup-steps", "1" + "0" * 320], ""),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_numbers_that_no_machine_can_hold(own: Path, more: list[str], wanted: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [*options(replace(SMALL, steps=1)), *EVERY, *more]
+    assert wanted in one_line(train, [own / "corpus", "--output", own / "other", *given], capsys)

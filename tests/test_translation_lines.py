@@ -216,3 +216,16 @@ def test_invisible_lines_stay_blank_and_every_line_has_one(run: Path) -> None:
     assert output[0] == translated[0]
     for content, count in ((b"", 0), (MARK.encode(), 0), (b"\n", 1)):
         assert subprocess.run(command, input=content, capture_output=True, check=True).stdout == b"\n" * count
+
+
+@pytest.mark.parametrize(
+    "mark", ["\u034f", "\ufe0f", "\u180b", "\x01", "\x7f", "\0", "\u3164", "\u2800", "\U000e0080", "\u200b", "\xad"], ids=ascii
+)
+def test_a_text_with_something_invisible_is_the_same_text(mark: str) -> None:
+    assert lines.same_text(f"The {mark}Word here{mark}") == lines.same_text("The word here")
+
+
+def test_texts_that_look_different_are_not_the_same() -> None:
+    different = ["a b", "ab", "\u0915", "\u0915\u093f", "e", "e\u0301", "e\u0308", "a\tc"]
+    assert len({lines.same_text(text) for text in different}) == len(different)
+    assert lines.same_text("a\x0bb") == lines.same_text("a b")

@@ -112,6 +112,9 @@ class DepthLSTMCell(nn.Module):
         checks.check_eps("eps", eps)
         checks.check_probability("dropout", dropout)
         checks.check_finite("forget_bias", forget_bias)
+        most = torch.finfo(dtype or torch.get_default_dtype()).max
+        if abs(forget_bias) > most:
+            raise ValueError(f"forget_bias must be at most {most:.3g} in size; found {forget_bias}")
         checks.check_name("init", init, INITS)
         if ffn_size is not None:
             checks.check_size("ffn_size", ffn_size)

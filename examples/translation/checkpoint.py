@@ -7,6 +7,7 @@ no longer wanted is renamed back before it is removed. So a folder ``checkpoint-
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -56,11 +57,27 @@ class Log:
     """
 
     def __init__(self, path: Path, size: int = 0) -> None:
+        self._check(path, size)
         self.file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
         if path.stat().st_size < size:
             size = path.read_bytes().rfind(b"\n") + 1
             print(f"{path} is shorter than when the checkpoint was written: it goes on after {size} bytes", file=sys.stderr)
         self.file.truncate(size)
+
+    @staticmethod
+    def _check(path: Path, size: int) -> None:
+        """Raise DamagedError where the lines to be kept are not those of a log."""
+        content = path.read_bytes()[:size] if size and path.is_file() else b""
+        *whole, rest = content.split(b"\n")
+        if rest and len(content) == size:
+            whole.append(rest)  # a checkpoint is written after a whole line
+        for number, line in enumerate(whole, 1):
+            try:
+                found = json.loads(line)
+            except ValueError:
+                found = None
+            if not isinstance(found, dict):
+                raise DamagedError(f"{path} must hold JSON objects, one a line; found another line {number}: move the file away")
 
     def write(self, **values: Any) -> None:
         """Append one line, or nothing where the disk is full."""

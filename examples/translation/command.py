@@ -9,6 +9,7 @@ import contextlib
 import functools
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 INTERRUPTED = 130
+TOO_LARGE = re.compile("allocate memory|out of memory|Storage size calculation overflowed|[Oo]verflow")
 
 
 class Terminal(io.TextIOBase):
@@ -129,7 +131,11 @@ def program(name: str, *errors: type[Exception]) -> Callable[[Callable[..., int]
             with terminal_streams():
                 try:
                     return function(arguments)
-                except caught as error:
+                except (*caught, OverflowError, MemoryError) as error:
+                    fail(name, error)
+                except RuntimeError as error:  # torch's, for sizes that no machine has
+                    if not TOO_LARGE.search(str(error)):
+                        raise
                     fail(name, error)
                 except KeyboardInterrupt:
                     raise SystemExit(INTERRUPTED) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
 import sys
 import tempfile
 import unicodedata
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 MARK = "\ufeff"  # the byte-order mark that some editors begin a file with
+SELECTOR = re.compile("[\u034f\u180b-\u180d\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]")
 BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs to Unicode, and empty space to the reader
 
 
@@ -80,7 +82,15 @@ def visible(text: str) -> bool:
     return any(unicodedata.category(character)[0] not in "CMZ" and character not in BLANK_LETTERS for character in text)
 
 
+def _leaves_no_trace(character: str) -> bool:
+    """Whether a text looks the same without ``character``, which is no blank."""
+    if character.isspace():
+        return False
+    # variation selectors and the grapheme joiner are marks, other marks are seen on the letter before them
+    return unicodedata.category(character)[0] == "C" or character in BLANK_LETTERS or SELECTOR.match(character) is not None
+
+
 def same_text(text: str) -> str:
     """Return what texts have in common that look alike: compatible characters, case, blanks and invisible characters do not count."""
-    shown = "".join(character for character in unicodedata.normalize("NFKC", text) if unicodedata.category(character) != "Cf")
+    shown = "".join(character for character in unicodedata.normalize("NFKC", text) if not _leaves_no_trace(character))
     return " ".join(shown.split()).casefold()

@@ -97,7 +97,7 @@ def usable_device(device: str) -> str:
         ValueError: torch does not know it, or cannot use it here.
     """
     try:
-        torch.empty(0, device=device)
+        torch.empty(1, device=device).item()  # the meta device, among others, has no numbers
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"device must be one that torch can use here; found {device!r}: {str(error).splitlines()[0]}") from None
     return device
