@@ -267,7 +267,11 @@ class DepthLSTMDecoderLayer(_Layer):
         Raises:
             TypeError, ValueError: naming the argument, what was found and what was wanted.
         """
-        h, c = self._enter_states("tgt", tgt, state)
+        begun = isinstance(cache, DecoderCache) and cache.keys is not None
+        if begun and state is not None and self.batch_first and tgt.dim() == 3:
+            h, c = tgt, state  # as at the first step, which was checked
+        else:
+            h, c = self._enter_states("tgt", tgt, state)
         if cache is not None:
             keys = self._check_step(h, memory, cache)
             cross_options: dict[str, Any] = {"memory": keys, "mask": cache.memory_mask, "cache": cache}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -200,5 +203,10 @@ class DepthLSTMDecoder(_Stack):
 
 def _takes(module: nn.Module, argument: str) -> bool:
     """Whether ``module`` can be called with this keyword argument."""
-    parameters = inspect.signature(module.forward).parameters
+    return _accepts(module.forward if "forward" in module.__dict__ else type(module).forward, argument)
+
+
+@functools.lru_cache(maxsize=64)  # of classes' functions, for most: a signature takes as long as a layer's decoding step
+def _accepts(function: Callable[..., Any], argument: str) -> bool:
+    parameters = inspect.signature(function).parameters
     return argument in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
