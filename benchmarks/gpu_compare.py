@@ -1,4 +1,4 @@
-"""Triton and CUDA C++ side by side, from a run's rows, and the entries that they make for depthlstm_fast/measured.py."""
+"""Triton and CUDA C++ side by side, from a run's rows, and the entries that they make for depthlstm_fast/backends/fastest.py."""
 
 from __future__ import annotations
 
@@ -70,16 +70,18 @@ def fastest_entries(run: Run) -> list[str]:
             times = " and ".join(
                 f"{name} {side['values']['fused']['median']:.4g} ms" for name, side in zip(("triton", "cuda"), pair, strict=True)
             )
-            key = f'("{gpu}", {features}, {TORCH_NAMES[row["dtype"]]})'
+            key = f'("depth_lstm", "{gpu}", {features}, {TORCH_NAMES[row["dtype"]]})'
             lines.append(f'    {key}: "{winner}",  # benchmarks/results/{place}: {times}')
     return lines
 
 
 def fastest_text(run: Run) -> str:
-    """The file ``fastest.txt``: what can be pasted into depthlstm_fast/measured.py, and which run it is of."""
+    """The file ``fastest.txt``: what can be pasted into depthlstm_fast/backends/fastest.py, and which run it is of."""
     machine = run["machine"]
     commit = (machine.get("commit") or "an unknown commit")[:14] + (" with changes" if machine.get("dirty") else "")
-    lines = [f"# For FASTEST in depthlstm_fast/measured.py: {machine.get('gpu') or 'no GPU'}, {run['date']}, depthlstm_fast at {commit}."]
+    lines = [
+        f"# For FASTEST in depthlstm_fast/backends/fastest.py: {machine.get('gpu') or 'no GPU'}, {run['date']}, depthlstm_fast at {commit}."
+    ]
     if run.get("rehearsal"):
         return lines[0] + "\n# A rehearsal on the CPU measures nothing: there is no entry.\n"
     lines += ["# Gates forward + backward; left out: red checks, and times whose p10 to p90 overlap."]

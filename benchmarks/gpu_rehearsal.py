@@ -24,13 +24,12 @@ def stand_in_for_cuda() -> str | None:
         return f"the stand-in of the tests does not import: {error}"
     finally:
         sys.path.remove(str(TESTS))
-    from depthlstm_fast import ops
+    from depthlstm_fast.backends.choice import RECORDS
+    from depthlstm_fast.ops.registry import OPERATORS
 
-    backends = importlib.import_module("depthlstm_fast.backends")
     try:
         operators = simulated.stand_in()
     except (pytest.skip.Exception, OSError, RuntimeError, subprocess.SubprocessError) as error:
         return f"the stand-in of the tests was not built: {error}"
-    ops.OPERATORS["cuda"], ops.DIRECT["cuda"] = operators
-    backends.cuda_limit = lambda tensor, features: None  # type: ignore[attr-defined]
+    OPERATORS["depth_lstm"]["cuda"], RECORDS["cuda"] = operators, simulated.anywhere(RECORDS["cuda"])
     return None

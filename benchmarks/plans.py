@@ -1,4 +1,4 @@
-"""Launch plans of the Triton kernels, timed against each other: what the rules in kernels/gates.py are tuned from.
+"""Launch plans of the Triton kernels, timed against each other: what the rules in kernels/depth_lstm.py are tuned from.
 
 A candidate replaces the rule of one kernel; what it computes is compared with the default's before it is timed. All candidates of a kernel
 and a width take turns, together with a copy of the same bytes.
@@ -21,7 +21,7 @@ from depthlstm_fast.bench import gates
 from depthlstm_fast.bench.gpu_bench import BF16, Bench
 from depthlstm_fast.bench.timing import interleave, spread
 
-MODULE, LAUNCHER = "depthlstm_fast.kernels.gates", "depthlstm_fast.kernels.launch"
+MODULE, LAUNCHER = "depthlstm_fast.kernels.depth_lstm", "depthlstm_fast.kernels.common.launch"
 KINDS = ("forward", "narrow", "wide", "row sums")
 FULL = (
     *(("forward", features) for features in (512, 1024, 2048)),

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 import depthlstm_fast as dl
-from depthlstm_fast import ops
+from depthlstm_fast.ops import depth_lstm_autograd
+from depthlstm_fast.ops.depth_lstm import Options, Tensors
+from depthlstm_fast.ops.registry import OPERATORS
 
 Case = tuple[int, int, dict[str, Any]]  # D, rows, options
 DROPOUT = {"dropout_p": 0.3, "training": True}
@@ -69,8 +71,9 @@ def with_gradients(outputs: tuple[Tensor, ...], leaves: Sequence[Tensor], device
 def with_z_bias(backend: str, tensors: dict[str, Tensor], device: str) -> tuple[Tensor, ...]:
     """What a cell calls: the GEMM's bias added by the gates, and its gradient."""
     z_bias = normal(tensors["z"].shape[-1:], tensors["z"].dtype, device).requires_grad_()
-    optional = (tensors.get(name) for name in ("weight", "bias"))
-    outputs = ops.gates(tensors["z"], z_bias, tensors.get("hidden"), tensors["c"], *optional, None, 0, 0, 1e-6, 0.0, backend=backend)
+    hidden, weight, bias = (tensors.get(name) for name in ("hidden", "weight", "bias"))
+    given = Tensors(tensors["z"], z_bias, hidden, tensors["c"], weight, bias, None)
+    outputs = depth_lstm_autograd.gates(given, Options(0, 0, 1e-6, 0.0), backend)
     return with_gradients(outputs, [z_bias, *tensors.values()], device)
 
 
@@ -79,7 +82,8 @@ def into_a_buffer(backend: str, tensors: dict[str, Tensor], more: bool, device: 
     z, c, weight, bias = (tensors[name].detach() for name in ("z", "c", "weight", "bias"))
     h = torch.empty(c.shape[0], 2 * c.shape[1], dtype=z.dtype, device=device)[:, c.shape[1] :]
     second = {"z_more": normal(z.shape, z.dtype, device)} if more else {}
-    return ops._operators(backend, z).forward(z, None, None, c, weight, bias, None, 0, 0, 1e-6, 0.0, h, **second)
+    forward = OPERATORS["depth_lstm"][backend].eager(z).forward
+    return forward(*Tensors(z, None, None, c, weight, bias, None), *Options(0, 0, 1e-6, 0.0), h, **second)
 
 
 def gates_of(tensors: dict[str, Tensor], options: dict[str, Any]) -> tuple[Tensor, Tensor]:

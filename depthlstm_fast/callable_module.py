@@ -19,9 +19,9 @@ class CallableModule(ModuleType):
         return self.__dict__[self.__name__.rpartition(".")[2]](*arguments, **options)
 
 
-def make_callable(function: Callable[..., Any]) -> None:
-    """Let the module of ``function``, which has its name, be called as it, with its signature and docstring."""
-    module = sys.modules[function.__module__]
+def make_callable(function: Callable[..., Any], name: str) -> None:
+    """Let the module ``name``, which has the name of ``function``, be called as it, with its signature and docstring."""
+    module = sys.modules[name]
     module.__class__ = CallableModule
     module.__doc__ = function.__doc__
     module.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]

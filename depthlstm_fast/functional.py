@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks, ops, sharding
-from .backends import choose
+from . import checks, sharding
+from .backends.choice import choose
 from .modes import autocast_dtype
-from .reference import gates as reference
+from .ops import depth_lstm_autograd
+from .ops.depth_lstm import ACTIVATION_CODES, NAME, NORM_CODES, Options, Tensors
+from .reference import depth_lstm as reference
 
 
 def depth_lstm_gates(
@@ -55,16 +57,14 @@ def depth_lstm_gates(
     checks.check_options(norm, activation, eps, dropout_p)
     checks.check_gates(z, c, weight, bias, hidden, norm, seed)
     drops = training and dropout_p > 0
-    chosen = choose(backend, z, c.shape[-1])
+    chosen = choose(backend, z, NAME, c.shape[-1])
     if chosen == "reference":
         return reference.depth_lstm_gates(
             z, c, weight, bias, hidden=hidden, norm=norm, activation=activation, eps=eps, dropout_p=dropout_p, training=training, seed=seed
         )
     key = _key(seed, z) if drops else None
-    return ops.gates(
-        z, None, hidden, c, weight, bias, key, ops.NORM_CODES[norm], ops.ACTIVATION_CODES[activation], eps, dropout_p if drops else 0.0,
-        backend=chosen,
-    )  # fmt: skip
+    options = Options(NORM_CODES[norm], ACTIVATION_CODES[activation], eps, dropout_p if drops else 0.0)
+    return depth_lstm_autograd.gates(Tensors(z, None, hidden, c, weight, bias, key), options, chosen)
 
 
 def depth_lstm_cell(
@@ -114,18 +114,15 @@ def depth_lstm_cell(
         hidden = None if hidden is None else _autocast(hidden, dtype)
     checks.check_cell(inputs, h, c, w, b, weight, bias, hidden, norm, seed)
     drops = training and dropout_p > 0
-    chosen = choose(backend, h, c.shape[-1])
+    chosen = choose(backend, h, NAME, c.shape[-1])
     if chosen == "reference":
         return reference.depth_lstm_cell(
             inputs, h, c, w, b, weight, bias,
             hidden=hidden, norm=norm, activation=activation, eps=eps, dropout_p=dropout_p, training=training, seed=seed,
         )  # fmt: skip
     key = _key(seed, h) if drops else None
-    norm_code, activation_code = ops.NORM_CODES[norm], ops.ACTIVATION_CODES[activation]
-    return ops.cell(
-        [*inputs, h], w, b, hidden, c, weight, bias, key, norm_code, activation_code, eps, dropout_p if drops else 0.0,
-        backend=chosen, left=left,
-    )  # fmt: skip
+    options = Options(NORM_CODES[norm], ACTIVATION_CODES[activation], eps, dropout_p if drops else 0.0)
+    return depth_lstm_autograd.cell([*inputs, h], w, b, hidden, c, weight, bias, key, options, chosen, left)
 
 
 def _key(seed: Tensor | None, like: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 What is fused: everything of the cell after its matrix product (:func:`depth_lstm_gates`); [x ; h'] is never concatenated, x and h' are
 K-slices of the product (:func:`depth_lstm_cell`); with ``merge="add"`` the output projection of the cross-attention accumulates onto s.
 Where the backend can write h beside free columns, what comes before the next cell writes its input there, and the product reads both at
-once (:mod:`depthlstm_fast.beside`).
+once (:mod:`depthlstm_fast.ops.shared_buffer`).
 A submodule that is no longer a plain nn.Linear (LoRA, quantised, hooked, parametrised) is called as a module, and what follows it
 stays fused.
 """
@@ -19,12 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import beside, reference
+from . import reference
 from .functional import depth_lstm_cell, depth_lstm_gates
-from .modes import autocast_dtype, is_jit_traced, is_traced, is_transformed, is_watched
+from .modes import autocast_dtype, is_jit_traced, is_traced, is_watched
+from .ops import shared_buffer
 from .plain import is_plain, is_plain_linear
 from .reference.attention import CrossAttention, SelfAttention
 from .reference.stacks import CELLS
+from .torch_private import is_transformed
 
 
 def _is_plain_attention(module: nn.Module) -> bool:
@@ -68,7 +70,7 @@ def _linear_into(buffer: Tensor | None, first: int, linear: Any, x: Tensor, base
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if not x.dtype == weight.dtype == buffer.dtype:
         return linear(x) if base is None else base + linear(x)
-    return beside.linear_into(buffer, first, x, weight, bias, base)
+    return shared_buffer.linear_into(buffer, first, x, weight, bias, base)
 
 
 def _attend_into(
@@ -226,21 +228,21 @@ class _FusedLayer(nn.Module):
         if fold is not None:
             return cell._folded_step((*before, attention.context(*arguments, **options)), state, fold)
         if not before:
-            buffer = beside.take(state[0], self.d_model)
+            buffer = shared_buffer.take(state[0], self.d_model)
         output = _attend_into(buffer, width, attention, arguments, options)
         return cell((*before, output) if before else output, state)
 
     def _feed_forward(self, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         if not self.sublayer:
             return h, c
-        x = _linear_into(beside.take(h, self.d_model), 0, self.linear2, self._inner(h))  # type: ignore[operator]
+        x = _linear_into(shared_buffer.take(h, self.d_model), 0, self.linear2, self._inner(h))  # type: ignore[operator]
         return self.ffn_cell(x, (h, c))  # type: ignore[operator]
 
     def _enter(self, argument: str, outside: Tensor) -> Tensor:
-        return beside.pass_on(outside, super()._enter(argument, outside))  # type: ignore[misc]
+        return shared_buffer.pass_on(outside, super()._enter(argument, outside))  # type: ignore[misc]
 
     def _leave(self, inside: Tensor, like: Tensor) -> Tensor:
-        return beside.pass_on(inside, super()._leave(inside, like))  # type: ignore[misc]
+        return shared_buffer.pass_on(inside, super()._leave(inside, like))  # type: ignore[misc]
 
 
 class DepthLSTMEncoderLayer(_FusedLayer, reference.DepthLSTMEncoderLayer):
@@ -259,7 +261,7 @@ class DepthLSTMDecoderLayer(_FusedLayer, reference.DepthLSTMDecoderLayer):
         if self.merge == "cells":
             h, c = self._attend_and_step(self.self_attn, (h,), self_options, "cell", (h, c))
             return self._attend_and_step(self.cross_attn, (h,), cross_options, "cross_cell", (h, c))
-        buffer = beside.take(h, self.cell.input_size)
+        buffer = shared_buffer.take(h, self.cell.input_size)
         if self.merge == "concat":
             s = _attend_into(buffer, 0, self.self_attn, (h,), self_options)
             return self._attend_and_step(self.cross_attn, (s,), cross_options, "cell", (h, c), (s,), buffer)

@@ -5,17 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import torch_private
+from .torch_private import is_jit_tracing
+
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast casts products to on devices of this type; None where it is off, or unknown to autocast as "meta" is."""
     if device_type not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device_type):
         return None
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-
-
-# torch.jit.is_tracing without the two Python calls around it: a call of the gates asks twice, 0.5 of its 20 us
-is_jit_tracing = torch._C._is_tracing
-is_transformed = torch._C._are_functorch_transforms_active  # whether a torch.func transform (vmap, grad, ...) is active
 
 
 def is_traced() -> bool:
@@ -35,7 +33,7 @@ def constant(size: int) -> int:
 
 def is_direct(tensor: Tensor) -> bool:
     """Whether only kernels see an eager call on ``tensor``: no subclass of Tensor, no dispatch mode."""
-    return type(tensor) in (Tensor, torch.nn.Parameter) and torch._C._len_torch_dispatch_stack() == 0
+    return type(tensor) in (Tensor, torch.nn.Parameter) and torch_private.dispatch_modes() == 0
 
 
 def is_watched() -> bool:
@@ -44,6 +42,6 @@ def is_watched() -> bool:
     Selective activation checkpointing keeps results of operators by a dispatch mode, and plain checkpointing what is saved for backward by
     hooks. torch.jit.trace records the operators themselves, and ONNX has none with ``out=``.
     """
-    if torch._C._len_torch_dispatch_stack() > 0 or is_jit_tracing():
+    if torch_private.dispatch_modes() > 0 or is_jit_tracing():
         return True
-    return torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    return torch.is_grad_enabled() and torch_private.has_saved_tensor_hooks()

@@ -1,15 +1,13 @@
-"""DTensor: how it shards the gates' operators, and plain tensors made to go with one."""
+"""DTensor: how it shards the operators, and plain tensors made to go with one."""
 
 from __future__ import annotations
 
 import functools
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
-
-_OPERATORS = ("gates", "cuda_gates", "triton_gates")
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -33,7 +31,27 @@ def replicated(tensor: Tensor, like: Tensor, source_rank: int | None = None) -> 
     return distribute_tensor(tensor, mesh, [Replicate()] * mesh.ndim, src_data_rank=source_rank)
 
 
-def limit(tensor: Tensor) -> str | None:
+class Layout(NamedTuple):
+    """How an operator's arguments and outputs lie, one letter each: "r" rows, "f" features, "s" a sum over rows, "-" no tensor.
+
+    "f" is the same on every rank. ``numbered`` says, of an operator's arguments, whether rows are numbered, as dropout does: then they
+    are not sharded.
+    """
+
+    arguments: str
+    outputs: Callable[[tuple[Any, ...]], str]
+    numbered: Callable[[tuple[Any, ...]], bool]
+
+
+_layouts: list[tuple[Any, Layout]] = []
+
+
+def add_operator(operator: Any, layout: Layout) -> None:
+    """Let DTensor shard ``operator`` by ``layout``, from the first DTensor on."""
+    _layouts.append((operator, layout))
+
+
+def why_not(tensor: Tensor) -> str | None:
     """Why the operators cannot take ``tensor``, for a DTensor of a torch that registers no sharding; None where they can."""
     return _register() if is_dtensor(tensor) else None
 
@@ -47,35 +65,19 @@ def _register() -> str | None:
     except ImportError as error:
         return f"this torch registers no sharding of an operator: {error}"
 
-    def placements(z: Any, dropout_p: float) -> list[tuple[Any, Any]]:
-        """Pairs of what tensors with rows and sums over rows may be."""
-        shards = [(Shard(dim), Partial()) for dim in range(z.ndim - 1) if dropout_p == 0]
-        return [(Replicate(), Replicate()), *shards]
+    def strategy_of(layout: Layout) -> Callable[..., list[Any]]:
+        def strategy(*inputs: Any) -> list[Any]:
+            rows_of = next(x for x, letter in zip(inputs, layout.arguments, strict=True) if letter == "r" and x is not None)
+            dims = () if layout.numbered(inputs) else range(rows_of.ndim - 1)
+            one, found = Replicate(), []
+            for rows, sums in [(one, one), *((Shard(dim), Partial()) for dim in dims)]:
+                place = {"r": rows, "f": one, "s": sums, "-": None}
+                wanted = [None if x is None else place[letter] for x, letter in zip(inputs, layout.arguments, strict=True)]
+                found.append(([place[letter] for letter in layout.outputs(inputs)], wanted))
+            return found
 
-    def given(tensors: tuple[Any, ...], places: list[Any]) -> list[Any]:
-        return [None if tensor is None else place for tensor, place in zip(tensors, places, strict=True)]
+        return strategy
 
-    def forward(*inputs: Any) -> list[Any]:
-        tensors, options = inputs[:7], inputs[7:]
-        found, one = [], Replicate()
-        for rows, _ in placements(tensors[0], options[3]):
-            wanted = given(tensors, [rows, one, rows, rows, one, one, one])
-            found.append(([rows, rows], [*wanted, *(None for _ in options)]))
-        return found
-
-    def backward(*inputs: Any) -> list[Any]:
-        tensors, options = inputs[:9], inputs[9:]
-        (_, _, z, _, hidden, *_), (affine, z_bias) = tensors, options[4:6]
-        found, one = [], Replicate()
-        for rows, sums in placements(z, options[3]):
-            wanted = given(tensors, [rows, rows, rows, one, rows, rows, one, one, one])
-            dhidden, daffine, dz_bias = (rows if hidden is not None else one), (sums if affine else one), (sums if z_bias else one)
-            found.append(([rows, dhidden, rows, daffine, daffine, dz_bias], [*wanted, *(None for _ in options)]))
-        return found
-
-    for name in _OPERATORS:
-        for suffix, strategy in (("forward", forward), ("backward", backward)):
-            operator = getattr(torch.ops.depthlstm_fast, f"{name}_{suffix}", None)
-            if operator is not None:
-                register_sharding(operator.default)(strategy)
+    for operator, layout in _layouts:
+        register_sharding(operator)(strategy_of(layout))
     return None

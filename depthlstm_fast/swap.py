@@ -352,4 +352,4 @@ def unswap(model: nn.Module) -> SwapReport:
     return report
 
 
-make_callable(swap)
+make_callable(swap, __name__)

@@ -24,10 +24,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import ACTIVATIONS, NORMS
-from . import tune
-from .formulas import activate, activate_with_slope, dropout_factors, sigmoid
-from .launch import ALIGNMENT, Launch, as_rows, cdiv, device_of, is_aligned, key_of, launch, multiprocessors
-from .tiles import (
+from .common import tune
+from .common.formulas import activate, activate_with_slope, dropout_factors, sigmoid
+from .common.launch import ALIGNMENT, Launch, as_rows, cdiv, device_of, is_aligned, key_of, launch, multiprocessors
+from .common.tiles import (
     add_tiles,
     apply_affine,
     centre,

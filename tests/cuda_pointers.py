@@ -63,8 +63,8 @@ def run(
     gates.rows, gates.features, gates.eps = *c.shape, options.get("eps", 1e-6)
     gates.z_dtype, gates.c_dtype = CODES[z.dtype], CODES[c.dtype]
     gates.affine_dtype, gates.z_bias_dtype = (CODES[tensors[name].dtype] if name in tensors else 0 for name in ("weight", "z_bias"))
-    gates.norm = dl.ops.NORM_CODES[options["norm"]]
-    gates.activation = 6 if "hidden" in tensors else dl.ops.ACTIVATION_CODES[options["activation"]]
+    gates.norm = dl.ops.depth_lstm.NORM_CODES[options["norm"]]
+    gates.activation = 6 if "hidden" in tensors else dl.ops.depth_lstm.ACTIVATION_CODES[options["activation"]]
     for name, x in placed.items():
         _fill(call, name, x)
     _check(library().depthlstm_cuda_gates_forward(ctypes.byref(call)))

@@ -7,20 +7,21 @@ binding alone, which need no nvcc. ``use`` makes either of them the "cuda" backe
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
 
-from depthlstm_fast import ops
+from depthlstm_fast.backends.choice import RECORDS
+from depthlstm_fast.backends.record import Backend
+from depthlstm_fast.ops.depth_lstm import OP
+from depthlstm_fast.ops.registry import OPERATORS, Operators, add_backend
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
@@ -28,7 +29,6 @@ BUILD = ROOT / "build" / "simulated"
 GENERIC = ROOT / "build" / "ninja" / "gates_kernel.generic.o"
 COMPILER = os.environ.get("CXX") or "g++"
 FLAGS = ["-std=c++20", "-O1", "-g0", "-fPIC", "-shared", "-fvisibility=hidden", f"-I{CSRC}"]
-backends: ModuleType = sys.modules["depthlstm_fast.backends"]
 
 
 def _built(name: str, sources: list[Path], flags: list[str], headers: list[Path]) -> Path:
@@ -50,7 +50,7 @@ def _built(name: str, sources: list[Path], flags: list[str], headers: list[Path]
     return target
 
 
-def _operators(namespace: str, kernels: Path) -> Any:
+def _operators(namespace: str, kernels: Path) -> Operators:
     """The operators above a library that has the functions of csrc/cuda/gates.h."""
     torch_folder = Path(torch.__file__).parent
     flags = [
@@ -60,7 +60,9 @@ def _operators(namespace: str, kernels: Path) -> Any:
     ]
     headers = [CSRC / "tensors.h", CSRC / "gates_call.h", CSRC / "cuda" / "gates.h"]
     torch.ops.load_library(str(_built(namespace, [CSRC / "cuda_ops.cpp"], flags, headers)))
-    return ops.register_cuda(namespace)
+    found = add_backend(OP, RECORDS["cuda"], namespace)
+    assert found is not None
+    return found
 
 
 @functools.cache
@@ -80,8 +82,8 @@ def kernels() -> Path:
 
 
 @functools.cache
-def load() -> tuple[ops.Operators, ops.Operators]:
-    """The operators above the simulated CUDA kernels, for tracers and for eager; skips the test, with a reason, where they cannot be."""
+def load() -> Operators:
+    """The operators above the simulated CUDA kernels; skips the test, with a reason, where they cannot be."""
     return _operators("depthlstm_fast_simulated", kernels())
 
 
@@ -94,7 +96,7 @@ def _stand_in_library() -> Path:
 
 
 @functools.cache
-def stand_in() -> tuple[ops.Operators, ops.Operators]:
+def stand_in() -> Operators:
     """The operators above the CPU kernels; skips as :func:`load` does."""
     return _operators("depthlstm_fast_stand_in", _stand_in_library())
 
@@ -104,8 +106,12 @@ def fail_once(error: int) -> None:
     ctypes.CDLL(str(_stand_in_library())).stand_in_fails(error)
 
 
-def use(monkeypatch: pytest.MonkeyPatch, operators: tuple[ops.Operators, ops.Operators]) -> None:
+def anywhere(record: Backend) -> Backend:
+    """The backend as one that this machine has, for tensors of every device."""
+    return dataclasses.replace(record, device_types=("cpu", "cuda", "meta"), why_not_here=lambda: None, why_not_on=lambda tensor: None)
+
+
+def use(monkeypatch: pytest.MonkeyPatch, operators: Operators) -> None:
     """Make ``operators`` the "cuda" backend, for CPU tensors, until the end of the test."""
-    monkeypatch.setitem(ops.OPERATORS, "cuda", operators[0])
-    monkeypatch.setitem(ops.DIRECT, "cuda", operators[1])
-    monkeypatch.setattr(backends, "cuda_limit", lambda tensor, features: None)
+    monkeypatch.setitem(OPERATORS["depth_lstm"], "cuda", operators)
+    monkeypatch.setitem(RECORDS, "cuda", anywhere(RECORDS["cuda"]))

@@ -15,8 +15,9 @@ import torch
 from helpers import DEVICE, HAS_CPP, HAS_TRITON, needs_cpp, needs_triton
 
 import depthlstm_fast as dl
+from depthlstm_fast.backends import triton
 
-backends: ModuleType = sys.modules["depthlstm_fast.backends"]  # dl.backends is the function
+backends: ModuleType = sys.modules["depthlstm_fast.backends.choice"]  # dl.backends is the function
 CALL = "dl.depth_lstm_gates(torch.randn(2, 8), torch.randn(2, 2))"
 
 
@@ -164,7 +165,7 @@ def test_triton_takes_cpu_tensors_only_where_it_is_interpreted(tmp_path: Path) -
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_triton_error", "Triton is not installed")
+    monkeypatch.setattr(triton, "_error", "Triton is not installed")
     assert dl.backends()["triton"] == (False, "Triton is not installed")
     with pytest.raises(ValueError, match="backend='triton' cannot run this call: Triton is not installed"):
         call("triton")

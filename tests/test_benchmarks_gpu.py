@@ -264,7 +264,7 @@ def test_a_worker_without_a_gpu_is_not_started_again(tmp_path: Path) -> None:
 
 @needs_triton
 def test_candidates_begin_with_the_default_and_are_undone() -> None:
-    from depthlstm_fast.kernels import gates as module
+    from depthlstm_fast.kernels import depth_lstm as module
 
     before = dict(vars(module))
     for kind, features in plans.FULL:

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import depthlstm_fast as dl
-from depthlstm_fast import beside
+from depthlstm_fast.ops import shared_buffer
 
 D, HEADS, LENGTH, BATCH = 16, 2, 5, 3
 # every way of meeting of the decoder, and a second cell in the layer
@@ -42,9 +42,9 @@ def decoder(**options: Any) -> dl.DepthLSTMDecoder:
 def counted_writes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
     """What linear_into returned inside the block."""
     found: list[Tensor] = []
-    original = beside.linear_into
+    original = shared_buffer.linear_into
     with monkeypatch.context() as patch:
-        patch.setattr(beside, "linear_into", lambda *given: found.append(original(*given)) or found[-1])
+        patch.setattr(shared_buffer, "linear_into", lambda *given: found.append(original(*given)) or found[-1])
         yield found
 
 
@@ -78,20 +78,20 @@ def check(found: dict[str, Tensor], model: torch.nn.Module, call: Callable[..., 
 def test_side_by_side() -> None:
     buffer = torch.arange(40.0).view(4, 10)
     left, middle, right = buffer[:, :3], buffer[:, 3:5], buffer[:, 5:]
-    (whole,) = beside.side_by_side([left, middle, right])
+    (whole,) = shared_buffer.side_by_side([left, middle, right])
     assert torch.equal(whole, buffer)
     assert whole.data_ptr() == buffer.data_ptr()
     for apart in ([left, right], [right, left], [left, middle.clone()], [left[:2], middle[2:]], [left]):
-        assert beside.side_by_side(apart) is apart
+        assert shared_buffer.side_by_side(apart) is apart
     # the second begins where the first ends, but a row further down: the rows of the whole would overlap
     narrow = torch.arange(20.0)
     overlapping = [narrow.as_strided((4, 3), (4, 1)), narrow.as_strided((4, 3), (4, 1), 3)]
-    assert beside.side_by_side(overlapping) is overlapping
+    assert shared_buffer.side_by_side(overlapping) is overlapping
 
 
 def test_halves_share_storage_and_no_version() -> None:
-    buffer, h = beside.reserve(3, 4, 5, like=torch.empty(0, dtype=torch.float64))
-    left = beside.part(buffer, 0, 4)
+    buffer, h = shared_buffer.reserve(3, 4, 5, like=torch.empty(0, dtype=torch.float64))
+    left = shared_buffer.part(buffer, 0, 4)
     h.fill_(1)
     version = h._version
     left.fill_(2)
@@ -100,14 +100,14 @@ def test_halves_share_storage_and_no_version() -> None:
 
 
 def test_free_columns_are_taken_once_and_by_their_width() -> None:
-    buffer, h = beside.reserve(3, 4, 5, like=torch.empty(0))
-    beside.mark(h, buffer)
-    assert beside.take(h, 5) is None
-    view = beside.pass_on(h, h.view(3, 1, 5))
-    assert beside.take(h, 4) is None  # they went to the view
-    assert beside.pass_on(view, view.clone()) is not view
-    assert beside.take(view, 4) is buffer
-    assert beside.take(view, 4) is None
+    buffer, h = shared_buffer.reserve(3, 4, 5, like=torch.empty(0))
+    shared_buffer.mark(h, buffer)
+    assert shared_buffer.take(h, 5) is None
+    view = shared_buffer.pass_on(h, h.view(3, 1, 5))
+    assert shared_buffer.take(h, 4) is None  # they went to the view
+    assert shared_buffer.pass_on(view, view.clone()) is not view
+    assert shared_buffer.take(view, 4) is buffer
+    assert shared_buffer.take(view, 4) is None
 
 
 @needs_triton

@@ -42,6 +42,9 @@ from test_dropout import SEEDS, mask_by_hand, ties, words_by_hand
 from torch import Tensor
 
 import depthlstm_fast as dl
+from depthlstm_fast.ops.depth_lstm import ACTIVATION_CODES, NORM_CODES, Options, Tensors
+from depthlstm_fast.ops.depth_lstm_autograd import gates
+from depthlstm_fast.ops.registry import OPERATORS
 
 fused = functools.partial(fused_by, backend="cuda")
 FULL, HALF, MIXED = Types(F32, F32, F32), Types(BF16, BF16, BF16), Types(BF16, F32, F32)
@@ -321,10 +324,10 @@ def check_z_bias(tensors: dict[str, Tensor], options: dict[str, Any], dtype: tor
     norm, kind = options["norm"], options["activation"]
     tensors["z_bias"] = normal(tensors["z"].shape[-1], dtype=dtype, shift=shift).to(DEVICE)
     grads = cotangents(tensors)
-    codes = (dl.ops.NORM_CODES[norm], dl.ops.ACTIVATION_CODES[kind], 1e-6, 0.0)
+    codes = Options(NORM_CODES[norm], ACTIVATION_CODES[kind], 1e-6, 0.0)
 
     def with_bias(z: Tensor, c: Tensor, z_bias: Tensor, weight: Any = None, bias: Any = None, hidden: Any = None) -> tuple[Tensor, Tensor]:
-        return dl.ops.gates(z, z_bias, hidden, c, weight, bias, None, *codes, backend="cuda")
+        return gates(Tensors(z, z_bias, hidden, c, weight, bias, None), codes, "cuda")
 
     def plain(z: Tensor, c: Tensor, z_bias: Tensor, **others: Any) -> tuple[Tensor, Tensor]:
         return dl.reference.depth_lstm_gates(z + z_bias.to(z.dtype), c, **others, **options)
@@ -343,11 +346,11 @@ def test_two_products(with_bias: bool, rows: int, features: int, types: Types) -
     more = normal(rows, 4 * features, dtype=types.z).to(DEVICE)
     buffer = torch.full((rows, 2 * features), torch.nan, dtype=types.z, device=DEVICE)
     h = buffer[:, features:]
-    direct = dl.ops.DIRECT["cuda"]
+    direct = OPERATORS["depth_lstm"]["cuda"].direct
     z, c, weight, bias = (tensors[name] for name in ("z", "c", "weight", "bias"))
     z_bias = normal(4 * features, dtype=types.affine).to(DEVICE) if with_bias else None
     added = torch.zeros(4 * features, dtype=types.affine, device=DEVICE) if z_bias is None else z_bias
-    found_h, found_c = direct.forward(z, z_bias, None, c, weight, bias, None, 0, 0, 1e-6, 0.0, h, more)
+    found_h, found_c = direct.forward(z, z_bias, None, c, weight, bias, None, 0, 0, 1e-6, 0.0, h, z_more=more)
     exact = dl.reference.depth_lstm_gates(z.double() + more.double() + added.double(), c.double(), weight.double(), bias.double())
     eager = dl.reference.depth_lstm_gates(z + more + added.to(z.dtype), c, weight, bias)
     assert_bound(*({"h": h, "c": c} for h, c in ((found_h, found_c), eager, exact)))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import logging
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,10 +19,11 @@ from test_ops import BAD, CHECKED, backward_arguments, raw, with_gradients
 from torch import Tensor
 
 import depthlstm_fast as dl
-from depthlstm_fast import measured, ops
+from depthlstm_fast.backends import choice, cuda, fastest, library, triton
+from depthlstm_fast.ops.depth_lstm_autograd import FEW_ROWS
+from depthlstm_fast.ops.registry import OPERATORS
 
 ROOT = Path(__file__).resolve().parent.parent
-backends: ModuleType = sys.modules["depthlstm_fast.backends"]
 HELD = ("80", "90", "100", "120-ptx")
 CUDA_TYPES = [types for types in TYPES if types.z != F64]
 
@@ -31,26 +33,34 @@ def tensor_on(device: str, dtype: torch.dtype = F32) -> Any:
     return SimpleNamespace(device=torch.device(device), dtype=dtype)
 
 
+def choose(requested: str | None, tensor: Any, features: int) -> str:
+    return choice.choose(requested, tensor, "depth_lstm", features)
+
+
+def why_not(tensor: Any, features: int) -> str | None:
+    return cuda.CUDA.why_not(tensor, "depth_lstm", features)
+
+
 # where "cuda" can run
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1), (13, 0)])
 def test_gpus_that_this_build_runs_on(capability: tuple[int, int]) -> None:
-    assert backends.architecture_limit(capability, HELD) is None
+    assert cuda.architecture_limit(capability, HELD) is None
 
 
 @pytest.mark.parametrize("capability", [(8, 9), (11, 0)])
 def test_gpus_that_need_another_build(capability: tuple[int, int]) -> None:
     major, minor = capability
-    assert backends.architecture_limit(capability, ("90", "100", "120-ptx")) == (
+    assert cuda.architecture_limit(capability, ("90", "100", "120-ptx")) == (
         f"the GPU has compute capability {major}.{minor}; this build holds 90, 100 and PTX for 120: "
         f"build from source with DEPTHLSTM_CUDA_ARCHS={major}{minor}"
     )
-    assert backends.architecture_limit(capability, (f"{major}{minor}",)) is None
+    assert cuda.architecture_limit(capability, (f"{major}{minor}",)) is None
 
 
 def test_architectures_of_other_builds() -> None:
-    limit = backends.architecture_limit
+    limit = cuda.architecture_limit
     assert limit((8, 0), ("86",)) is not None  # machine code does not run on an older GPU of its family
     assert limit((10, 0), ("90-ptx",)) is None
     assert limit((8, 9), ("90-ptx",)) is not None
@@ -59,15 +69,15 @@ def test_architectures_of_other_builds() -> None:
 
 
 def test_libraries_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "load_error", None)
-    monkeypatch.setattr(backends, "_built_with", {"nvcc": "DEPTHLSTM_CUDA=0"}.get)
+    monkeypatch.setattr(library, "load_error", None)
+    monkeypatch.setattr(library, "built_with", {"nvcc": "DEPTHLSTM_CUDA=0"}.get)
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "built without CUDA kernels: DEPTHLSTM_CUDA=0; build from source where nvcc 12.0" in backends._find_cuda(())
-    assert backends._find_cuda(HELD) == f"torch {torch.__version__} is built without CUDA"
+    assert "built without CUDA kernels: DEPTHLSTM_CUDA=0; build from source where nvcc 12.0" in cuda._find_cuda(())
+    assert cuda._find_cuda(HELD) == f"torch {torch.__version__} is built without CUDA"
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert backends._find_cuda(HELD) is None
-    monkeypatch.setattr(backends, "load_error", "the extension was not built")
-    assert backends._find_cuda(HELD) == "the extension was not built"
+    assert cuda._find_cuda(HELD) is None
+    monkeypatch.setattr(library, "load_error", "the extension was not built")
+    assert cuda._find_cuda(HELD) == "the extension was not built"
 
 
 @pytest.fixture
@@ -75,31 +85,31 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int]], None]:
     """Makes torch say that there is a GPU of some compute capability, and the library that it has CUDA kernels."""
 
     def make(capability: tuple[int, int]) -> None:
-        monkeypatch.setattr(backends, "_cuda_error", None)
-        monkeypatch.setattr(backends, "_cuda_architectures", HELD)
+        monkeypatch.setattr(cuda, "_error", None)
+        monkeypatch.setattr(cuda, "_architectures", HELD)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-        backends._known_gpu_limit.cache_clear()
+        cuda._known_gpu_limit.cache_clear()
 
     yield make
-    backends._known_gpu_limit.cache_clear()
+    cuda._known_gpu_limit.cache_clear()
 
 
 def test_limits_of_a_call(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu((9, 0))
     for dtype in (F32, BF16, F16):
-        assert backends.cuda_limit(tensor_on("cuda:0", dtype), 65536) is None
-    assert backends.cuda_limit(tensor_on("cuda:0", F64), 8) == "the CUDA kernels take float32, bfloat16 and float16; found float64"
-    assert backends.cuda_limit(tensor_on("cpu"), 8) == "the CUDA kernels take CUDA tensors; found cpu"
+        assert why_not(tensor_on("cuda:0", dtype), 65536) is None
+    assert why_not(tensor_on("cuda:0", F64), 8) == "the CUDA kernels take float32, bfloat16 and float16; found float64"
+    assert why_not(tensor_on("cpu"), 8) == "the CUDA kernels take CUDA tensors; found cpu"
     assert dl.backends()["cuda"] == (True, "CUDA C++ kernels for 80, 90, 100 and PTX for 120")
     with pytest.raises(ValueError, match="backend='cuda' cannot run this call: the CUDA kernels take CUDA tensors; found cpu"):
         dl.depth_lstm_gates(torch.randn(2, 8), torch.randn(2, 2), backend="cuda")
     with pytest.raises(ValueError, match="the CUDA kernels take CUDA tensors; found meta"), dl.use_backend("cuda"):
         dl.depth_lstm_gates(torch.randn(2, 8, device="meta"), torch.randn(2, 2, device="meta"))
     gpu((11, 0))
-    for limit in (backends.cuda_limit(tensor_on("cuda:0"), 8), dl.backends()["cuda"].detail):
+    for limit in (why_not(tensor_on("cuda:0"), 8), dl.backends()["cuda"].detail):
         assert limit.startswith("the GPU has compute capability 11.0; this build holds 80, 90, 100 and PTX for 120")
-    backends._known_gpu_limit.cache_clear()
+    cuda._known_gpu_limit.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert dl.backends()["cuda"] == (False, "there is no GPU that torch can use")
 
@@ -107,10 +117,10 @@ def test_limits_of_a_call(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tracers_do_not_look_into_the_question(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     # no tracer follows a subprocess
-    monkeypatch.setattr(backends, "_known_gpu_limit", lambda index: subprocess.check_output(["echo", f"GPU {index}"]).decode())
+    monkeypatch.setattr(cuda, "_known_gpu_limit", lambda index: subprocess.check_output(["echo", f"GPU {index}"]).decode())
 
     def function(x: Tensor) -> Tensor:
-        return x + 1 if backends._gpu_limit(3) == "GPU 3\n" else x - 1
+        return x + 1 if cuda.gpu_limit(3) == "GPU 3\n" else x - 1
 
     assert torch.compile(function, fullgraph=True, backend="eager")(torch.zeros(())).item() == 1
 
@@ -122,26 +132,27 @@ def test_tracers_do_not_look_into_the_question(monkeypatch: pytest.MonkeyPatch) 
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
     """The limits of both GPU backends, to be changed by the test."""
     limits: dict[str, str | None] = {"triton": None, "cuda": None}
-    monkeypatch.setattr(backends, "triton_limit", lambda tensor, features: limits["triton"])
-    monkeypatch.setattr(backends, "cuda_limit", lambda tensor, features: limits["cuda"])
-    monkeypatch.setattr(backends, "_gpu_name", lambda index: "Some GPU")
-    monkeypatch.setattr(backends, "_strict", False)
-    monkeypatch.setattr(backends, "_logged", set())
-    monkeypatch.setattr(backends, "_default", "auto")
+    for name in limits:
+        record = dataclasses.replace(simulated.anywhere(choice.RECORDS[name]), why_not_here=functools.partial(limits.get, name))
+        monkeypatch.setitem(choice.RECORDS, name, record)
+    monkeypatch.setattr(fastest, "gpu_name", lambda index: "Some GPU")
+    monkeypatch.setattr(choice, "_strict", False)
+    monkeypatch.setattr(choice, "_logged", set())
+    monkeypatch.setattr(choice, "_default", "auto")
     return limits
 
 
 def test_auto_without_measurements(on_a_gpu: dict[str, str | None], caplog: pytest.LogCaptureFixture) -> None:
-    assert not measured.FASTEST, "the rule without measurements is no more: say in its docstring what was measured, and change this test"
+    assert not fastest.FASTEST, "the rule without measurements is no more: say in its docstring what was measured, and change this test"
     tensor = tensor_on("cuda:0")
     with caplog.at_level(logging.WARNING, "depthlstm_fast"):
-        assert backends.choose(None, tensor, 512) == "triton"
+        assert choose(None, tensor, 512) == "triton"
         on_a_gpu["triton"] = "the Triton kernels take D up to 8192"
-        assert backends.choose(None, tensor, 512) == "cuda"
+        assert choose(None, tensor, 512) == "cuda"
         assert not caplog.records
         on_a_gpu["cuda"] = "the CUDA kernels are not there"
         for _ in range(2):
-            assert backends.choose("auto", tensor, 512) == "reference"
+            assert choose("auto", tensor, 512) == "reference"
     (record,) = caplog.records
     assert record.getMessage() == (
         "falling back to the reference backend: the Triton kernels take D up to 8192; the CUDA kernels are not there"
@@ -150,20 +161,22 @@ def test_auto_without_measurements(on_a_gpu: dict[str, str | None], caplog: pyte
 
 def test_auto_beyond_the_longest_row_of_triton(on_a_gpu: dict[str, str | None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(backends, "cuda_limit", lambda tensor, features: None)
-    monkeypatch.setattr(backends, "_triton_error", None)
-    monkeypatch.setattr(backends, "_import_kernels", lambda: None)
-    assert backends.choose("auto", tensor_on("cuda:0"), backends.TRITON_MAX_FEATURES) == "triton"
-    assert backends.choose("auto", tensor_on("cuda:0"), backends.TRITON_MAX_FEATURES + 1) == "cuda"
+    monkeypatch.setitem(choice.RECORDS, "cuda", simulated.anywhere(choice.RECORDS["cuda"]))
+    monkeypatch.setattr(triton, "_error", None)
+    monkeypatch.setattr(triton, "_import_kernels", lambda: None)
+    longest = triton.TRITON.widest["depth_lstm"]
+    assert longest == 8192
+    assert choose("auto", tensor_on("cuda:0"), longest) == "triton"
+    assert choose("auto", tensor_on("cuda:0"), longest + 1) == "cuda"
 
 
 def test_auto_follows_measurements(on_a_gpu: dict[str, str | None], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(measured.FASTEST, ("Some GPU", 512, BF16), "cuda")
-    monkeypatch.setitem(measured.FASTEST, ("Some GPU", 1024, BF16), "triton")
-    monkeypatch.setitem(measured.FASTEST, ("Other GPU", 256, BF16), "cuda")
+    monkeypatch.setitem(fastest.FASTEST, ("depth_lstm", "Some GPU", 512, BF16), "cuda")
+    monkeypatch.setitem(fastest.FASTEST, ("depth_lstm", "Some GPU", 1024, BF16), "triton")
+    monkeypatch.setitem(fastest.FASTEST, ("depth_lstm", "Other GPU", 256, BF16), "cuda")
 
     def choice(features: int, dtype: torch.dtype) -> str:
-        return backends.choose("auto", tensor_on("cuda:0", dtype), features)
+        return choose("auto", tensor_on("cuda:0", dtype), features)
 
     assert choice(512, BF16) == "cuda"
     assert [choice(512, F16), choice(1024, BF16), choice(256, BF16)] == ["triton"] * 3  # not measured, not guessed
@@ -171,11 +184,12 @@ def test_auto_follows_measurements(on_a_gpu: dict[str, str | None], monkeypatch:
     assert choice(512, BF16) == "triton"
     on_a_gpu.update(cuda=None, triton="out of order")
     assert choice(1024, BF16) == "cuda"
-    assert backends.choose("auto", tensor_on("meta"), 512) == "cuda"  # whose limits the fixture took away
+    assert choose("auto", tensor_on("meta"), 512) == "cuda"  # whose limits the fixture took away
 
 
 def test_what_a_table_may_hold() -> None:
-    for (name, features, dtype), winner in measured.FASTEST.items():
+    for (op, name, features, dtype), winner in fastest.FASTEST.items():
+        assert op in OPERATORS
         assert isinstance(name, str)
         assert isinstance(features, int)
         assert dtype in (F32, BF16, F16)
@@ -332,7 +346,7 @@ def test_error_in_place_of_a_workspace(stand_in: Any) -> None:
 
 @needs_cpp
 def test_the_operators_take_cuda_tensors_only() -> None:
-    if "cuda" not in ops.OPERATORS:
+    if "cuda" not in OPERATORS["depth_lstm"]:
         pytest.skip("the library was built without CUDA")
     inputs = raw((3,), 8, Types(F32, F32, F32), "gate", True, "gelu", False, False)
     with pytest.raises(NotImplementedError, match="from the 'CPU' backend"):
@@ -348,13 +362,16 @@ def test_the_operators_take_cuda_tensors_only() -> None:
 def products(monkeypatch: pytest.MonkeyPatch, stand_in: Any) -> list[bool]:
     """For each call of the forward operator in eager, whether it was given a second product."""
     found: list[bool] = []
-    forward = ops.DIRECT["cuda"].forward
+    operators = OPERATORS["depth_lstm"]["cuda"]
+    assert operators.direct is not None
+    forward = operators.direct.forward
 
     def spy(*inputs: Any, **named: Any) -> Any:
         found.append(named.get("z_more") is not None)
         return forward(*inputs, **named)
 
-    monkeypatch.setitem(ops.DIRECT, "cuda", ops.DIRECT["cuda"]._replace(forward=spy))
+    spied = operators._replace(direct=operators.direct._replace(forward=spy))
+    monkeypatch.setitem(OPERATORS["depth_lstm"], "cuda", spied)
     return found
 
 
@@ -377,7 +394,7 @@ def test_few_rows_are_two_products_that_the_gates_add_up(products: list[bool], s
 
 
 def test_one_product_where_one_is_enough(products: list[bool]) -> None:
-    many = cell_arguments(ops.FEW_ROWS + 1, 1)
+    many = cell_arguments(FEW_ROWS + 1, 1)
     inputs = cell_arguments(5, 1)
     (x,), h = inputs[:2]
     beside = torch.cat((x, h), dim=1).tensor_split((3,), dim=1)

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import depthlstm_fast as dl
-from depthlstm_fast.reference.gates import dropout_mask
+from depthlstm_fast.reference.depth_lstm import dropout_mask
 
 LOW = 0xFFFFFFFF
 

@@ -11,8 +11,9 @@ import torch
 from kernel_calls import ISAS, internals, run
 from test_dropout import SEEDS, philox
 
+from depthlstm_fast.activations import FUNCTIONS
 from depthlstm_fast.checks import ACTIVATIONS
-from depthlstm_fast.reference import gates as reference
+from depthlstm_fast.reference import depth_lstm as reference
 
 # 0, the polynomials' knots and bounds (4.4, 4.5), where exp leaves fp32 (88, 104), where erfc leaves fp64 (38), and infinity
 POINTS = [
@@ -73,7 +74,7 @@ def test_scalars(name: str, a: float) -> None:
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations(name: str, a: float) -> None:
     tensor = torch.tensor(a, dtype=torch.float64)
-    wanted, slope = reference.activate(tensor, name).item(), reference.activate_backward(tensor, name).item()
+    wanted, slope = reference.activate(tensor, name).item(), FUNCTIONS[name].slope(tensor).item()
     key = "sigmoid_activation" if name == "sigmoid" else name
     for function, rel, absolute in ((internals.formulas_double, 1e-11, 1e-15), (internals.formulas_float, 2e-5, 3e-6)):
         value, again, found = function(a)[key]
@@ -218,5 +219,5 @@ def test_accuracy_of_activations(dtype: str, isa: str, name: str) -> None:
     inner = (np.abs(a) < 1) & math.isfinite(near)
     assert (error[inner] <= near * np.abs(wanted[inner])).all()
     assert (error <= everywhere * np.maximum(1, np.abs(wanted))).all()
-    slope = reference.activate_backward(torch.from_numpy(exact), name).numpy()
+    slope = FUNCTIONS[name].slope(torch.from_numpy(exact)).numpy()
     assert np.abs(found["dz"][0].view(4, -1)[3].numpy() - slope).max() <= steep * eps

@@ -32,7 +32,7 @@ from helpers import (
 from torch import Tensor
 
 import depthlstm_fast as dl
-from depthlstm_fast.backends import LIBRARY
+from depthlstm_fast.backends.library import LIBRARY
 
 pytestmark = needs_cpp
 

@@ -38,7 +38,7 @@ from gpu_helpers import (
 from helpers import Types, excess
 
 import depthlstm_fast as dl
-from depthlstm_fast.reference.gates import dropout_mask
+from depthlstm_fast.reference.depth_lstm import dropout_mask
 
 pytestmark = [] if REHEARSE else [pytest.mark.gpu]
 cuda_alone = pytest.mark.parametrize("backend", ["cuda"], indirect=True)

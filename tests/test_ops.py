@@ -228,7 +228,7 @@ def test_gradients_may_be_kept_in_the_graph() -> None:
 
 
 def test_functorch_takes_the_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["depthlstm_fast.backends"], "_strict", False)
+    monkeypatch.setattr(sys.modules["depthlstm_fast.backends.choice"], "_strict", False)
     tensors, options = arguments((4, 5), 8, MAIN_TYPES[1])
     z, c, weight, bias = tensors.values()
 
@@ -313,7 +313,7 @@ for types in TYPES:
             tensors, options = arguments(rows, features, types, norm, affine, kind)
             check_gates(tensors, {{**options, "dropout_p": 0.2, "training": True, "seed": torch.tensor([5])}})
 import ctypes
-from depthlstm_fast.backends import LIBRARY
+from depthlstm_fast.backends.library import LIBRARY
 name = ctypes.CDLL(str(LIBRARY)).depthlstm_cpu_isa
 name.restype = ctypes.c_char_p
 print(name().decode())
@@ -345,7 +345,7 @@ def test_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_cpp
 def test_forward_mode_takes_the_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["depthlstm_fast.backends"], "_strict", False)  # the fallback is what is tested
+    monkeypatch.setattr(sys.modules["depthlstm_fast.backends.choice"], "_strict", False)  # the fallback is what is tested
     z, tangent, c = normal(2, 12), normal(2, 12), normal(2, 3)
     results = []
     for function in (dl.depth_lstm_gates, dl.reference.depth_lstm_gates):

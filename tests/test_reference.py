@@ -29,7 +29,8 @@ from helpers import (
 from torch import Tensor
 
 import depthlstm_fast as dl
-from depthlstm_fast.reference import gates as reference
+from depthlstm_fast.activations import FUNCTIONS
+from depthlstm_fast.reference import depth_lstm as reference
 
 
 def sigmoid(a: float) -> float:
@@ -178,7 +179,7 @@ def mutant(fault: str, tensors: dict[str, Tensor], grads: tuple[Tensor, Tensor])
     h = o * new_c
     dh, dc = grads
     t = dc if fault == "dh forgotten in t" else dc + dh * o
-    slope = reference.activate_backward(a[..., 3, :], name)
+    slope = FUNCTIONS[name].slope(a[..., 3, :])
     da = torch.stack((t * g * i * (1 - i), t * c * f * (1 - f), dh * new_c * o * (1 - o), t * i * slope), -2)
     u = da * weight
     mean_u = 0 if fault == "mean of u forgotten" else u.mean(-1, keepdim=True)

@@ -105,7 +105,7 @@ def test_no_product_is_written_in_place_where_a_mode_looks_on(options: dict[str,
 
 @each_twin
 def test_gradients_of_each_sample(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dl.backends, "_strict", False)  # torch.func takes the reference
+    monkeypatch.setattr(dl.backends.choice, "_strict", False)  # torch.func takes the reference
     model = build(module)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
 
@@ -137,7 +137,7 @@ def test_ids_out_of_range_are_still_told(module: Any) -> None:
 @each_twin
 @each_variant
 def test_meta_device(module: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dl.backends, "_strict", False)  # shapes are the reference's
+    monkeypatch.setattr(dl.backends.choice, "_strict", False)  # shapes are the reference's
     with torch.device("meta"):
         model = build(module, **options)
         output = model(torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, 4, dtype=torch.int64))
@@ -170,7 +170,7 @@ def test_ids_and_masks_on_meta_beside_weights_that_are_not(module: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_folds_and_what_is_not_a_plain_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dl.backends, "_strict", False)  # torch.func takes the reference
+    monkeypatch.setattr(dl.backends.choice, "_strict", False)  # torch.func takes the reference
     layer = dl.DepthLSTMEncoderLayer(16, 2, dropout=0.0, batch_first=True).eval()
     layer.fold_output_projection()
     x = torch.randn(2, 4, 16)

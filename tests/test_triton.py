@@ -54,7 +54,8 @@ from triton_helpers import (  # noqa: F401, fixtures
 )
 
 import depthlstm_fast as dl
-from depthlstm_fast import ops
+from depthlstm_fast.ops import depth_lstm_autograd
+from depthlstm_fast.ops.depth_lstm import ACTIVATION_CODES, NORM_CODES, Options, Tensors
 
 pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]  # numpy's, of overflows
 
@@ -253,10 +254,10 @@ def test_z_bias_of_both_schemes(features: int) -> None:
 def check_z_bias(rows: int, features: int, types: Types, norm: str, affine: bool, kind: str, shift: float = 0.0) -> None:
     tensors, options = given(rows, features, types, norm, affine, kind)
     tensors["z_bias"] = normal(tensors["z"].shape[1], dtype=types.affine, shift=shift).to(DEVICE)
-    fixed = (ops.NORM_CODES[norm], ops.ACTIVATION_CODES[options["activation"]], 1e-6, 0.0)
+    fixed = Options(NORM_CODES[norm], ACTIVATION_CODES[options["activation"]], 1e-6, 0.0)
 
     def by_operator(z: Tensor, c: Tensor, z_bias: Tensor, weight: Any = None, bias: Any = None, hidden: Any = None) -> Any:
-        return ops.gates(z, z_bias, hidden, c, weight, bias, None, *fixed, backend="triton")
+        return depth_lstm_autograd.gates(Tensors(z, z_bias, hidden, c, weight, bias, None), fixed, "triton")
 
     def by_reference(z: Tensor, z_bias: Tensor, **rest: Any) -> Any:
         h, c = dl.reference.depth_lstm_gates(z.double() + z_bias.double(), **{key: x.double() for key, x in rest.items()}, **options)
@@ -314,16 +315,16 @@ def test_limits(features: int, dtype: torch.dtype, limit: str, monkeypatch: pyte
     z, c = torch.zeros(1, 4 * features, dtype=dtype, device=DEVICE), torch.zeros(1, features, dtype=dtype, device=DEVICE)
     with pytest.raises(ValueError, match=f"backend='triton' cannot run this call: {limit}"):
         dl.depth_lstm_gates(z, c, backend="triton")
-    backends = sys.modules["depthlstm_fast.backends"]
+    backends = sys.modules["depthlstm_fast.backends.choice"]
     monkeypatch.setattr(backends, "_strict", False)
     monkeypatch.setattr(backends, "_logged", set())
     on_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
     with caplog.at_level(logging.WARNING, "depthlstm_fast"):
-        assert backends.choose("auto", on_gpu, features) == "reference"
+        assert backends.choose("auto", on_gpu, "depth_lstm", features) == "reference"
     assert len(caplog.records) == 1
     monkeypatch.setattr(backends, "_strict", True)
     with pytest.raises(RuntimeError, match=limit):
-        backends.choose("auto", on_gpu, features)
+        backends.choose("auto", on_gpu, "depth_lstm", features)
 
 
 @pytest.mark.parametrize("what", BAD)

@@ -26,7 +26,8 @@ from torch import Tensor
 from triton_helpers import FULL, MIXED, dropout, fused, given, memory, on_device, real_memory, small_wide  # noqa: F401, fixtures
 
 import depthlstm_fast as dl
-from depthlstm_fast import ops
+from depthlstm_fast.ops.depth_lstm import split
+from depthlstm_fast.ops.depth_lstm_autograd import gates
 
 pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]  # numpy's, of overflows
 
@@ -162,7 +163,7 @@ def test_operator_equals_function(norm: str, affine: bool, kind: str, z_bias: bo
     leaves = [x for x in inputs[:6] if x is not None]
     grads = (normal(4, 9, dtype=F32).to(DEVICE), normal(4, 9, dtype=F32).to(DEVICE))
     both = []
-    for outputs in (torch.ops.depthlstm_fast.triton_gates_forward(*inputs), ops.gates(*inputs, backend="triton")):
+    for outputs in (torch.ops.depthlstm_fast.triton_gates_forward(*inputs), gates(*split(tuple(inputs)), "triton")):
         both.append((*outputs, *torch.autograd.grad(outputs, leaves, grads)))
     for a, e in zip(*both, strict=True):
         assert torch.equal(a, e)

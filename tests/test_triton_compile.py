@@ -172,7 +172,7 @@ def test_bad_options() -> None:
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the kernels that the launcher asks to be compiled, in this test; nothing is compiled or launched."""
-    from depthlstm_fast.kernels import launch, tune
+    from depthlstm_fast.kernels.common import launch, tune
 
     asked = []
 
@@ -193,7 +193,7 @@ def launch_all(
     eps: float = 1e-6, dropout_p: float = 0.1, expanded: bool = False,
 ) -> None:  # fmt: skip
     """Forward and backward, with ``left`` columns before each row of z, c and h; ``expanded``, every row of c and dc is the same."""
-    from depthlstm_fast.kernels import gates
+    from depthlstm_fast.kernels import depth_lstm as gates
 
     def tensor(width: int) -> torch.Tensor:
         return torch.zeros(rows, left + width, dtype=dtype)[:, left:]

@@ -38,9 +38,9 @@ if INTERPRETED:
     triton = importlib.import_module("triton")
     tl = importlib.import_module("triton.language")
     module = importlib.import_module("triton.runtime.interpreter")
-    interpreter = importlib.import_module("depthlstm_fast.kernels.interpreter")
-    launcher = importlib.import_module("depthlstm_fast.kernels.launch")
-    gates = importlib.import_module("depthlstm_fast.kernels.gates")
+    interpreter = importlib.import_module("depthlstm_fast.kernels.common.interpreter")
+    launcher = importlib.import_module("depthlstm_fast.kernels.common.launch")
+    gates = importlib.import_module("depthlstm_fast.kernels.depth_lstm")
 
     @triton.jit
     def convert_kernel(source, target, SIZE: tl.constexpr):
@@ -360,7 +360,7 @@ def import_kernels_from(folder):
         del sys.modules[name]
         delattr(package, name.split(".")[-1])
     package.__path__ = [folder]
-    importlib.import_module("depthlstm_fast.kernels.gates")
+    importlib.import_module("depthlstm_fast.kernels.depth_lstm")
     new = {name: importlib.import_module(name) for name in old}
     for held in [vars(module) for name, module in sys.modules.items() if name.startswith(("test_triton", "triton_helpers"))]:
         for key, value in list(held.items()):

@@ -55,7 +55,8 @@ class Driver:
 triton.runtime.driver.set_active(Driver())
 torch.cuda.current_device = lambda: 0
 
-from depthlstm_fast.kernels import gates, launch
+from depthlstm_fast.kernels import depth_lstm as gates
+from depthlstm_fast.kernels.common import launch
 
 assert not launch.INTERPRETED
 launch.multiprocessors = gates.multiprocessors = lambda device: 132
@@ -112,7 +113,7 @@ def test_one_compilation_for_all_row_counts_and_strides(recorded: dict[str, Any]
 def tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
     import triton
 
-    from depthlstm_fast.kernels import tune
+    from depthlstm_fast.kernels.common import tune
 
     monkeypatch.setattr(tune, "cache_file", lambda: tmp_path / "cache" / "plans.json")
     monkeypatch.setattr(tune, "_found", {})
@@ -125,7 +126,7 @@ def tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[types.Modu
 def test_tuning_keeps_the_fastest(tune: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.errors import OutOfResources
 
-    from depthlstm_fast.kernels.launch import Launch
+    from depthlstm_fast.kernels.common.launch import Launch
 
     plans = [Launch(1, {"ROWS": 1}), Launch(2, {"ROWS": 2}), Launch(4, {"ROWS": 3})]
     timed = []
@@ -149,7 +150,7 @@ def test_tuning_keeps_the_fastest(tune: types.ModuleType, monkeypatch: pytest.Mo
 
 
 def test_tuning_survives_a_file_of_rubbish_and_leaves_captures_alone(tune: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    from depthlstm_fast.kernels.launch import Launch
+    from depthlstm_fast.kernels.common.launch import Launch
 
     plans = [Launch(1, {"ROWS": 1}), Launch(2, {"ROWS": 2})]
     for rubbish in ("", "[1, 2]", '{"a": 3}', "\0"):

@@ -52,7 +52,7 @@ from triton_helpers import (  # noqa: F401, fixtures
 )
 
 import depthlstm_fast as dl
-from depthlstm_fast.reference.gates import dropout_mask
+from depthlstm_fast.reference.depth_lstm import dropout_mask
 
 pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]  # numpy's, of overflows
 

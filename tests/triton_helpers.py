@@ -28,11 +28,11 @@ from helpers import fused as fused_by
 from torch import Tensor
 
 if HAS_TRITON:
-    gates = importlib.import_module("depthlstm_fast.kernels.gates")
-    launcher = importlib.import_module("depthlstm_fast.kernels.launch")
+    gates = importlib.import_module("depthlstm_fast.kernels.depth_lstm")
+    launcher = importlib.import_module("depthlstm_fast.kernels.common.launch")
     triton = importlib.import_module("triton")
     tl = importlib.import_module("triton.language")
-    dropout_factors = importlib.import_module("depthlstm_fast.kernels.formulas").dropout_factors
+    dropout_factors = importlib.import_module("depthlstm_fast.kernels.common.formulas").dropout_factors
 
     @triton.jit
     def factors_kernel(seed, out, row, first, threshold, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr):

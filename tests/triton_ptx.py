@@ -20,8 +20,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from depthlstm_fast import reference
-from depthlstm_fast.kernels import gates
-from depthlstm_fast.kernels import launch as launcher
+from depthlstm_fast.kernels import depth_lstm as gates
+from depthlstm_fast.kernels.common import launch as launcher
 
 TARGET = GPUTarget("cuda", 90, 32)
 launched: list[str] = []

@@ -37,7 +37,8 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from depthlstm_fast.checks import ACTIVATIONS, NORMS  # noqa: E402
-from depthlstm_fast.kernels import gates, launch, tune  # noqa: E402
+from depthlstm_fast.kernels import depth_lstm as gates  # noqa: E402
+from depthlstm_fast.kernels.common import launch, tune  # noqa: E402
 
 BUDGET = ROOT / "tools" / "kernel_budget.json"
 PAGE = ROOT / "docs" / "triton_budget.md"

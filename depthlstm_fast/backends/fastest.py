@@ -1,16 +1,36 @@
 """Which backend is the fastest on which GPU, as far as that was measured: what "auto" takes there.
 
-The table is EMPTY: no kernel has been timed on a GPU yet, so that "auto" takes Triton wherever Triton can run. An entry says on which GPU
-it was measured, by the name torch.cuda.get_device_name() has for it, for which D and which dtype of z, and names the winner of gates
-forward + backward, timed in turn in one process; a comment beside it names the run in benchmarks/results:
+The table is EMPTY: no kernel has been timed on a GPU yet, so "auto" takes Triton wherever Triton can run.
+An entry names the op, the GPU as torch.cuda.get_device_name() has it, D and the dtype of z. Its value is the winner of forward + backward,
+timed in turn in one process. A comment beside it names the run in benchmarks/results:
 
-    ("NVIDIA H100 80GB HBM3", 512, torch.bfloat16): "cuda",  # benchmarks/results/<folder>
+    ("depth_lstm", "NVIDIA H100 80GB HBM3", 512, torch.bfloat16): "cuda",  # benchmarks/results/<folder>
 
 What was not measured is not guessed from its neighbours.
 """
 
 from __future__ import annotations
 
-import torch
+import functools
 
-FASTEST: dict[tuple[str, int, torch.dtype], str] = {}
+import torch
+from torch import Tensor
+
+from ..torch_private import constant_result
+
+FASTEST: dict[tuple[str, str, int, torch.dtype], str] = {}
+
+
+@constant_result
+def gpu_name(index: int) -> str:
+    return _known_gpu_name(index)
+
+
+_known_gpu_name = functools.cache(torch.cuda.get_device_name)
+
+
+def winner(tensor: Tensor, op: str, features: int) -> str | None:
+    """The measured winner for ``op`` with D = ``features`` on the tensor's GPU; None where nothing was measured."""
+    if not FASTEST or tensor.device.type != "cuda":
+        return None
+    return FASTEST.get((op, gpu_name(tensor.device.index), features, tensor.dtype))

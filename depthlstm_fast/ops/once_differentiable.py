@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..torch_private import delayed_error
+
 Grads = tuple[Tensor | None, ...]
 _SECOND_DERIVATIVE = (
     "trying to differentiate twice a function that was marked with @once_differentiable: the fused depth-wise LSTM has no "
@@ -27,8 +29,7 @@ def once_differentiable(backward: Callable[..., Grads]) -> Callable[..., Grads]:
         present = [output for output in outputs if output is not None]
         # the error hangs on what the gradients depend on: torch.autograd.grad runs only what leads to its inputs
         sources = [tensor for tensor in (*grads, *saved) if tensor is not None and tensor.requires_grad]
-        error = torch._C._functions.DelayedError(_SECOND_DERIVATIVE.encode(), len(present) + len(sources))
-        marked = iter(error(*[output.detach().requires_grad_() for output in present], *sources))
+        marked = iter(delayed_error(_SECOND_DERIVATIVE, [*(output.detach().requires_grad_() for output in present), *sources]))
         return tuple(None if output is None else next(marked) for output in outputs)
 
     return wrapper

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .derivatives import once_differentiable
-from .modes import is_direct, is_watched
+from ..modes import is_direct, is_watched
+from .once_differentiable import once_differentiable
 
 _ATTRIBUTE = "_depthlstm_buffer"
 

@@ -2,7 +2,7 @@
 
 from .attention import CrossAttention, DecoderCache, SelfAttention, attention_mask
 from .cell import DepthLSTMCell, GateNorm
-from .gates import depth_lstm_cell, depth_lstm_gates, depth_lstm_gates_backward, dropout_mask
+from .depth_lstm import depth_lstm_cell, depth_lstm_gates, depth_lstm_gates_backward, dropout_mask
 from .layers import DepthLSTMDecoderLayer, DepthLSTMEncoderLayer
 from .models import DepthLSTMTransformer
 from .stacks import DepthLSTMDecoder, DepthLSTMEncoder

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks, sharding
+from ..activations import activate
 from ..plain import is_plain
 from .attention import INITS, initialise_linear
-from .gates import activate, depth_lstm_gates
+from .depth_lstm import depth_lstm_gates
 
 HIDDENS = ("linear", "ffn")
 

@@ -10,13 +10,12 @@ Source: Xu et al., Rewiring the Transformer with Depth-Wise LSTMs, arXiv 2007.06
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks, sharding
+from ..activations import FUNCTIONS, activate
 from ..modes import autocast_dtype, constant
 
 
@@ -42,37 +41,6 @@ def dropout_mask(seed: Tensor, rows: int, features: int, p: float) -> Tensor:
         key0, key1 = (key0 + 0x9E3779B9) & low, (key1 + 0xBB67AE85) & low
     words = torch.stack((x0, x1, x2, x3), dim=-1).flatten(1)[:, :features]
     return words >= int(p * 2**32)
-
-
-def activate(a: Tensor, activation: str) -> Tensor:
-    """act(a) for one of the six activations."""
-    if activation == "gelu":
-        return F.gelu(a)
-    if activation == "gelu_tanh":
-        return F.gelu(a, approximate="tanh")
-    if activation == "relu":
-        return F.relu(a)
-    if activation == "tanh":
-        return torch.tanh(a)
-    if activation == "silu":
-        return F.silu(a)
-    return torch.sigmoid(a)
-
-
-def activate_backward(a: Tensor, activation: str) -> Tensor:
-    """d act(a) / d a for one of the six activations."""
-    if activation == "gelu":
-        return 0.5 * (1 + torch.erf(a * math.sqrt(0.5))) + a * torch.exp(-0.5 * a * a) / math.sqrt(2 * math.pi)
-    if activation == "gelu_tanh":
-        scale, cubic = math.sqrt(2 / math.pi), 0.044715
-        t = torch.tanh(scale * (a + cubic * a**3))
-        return 0.5 * (1 + t) + 0.5 * a * (1 - t * t) * scale * (1 + 3 * cubic * a * a)
-    if activation == "relu":
-        return (a > 0).to(a.dtype)
-    if activation == "tanh":
-        return 1 - torch.tanh(a) ** 2
-    s = torch.sigmoid(a)
-    return s * (1 + a * (1 - s)) if activation == "silu" else s * (1 - s)
 
 
 def _drop(g: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
@@ -157,7 +125,7 @@ def depth_lstm_gates_backward(
     da = [t * g * kept * i * (1 - i), t * c * f * (1 - f), dh * new_c * o * (1 - o)]
     dg = t * i * kept
     if hidden is None:
-        da.append(dg * activate_backward(a[..., 3, :], activation))
+        da.append(dg * FUNCTIONS[activation].slope(a[..., 3, :]))
     dz = u = torch.stack(da, -2)
     rows = tuple(range(u.dim() - 2))
     dweight = dbias = None

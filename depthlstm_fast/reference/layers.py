@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
+from ..activations import activate
 from .attention import CrossAttention, DecoderCache, SelfAttention, attention_mask, initialise_linear, new_cache
 from .cell import DepthLSTMCell
-from .gates import activate
 
 MERGES = ("add", "concat", "cells")
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..modes import is_direct, is_traced, is_transformed
+from ..modes import is_direct, is_traced
+from ..torch_private import is_transformed
 from . import generation
 from .layers import DepthLSTMDecoderLayer, DepthLSTMEncoderLayer
 from .positions import POSITIONS, Positions, initialise_embedding

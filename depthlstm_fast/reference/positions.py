@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import sharding
-from ..modes import is_direct, is_traced, is_transformed
+from ..modes import is_direct, is_traced
+from ..torch_private import is_transformed
 from .attention import draw_uniform
 
 POSITIONS = ("sinusoidal", "learned")

@@ -1,4 +1,4 @@
-"""The formulas of csrc/gate_math.h for Triton: sigmoid, the activations with their slopes, dropout's mask.
+"""The formulas of csrc/common/activations.h for Triton: sigmoid, the activations with their slopes, dropout's mask.
 
 Everything is fp32. ``FAST`` is for 16-bit z, c and affine: errors of about 5e-5, a tenth of an fp16 rounding; the polynomials are those of
 gate_math.h. Exponentials are powers of two and reciprocals are squared reciprocal roots, because those compile to one instruction each
@@ -76,6 +76,7 @@ def activate(a, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
     elif ACTIVATION == "silu":
         return a * sigmoid(a)
     else:
+        tl.static_assert(ACTIVATION == "sigmoid", "activate lacks an activation")
         return sigmoid(a)
 
 
@@ -100,6 +101,7 @@ def activate_with_slope(a, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
         value = a * s
         return value, s + value * (1.0 - s)
     else:
+        tl.static_assert(ACTIVATION == "sigmoid", "activate_with_slope lacks an activation")
         s = sigmoid(a)
         return s, s * (1.0 - s)
 
@@ -108,7 +110,7 @@ def activate_with_slope(a, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
 def dropout_factors(seed, row, first, threshold, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """``scale`` where dropout keeps an element and 0 elsewhere, for rows ``row`` (ROWS, 1) and BLOCK features from ``first`` on.
 
-    Philox4x32-10 (Salmon et al., SC 2011) with the counter and key of dropout_mask in depthlstm_fast/reference/gates.py. One block
+    Philox4x32-10 (Salmon et al., SC 2011) with the counter and key of dropout_mask in depthlstm_fast/reference/depth_lstm.py. One block
     of four words serves four features, so a quarter of the tile is drawn and its words are interleaved.
     """
     block = (first // 4 + tl.arange(0, BLOCK // 4))[None, :]

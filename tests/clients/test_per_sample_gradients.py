@@ -10,13 +10,13 @@ import torch
 from client_helpers import batch, cotangent, model
 from torch import Tensor, nn
 
-from depthlstm_fast import backends
+from depthlstm_fast.backends import choice
 
 
 @pytest.fixture(autouse=True)
 def fallback_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under torch.func the reference computes, which strict mode forbids."""
-    monkeypatch.setattr(backends, "_strict", False)
+    monkeypatch.setattr(choice, "_strict", False)
 
 
 def per_sample(made: nn.Module) -> dict[str, Tensor]:

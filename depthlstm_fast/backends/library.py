@@ -1,0 +1,61 @@
+"""The compiled library, and the backend "cpp" of its kernels for the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from pathlib import Path
+
+import torch
+
+from ..checks import FLOATS
+from .record import Backend, BackendStatus
+
+LIBRARY = Path(__file__).resolve().parent.parent / "_C.abi3.so"
+
+
+def _load_library() -> str | None:
+    """Load the compiled extension. Returns None, or the reason why there is none: import must never fail."""
+    if not LIBRARY.exists():
+        install = "pip install --no-build-isolation ., and in a checkout -e ."
+        return f"{LIBRARY.name} is not beside the package: the extension was not built in {LIBRARY.parent} ({install})"
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except (OSError, RuntimeError) as error:
+        return f"{LIBRARY.name} did not load: {error}"
+    return None
+
+
+load_error = _load_library()
+
+
+def built_with(name: str) -> str:
+    """An entry of the library's build stamp, which setup.py writes."""
+    if load_error is not None:
+        return "none"
+    ask = ctypes.CDLL(str(LIBRARY)).depthlstm_build_info
+    ask.restype = ctypes.c_char_p
+    found = re.search(rf";{name}=([^;]*)", ask().decode())
+    return found.group(1) if found else "none"
+
+
+def _why_not_here() -> str | None:
+    return load_error
+
+
+def _status() -> BackendStatus:
+    return BackendStatus(load_error is None, load_error or "C++ kernels for CPU tensors")
+
+
+CPP = Backend(
+    name="cpp",
+    title="C++",
+    prefix="",
+    automatic_for="cpu",
+    devices="CPU",
+    device_types=("cpu",),
+    dtypes=FLOATS,
+    widest={"depth_lstm": None},
+    status=_status,
+    why_not_here=_why_not_here,
+)

@@ -1,0 +1,33 @@
+"""Argument checks: of single arguments, and of each op's together."""
+
+from ..activations import ACTIVATIONS
+from .arguments import (
+    FLOATS,
+    check_companion,
+    check_eps,
+    check_finite,
+    check_float_tensor,
+    check_name,
+    check_probability,
+    check_shape,
+    check_size,
+)
+from .depth_lstm import MAX_FEATURES, NORMS, check_cell, check_gates, check_options
+
+__all__ = [
+    "ACTIVATIONS",
+    "FLOATS",
+    "MAX_FEATURES",
+    "NORMS",
+    "check_cell",
+    "check_companion",
+    "check_eps",
+    "check_finite",
+    "check_float_tensor",
+    "check_gates",
+    "check_name",
+    "check_options",
+    "check_probability",
+    "check_shape",
+    "check_size",
+]

@@ -1,0 +1,139 @@
+"""The operators of every op on every backend: OPERATORS[op][backend].
+
+A backend's operators of one op share the op's schema. The compiled library defines its own; those of kernels in Python are defined here.
+A tracer sees the operators, with the autograd that is registered here.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import sharding
+from ..backends.choice import RECORDS
+from ..backends.record import Backend
+from ..modes import is_direct
+
+LIBRARY = "depthlstm_fast"
+_SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", bool: "bool"}
+
+
+def schema(arguments: list[Any], outputs: Any) -> str:
+    """A schema of NamedTuples one after the other: "(Tensor z, Tensor? bias, float eps) -> (Tensor h, Tensor c_out)"."""
+
+    def listed(fields: Any) -> list[str]:
+        hints = typing.get_type_hints(fields)
+        return [f"{_SCHEMA_TYPES[hints[name]]} {name}" for name in fields._fields]
+
+    return f"({', '.join(word for fields in arguments for word in listed(fields))}) -> ({', '.join(listed(outputs))})"
+
+
+class Kernels(NamedTuple):
+    """Functions of an op's forward and backward schema."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+
+
+class Operators(NamedTuple):
+    """An op on one backend: its operators, and what eager calls in their stead where only kernels see the call."""
+
+    traced: Kernels
+    direct: Kernels | None = None
+
+    def eager(self, like: Tensor) -> Kernels:
+        """What an eager call on ``like`` runs."""
+        return self.traced if self.direct is None or not is_direct(like) else self.direct
+
+
+class Op(NamedTuple):
+    """What the registry has to know of an op.
+
+    Attributes:
+        name: its name in OPERATORS and in the folders of kernels.
+        operator: what its operators are called after the backend's prefix: "gates" for cuda_gates_forward and cuda_gates_backward.
+        schemas: of forward and backward.
+        fakes: shapes for tracers, by the operator's suffix.
+        checks: raise on arguments that would be wrong memory accesses, of forward and backward: operators can be called past
+            the public functions.
+        save: (ctx, forward arguments): keeps what ``gradients`` needs.
+        gradients: (ctx, saved tensors, kernels, *output gradients) -> the gradients of the forward operator's arguments.
+        layouts: how DTensor shards forward and backward.
+        direct: (operators, torch.ops namespace, prefix) -> what eager calls on a library's operators; None for the operators alone.
+    """
+
+    name: str
+    operator: str
+    schemas: tuple[str, str]
+    fakes: dict[str, Callable[..., Any]]
+    checks: tuple[Callable[..., None], Callable[..., None]]
+    save: Callable[[Any, tuple[Any, ...]], None]
+    gradients: Callable[..., tuple[Tensor | None, ...]]
+    layouts: tuple[sharding.Layout, sharding.Layout]
+    direct: Callable[[Kernels, Any, str], Kernels | None]
+
+
+OPERATORS: dict[str, dict[str, Operators]] = {}
+_definitions: list[torch.library.Library] = []  # a library's operators go with its Python object
+
+
+def _define(op: Op, backend: Backend) -> None:
+    """Define the operators of kernels in Python, one implementation for every device; the kernels are imported when one first runs."""
+    fragment = torch.library.Library(LIBRARY, "FRAGMENT")
+    for suffix, text, check in zip(("forward", "backward"), op.schemas, op.checks, strict=True):
+
+        def run(*arguments: Any, suffix: str = suffix, check: Callable[..., None] = check) -> Any:
+            check(backend, *arguments)
+            return getattr(backend.kernels(op.name), f"{op.operator}_{suffix}")(*arguments)  # type: ignore[misc]
+
+        name = f"{backend.prefix}{op.operator}_{suffix}"
+        fragment.define(name + text)
+        # interpreted, Triton takes CPU tensors
+        fragment.impl(name, run, "CompositeExplicitAutograd")
+    _definitions.append(fragment)
+
+
+def add_backend(op: Op, backend: Backend, library: str = LIBRARY) -> Operators | None:
+    """Register ``op`` on ``backend`` with torch: shapes, autograd, sharding. None where the loaded library lacks it."""
+    namespace = getattr(torch.ops, library)
+    stem = f"{backend.prefix}{op.operator}"
+    if backend.kernels is not None:
+        _define(op, backend)
+    elif not hasattr(namespace, f"{stem}_forward"):
+        return None
+    for suffix, fake in op.fakes.items():
+        if hasattr(namespace, f"{stem}_{suffix}"):
+            torch.library.register_fake(f"{library}::{stem}_{suffix}", fake)
+    traced = Kernels(*(getattr(namespace, f"{stem}_{suffix}").default for suffix in ("forward", "backward")))
+    torch.library.register_autograd(
+        f"{library}::{stem}_forward",
+        lambda ctx, *grads: op.gradients(ctx, ctx.saved_tensors, traced, *grads),
+        setup_context=lambda ctx, inputs, output: op.save(ctx, inputs),
+    )
+    for operator, layout in zip(traced, op.layouts, strict=True):
+        sharding.add_operator(operator, layout)
+    if backend.kernels is None:
+        return Operators(traced, op.direct(traced, namespace, stem))
+    return Operators(traced, _Lazy(op, backend))  # type: ignore[arg-type]
+
+
+class _Lazy:
+    """The Kernels of a backend in Python, imported when one first runs: past the dispatcher, which takes longer than a launch."""
+
+    def __init__(self, op: Op, backend: Backend) -> None:
+        self._op, self._backend = op, backend
+
+    def __getattr__(self, suffix: str) -> Any:
+        found = getattr(self._backend.kernels(self._op.name), f"{self._op.operator}_{suffix}")  # type: ignore[misc]
+        setattr(self, suffix, found)
+        return found
+
+
+def add(op: Op) -> None:
+    """Register ``op`` on every backend that has it."""
+    found = {name: add_backend(op, backend) for name, backend in RECORDS.items() if op.name in backend.widest}
+    OPERATORS[op.name] = {name: operators for name, operators in found.items() if operators is not None}
