@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import os
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -88,6 +92,60 @@ def test_use_backend_restores() -> None:
         raise KeyError
     call()
     assert dl.last_backend() == "cpp"
+
+
+def in_a_thread(function: Callable[[], None]) -> str | None:
+    """The backend that ran last in ``function``, called in a thread of its own."""
+    found: list[str | None] = []
+    thread = threading.Thread(target=lambda: (function(), found.append(dl.last_backend())))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+@needs_cpp
+def test_use_backend_holds_for_its_thread_alone() -> None:
+    with dl.use_backend("reference"):
+        assert in_a_thread(call) == "cpp"
+        call()
+        assert dl.last_backend() == "reference"
+    dl.set_backend("reference")
+    with dl.use_backend("cpp"):
+        assert in_a_thread(call) == "reference"  # what was set for the whole process
+        dl.set_backend("auto")
+        call()
+        assert dl.last_backend() == "cpp"
+
+
+@needs_cpp
+def test_use_backend_holds_for_its_task_alone() -> None:
+    async def task(name: str | None, ready: asyncio.Event, go: asyncio.Event) -> str | None:
+        with dl.use_backend(name) if name else contextlib.nullcontext():
+            ready.set()
+            await go.wait()
+            call()
+            return dl.last_backend()
+
+    async def both() -> list[str | None]:
+        events = [asyncio.Event() for _ in range(2)]
+        tasks = [task("reference", events[0], events[1]), task(None, events[1], events[0])]
+        return await asyncio.gather(*tasks)
+
+    assert asyncio.run(both()) == ["reference", "cpp"]
+
+
+@needs_cpp
+def test_compiled_functions_follow_use_backend() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda z, c: dl.depth_lstm_gates(z, c), backend="eager", fullgraph=True)
+    found = []
+    for name in ("cpp", "reference", "cpp"):
+        with dl.use_backend(name):
+            compiled(torch.randn(2, 8), torch.randn(2, 2))
+            found.append(dl.last_backend())
+    assert found[:2] == ["cpp", "reference"]
+    with dl.use_backend("reference"), pytest.raises(ValueError, match="one of 'auto'"):
+        dl.set_backend("fast")
 
 
 def test_unknown_names() -> None:

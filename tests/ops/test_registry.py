@@ -1,0 +1,80 @@
+"""What the wings have to agree on: schemas of every backend, the activations of every language, the records of the backends."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+import torch
+from helpers import DEVICE, F32, needs_triton
+from torch import Tensor
+
+import depthlstm_fast as dl
+from depthlstm_fast import checks
+from depthlstm_fast.activations import ACTIVATIONS, FUNCTIONS
+from depthlstm_fast.backends.choice import RECORDS
+from depthlstm_fast.ops.depth_lstm import ACTIVATION_CODES, OP, OutputGradients, TensorGradients, Tensors
+from depthlstm_fast.ops.registry import OPERATORS
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_backends_share_the_schemas(op: str) -> None:
+    assert "triton" in OPERATORS[op]
+    for name, operators in OPERATORS[op].items():
+        for operator, wanted in zip(operators.traced, OP.schemas, strict=True):
+            text = str(operator._schema)
+            assert text[text.index("(") :] == wanted, name
+
+
+def test_names_of_tuples() -> None:
+    """Positions are unpacked where torch wants a flat schema, so the tuples' fields have to stand in one order."""
+    assert TensorGradients._fields == Tensors._fields
+    assert [f"d{name}" for name in ("h", "c")] == list(OutputGradients._fields)
+
+
+def test_codes_of_activations() -> None:
+    assert checks.ACTIVATIONS == ACTIVATIONS == tuple(FUNCTIONS)
+    assert list(ACTIVATION_CODES.values()) == list(range(len(FUNCTIONS)))
+
+
+def test_slopes_of_activations() -> None:
+    a = torch.linspace(-4, 4, 33, dtype=torch.float64).requires_grad_()
+    for name, function in FUNCTIONS.items():
+        (slope,) = torch.autograd.grad(function.value(a).sum(), a)
+        torch.testing.assert_close(function.slope(a.detach()), slope, msg=name)
+
+
+@needs_triton
+def test_triton_computes_no_activation_that_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that is added to the dict alone fails; it does not come out as another activation."""
+    from depthlstm_fast.kernels import depth_lstm as kernels
+
+    monkeypatch.setattr(kernels, "ACTIVATIONS", ("softsign",))
+    kernels._options.cache_clear()
+    z, c = torch.randn(2, 32, device=DEVICE), torch.randn(2, 8, device=DEVICE)
+    try:
+        with pytest.raises(Exception, match="lacks an activation"):
+            kernels.gates_forward(z, None, None, c, None, None, None, 0, 0, 1e-6, 0.0)
+    finally:
+        kernels._options.cache_clear()
+
+
+def test_the_reference_computes_no_activation_that_it_lacks() -> None:
+    with pytest.raises(KeyError):
+        dl.reference.depth_lstm.activate(torch.zeros(3), "softsign")
+
+
+def on(device: str) -> Tensor:
+    return torch.empty(2, 8, device=device)
+
+
+def test_a_record_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = dataclasses.replace(RECORDS["cuda"], why_not_here=lambda: None, device_types=("cpu",), widest={"depth_lstm": 512, "other": None})
+    assert record.why_not(on("cpu"), "depth_lstm", 512) != record.why_not(on("cpu"), "depth_lstm", 513)
+    assert record.why_not(on("cpu"), "depth_lstm", 513) == "the CUDA kernels take D up to 512; found 513"
+    assert record.why_not(on("cpu"), "layer_mix", 8) == "the CUDA kernels have no layer_mix"
+    assert record.why_not(on("meta"), "other", 8) == "the CUDA kernels take CUDA tensors; found meta"
+    monkeypatch.setitem(RECORDS, "cuda", record)
+    with pytest.raises(ValueError, match=re.escape("backend='cuda' cannot run this call: the CUDA kernels take D up to 512; found 513")):
+        dl.depth_lstm_gates(torch.randn(1, 4 * 513, dtype=F32), torch.randn(1, 513), backend="cuda")
