@@ -1,6 +1,6 @@
 """The "cuda" backend of a rehearsal: its operators on CPU tensors, above the CPU's kernels in the place of the CUDA kernels.
 
-The real kernels could run simulated (tests/simulated.py, ``load``), but they take seconds a call, and what is rehearsed is the run.
+Simulated (tests/backends/cuda/simulated.py, ``load``) the real kernels take seconds a call; what is rehearsed is the run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ TESTS = Path(__file__).resolve().parents[1] / "tests"
 
 def stand_in_for_cuda() -> str | None:
     """Make CPU tensors run on "cuda" for the rest of this process; why that cannot be, or None."""
-    sys.path.insert(0, str(TESTS))
+    places = [str(TESTS), str(TESTS / "backends" / "cuda")]
+    sys.path[:0] = places
     try:
         import pytest
 
@@ -23,7 +24,8 @@ def stand_in_for_cuda() -> str | None:
     except ImportError as error:
         return f"the stand-in of the tests does not import: {error}"
     finally:
-        sys.path.remove(str(TESTS))
+        for place in places:
+            sys.path.remove(place)
     from depthlstm_fast.backends.choice import RECORDS
     from depthlstm_fast.ops.registry import OPERATORS
 

@@ -166,13 +166,13 @@ class Stages:
     def tests(self) -> Iterable[Job]:
         if self.rehearse:
             # one short test: what is rehearsed is the starting of pytest
-            path = "tests/test_gpu.py"
+            path = "tests/backends/gpu/test_gpu.py"
             yield Job(path, "tests", partial(self._tests, path, ["-k", REHEARSED_TEST], 1.0))
             return
-        for path in ("tests/test_gpu.py", "tests/test_gpu_device.py"):
+        for path in ("tests/backends/gpu/test_gpu.py", "tests/backends/gpu/test_gpu_device.py"):
             yield Job(path, "tests", partial(self._tests, path, ["-m", "gpu"], 0.35), 30, TEST_SECONDS + 30)
         if "cuda" in self.bench.backends:
-            path = "tests/test_cuda.py"
+            path = "tests/backends/cuda/test_cuda.py"
             yield Job(path, "tests", partial(self._tests, path, [], 0.4), 30, TEST_SECONDS + 30)
 
     def older_tests(self) -> Iterable[Job]:
@@ -183,7 +183,7 @@ class Stages:
                 self._compile_plans()
             self._tests(path, [], 0.4)
 
-        paths = [path.relative_to(ROOT) for path in (ROOT / "tests").glob("test_triton*.py")]
+        paths = [path.relative_to(ROOT) for path in (ROOT / "tests" / "backends" / "triton").glob("test_triton*.py")]
         found = sorted(str(path) for path in paths if not path.stem.endswith("_ptx"))  # those simulate a GPU
         for path in found if "triton" in self.bench.backends and not self.rehearse else ():
             yield Job(path, "tests", partial(run, path), 30, TEST_SECONDS + 30)

@@ -128,9 +128,7 @@ class _Lazy:
         self._op, self._backend = op, backend
 
     def __getattr__(self, suffix: str) -> Any:
-        found = getattr(self._backend.kernels(self._op.name), f"{self._op.operator}_{suffix}")  # type: ignore[misc]
-        setattr(self, suffix, found)
-        return found
+        return getattr(self._backend.kernels(self._op.name), f"{self._op.operator}_{suffix}")  # type: ignore[misc]
 
 
 def add(op: Op) -> None:

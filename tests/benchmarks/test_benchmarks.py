@@ -18,7 +18,7 @@ from torch import nn
 
 import depthlstm_fast as dl
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from depthlstm_fast.bench import checks, compiled, decoding, gates, layer, machine, memory, overhead, report, timing, translation  # noqa: E402

@@ -11,7 +11,7 @@ import torch
 
 import depthlstm_fast as dl
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from depthlstm_fast.bench import scaling  # noqa: E402

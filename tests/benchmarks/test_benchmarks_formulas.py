@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import depthlstm_fast as dl
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from depthlstm_fast.bench import cell, compiled, cost, decoding, gates, layer, model, products  # noqa: E402

@@ -13,7 +13,9 @@ from helpers import needs_cpp
 
 import depthlstm_fast as dl
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+GPU_TESTS = ("tests/backends/gpu/test_gpu.py", "tests/backends/gpu/test_gpu_device.py")
+CUDA_TESTS, TRITON_TESTS = "tests/backends/cuda/test_cuda.py", "tests/backends/triton/test_triton.py"
 sys.path.insert(0, str(ROOT))
 
 from depthlstm_fast.bench import (  # noqa: E402
@@ -143,8 +145,15 @@ def test_what_tells_most_comes_first(tmp_path: Path) -> None:
     assert len(set(names)) == len(names)  # a job of a known name is not run again
     assert {job.stage for job in jobs} == set(gpu.STAGES)
     gates_jobs = [f"gates D={features} bfloat16" for features in gpu_kernels.MAIN]
-    order = [*gates_jobs, "checks", "gates D=8192 float32", "tests/test_gpu.py", "tests/test_cuda.py", "compute-sanitizer cuda"]
-    order += ["compute-sanitizer triton", "counters cuda", "tests/test_triton.py", "plans forward D=512"]
+    order = [
+        *gates_jobs,
+        "checks",
+        "gates D=8192 float32",
+        GPU_TESTS[0],
+        CUDA_TESTS,
+        "compute-sanitizer cuda",
+    ]
+    order += ["compute-sanitizer triton", "counters cuda", TRITON_TESTS, "plans forward D=512"]
     assert [name for name in names if name in order] == order
     assert [job.stage for job in jobs[:5]] == ["report", "prepare", "prepare", "prepare", "gates"]
 
@@ -176,7 +185,13 @@ def test_plans_are_compiled_while_triton_is_tested(tmp_path: Path, monkeypatch: 
     for job in jobs_of(tmp_path):
         if job.stage == "tests":
             job.run()
-    assert calls[:5] == ["tests/test_gpu.py", "tests/test_gpu_device.py", "tests/test_cuda.py", "plans", "tests/test_triton.py"]
+    assert calls[:5] == [
+        GPU_TESTS[0],
+        GPU_TESTS[1],
+        CUDA_TESTS,
+        "plans",
+        TRITON_TESTS,
+    ]
     assert not [path for path in calls if path != "plans" and not (ROOT / path).is_file()]
 
 

@@ -19,7 +19,7 @@ import torch
 
 import depthlstm_fast as dl
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from depthlstm_fast.bench import __main__ as command  # noqa: E402

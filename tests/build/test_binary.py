@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "depthlstm_fast" / "_C.abi3.so"
 OBJECTS = ROOT / "build" / "ninja"
 STABLE_SYMBOLS = ROOT / "tests" / "torch-2.11-stable-symbols.txt"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import setuptools
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HELD = ("80", "90", "100", "120-ptx")
 
 

@@ -16,7 +16,7 @@ import torch
 
 import depthlstm_fast
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "errors.md"
 OPEN = "…"
 
@@ -80,7 +80,7 @@ def same(quoted: str, text: str) -> bool:
 
 def package_files() -> list[Path]:
     folder = Path(depthlstm_fast.__file__).parent
-    return [path for path in folder.rglob("*.py") if "bench" not in path.relative_to(folder).parts] + list((ROOT / "kernels").glob("*.py"))
+    return [path for path in folder.rglob("*.py") if "bench" not in path.relative_to(folder).parts] + list((ROOT / "kernels").rglob("*.py"))
 
 
 def test_every_quoted_message_is_in_the_source() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 polib = pytest.importorskip("polib", reason="the translation example needs polib: pip install polib")
 
-FOLDER = Path(__file__).resolve().parents[1] / "examples" / "translation"
+FOLDER = Path(__file__).resolve().parents[2] / "examples" / "translation"
 sys.path.insert(0, str(FOLDER))
 
 import debian  # noqa: E402

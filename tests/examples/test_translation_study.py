@@ -178,7 +178,7 @@ def test_the_page_tells_failures_and_defeats(finished: tuple[Path, dict[str, Any
 
 
 def test_the_committed_page_is_that_of_the_committed_results() -> None:
-    docs = Path(__file__).resolve().parents[1] / "docs"
+    docs = Path(__file__).resolve().parents[2] / "docs"
     assert (docs / "study.md").read_text(encoding="utf-8") == study_report.markdown(json.loads((docs / "study.json").read_text("utf-8")))
 
 

@@ -13,7 +13,7 @@ import pytest
 for package in ("sentencepiece", "rich", "polib", "safetensors", "sacrebleu"):
     pytest.importorskip(package, reason=f"the translation example needs {package}: pip install {package}")
 
-FOLDER = Path(__file__).resolve().parents[1] / "examples" / "translation"
+FOLDER = Path(__file__).resolve().parents[2] / "examples" / "translation"
 sys.path.insert(0, str(FOLDER))
 
 import architectures  # noqa: E402

@@ -70,7 +70,9 @@ def on(device: str) -> Tensor:
 
 
 def test_a_record_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    record = dataclasses.replace(RECORDS["cuda"], why_not_here=lambda: None, device_types=("cpu",), widest={"depth_lstm": 512, "other": None})
+    record = dataclasses.replace(
+        RECORDS["cuda"], why_not_here=lambda: None, device_types=("cpu",), widest={"depth_lstm": 512, "other": None}
+    )
     assert record.why_not(on("cpu"), "depth_lstm", 512) != record.why_not(on("cpu"), "depth_lstm", 513)
     assert record.why_not(on("cpu"), "depth_lstm", 513) == "the CUDA kernels take D up to 512; found 513"
     assert record.why_not(on("cpu"), "layer_mix", 8) == "the CUDA kernels have no layer_mix"

@@ -62,7 +62,8 @@ def version(program: str) -> str:
 
 
 def own_files() -> list[Path]:
-    return sorted((*HERE.glob("*.py"), *RUNTIME.glob("*.h"), *RUNTIME.glob("*.cpp")))
+    own = [path for path in HERE.glob("*.py") if not path.name.startswith(("test_", "ptx_"))]
+    return sorted((*own, *RUNTIME.glob("*.h"), *RUNTIME.glob("*.cpp")))
 
 
 class Step:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ptx_formulas import FORMATS, PACKED
+
 from ptx_simulator.build import COMPILER, simulate_ptx
 from ptx_simulator.device import copy, launch, load
 

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 from ptx_kernels import Run, operand, result, runner, words
+
 from ptx_simulator import instructions, memory_instructions  # noqa: F401  both fill the table
 from ptx_simulator.table import OPCODES
 

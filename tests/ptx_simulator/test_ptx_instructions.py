@@ -14,13 +14,14 @@ import ptx_formulas as formulas
 import pytest
 from ptx_formulas import FORMATS, PACKED, Formula
 from ptx_kernels import HEAD, bits_of, build_folder, register, width
+from ptx_values import CASES, operands
+from test_ptx_control import CONTROL_OPCODES
+from test_ptx_threads import PATTERNS
+
 from ptx_simulator import instructions, memory_instructions  # noqa: F401  both fill the table
 from ptx_simulator.build import simulate_ptx
 from ptx_simulator.device import copy, empty, launch, load
 from ptx_simulator.table import OPCODES
-from ptx_values import CASES, operands
-from test_ptx_control import CONTROL_OPCODES
-from test_ptx_threads import PATTERNS
 
 Types = tuple[list[str], str]  # of the operands, and of the result
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from ptx_kernels import build_folder
+
 from ptx_simulator import samples
 from ptx_simulator.build import MODES, available, build
 from ptx_simulator.device import copy, empty, load, pointer, run_sanitized
@@ -21,7 +22,7 @@ from ptx_simulator.device import copy, empty, load, pointer, run_sanitized
 pytestmark = pytest.mark.skipif(available() is not None, reason=f"{available()}")
 
 HERE = Path(__file__).resolve().parent
-SOURCE = HERE / "ptx_simulator" / "kernels" / "samples.cu"
+SOURCE = HERE / "kernels" / "samples.cu"
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def library(folder: Path, mode: str) -> Path:
 
 
 def run_sample(path: Path, mode: str, kernel: str, fault: str, seeds: int = 1) -> subprocess.CompletedProcess[str]:
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); from ptx_simulator import samples; samples.main()"
+    code = f"import sys; sys.path.insert(0, {str(HERE.parent)!r}); from ptx_simulator import samples; samples.main()"
     return run_sanitized(mode, "-c", code, str(path), kernel, fault, str(seeds))
 
 

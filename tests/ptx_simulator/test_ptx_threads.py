@@ -11,6 +11,7 @@ import ptx_formulas as formulas
 import pytest
 from ptx_formulas import FORMATS, PACKED
 from ptx_kernels import LETTERS, SLOTS, Run, bits_of, low, operand, result, runner, width, words
+
 from ptx_simulator import instructions, memory_instructions  # noqa: F401  both fill the table
 from ptx_simulator.table import OPCODES, table_name
 

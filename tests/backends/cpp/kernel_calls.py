@@ -34,7 +34,7 @@ def _runs(isa: str) -> bool:
 
 ISAS = [isa for isa in ("generic", "avx2", "avx512", "avx512_bf16") if _runs(isa)]
 # Above this traffic csrc/ops.cpp has the outputs written past the caches.
-_source = (Path(__file__).resolve().parent.parent / "csrc" / "ops.cpp").read_text(encoding="utf-8")
+_source = (Path(__file__).resolve().parents[3] / "csrc" / "ops.cpp").read_text(encoding="utf-8")
 STREAM_BYTES = int(re.search(r"stream_bytes = int64_t\((\d+)\) << 20;", _source).group(1)) << 20  # type: ignore[union-attr]
 
 

@@ -23,7 +23,7 @@ from depthlstm_fast.backends.record import Backend
 from depthlstm_fast.ops.depth_lstm import OP
 from depthlstm_fast.ops.registry import OPERATORS, Operators, add_backend
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "simulated"
 GENERIC = ROOT / "build" / "ninja" / "gates_kernel.generic.o"

@@ -23,7 +23,7 @@ from depthlstm_fast.backends import choice, cuda, fastest, library, triton
 from depthlstm_fast.ops.depth_lstm_autograd import FEW_ROWS
 from depthlstm_fast.ops.registry import OPERATORS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 HELD = ("80", "90", "100", "120-ptx")
 CUDA_TYPES = [types for types in TYPES if types.z != F64]
 

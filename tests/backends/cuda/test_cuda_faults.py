@@ -24,7 +24,7 @@ from depthlstm_fast import reference
 pytestmark = pytest.mark.skipif(available() is not None, reason=f"{available()}")
 
 HERE = Path(__file__).resolve().parent
-CSRC = HERE.parent / "csrc"
+CSRC = HERE.parents[2] / "csrc"
 
 
 def replace(path: Path, old: str, new: str, pattern: bool = False) -> None:

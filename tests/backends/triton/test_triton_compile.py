@@ -19,7 +19,7 @@ import torch
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 BUDGETS = json.loads((ROOT / "tools" / "kernel_budget.json").read_text(encoding="utf-8"))
 KERNEL = "sm_90 narrow_backward D=512 bf16"
 

@@ -298,49 +298,51 @@ HALF_UP = "bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))"
 
 MUTATIONS = [
     # masks of loads, of stores, of sums: NaN beside the arguments is read, guards beside the results are written
-    Mutation("tiles.py", "tl.load(at, mask=inside, other=0.0)", "tl.load(at)", SMALL, POISON),
-    Mutation("tiles.py", "tl.store(at, value, mask=inside)", "tl.store(at, value)", ROW, GUARD),
-    Mutation("gates.py", "keep_dims=True), mask=column < FEATURES)", "keep_dims=True))", SMALL, GUARD),
-    Mutation("gates.py", "mask=column < width", "mask=column >= 0", SMALL, GUARD),
-    Mutation("gates.py", INSIDE, ANY_ROW, ROW, GUARD),  # forward
-    Mutation("gates.py", INSIDE, ANY_ROW, ROW, POISON, 1),  # narrow
-    Mutation("gates.py", INSIDE, ANY_ROW, WIDE_TILES, POISON, 2),
-    Mutation("tiles.py", "tile = tl.where(inside, tile, 0.0)", "tile = tile", SMALL, BOUND),  # of the statistics
-    Mutation("tiles.py", "tile = tl.where(inside, tile, 0.0)", "tile = tile", NOT_THERE, POISON, 1),
-    Mutation("gates.py", "tl.minimum(row, rows - 1)", "row", "test_z_bias[narrow-gate-True-gelu-f32-f32-f32]", POISON),
+    Mutation("common/tiles.py", "tl.load(at, mask=inside, other=0.0)", "tl.load(at)", SMALL, POISON),
+    Mutation("common/tiles.py", "tl.store(at, value, mask=inside)", "tl.store(at, value)", ROW, GUARD),
+    Mutation("depth_lstm.py", "keep_dims=True), mask=column < FEATURES)", "keep_dims=True))", SMALL, GUARD),
+    Mutation("depth_lstm.py", "mask=column < width", "mask=column >= 0", SMALL, GUARD),
+    Mutation("depth_lstm.py", INSIDE, ANY_ROW, ROW, GUARD),  # forward
+    Mutation("depth_lstm.py", INSIDE, ANY_ROW, ROW, POISON, 1),  # narrow
+    Mutation("depth_lstm.py", INSIDE, ANY_ROW, WIDE_TILES, POISON, 2),
+    Mutation("common/tiles.py", "tile = tl.where(inside, tile, 0.0)", "tile = tile", SMALL, BOUND),  # of the statistics
+    Mutation("common/tiles.py", "tile = tl.where(inside, tile, 0.0)", "tile = tile", NOT_THERE, POISON, 1),
+    Mutation("depth_lstm.py", "tl.minimum(row, rows - 1)", "row", "test_z_bias[narrow-gate-True-gelu-f32-f32-f32]", POISON),
     # offsets: of the gates, and beyond 2^31
-    Mutation("tiles.py", "load(at + k * FEATURES", "load(at + (k + 1) * FEATURES", SMALL, POISON),
-    Mutation("gates.py", "+ column, dz_tiles[k]", "+ column, dz_tiles[0]", SMALL, BOUND),
-    Mutation("gates.py", NUMBER, NUMBER32, FAR_NARROW, BOUND),  # forward
-    Mutation("gates.py", NUMBER, NUMBER32, FAR_WIDE, BOUND, 1),  # row_sums
-    Mutation("gates.py", TILE, TILE32, FAR_NARROW, BOUND),
-    Mutation("gates.py", TILE, TILE32, FAR_WIDE, BOUND, 1),
-    Mutation("gates.py", NUMBER, NUMBER32, LONG_NARROW, UNEQUAL),
-    Mutation("gates.py", NUMBER, NUMBER32, LONG_WIDE, UNEQUAL, 1),
-    Mutation("gates.py", TILE, TILE32, LONG_NARROW, UNEQUAL),
-    Mutation("gates.py", TILE, TILE32, LONG_WIDE, UNEQUAL, 1),
+    Mutation("common/tiles.py", "load(at + k * FEATURES", "load(at + (k + 1) * FEATURES", SMALL, POISON),
+    Mutation("depth_lstm.py", "+ column, dz_tiles[k]", "+ column, dz_tiles[0]", SMALL, BOUND),
+    Mutation("depth_lstm.py", NUMBER, NUMBER32, FAR_NARROW, BOUND),  # forward
+    Mutation("depth_lstm.py", NUMBER, NUMBER32, FAR_WIDE, BOUND, 1),  # row_sums
+    Mutation("depth_lstm.py", TILE, TILE32, FAR_NARROW, BOUND),
+    Mutation("depth_lstm.py", TILE, TILE32, FAR_WIDE, BOUND, 1),
+    Mutation("depth_lstm.py", NUMBER, NUMBER32, LONG_NARROW, UNEQUAL),
+    Mutation("depth_lstm.py", NUMBER, NUMBER32, LONG_WIDE, UNEQUAL, 1),
+    Mutation("depth_lstm.py", TILE, TILE32, LONG_NARROW, UNEQUAL),
+    Mutation("depth_lstm.py", TILE, TILE32, LONG_WIDE, UNEQUAL, 1),
     # loops that end a tile too early, or after the first partial sums
-    Mutation("gates.py", "tl.cdiv(rows, ROWS), tl.num_programs(0)", "rows // ROWS, tl.num_programs(0)", TILES, POISON),
-    Mutation("gates.py", "tl.cdiv(rows, ROWS), tl.num_programs(1)", "rows // ROWS, tl.num_programs(1)", WIDE_TILES, POISON),
-    Mutation("gates.py", "tl.range(0, programs, ROWS)", "tl.range(0, ROWS, ROWS)", "test_more_rows_than_programs[18-273-1]", BOUND),
+    Mutation("depth_lstm.py", "tl.cdiv(rows, ROWS), tl.num_programs(0)", "rows // ROWS, tl.num_programs(0)", TILES, POISON),
+    Mutation("depth_lstm.py", "tl.cdiv(rows, ROWS), tl.num_programs(1)", "rows // ROWS, tl.num_programs(1)", WIDE_TILES, POISON),
+    Mutation("depth_lstm.py", "tl.range(0, programs, ROWS)", "tl.range(0, ROWS, ROWS)", "test_more_rows_than_programs[18-273-1]", BOUND),
     # mathematics
-    Mutation("tiles.py", "-rest[k] * ", "0.0 * rest[k] * ", "test_constant_rows[gate-narrow-f32-f32-f32-41]", BOUND),
-    Mutation("tiles.py", " - n[k] * mean_un[k]", "", SMALL, BOUND),
-    Mutation("tiles.py", "u[k] - mean_u[k]", "u[k]", SMALL, BOUND),
-    Mutation("tiles.py", "rsqrt(variance + eps)", "rsqrt(variance + 1e-6)", "test_eps[narrow-gate-0.5]", BOUND),
-    Mutation("tiles.py", 'NORM == "joint"', 'NORM == "neither"', "test_error_bound[gelu-joint-True-f32-f32-f32]", BOUND),
-    Mutation("gates.py", "(dweight, dbias) if affine", "(dbias, dweight) if affine", SMALL, BOUND),
-    Mutation("gates.py", "sums[GATES + k] + da[k]", "da[k]", "test_more_rows_than_programs[2-18-33]", BOUND),
+    Mutation("common/tiles.py", "-rest[k] * ", "0.0 * rest[k] * ", "test_constant_rows[gate-narrow-f32-f32-f32-41]", BOUND),
+    Mutation("common/tiles.py", " - n[k] * mean_un[k]", "", SMALL, BOUND),
+    Mutation("common/tiles.py", "u[k] - mean_u[k]", "u[k]", SMALL, BOUND),
+    Mutation("common/tiles.py", "rsqrt(variance + eps)", "rsqrt(variance + 1e-6)", "test_eps[narrow-gate-0.5]", BOUND),
+    Mutation("common/tiles.py", 'NORM == "joint"', 'NORM == "neither"', "test_error_bound[gelu-joint-True-f32-f32-f32]", BOUND),
+    Mutation("depth_lstm.py", "(dweight, dbias) if affine", "(dbias, dweight) if affine", SMALL, BOUND),
+    Mutation("depth_lstm.py", "sums[GATES + k] + da[k]", "da[k]", "test_more_rows_than_programs[2-18-33]", BOUND),
     # dropout: order of the words, blocks, rows, scale
-    Mutation("formulas.py", "tl.join(w0, w2), tl.join(w1, w3)", "tl.join(w0, w1), tl.join(w2, w3)", PHILOX, UNEQUAL),
-    Mutation("formulas.py", "(first // 4 + tl.arange(0, BLOCK // 4))", "tl.arange(0, BLOCK // 4)", WIDE_PHILOX, UNEQUAL),
-    Mutation("gates.py", "rows, row, column, first, inside, dh_stride", "rows, row, column, 0, inside, dh_stride", WIDE_PHILOX, UNEQUAL, 1),
-    Mutation("gates.py", "key, 1, row, column, first", "key, 1, row, column, 0", WIDE_DROPOUT, BOUND),  # row_sums
-    Mutation("formulas.py", "(row >> 32)", "(row & 0)", "test_dropout_of_far_rows[5-0-1099511627781]", "assert"),
-    Mutation("gates.py", "g * factor, slope * factor", "g * factor, slope * (factor > 0)", DROPOUT, BOUND),
+    Mutation("common/formulas.py", "tl.join(w0, w2), tl.join(w1, w3)", "tl.join(w0, w1), tl.join(w2, w3)", PHILOX, UNEQUAL),
+    Mutation("common/formulas.py", "(first // 4 + tl.arange(0, BLOCK // 4))", "tl.arange(0, BLOCK // 4)", WIDE_PHILOX, UNEQUAL),
+    Mutation(
+        "depth_lstm.py", "rows, row, column, first, inside, dh_stride", "rows, row, column, 0, inside, dh_stride", WIDE_PHILOX, UNEQUAL, 1
+    ),
+    Mutation("depth_lstm.py", "key, 1, row, column, first", "key, 1, row, column, 0", WIDE_DROPOUT, BOUND),  # row_sums
+    Mutation("common/formulas.py", "(row >> 32)", "(row & 0)", "test_dropout_of_far_rows[5-0-1099511627781]", "assert"),
+    Mutation("depth_lstm.py", "g * factor, slope * factor", "g * factor, slope * (factor > 0)", DROPOUT, BOUND),
     # the interpreter's own rounding
-    Mutation("interpreter.py", HALF_UP, "bits", "test_rounding_to_bf16", UNEQUAL),
-    Mutation("interpreter.py", HALF_UP, "bits + np.uint32(0x8000)", "test_rounding_to_bf16", UNEQUAL),
+    Mutation("common/interpreter.py", HALF_UP, "bits", "test_rounding_to_bf16", UNEQUAL),
+    Mutation("common/interpreter.py", HALF_UP, "bits + np.uint32(0x8000)", "test_rounding_to_bf16", UNEQUAL),
 ]
 
 # One pytest session collects the tests; each mutation runs its test in a fork of it, in which the kernels are imported anew, and
@@ -358,8 +360,9 @@ def import_kernels_from(folder):
     old = {name: module for name, module in sys.modules.items() if name.startswith("depthlstm_fast.kernels.")}
     for name in old:
         del sys.modules[name]
-        delattr(package, name.split(".")[-1])
+        vars(package).pop(name.split(".")[-1], None)
     package.__path__ = [folder]
+    importlib.import_module("depthlstm_fast.backends.triton").kernels.cache_clear()
     importlib.import_module("depthlstm_fast.kernels.depth_lstm")
     new = {name: importlib.import_module(name) for name in old}
     for held in [vars(module) for name, module in sys.modules.items() if name.startswith(("test_triton", "triton_helpers"))]:

@@ -17,7 +17,7 @@ import torch
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 
 # Everything but the last step is real: compiled for sm_90, loaded and launched through Triton's own CompiledKernel.
 LAUNCHES = """

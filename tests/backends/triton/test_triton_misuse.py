@@ -15,7 +15,7 @@ from helpers import DEVICE, needs_triton
 
 import depthlstm_fast as dl
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @needs_triton

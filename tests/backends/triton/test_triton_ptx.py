@@ -25,7 +25,7 @@ pytestmark = [needs_triton, pytest.mark.skipif(available() not in (None, "there 
 )
 def test_compiled_kernels_on_a_cpu(rows: int, features: int, dtype: str, scheme: str, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "DEPTHLSTM_AUTOTUNE")}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HERE.parent), environment.get("PYTHONPATH"))))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HERE.parents[2]), str(HERE.parents[1]), environment.get("PYTHONPATH"))))
     command = [sys.executable, str(HERE / "triton_ptx.py"), str(tmp_path), str(rows), str(features), dtype, scheme]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
