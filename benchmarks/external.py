@@ -20,7 +20,7 @@ from typing import IO, Any
 ROOT = Path(__file__).resolve().parents[1]
 TAIL_CHARACTERS = 6000
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-# parts of the names of our kernels, those of Triton and those of csrc/cuda
+# parts of the names of our kernels, those of Triton and those of CUDA C++
 KERNELS = (
     *("forward_kernel", "row_sums_kernel", "sums_kernel", "narrow_backward", "wide_backward"),
     *("forward_warp", "forward_block", "forward_any", "row_statistics"),

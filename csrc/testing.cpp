@@ -1,4 +1,4 @@
-// For the tests alone: the scalar formulas of gate_math.h, the kernels of each instruction set through gates.h, and a dirty stack.
+// For the tests alone: the scalar formulas, the kernels of each instruction set through depth_lstm/cpu.h, and a dirty stack.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -12,8 +12,9 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/gates.h"
-#include "gate_math.h"
+#include "common/philox.h"
+#include "depth_lstm/cpu.h"
+#include "depth_lstm/math.h"
 
 namespace py = pybind11;
 
@@ -34,12 +35,9 @@ py::dict formulas(T a) {
         Act::template value_and_slope<false>(a, value, slope);
         found[name] = py::make_tuple(Act::template value<false>(a), value, slope);
     };
-    add("gelu", Gelu());
-    add("gelu_tanh", GeluTanh());
-    add("relu", Relu());
-    add("tanh", Tanh());
-    add("silu", Silu());
-    add("sigmoid_activation", Sigmoid());
+#define DEPTHLSTM_ADD(name, functions) add("act " #name, functions());
+    DEPTHLSTM_ACTIVATIONS(DEPTHLSTM_ADD)
+#undef DEPTHLSTM_ADD
     return found;
 }
 
@@ -71,14 +69,10 @@ std::array<double, 2> cell(double i, double f, double o, double g, double c_in) 
 }
 
 const GatesKernels& kernels_of(const std::string& isa) {
-    if (isa == "generic") return generic::gates_kernels;
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (isa == "avx2" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::gates_kernels;
-    const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
-    if (isa == "avx512" && has_avx512) return avx512::gates_kernels;
-    if (isa == "avx512_bf16" && has_avx512 && __builtin_cpu_supports("avx512bf16")) return avx512_bf16::gates_kernels;
-#endif
+#define DEPTHLSTM_FIND(name) \
+    if (isa == #name && has_isa(Isa::name)) return name::gates_kernels;
+    DEPTHLSTM_ISAS(DEPTHLSTM_FIND)
+#undef DEPTHLSTM_FIND
     throw std::invalid_argument("this CPU or build has no " + isa);
 }
 

@@ -1,4 +1,4 @@
-// The formulas of the depth-wise LSTM once, for scalars and SIMD vectors, host and device.
+// The activations and their list, once for scalars and SIMD vectors, host and device.
 //
 // V is a floating-point value or vector; Primitives<V> supplies what differs between them:
 //     Scalar, fma(a, b, c), exp2<fast>(x), reciprocal<fast>(x) for x >= 1, clamp(x, low, high), select_negative(x, yes, no),
@@ -10,11 +10,7 @@
 #include <cmath>
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define DEPTHLSTM_HD __host__ __device__ __forceinline__
-#else
-#define DEPTHLSTM_HD inline __attribute__((always_inline))
-#endif
+#include "types.h"
 
 namespace depthlstm {
 
@@ -38,7 +34,7 @@ struct ScalarPrimitives {
     static DEPTHLSTM_HD T abs(T x) { return ::fabs(x); }
     static DEPTHLSTM_HD T erfc(T x) { return ::erfc(x); }
 };
-#if !defined(__CUDACC__)  // csrc/cuda/primitives.cuh has its own
+#if !defined(__CUDACC__)  // cuda/primitives.cuh has its own
 template <>
 struct Primitives<float> : ScalarPrimitives<float> {};
 #endif
@@ -201,46 +197,22 @@ struct Sigmoid {
     }
 };
 
-// c = f c' + i g,  h = o c
-template <class V>
-DEPTHLSTM_HD void cell_forward(V i, V f, V o, V g, V c_in, V& c, V& h) {
-    c = Primitives<V>::fma(f, c_in, i * g);
-    h = o * c;
-}
+// Every activation: its name, which is the one in depthlstm_fast/activations.py at the same place, and its functions above.
+#define DEPTHLSTM_ACTIVATIONS(X) \
+    X(gelu, Gelu)                \
+    X(gelu_tanh, GeluTanh)       \
+    X(relu, Relu)                \
+    X(tanh, Tanh)                \
+    X(silu, Silu)                \
+    X(sigmoid, Sigmoid)
 
-// Gradients of a_i, a_f, a_o, of g and of c', given those of h and c. g stands after dropout.
-template <class V>
-struct CellGradient {
-    V da_i, da_f, da_o, dg, dc_in;
-};
+#define DEPTHLSTM_ENUMERATOR(name, functions) name,
+// `given`: the value is read from memory instead of being computed.
+enum class Activation : int32_t { DEPTHLSTM_ACTIVATIONS(DEPTHLSTM_ENUMERATOR) given };
+#undef DEPTHLSTM_ENUMERATOR
 
-template <class V>
-DEPTHLSTM_HD CellGradient<V> cell_backward(V i, V f, V o, V g, V c_in, V dh, V dc) {
-    using P = Primitives<V>;
-    using T = typename P::Scalar;
-    const V one = V(T(1));
-    const V c = P::fma(f, c_in, i * g);
-    const V t = P::fma(dh, o, dc);
-    const V ti = t * i;
-    const V tf = t * f;
-    return {ti * (one - i) * g, tf * (one - f) * c_in, dh * c * o * (one - o), ti, tf};
-}
-
-// One block of Philox4x32-10 (Salmon et al., SC 2011): the dropout bits of features 4 block .. 4 block + 3 of a row.
-DEPTHLSTM_HD void philox(uint64_t seed, uint64_t row, uint32_t block, uint32_t out[4]) {
-    uint32_t x0 = block, x1 = uint32_t(row), x2 = uint32_t(row >> 32), x3 = 0;
-    uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
-    for (int round = 0; round < 10; ++round) {
-        const uint64_t product0 = uint64_t(0xD2511F53u) * x0;
-        const uint64_t product1 = uint64_t(0xCD9E8D57u) * x2;
-        x0 = uint32_t(product1 >> 32) ^ x1 ^ key0;
-        x1 = uint32_t(product1);
-        x2 = uint32_t(product0 >> 32) ^ x3 ^ key1;
-        x3 = uint32_t(product0);
-        key0 += 0x9E3779B9u;
-        key1 += 0xBB67AE85u;
-    }
-    out[0] = x0, out[1] = x1, out[2] = x2, out[3] = x3;
-}
+#define DEPTHLSTM_WORD(name, functions) " " #name
+constexpr const char activation_names[] = "" DEPTHLSTM_ACTIVATIONS(DEPTHLSTM_WORD);
+#undef DEPTHLSTM_WORD
 
 }  // namespace depthlstm

@@ -1,7 +1,8 @@
 // The CPU gates kernels, one table of functions an instruction set.
 #pragma once
 
-#include "../gates_call.h"
+#include "call.h"
+#include "common/cpu/isa.h"
 
 namespace depthlstm {
 
@@ -22,14 +23,19 @@ struct GatesKernels {
     void (*reduce)(const GatesCall&, const void* partials, int64_t count, int64_t block_begin, int64_t block_end);
 };
 
-namespace generic { extern const GatesKernels gates_kernels; }
-#if defined(__x86_64__) && !defined(DEPTHLSTM_SANITIZED)
-namespace avx2 { extern const GatesKernels gates_kernels; }
-namespace avx512 { extern const GatesKernels gates_kernels; }
-namespace avx512_bf16 { extern const GatesKernels gates_kernels; }
-#endif
+#define DEPTHLSTM_DECLARE(isa)                \
+    namespace isa {                           \
+    extern const GatesKernels gates_kernels;  \
+    }
+DEPTHLSTM_ISAS(DEPTHLSTM_DECLARE)
+#undef DEPTHLSTM_DECLARE
 
-// The widest set this CPU has, or the one DEPTHLSTM_CPU_ISA names; null where that one cannot run here.
-const GatesKernels* select_gates_kernels();
+// Those of chosen_isa(); null where it is none.
+[[maybe_unused]] static const GatesKernels* select_gates_kernels() {
+#define DEPTHLSTM_TABLE(isa) &isa::gates_kernels,
+    static constexpr const GatesKernels* tables[] = {DEPTHLSTM_ISAS(DEPTHLSTM_TABLE)};
+#undef DEPTHLSTM_TABLE
+    return chosen_kernels(tables);
+}
 
 }  // namespace depthlstm

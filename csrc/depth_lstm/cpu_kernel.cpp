@@ -4,8 +4,10 @@
 // backward, the two LayerNorm means are taken. Scratch, affine and partial sums are stored by blocks of one vector,
 // [block][gate][lane]: rows 2^n bytes apart would fall into the same cache sets, and a block is one stream to prefetch.
 // The lanes beyond D of the last block hold zeros in z, c and the gradients and in gamma, so that they add nothing to sums.
-#include "gates.h"
-#include "rows.h"
+#include "common/cpu/rows.h"
+#include "common/philox.h"
+#include "cpu.h"
+#include "math.h"
 
 namespace depthlstm::DEPTHLSTM_ISA {
 namespace {
@@ -69,7 +71,7 @@ void pack_as(const GatesCall& call, T* packed) {
             } else {
                 gamma = xsimd::select(first_lanes<T>(count), Vector<T>(T(1)), gamma);
             }
-            if (k < 3 && call.h.data != nullptr) {  // forward: see sigmoid_of_scaled in gate_math.h
+            if (k < 3 && call.h.data != nullptr) {  // forward: see sigmoid_of_scaled in common/activations.h
                 gamma *= Vector<T>(T(minus_log2_e));
                 beta *= Vector<T>(T(minus_log2_e));
             }
@@ -374,19 +376,19 @@ void reduce(const GatesCall& call, const void* partials, int64_t count, int64_t 
 
 template <class MZ, class MC, bool fast, class Visitor>
 void with_activation(const GatesCall& call, Visitor visit) {
-    switch (call.activation) {
-        case Activation::gelu: return visit.template operator()<MZ, MC, Gelu, fast>();
-#if defined(DEPTHLSTM_SANITIZED)  // the sanitizers take minutes to compile all seven, which differ in gate_math.h alone
-        default: return visit.template operator()<MZ, MC, Gelu, fast>();
+#if defined(DEPTHLSTM_SANITIZED)  // the sanitizers take minutes to compile all seven, which differ in their formulas alone
+    if (call.activation == Activation::given) return visit.template operator()<MZ, MC, Given, fast>();
+    return visit.template operator()<MZ, MC, Gelu, fast>();
 #else
-        case Activation::gelu_tanh: return visit.template operator()<MZ, MC, GeluTanh, fast>();
-        case Activation::relu: return visit.template operator()<MZ, MC, Relu, fast>();
-        case Activation::tanh: return visit.template operator()<MZ, MC, Tanh, fast>();
-        case Activation::silu: return visit.template operator()<MZ, MC, Silu, fast>();
-        case Activation::sigmoid: return visit.template operator()<MZ, MC, Sigmoid, fast>();
-#endif
+    switch (call.activation) {
+#define DEPTHLSTM_CASE(name, functions) \
+    case Activation::name: return visit.template operator()<MZ, MC, functions, fast>();
+        DEPTHLSTM_ACTIVATIONS(DEPTHLSTM_CASE)
+#undef DEPTHLSTM_CASE
         case Activation::given: return visit.template operator()<MZ, MC, Given, fast>();
     }
+    __builtin_trap();  // no code of an activation: outputs that nobody wrote must not be taken for results
+#endif
 }
 
 // The fast formulas serve where every result is rounded to 16 bits; one float32 operand asks for float32 results.

@@ -1,7 +1,7 @@
 // The gates kernels of CUDA as C functions: raw pointers, sizes and a stream; no torch header, no CUDA header.
 #pragma once
 
-#include "../gates_call.h"
+#include "call.h"
 
 namespace depthlstm {
 

@@ -6,9 +6,8 @@
 //         feature and a block 256, and loops over rows.
 //
 // sum_partials in launch.cu adds the partial sums in a fixed order: no atomics, the same bits every time.
-#include "gates.cuh"
-#include "kernels.h"
-#include "launching.cuh"
+#include "cuda_gates.cuh"
+#include "cuda_kernels.h"
 
 namespace depthlstm {
 namespace DEPTHLSTM_Z_NAMESPACE {
@@ -301,7 +300,7 @@ __global__ void __launch_bounds__(any_threads) wide_backward(const __grid_consta
 
 // Asked for `workspace_bytes` it answers that alone; else it runs.
 template <class C, int K>
-cudaError_t backward(Launch& launch, const Device& device, void* workspace, int64_t* workspace_bytes) {
+cudaError_t backward(Launch& launch, const GpuDevice& device, void* workspace, int64_t* workspace_bytes) {
     const GatesCall& call = launch.call;
     const int64_t sums = (call.dweight != nullptr ? 2 : 0) + (call.dz_bias != nullptr ? 1 : 0), width = K * call.features;
     const auto constant = [](const Rows& rows) { return ConstRows{rows.data, rows.stride}; };
@@ -327,7 +326,7 @@ cudaError_t backward(Launch& launch, const Device& device, void* workspace, int6
     launch.statistics = reinterpret_cast<float*>(static_cast<char*>(workspace) + partial_bytes);
     if (needs_statistics) {
         const int row_threads = int(std::min<int64_t>(any_threads, round_up(call.features, 32)));
-        const cudaError_t failed = launch_rows<row_statistics<C, K>>(launch, device, row_threads, 1);
+        const cudaError_t failed = launch_rows<row_statistics<C, K>>(launch, call.rows, device, row_threads, 1);
         if (failed != cudaSuccess) return failed;
     }
     if (!narrow) {
@@ -345,7 +344,7 @@ cudaError_t backward(Launch& launch, const Device& device, void* workspace, int6
 }  // namespace
 }  // namespace DEPTHLSTM_Z_NAMESPACE
 
-cudaError_t DEPTHLSTM_Z_FUNCTION(backward)(Launch& launch, const Device& device, void* workspace, int64_t* workspace_bytes) {
+cudaError_t DEPTHLSTM_Z_FUNCTION(backward)(Launch& launch, const GpuDevice& device, void* workspace, int64_t* workspace_bytes) {
     const bool own = launch.call.c_dtype == launch.call.z_dtype, given = launch.call.hidden.data != nullptr;
     if (given)
         return own ? DEPTHLSTM_Z_NAMESPACE::backward<DEPTHLSTM_Z, 3>(launch, device, workspace, workspace_bytes)

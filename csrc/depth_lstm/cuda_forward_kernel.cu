@@ -7,9 +7,8 @@
 //         row, which the caches keep.
 //
 // A thread holds its part of all gates in registers, as V vectors of W features: 16 bytes of z each.
-#include "gates.cuh"
-#include "kernels.h"
-#include "launching.cuh"
+#include "cuda_gates.cuh"
+#include "cuda_kernels.h"
 
 namespace depthlstm {
 namespace DEPTHLSTM_Z_NAMESPACE {
@@ -263,32 +262,32 @@ __global__ void __launch_bounds__(any_threads, 4) forward_any(const __grid_const
 }
 
 template <class C, int K>
-cudaError_t forward(const Launch& launch, const Device& device) {
+cudaError_t forward(const Launch& launch, const GpuDevice& device) {
     const GatesCall& call = launch.call;
     const bool aligned = is_aligned<Z>({call.z, call.hidden, launch.z_more, {call.h.data, call.h.stride}}, call.features, W) &&
                          is_aligned<C>({call.c, {call.c_out.data, call.c_out.stride}}, call.features, W) && is_aligned_affine(call);
     const int64_t vectors = call.features / W;
     if (!aligned || call.features > 8192) {
         const int threads = int(std::min<int64_t>(any_threads, round_up(call.features, 32)));
-        return launch_rows<forward_any<C, K>>(launch, device, threads, 1);
+        return launch_rows<forward_any<C, K>>(launch, call.rows, device, threads, 1);
     }
     if (vectors <= 128 && call.rows > few_rows * device.multiprocessors && launch.z_more.data == nullptr) {
         constexpr int rows = warp_threads / 32;
-        if (vectors <= 32) return launch_rows<forward_warp<C, K, 1>>(launch, device, warp_threads, rows);
-        if (vectors <= 64) return launch_rows<forward_warp<C, K, 2>>(launch, device, warp_threads, rows);
-        if (vectors <= 128) return launch_rows<forward_warp<C, K, 4>>(launch, device, warp_threads, rows);
+        if (vectors <= 32) return launch_rows<forward_warp<C, K, 1>>(launch, call.rows, device, warp_threads, rows);
+        if (vectors <= 64) return launch_rows<forward_warp<C, K, 2>>(launch, call.rows, device, warp_threads, rows);
+        if (vectors <= 128) return launch_rows<forward_warp<C, K, 4>>(launch, call.rows, device, warp_threads, rows);
     }
     const int threads = int(std::min<int64_t>(block_threads, round_up(vectors, 32)));
-    if (vectors <= block_threads) return launch_rows<forward_block<C, K, 1>>(launch, device, threads, 1);
-    if (vectors <= 2 * block_threads) return launch_rows<forward_block<C, K, 2>>(launch, device, threads, 1);
-    if constexpr (W == 4) return launch_rows<forward_block<C, K, 4>>(launch, device, threads, 1);
+    if (vectors <= block_threads) return launch_rows<forward_block<C, K, 1>>(launch, call.rows, device, threads, 1);
+    if (vectors <= 2 * block_threads) return launch_rows<forward_block<C, K, 2>>(launch, call.rows, device, threads, 1);
+    if constexpr (W == 4) return launch_rows<forward_block<C, K, 4>>(launch, call.rows, device, threads, 1);
     return cudaErrorInvalidValue;  // 8192 features are no more than that
 }
 
 }  // namespace
 }  // namespace DEPTHLSTM_Z_NAMESPACE
 
-cudaError_t DEPTHLSTM_Z_FUNCTION(forward)(const Launch& launch, const Device& device) {
+cudaError_t DEPTHLSTM_Z_FUNCTION(forward)(const Launch& launch, const GpuDevice& device) {
     const bool own = launch.call.c_dtype == launch.call.z_dtype;
     if (launch.call.hidden.data != nullptr)
         return own ? DEPTHLSTM_Z_NAMESPACE::forward<DEPTHLSTM_Z, 3>(launch, device)

@@ -1,9 +1,12 @@
 // What the forward and the backward kernels compute alike: the statistics of a row, the activations, dropout. K gates: 4, or 3 with `hidden`.
 #pragma once
 
-#include "gates.h"
-#include "memory.cuh"
-#include "reduce.cuh"
+#include "common/cuda/launch.cuh"
+#include "common/cuda/memory.cuh"
+#include "common/cuda/reduce.cuh"
+#include "common/philox.h"
+#include "cuda.h"
+#include "math.h"
 
 namespace depthlstm {
 
@@ -15,8 +18,17 @@ struct Launch {
     float eps, dropout_scale;
     uint32_t dropout_threshold;  // an element is kept where its random word is at least this
     float* partial;              // (programs, sums of K D) fp32: dweight, dbias, dz_bias, each as far as it is wanted
-    float* statistics;           // (rows, 20) fp32: see backward_kernel.cu
+    float* statistics;           // (rows, 20) fp32: see cuda_backward_kernel.cu
 };
+
+// Up to this many rows for each multiprocessor a row gets a block of its own: a guess, not measured.
+constexpr int64_t few_rows = 4;
+
+inline bool is_aligned_affine(const GatesCall& call) {
+    return (reinterpret_cast<uintptr_t>(call.weight) | reinterpret_cast<uintptr_t>(call.bias) | reinterpret_cast<uintptr_t>(call.z_bias)) %
+               16 ==
+           0;
+}
 
 // a = n w + b in place for W features from `column` on; without an affine a = n. scale[k] is multiplied into all of it.
 template <int K, int W, class Z>
@@ -204,13 +216,12 @@ __device__ __forceinline__ void apply(float (&a)[W], float (&slope)[W]) {
 template <class... Arrays>
 __device__ __forceinline__ void activate(Activation activation, Arrays&... arrays) {
     switch (activation) {
-        case Activation::gelu: return apply<Gelu>(arrays...);
-        case Activation::gelu_tanh: return apply<GeluTanh>(arrays...);
-        case Activation::relu: return apply<Relu>(arrays...);
-        case Activation::tanh: return apply<Tanh>(arrays...);
-        case Activation::silu: return apply<Silu>(arrays...);
-        case Activation::sigmoid: return apply<Sigmoid>(arrays...);
+#define DEPTHLSTM_CASE(name, functions) \
+    case Activation::name: return apply<functions>(arrays...);
+        DEPTHLSTM_ACTIVATIONS(DEPTHLSTM_CASE)
+#undef DEPTHLSTM_CASE
         case Activation::given: return;
+        default: __trap();  // no code of an activation: the identity must not be taken for it
     }
 }
 

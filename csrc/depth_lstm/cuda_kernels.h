@@ -1,18 +1,11 @@
-// What launch.cu and the kernels, which are compiled once for each dtype of z, know of each other.
+// What cuda_launch.cu and the kernels, which are compiled once for each dtype of z, know of each other.
 #pragma once
 
-#include <cuda_runtime.h>
-
-#include <cstdint>
+#include "common/cuda/launch.cuh"
 
 namespace depthlstm {
 
 struct Launch;
-
-struct Device {
-    int index, multiprocessors;
-    cudaStream_t stream;
-};
 
 #define DEPTHLSTM_JOIN_(a, b) a##_##b
 #define DEPTHLSTM_JOIN(a, b) DEPTHLSTM_JOIN_(a, b)
@@ -22,8 +15,8 @@ struct Device {
 #define DEPTHLSTM_Z_NAMESPACE DEPTHLSTM_JOIN(z, DEPTHLSTM_Z)
 
 #define DEPTHLSTM_DECLARE(z)                                             \
-    cudaError_t forward_##z(const Launch& launch, const Device& device); \
-    cudaError_t backward_##z(Launch& launch, const Device& device, void* workspace, int64_t* workspace_bytes)
+    cudaError_t forward_##z(const Launch& launch, const GpuDevice& device); \
+    cudaError_t backward_##z(Launch& launch, const GpuDevice& device, void* workspace, int64_t* workspace_bytes)
 DEPTHLSTM_DECLARE(float);
 DEPTHLSTM_DECLARE(bfloat16);
 DEPTHLSTM_DECLARE(float16);

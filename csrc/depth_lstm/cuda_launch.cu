@@ -1,7 +1,6 @@
-// The C functions of gates.h: from a call to the kernels of its dtype, on its device; and the sums of the parameter gradients.
-#include "gates.cuh"
-#include "kernels.h"
-#include "launching.cuh"
+// The C functions of cuda.h: from a call to the kernels of its dtype, on its device; and the sums of the parameter gradients.
+#include "cuda_gates.cuh"
+#include "cuda_kernels.h"
 
 namespace depthlstm {
 namespace {
@@ -41,40 +40,6 @@ __global__ void __launch_bounds__(sum_columns* sum_groups) sums_kernel(const flo
     store_as(output.data[which], output.dtype[which], column % width, sum);
 }
 
-// Makes a device the current one while it lives.
-class CurrentDevice {
-public:
-    explicit CurrentDevice(int device) {
-        error_ = cudaGetDevice(&before_);
-        changed_ = error_ == cudaSuccess && before_ != device;
-        if (changed_) error_ = cudaSetDevice(device);
-    }
-    ~CurrentDevice() {
-        if (changed_) cudaSetDevice(before_);
-    }
-    CurrentDevice(const CurrentDevice&) = delete;
-    CurrentDevice& operator=(const CurrentDevice&) = delete;
-    cudaError_t error() const { return error_; }
-
-private:
-    int before_ = 0;
-    bool changed_ = false;
-    cudaError_t error_;
-};
-
-cudaError_t describe(const CudaCall& call, Device* device) {
-    static std::atomic<int> known[max_devices];
-    std::atomic<int>& place = known[call.device % max_devices];
-    int multiprocessors = place.load(std::memory_order_relaxed);
-    if (multiprocessors == 0) {
-        const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, call.device);
-        if (error != cudaSuccess) return error;
-        place.store(multiprocessors, std::memory_order_relaxed);
-    }
-    *device = {call.device, multiprocessors, static_cast<cudaStream_t>(call.stream)};
-    return cudaSuccess;
-}
-
 Launch launch_of(const CudaCall& call) {
     Launch launch{call.gates, call.z_more, call.seed, float(call.gates.eps), 1.f, 0, nullptr, nullptr};
     if (call.seed != nullptr) {
@@ -89,16 +54,16 @@ template <class Body>
 cudaError_t on_device(const CudaCall& call, const Body& body) {
     if (call.gates.rows == 0) return cudaSuccess;
     const CurrentDevice current(call.device);
-    Device device;
+    GpuDevice device;
     if (current.error() != cudaSuccess) return current.error();
-    const cudaError_t error = describe(call, &device);
+    const cudaError_t error = describe(call.device, call.stream, &device);
     if (error != cudaSuccess) return error;
     Launch launch = launch_of(call);
     return body(launch, device);
 }
 
 cudaError_t backward(const CudaCall& call, int64_t* workspace_bytes) {
-    return on_device(call, [&](Launch& launch, const Device& device) {
+    return on_device(call, [&](Launch& launch, const GpuDevice& device) {
         switch (call.gates.z_dtype) {
             case DType::float32: return backward_float(launch, device, call.workspace, workspace_bytes);
             case DType::bfloat16: return backward_bfloat16(launch, device, call.workspace, workspace_bytes);
@@ -133,7 +98,7 @@ cudaError_t sum_partials(const Launch& launch, int64_t programs, cudaStream_t st
 
 extern "C" int depthlstm_cuda_gates_forward(const depthlstm::CudaCall* call) {
     using namespace depthlstm;
-    return on_device(*call, [&](Launch& launch, const Device& device) {
+    return on_device(*call, [&](Launch& launch, const GpuDevice& device) {
         switch (call->gates.z_dtype) {
             case DType::float32: return forward_float(launch, device);
             case DType::bfloat16: return forward_bfloat16(launch, device);

@@ -1,4 +1,4 @@
-// The CUDA operators torch sees, over libtorch's stable ABI: memory, the current stream, errors; the kernels are in csrc/cuda.
+// The CUDA operators torch sees, over libtorch's stable ABI: memory, the current stream, errors; the kernels are in cuda_*_kernel.cu.
 //
 // With DEPTHLSTM_SIMULATED=<namespace> the same operators take CPU tensors, in that namespace: the tests link them to kernels that are
 // simulated on a CPU.
@@ -6,8 +6,8 @@
 #include <dlfcn.h>
 #endif
 
-#include "cuda/gates.h"
-#include "tensors.h"
+#include "cuda.h"
+#include "operands.h"
 
 namespace depthlstm {
 namespace {

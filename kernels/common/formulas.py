@@ -1,7 +1,7 @@
 """The formulas of csrc/common/activations.h for Triton: sigmoid, the activations with their slopes, dropout's mask.
 
 Everything is fp32. ``FAST`` is for 16-bit z, c and affine: errors of about 5e-5, a tenth of an fp16 rounding; the polynomials are those of
-gate_math.h. Exponentials are powers of two and reciprocals are squared reciprocal roots, because those compile to one instruction each
+activations.h. Exponentials are powers of two and reciprocals are squared reciprocal roots, because those compile to one instruction each
 (sigmoid: 5 instructions an element on sm_90, where 1 / (1 + exp(-x)) takes 12 and erf takes 29) and because the interpreter knows them.
 """
 
@@ -27,7 +27,7 @@ def sigmoid(a):
 
 @triton.jit
 def normal_cdf_and_density(a, FAST: tl.constexpr):
-    """The standard normal distribution's cumulative function and density; see normal() in gate_math.h."""
+    """The standard normal distribution's cumulative function and density; see normal() in csrc/common/activations.h."""
     half_density = tl.math.exp2(a * a * -0.72134752044448170)  # exp(-a^2 / 2)
     if FAST:
         t = reciprocal(1.0 + 0.33 * tl.abs(a))

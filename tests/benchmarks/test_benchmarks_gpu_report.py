@@ -51,7 +51,7 @@ def test_faults_in_cuda_kernels_are_ours_even_where_time_was_up(kernel: str) -> 
 
 
 def test_the_names_of_the_kernels_are_known() -> None:
-    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "csrc" / "cuda").glob("*.cu")]
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "csrc").glob("*/cuda_*.cu")]
     names = {name for source in sources for name in re.findall(r"__global__ void [^;{]*?(\w+)\((?:const __grid|const float)", source)}
     assert {"forward_warp", "forward_any", "wide_backward", "sums_kernel"} <= names
     assert all(any(known in name for known in external.KERNELS) for name in names), names

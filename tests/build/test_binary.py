@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "depthlstm_fast" / "_C.abi3.so"
 OBJECTS = ROOT / "build" / "ninja"
-STABLE_SYMBOLS = ROOT / "tests" / "torch-2.11-stable-symbols.txt"
+STABLE_SYMBOLS = Path(__file__).with_name("torch-2.11-stable-symbols.txt")
 # Versioned symbols come from these libraries of the system, everything else must be torch's.
 SYSTEM_VERSIONS = re.compile(r"@+(GLIBC|GLIBCXX|CXXABI|GCC)_")
 # The run-time library's own hooks, weak by design and defined nowhere in particular.
@@ -33,7 +33,7 @@ def output(*command: str | Path) -> str:
 def isa_objects() -> dict[str, list[Path]]:
     """Object files of the sources that are compiled once per instruction set, by instruction set."""
     found: dict[str, list[Path]] = {}
-    for path in sorted(OBJECTS.glob("*_kernel.*.o")):
+    for path in sorted(OBJECTS.glob("*/cpu_kernel.*.o")):
         found.setdefault(path.name.split(".")[1], []).append(path)
     return found
 
@@ -104,7 +104,7 @@ def test_objects_of_different_instruction_sets_define_different_symbols() -> Non
 def test_generic_object_has_no_wide_registers() -> None:
     if shutil.which("objdump") is None:
         pytest.skip("objdump (binutils) is not installed")
-    paths = [path for path in [*isa_objects().get("generic", []), OBJECTS / "dispatch.o"] if path.is_file()]
+    paths = [path for path in [*isa_objects().get("generic", []), OBJECTS / "common" / "isa.o"] if path.is_file()]
     if not paths or "x86-64" not in output("objdump", "-f", paths[0]):
         pytest.skip("no x86-64 object files in build/ninja")
     for path in paths:
@@ -123,7 +123,7 @@ def test_library_carries_a_build_stamp() -> None:
 
 
 def fat_binaries(data: bytes) -> list[list[str]]:
-    """The architectures of each CUDA fat binary in a library, as setup.py calls them.
+    """The architectures of each CUDA fat binary in a library, as tools/build/settings.py calls them.
 
     A header (magic, version, its size, the entries' size), then entries: a header (kind 1 PTX or 2 machine code, its size, the code's
     size, at 28 the architecture) and the code.
@@ -148,7 +148,7 @@ def test_every_cuda_object_holds_every_architecture() -> None:
     stamp = re.search(rb";cuda=([^;]+);", data)
     assert stamp
     wanted = [] if stamp.group(1) == b"none" else sorted(stamp.group(1).decode().split(","))
-    sources = list((ROOT / "csrc" / "cuda").glob("*.cu")) if wanted else []
+    sources = list((ROOT / "csrc").glob("*/cuda_*.cu")) if wanted else []
     objects = sum(3 if source.stem.endswith("_kernel") else 1 for source in sources)
     found = [sorted(set(archs)) for archs in fat_binaries(data)]
     assert found == [wanted] * objects

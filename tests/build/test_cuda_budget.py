@@ -81,14 +81,14 @@ def test_a_spill_is_a_fault(tmp_path: Path) -> None:
     """The real kernels, in a third of the registers that they need."""
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed")
-    source, binary = ROOT / "csrc" / "cuda" / "backward_kernel.cu", tmp_path / "backward.fatbin"
+    source, binary = ROOT / "csrc" / "depth_lstm" / "cuda_backward_kernel.cu", tmp_path / "backward.fatbin"
     options = ["-std=c++20", "-arch=sm_90", "-maxrregcount=80", "-DDEPTHLSTM_Z=float", "-DDEPTHLSTM_Z_FLOAT=1"]
     # __launch_bounds__ is stronger than the option
     text = source.read_text(encoding="utf-8").replace("__launch_bounds__(narrow_threads)", "")
     copied = tmp_path / "csrc"
     shutil.copytree(ROOT / "csrc", copied)
-    (copied / "cuda" / source.name).write_text(text, encoding="utf-8")
-    subprocess.run(["nvcc", *options, "-fatbin", "-o", str(binary), str(copied / "cuda" / source.name)], check=True)
+    (copied / "depth_lstm" / source.name).write_text(text, encoding="utf-8")
+    subprocess.run(["nvcc", *options, "-fatbin", "-o", str(binary), f"-I{copied}", str(copied / "depth_lstm" / source.name)], check=True)
     try:
         found = check_cuda.measure(binary)
     except check_cuda.ToolError as error:

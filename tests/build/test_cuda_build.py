@@ -1,15 +1,15 @@
-"""How setup.py builds the CUDA kernels: which nvcc it takes, for which GPUs, and what it says where it cannot."""
+"""How tools/build builds the CUDA kernels: which nvcc it takes, for which GPUs, and what it says where it cannot."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-import setuptools
 
 ROOT = Path(__file__).resolve().parents[2]
 HELD = ("80", "90", "100", "120-ptx")
@@ -17,14 +17,10 @@ HELD = ("80", "90", "100", "120-ptx")
 
 @pytest.fixture
 def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """setup.py as a module."""
-    spec = importlib.util.spec_from_file_location("depthlstm_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "FAILURE_FILE", tmp_path / "failed.txt")
+    """tools/build/toolchain.py, which setup.py imports."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools" / "build"))
+    module, settings = importlib.import_module("toolchain"), importlib.import_module("settings")
+    monkeypatch.setattr(settings, "FAILURE_FILE", tmp_path / "failed.txt")
     for name in ("DEPTHLSTM_CUDA", "DEPTHLSTM_CUDA_ARCHS"):
         monkeypatch.delenv(name, raising=False)
     return module
@@ -108,4 +104,4 @@ def test_architectures_that_cannot_be(build: ModuleType, monkeypatch: pytest.Mon
     with pytest.raises(SystemExit) as caught:
         build.cuda_archs("13.0", {"sm_80", "compute_120"})
     assert text in str(caught.value)
-    assert text in build.FAILURE_FILE.read_text()
+    assert text in sys.modules["settings"].FAILURE_FILE.read_text()

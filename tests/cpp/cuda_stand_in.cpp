@@ -4,8 +4,8 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/gates.h"
-#include "cuda/gates.h"
+#include "depth_lstm/cpu.h"
+#include "depth_lstm/cuda.h"
 
 using namespace depthlstm;
 

@@ -12,7 +12,7 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/gates.h"
+#include "depth_lstm/cpu.h"
 
 using namespace depthlstm;
 

@@ -1,33 +1,39 @@
-// Chooses the instruction set once, at the first call.
+#include "isa.h"
+
 #include <cstdlib>
 #include <cstring>
 
-#include "gates.h"
-
 namespace depthlstm {
-namespace {
 
-const GatesKernels* choose() {
-    const char* wanted = std::getenv("DEPTHLSTM_CPU_ISA");
-    if (wanted != nullptr && *wanted == '\0') wanted = nullptr;
+bool has_isa(Isa isa) {
 #if defined(__x86_64__) && !defined(DEPTHLSTM_SANITIZED)
     __builtin_cpu_init();
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512cd") &&
                             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    const bool has_avx512_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
-    if (has_avx512_bf16 && (wanted == nullptr || std::strcmp(wanted, "avx512_bf16") == 0)) return &avx512_bf16::gates_kernels;
-    if (has_avx512 && (wanted == nullptr || std::strcmp(wanted, "avx512") == 0)) return &avx512::gates_kernels;
-    if (has_avx2 && (wanted == nullptr || std::strcmp(wanted, "avx2") == 0)) return &avx2::gates_kernels;
+    if (isa == Isa::avx512_bf16) return has_avx512 && __builtin_cpu_supports("avx512bf16");
+    if (isa == Isa::avx512) return has_avx512;
+    if (isa == Isa::avx2) return has_avx2;
 #endif
-    if (wanted == nullptr || std::strcmp(wanted, "generic") == 0) return &generic::gates_kernels;
-    return nullptr;
+    return isa == Isa::generic;
 }
 
-}  // namespace
+const char* isa_name(Isa isa) {
+#define DEPTHLSTM_WORD(name) #name,
+    static constexpr const char* names[] = {DEPTHLSTM_ISAS(DEPTHLSTM_WORD) ""};
+#undef DEPTHLSTM_WORD
+    return names[int(isa)];
+}
 
-const GatesKernels* select_gates_kernels() {
-    static const GatesKernels* const chosen = choose();
+Isa chosen_isa() {
+    static const Isa chosen = [] {
+        const char* wanted = std::getenv("DEPTHLSTM_CPU_ISA");
+        for (int i = int(Isa::none) - 1; i >= 0; --i) {
+            const bool named = wanted == nullptr || *wanted == '\0' || std::strcmp(wanted, isa_name(Isa(i))) == 0;
+            if (named && has_isa(Isa(i))) return Isa(i);
+        }
+        return Isa::none;
+    }();
     return chosen;
 }
 

@@ -1,7 +1,6 @@
 // Walking a row by vectors: where rows lie, whole and partial vectors, prefetching.
 #pragma once
 
-#include "gates.h"
 #include "simd.h"
 
 namespace depthlstm::DEPTHLSTM_ISA {

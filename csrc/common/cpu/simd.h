@@ -4,7 +4,7 @@
 #include <cstring>
 #include <xsimd/xsimd.hpp>
 
-#include "../gate_math.h"
+#include "common/activations.h"
 
 // Everything here differs between instruction sets, so it lives in the namespace of one.
 namespace depthlstm::DEPTHLSTM_ISA {

@@ -1,18 +1,58 @@
-// How kernels are launched: which rows are whole 16-byte vectors, how many blocks the GPU holds at a time.
+// How kernels are launched: on which device, which rows are whole 16-byte vectors, how many blocks the GPU holds at a time.
 #pragma once
+
+#include <cuda_runtime.h>
 
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <initializer_list>
 
-#include "gates.cuh"
-#include "kernels.h"
+#include "common/types.h"
 
 namespace depthlstm {
 
-// Up to this many rows for each multiprocessor a row gets a block of its own: a guess, not measured.
-constexpr int64_t few_rows = 4;
 constexpr int max_devices = 64;
+
+struct GpuDevice {
+    int index, multiprocessors;
+    cudaStream_t stream;
+};
+
+// Makes a device the current one while it lives.
+class CurrentDevice {
+public:
+    explicit CurrentDevice(int device) {
+        error_ = cudaGetDevice(&before_);
+        changed_ = error_ == cudaSuccess && before_ != device;
+        if (changed_) error_ = cudaSetDevice(device);
+    }
+    ~CurrentDevice() {
+        if (changed_) cudaSetDevice(before_);
+    }
+    CurrentDevice(const CurrentDevice&) = delete;
+    CurrentDevice& operator=(const CurrentDevice&) = delete;
+    cudaError_t error() const { return error_; }
+
+private:
+    int before_ = 0;
+    bool changed_ = false;
+    cudaError_t error_;
+};
+
+// The device's figures, which are asked for once.
+inline cudaError_t describe(int index, void* stream, GpuDevice* device) {
+    static std::atomic<int> known[max_devices];
+    std::atomic<int>& place = known[index % max_devices];
+    int multiprocessors = place.load(std::memory_order_relaxed);
+    if (multiprocessors == 0) {
+        const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index);
+        if (error != cudaSuccess) return error;
+        place.store(multiprocessors, std::memory_order_relaxed);
+    }
+    *device = {index, multiprocessors, static_cast<cudaStream_t>(stream)};
+    return cudaSuccess;
+}
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
@@ -26,15 +66,9 @@ bool is_aligned(std::initializer_list<ConstRows> operands, int64_t features, int
     return aligned;
 }
 
-inline bool is_aligned_affine(const GatesCall& call) {
-    return (reinterpret_cast<uintptr_t>(call.weight) | reinterpret_cast<uintptr_t>(call.bias) | reinterpret_cast<uintptr_t>(call.z_bias)) %
-               16 ==
-           0;
-}
-
 // Blocks of a kernel that the GPU holds at a time. The question takes a microsecond or two, so the answers are kept.
 template <auto kernel>
-cudaError_t resident_blocks(const Device& device, int threads, int* blocks) {
+cudaError_t resident_blocks(const GpuDevice& device, int threads, int* blocks) {
     static std::atomic<int> known[max_devices][32];
     std::atomic<int>& place = known[device.index % max_devices][(threads - 1) / 32];
     *blocks = place.load(std::memory_order_relaxed);
@@ -47,12 +81,12 @@ cudaError_t resident_blocks(const Device& device, int threads, int* blocks) {
 }
 
 // One block for `rows_at_once` rows, as many blocks as the GPU holds at a time; they go on with the rows that are left.
-template <auto kernel>
-cudaError_t launch_rows(const Launch& launch, const Device& device, int threads, int64_t rows_at_once) {
+template <auto kernel, class Launch>
+cudaError_t launch_rows(const Launch& launch, int64_t rows, const GpuDevice& device, int threads, int64_t rows_at_once) {
     int resident = 0;
     const cudaError_t error = resident_blocks<kernel>(device, threads, &resident);
     if (error != cudaSuccess) return error;
-    const int64_t blocks = std::min<int64_t>((launch.call.rows + rows_at_once - 1) / rows_at_once, resident);
+    const int64_t blocks = std::min<int64_t>((rows + rows_at_once - 1) / rows_at_once, resident);
     kernel<<<unsigned(blocks), threads, 0, device.stream>>>(launch);
     return cudaGetLastError();
 }

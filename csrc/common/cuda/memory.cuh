@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../gates_call.h"
+#include "common/types.h"
 #include "primitives.cuh"
 
 namespace depthlstm {

@@ -4,7 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "../gate_math.h"
+#include "common/activations.h"
 
 namespace depthlstm {
 

@@ -1,4 +1,4 @@
-"""Calls of one instruction set's kernels through tests/_internals: past csrc/ops.cpp, on any memory, streamed or not."""
+"""Calls of one instruction set's kernels through tests/_internals: past csrc/depth_lstm/cpu_op.cpp, on any memory, streamed or not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from depthlstm_fast.checks import ACTIVATIONS, NORMS
 
 internals = pytest.importorskip("_internals", reason="tests/_internals is not built (make internals)")
 
-DTYPES = {F32: 0, F64: 1, BF16: 2, F16: 3}  # csrc/gates_call.h
+DTYPES = {F32: 0, F64: 1, BF16: 2, F16: 3}  # csrc/common/types.h
 GIVEN = len(ACTIVATIONS)
 MARGIN, CANARY = 4096, 0xA5
 
@@ -33,8 +33,8 @@ def _runs(isa: str) -> bool:
 
 
 ISAS = [isa for isa in ("generic", "avx2", "avx512", "avx512_bf16") if _runs(isa)]
-# Above this traffic csrc/ops.cpp has the outputs written past the caches.
-_source = (Path(__file__).resolve().parents[3] / "csrc" / "ops.cpp").read_text(encoding="utf-8")
+# Above this traffic csrc/depth_lstm/cpu_op.cpp has the outputs written past the caches.
+_source = (Path(__file__).resolve().parents[3] / "csrc" / "depth_lstm" / "cpu_op.cpp").read_text(encoding="utf-8")
 STREAM_BYTES = int(re.search(r"stream_bytes = int64_t\((\d+)\) << 20;", _source).group(1)) << 20  # type: ignore[union-attr]
 
 

@@ -1,4 +1,4 @@
-"""Calls of the C functions in csrc/cuda/gates.h on arrays of exact size, without torch: a process that a sanitizer watches.
+"""Calls of the C functions in csrc/depth_lstm/cuda.h on arrays of exact size, without torch: a process that a sanitizer watches.
 
 python cuda_calls.py LIBRARY FOLDER SEED runs CALLS with the threads in the order that SEED gives, and writes FOLDER/<number>.npz.
 """
@@ -23,7 +23,7 @@ class Rows(ctypes.Structure):
 
 
 class GatesCall(ctypes.Structure):
-    """csrc/gates_call.h"""
+    """csrc/depth_lstm/call.h"""
 
     _fields_ = (
         *((name, INT64) for name in ("rows", "features")),
@@ -37,7 +37,7 @@ class GatesCall(ctypes.Structure):
 
 
 class CudaCall(ctypes.Structure):
-    """csrc/cuda/gates.h"""
+    """csrc/depth_lstm/cuda.h"""
 
     _fields_ = (
         *(("gates", GatesCall), ("seed", POINTER), ("z_more", Rows)),

@@ -18,7 +18,7 @@ from ptx_simulator.device import copy, empty, load
 
 ROWS = 32  # a few for each of the four blocks that the simulated GPU holds, and for each of their 16 warps
 DROPOUT, SEED, GIVEN = 0.4, 7, 6
-STATISTICS = 20  # floats a row: csrc/cuda/backward_kernel.cu
+STATISTICS = 20  # floats a row: csrc/depth_lstm/cuda_backward_kernel.cu
 
 
 def run(library: ctypes.CDLL, features: int, first: int, dropout: bool) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""The C functions of csrc/cuda/gates.h, simulated, on tensors of which each, outputs as well, may lie anywhere: no operator is between."""
+"""The C functions of csrc/depth_lstm/cuda.h, simulated, on tensors of which each, outputs as well, may lie anywhere: no operator is between."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _fill(call: CudaCall, name: str, x: Tensor) -> None:
 def run(
     tensors: dict[str, Tensor], grads: tuple[Tensor, Tensor], options: dict[str, Any], place: Place = lambda name, x: x, device: int = 0
 ) -> dict[str, Tensor]:
-    """What helpers.results gives, with the names of csrc/gates_call.h for ``place``; with "z_more" forward alone."""
+    """What helpers.results gives, with the names of csrc/depth_lstm/call.h for ``place``; with "z_more" forward alone."""
     z, c = tensors["z"], tensors["c"]
     outputs = {"h": c.to(z.dtype), "c_out": c}
     if "z_more" not in tensors:

@@ -1,4 +1,4 @@
-"""The operators of the CUDA backend on CPU tensors: csrc/cuda_ops.cpp as it is, in a namespace of its own, above other kernels.
+"""The operators of the CUDA backend on CPU tensors: csrc/depth_lstm/cuda_op.cpp as it is, in a namespace of its own, above other kernels.
 
 ``load`` has the CUDA kernels below, simulated (ptx_simulator); ``stand_in`` the CPU kernels (cpp/cuda_stand_in.cpp), for tests of the
 binding alone, which need no nvcc. ``use`` makes either of them the "cuda" backend, for CPU tensors, as long as a test runs.
@@ -25,8 +25,9 @@ from depthlstm_fast.ops.registry import OPERATORS, Operators, add_backend
 
 ROOT = Path(__file__).resolve().parents[3]
 CSRC = ROOT / "csrc"
+HEADERS = sorted((*CSRC.glob("common/**/*.h"), *CSRC.glob("depth_lstm/*.h")))
 BUILD = ROOT / "build" / "simulated"
-GENERIC = ROOT / "build" / "ninja" / "gates_kernel.generic.o"
+OBJECTS = [ROOT / "build" / "ninja" / name for name in ("depth_lstm/cpu_kernel.generic.o", "common/isa.o")]
 COMPILER = os.environ.get("CXX") or "g++"
 FLAGS = ["-std=c++20", "-O1", "-g0", "-fPIC", "-shared", "-fvisibility=hidden", f"-I{CSRC}"]
 
@@ -51,15 +52,14 @@ def _built(name: str, sources: list[Path], flags: list[str], headers: list[Path]
 
 
 def _operators(namespace: str, kernels: Path) -> Operators:
-    """The operators above a library that has the functions of csrc/cuda/gates.h."""
+    """The operators above a library that has the functions of csrc/depth_lstm/cuda.h."""
     torch_folder = Path(torch.__file__).parent
     flags = [
         *(f"-DDEPTHLSTM_SIMULATED={namespace}", '-DDEPTHLSTM_CUDA_ARCHS="a simulated GPU"', "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"),
         *("-isystem", str(torch_folder / "include"), str(kernels), f"-Wl,-rpath,{kernels.parent}", "-Wl,--no-undefined"),
         *(f"-L{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu", f"-Wl,-rpath-link,{torch_folder / 'lib'}"),
     ]
-    headers = [CSRC / "tensors.h", CSRC / "gates_call.h", CSRC / "cuda" / "gates.h"]
-    torch.ops.load_library(str(_built(namespace, [CSRC / "cuda_ops.cpp"], flags, headers)))
+    torch.ops.load_library(str(_built(namespace, [CSRC / "depth_lstm" / "cuda_op.cpp"], flags, HEADERS)))
     found = add_backend(OP, RECORDS["cuda"], namespace)
     assert found is not None
     return found
@@ -74,9 +74,10 @@ def kernels() -> Path:
     if reason is not None:
         pytest.skip(f"no simulated CUDA kernels: {reason}")
     units: list[tuple[Path, list[str]]] = []
-    for source in sorted((CSRC / "cuda").glob("*.cu")):
+    for source in sorted(CSRC.glob("depth_lstm/cuda_*.cu")):
         dtypes = ("float", "bfloat16", "float16") if source.stem.endswith("_kernel") else ()
-        units += [(source, [f"-DDEPTHLSTM_Z={z}", f"-DDEPTHLSTM_Z_{z.upper()}=1"]) for z in dtypes] or [(source, [])]
+        include = f"-I{CSRC}"
+        units += [(source, [include, f"-DDEPTHLSTM_Z={z}", f"-DDEPTHLSTM_Z_{z.upper()}=1"]) for z in dtypes] or [(source, [include])]
     BUILD.mkdir(parents=True, exist_ok=True)
     return build([], BUILD / "libdepthlstm_cuda_simulated.so", units=units)
 
@@ -89,10 +90,9 @@ def load() -> Operators:
 
 @functools.cache
 def _stand_in_library() -> Path:
-    if not GENERIC.is_file():
+    if not all(path.is_file() for path in OBJECTS):
         pytest.skip("the CPU kernels were not built in this tree (python setup.py build_ext --inplace)")
-    headers = [CSRC / "gates_call.h", CSRC / "cuda" / "gates.h", CSRC / "cpu" / "gates.h"]
-    return _built("cuda_stand_in", [ROOT / "tests" / "cpp" / "cuda_stand_in.cpp", GENERIC], [], headers)
+    return _built("cuda_stand_in", [ROOT / "tests" / "cpp" / "cuda_stand_in.cpp", *OBJECTS], [], HEADERS)
 
 
 @functools.cache

@@ -39,7 +39,7 @@ def sources(folder: Path) -> Path:
     """A copy of csrc/ with no more kernels than cuda_calls.CALLS need."""
     copied = folder / "csrc"
     shutil.copytree(CSRC, copied)
-    launch, forward, backward = (copied / "cuda" / name for name in ("launch.cu", "forward_kernel.cu", "backward_kernel.cu"))
+    launch, forward, backward = (copied / "depth_lstm" / f"cuda_{name}.cu" for name in ("launch", "forward_kernel", "backward_kernel"))
     replace(launch, r"\n *case DType::b?float16: return \w+ward_\w+\(.*", "", pattern=True)
     for path in (forward, backward):
         replace(path, r"(DEPTHLSTM_Z_NAMESPACE::\w+)<(float|DEPTHLSTM_Z), 3>", r"\1<float, 4>", pattern=True)
@@ -50,7 +50,8 @@ def sources(folder: Path) -> Path:
 
 def library(csrc: Path, mode: str) -> Path:
     z = ["-DDEPTHLSTM_Z=float", "-DDEPTHLSTM_Z_FLOAT=1"]
-    units = [(csrc / "cuda" / "launch.cu", []), (csrc / "cuda" / "forward_kernel.cu", z), (csrc / "cuda" / "backward_kernel.cu", z)]
+    sources = {"launch": [], "forward_kernel": z, "backward_kernel": z}
+    units = [(csrc / "depth_lstm" / f"cuda_{name}.cu", [*flags, f"-I{csrc}"]) for name, flags in sources.items()]
     return build([], csrc.parent / f"{mode}.so", mode, units=units)
 
 
@@ -106,12 +107,12 @@ def test_sanitizers_find_nothing(mode: str, right: Path) -> None:
 
 def plant(folder: Path, file: str, old: str, new: str) -> Path:
     copied = sources(folder)
-    replace(copied / "cuda" / file, old, new)
+    replace(copied / file, old, new)
     return copied
 
 
 def test_missing_barrier(tmp_path: Path) -> None:
-    csrc = plant(tmp_path, "reduce.cuh", "    __syncthreads();\n", "")
+    csrc = plant(tmp_path, "common/cuda/reduce.cuh", "    __syncthreads();\n", "")
     done = run(library(csrc, "tsan"), "tsan", tmp_path / "tsan")
     assert done.returncode != 0
     assert re.search(r"ThreadSanitizer: data race[\s\S]*reduce\.cuh:\d+", done.stderr), done.stderr
@@ -121,7 +122,7 @@ def test_write_out_of_bounds(tmp_path: Path) -> None:
     """A row that is not there."""
     csrc = plant(
         tmp_path,
-        "backward_kernel.cu",
+        "depth_lstm/cuda_backward_kernel.cu",
         "for (int64_t row = blockIdx.x; row < call.rows;",
         "for (int64_t row = blockIdx.x; row <= call.rows;",
     )
@@ -136,7 +137,7 @@ def test_wrong_mask(tmp_path: Path) -> None:
         "#pragma unroll\n        for (int k = 0; k < K; ++k) {\n#pragma unroll\n            for (int j = v * W; j < (v + 1) * W; ++j) {\n"
     )
     masked = f"        if (!inside[v]) continue;\n{loop}                z[k][j] -= mean[k];"
-    csrc = plant(tmp_path, "gates.cuh", masked, masked.partition("\n")[2])
+    csrc = plant(tmp_path, "depth_lstm/cuda_gates.cuh", masked, masked.partition("\n")[2])
     done = run(library(csrc, "plain"), "plain", tmp_path / "plain")
     assert done.returncode == 0, done.stderr
     wrong = wrong_values(tmp_path / "plain")

@@ -1,4 +1,4 @@
-"""The kernels on a GPU, Triton's and those in csrc/cuda: values against fp64 on the same GPU. test_gpu_device.py has what only a GPU can
+"""The kernels on a GPU, Triton's and those of CUDA C++: values against fp64 on the same GPU. test_gpu_device.py has what only a GPU can
 show.
 
 Whatever the kernels allocate is NaN before they write it. Rehearsed without a GPU: DEPTHLSTM_REHEARSE=1 runs, on tiny sizes, the tests

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the kernels, Triton's and those in csrc/cuda: streams, graphs, compilation, large sizes, allocations.
+"""What only a GPU can show of the kernels, Triton's and those of CUDA C++: streams, graphs, compilation, large sizes, allocations.
 
 Rehearsed as test_gpu.py; most of it needs a GPU.
 """

@@ -1,4 +1,4 @@
-"""The formulas of csrc/gate_math.h: scalar against Python's math, and as vectors of each instruction set against PyTorch in fp64."""
+"""The formulas of csrc/common/activations.h and csrc/depth_lstm/math.h: scalar against Python's math, and as vectors of each instruction set against PyTorch in fp64."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_scalars(name: str, a: float) -> None:
 def test_activations(name: str, a: float) -> None:
     tensor = torch.tensor(a, dtype=torch.float64)
     wanted, slope = reference.activate(tensor, name).item(), FUNCTIONS[name].slope(tensor).item()
-    key = "sigmoid_activation" if name == "sigmoid" else name
+    key = f"act {name}"
     for function, rel, absolute in ((internals.formulas_double, 1e-11, 1e-15), (internals.formulas_float, 2e-5, 3e-6)):
         value, again, found = function(a)[key]
         assert value == again == pytest.approx(wanted, rel=rel, abs=absolute)

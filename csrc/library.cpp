@@ -1,0 +1,15 @@
+// What the library says of itself, read through ctypes by the report command: it must work where the operators do not.
+#include "common/activations.h"
+#include "common/cpu/isa.h"
+
+#ifndef DEPTHLSTM_BUILD_INFO
+#define DEPTHLSTM_BUILD_INFO "unknown"
+#endif
+
+#define DEPTHLSTM_EXPORT extern "C" __attribute__((visibility("default")))
+
+DEPTHLSTM_EXPORT const char* depthlstm_build_info() { return DEPTHLSTM_BUILD_INFO; }
+// The instruction set that runs; empty where DEPTHLSTM_CPU_ISA names one that cannot.
+DEPTHLSTM_EXPORT const char* depthlstm_cpu_isa() { return depthlstm::isa_name(depthlstm::chosen_isa()); }
+// The activations by name, in the order of their codes, a space before each.
+DEPTHLSTM_EXPORT const char* depthlstm_activations() { return depthlstm::activation_names; }
