@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import depthlstm_fast as dl
-from depthlstm_fast.bench import checks, machine
-from depthlstm_fast.bench.compiled import Compiled
-from depthlstm_fast.bench.rows import QUICK, Settings
+
+from .measure import accuracy, machine
+from .measure.compiled import Compiled
+from .measure.rows import QUICK, Settings
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -39,22 +40,22 @@ def references(settings: Settings) -> Compiled:
 @pytest.fixture(autouse=True)
 def compiled_backend() -> Iterator[None]:
     """A call that would fall back raises instead of being timed."""
-    status = dl.backends()[checks.BACKEND]
+    status = dl.backends()[accuracy.BACKEND]
     if not status.available:
-        pytest.fail(f"nothing to measure, the {checks.BACKEND} backend is not available: {status.detail}", pytrace=False)
+        pytest.fail(f"nothing to measure, the {accuracy.BACKEND} backend is not available: {status.detail}", pytrace=False)
     torch.manual_seed(0)
-    with dl.use_backend(checks.BACKEND):
+    with dl.use_backend(accuracy.BACKEND):
         yield
 
 
 @pytest.fixture(scope="session")
-def checked() -> Callable[[str], list[checks.Check]]:
+def checked() -> Callable[[str], list[accuracy.Check]]:
     """The checks that a subject stands on, each made once."""
-    known: dict[str, list[checks.Check]] = {}
+    known: dict[str, list[accuracy.Check]] = {}
 
-    def find(subject: str) -> list[checks.Check]:
+    def find(subject: str) -> list[accuracy.Check]:
         if subject not in known:
-            known[subject] = checks.run_checks([subject])
+            known[subject] = accuracy.run_checks([subject])
         return known[subject]
 
     return find

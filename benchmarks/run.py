@@ -16,9 +16,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import depthlstm_fast as dl
-from depthlstm_fast.bench import CHECKOUT, checks, compiled, layer, machine, plots, report, roofline, scaling, scaling_plots, translation
-from depthlstm_fast.bench.rows import QUICK, Row, Settings, row_data
-from depthlstm_fast.bench.subjects import SUBJECTS
+
+from . import CHECKOUT
+from .measure import accuracy, compiled, machine
+from .measure.rows import QUICK, Row, Settings, row_data
+from .report import plots, roofline, scaling_plots, tables
+from .subjects import layer, scaling, translation
+from .subjects.registry import SUBJECTS
 
 # of the translation's training, which stops where its time is up
 TRANSLATION_SECONDS = 30
@@ -90,7 +94,7 @@ def fill_compiler_cache(references: compiled.Compiled, bar: Bar) -> None:
     bar.tick()
 
 
-def measure(subjects: list[str], settings: Settings, bar: Bar, found: list[checks.Check]) -> list[Row]:
+def measure(subjects: list[str], settings: Settings, bar: Bar, found: list[accuracy.Check]) -> list[Row]:
     """All rows but the translation's; a subject whose check is red is not timed."""
     references = compiled.Compiled(settings.compile)
     if settings.compile and {"gates", "cell"} & set(subjects):
@@ -99,29 +103,29 @@ def measure(subjects: list[str], settings: Settings, bar: Bar, found: list[check
     rows = []
     for subject in (name for name in subjects if name in SUBJECTS):
         bar.start(subject, f"timing: {subject}")
-        red = checks.failure(found, subject)
+        red = accuracy.failure(found, subject)
         if red is not None:
             rows.append(Row(subject, subject, "", "", "", failure=red))
             continue
         for make in SUBJECTS[subject].values():
             torch.manual_seed(0)
             row = make(references).measure(settings, bar.tick)
-            row.numbers |= checks.error_numbers(found, subject, row.dtype)
+            row.numbers |= accuracy.error_numbers(found, subject, row.dtype)
             rows.append(row)
     return rows
 
 
-def curves(settings: Settings, bar: Bar, found: list[checks.Check]) -> list[scaling.Curve]:
+def curves(settings: Settings, bar: Bar, found: list[accuracy.Check]) -> list[scaling.Curve]:
     """The curves of scaling; none where a check is red."""
     bar.start("scaling", "timing: scaling")
     torch.manual_seed(0)
-    return [] if checks.failure(found, "scaling") else scaling.measure_curves(settings, bar.tick)
+    return [] if accuracy.failure(found, "scaling") else scaling.measure_curves(settings, bar.tick)
 
 
-def translate(settings: Settings, bar: Bar, found: list[checks.Check]) -> tuple[Row, dict[str, Any] | None]:
+def translate(settings: Settings, bar: Bar, found: list[accuracy.Check]) -> tuple[Row, dict[str, Any] | None]:
     """The last row, and what the example returned; it draws its own progress bar."""
     bar.start("translation", "training translation models")
-    red = checks.failure(found, "translation")
+    red = accuracy.failure(found, "translation")
     if red is not None:
         return Row("translation", "translation training", "", "", "", failure=red), None
     bar.progress.stop()
@@ -140,11 +144,11 @@ def show(run: dict[str, Any], folder: Path) -> None:
     if console.width < 120:
         # a narrower table would cut numbers; a line that the terminal wraps can still be read
         console = Console(highlight=False, width=120)
-    console.print(report.machine_text(run), markup=False, soft_wrap=True)
-    console.print(report.terminal_table(run))
+    console.print(tables.machine_text(run), markup=False, soft_wrap=True)
+    console.print(tables.terminal_table(run))
     if any(row["against"] == layer.RESIDUAL for row in run["rows"]):
         console.print(f"residual layer: {layer.RESIDUAL}, as many weights, fed the same batch")
-    for line in report.footnotes(run):
+    for line in tables.footnotes(run):
         console.print(line, markup=False, soft_wrap=True)
     result = run["translation"]
     if result is not None:
@@ -153,7 +157,7 @@ def show(run: dict[str, Any], folder: Path) -> None:
         console.print(f"held-out sentences after so few steps ({result['dataset']}), as they are:")
         for source, target, text in result["examples"]:
             console.print(f"  source     {source}\n  reference  {target}\n  model      {text or '(nothing)'}", markup=False, soft_wrap=True)
-    reached, targets = report.tally(run)
+    reached, targets = tables.tally(run)
     summary = f"{reached} of {targets} targets met; {run['elapsed_seconds']:.0f} s; results in {folder}"
     console.print(summary, markup=False, soft_wrap=True)
 
@@ -163,9 +167,9 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.perf_counter()
     parser = command_line()
     options = parser.parse_args(arguments)
-    status = dl.backends()[checks.BACKEND]
+    status = dl.backends()[accuracy.BACKEND]
     if not status.available:
-        print(f"benchmarks: nothing to measure, the {checks.BACKEND} backend is not available: {status.detail}", file=sys.stderr)
+        print(f"benchmarks: nothing to measure, the {accuracy.BACKEND} backend is not available: {status.detail}", file=sys.stderr)
         return 2
     subjects = [name for name in NAMES if not options.only or name in options.only]
     if options.no_translation:
@@ -177,10 +181,10 @@ def main(arguments: list[str] | None = None) -> int:
     bar = Bar(subjects, settings)
     result = None
     # "cpp", not "auto": a call that would fall back raises instead of being timed
-    with dl.use_backend(checks.BACKEND), bar.progress if not bar.progress.disable else nullcontext():
+    with dl.use_backend(accuracy.BACKEND), bar.progress if not bar.progress.disable else nullcontext():
         torch.manual_seed(0)
         bar.start("checks", "checking against fp64")
-        found = checks.run_checks(subjects, bar.tick)
+        found = accuracy.run_checks(subjects, bar.tick)
         rows = measure(subjects, settings, bar, found)
         lines = curves(settings, bar, found) if "scaling" in subjects else []
         if "translation" in subjects:
@@ -188,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
             rows.append(row)
         bar.finish()
     run = {
-        "schema": report.SCHEMA,
+        "schema": tables.SCHEMA,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "quick": options.quick,
         "machine": about,
@@ -200,7 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
         "stage_seconds": bar.seconds,
         "elapsed_seconds": time.perf_counter() - started,
     }
-    report.write_all(run, options.output)
+    tables.write_all(run, options.output)
     plots.write_all(run, options.output)
     scaling_plots.write_all(run, options.output)
     roofline.write(run, options.output)

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from depthlstm_fast.bench import checks, rounds, scaling
-from depthlstm_fast.bench.compiled import Compiled
-from depthlstm_fast.bench.rows import Settings, row_data
-from depthlstm_fast.bench.subjects import SUBJECTS
+from .measure import accuracy, pytest_turns
+from .measure.compiled import Compiled
+from .measure.rows import Settings, row_data
+from .subjects import scaling
+from .subjects.registry import SUBJECTS
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -34,13 +35,13 @@ def test_row(
     benchmark: BenchmarkFixture,
     settings: Settings,
     references: Compiled,
-    checked: Callable[[str], list[checks.Check]],
+    checked: Callable[[str], list[accuracy.Check]],
 ) -> None:
-    red = checks.failure(checked(subject), subject)
+    red = accuracy.failure(checked(subject), subject)
     if red is not None:
         pytest.fail(f"no time for what is wrong: {red}", pytrace=False)
     benchmark.group = subject
     problem = ROWS[subject][name](references)
-    row = rounds.measure_rounds(benchmark, problem, settings)
-    row.numbers |= checks.error_numbers(checked(subject), subject, row.dtype)
+    row = pytest_turns.measure_rounds(benchmark, problem, settings)
+    row.numbers |= accuracy.error_numbers(checked(subject), subject, row.dtype)
     benchmark.extra_info |= {**row_data(row), "calls": problem.calls, "quick": settings.minimum < Settings().minimum}

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from depthlstm_fast.bench import overhead
-from depthlstm_fast.bench.device import release
-from depthlstm_fast.bench.gpu_checks import Checker
-from depthlstm_fast.bench.rows import Row, Settings, Target, timed_backends
-from depthlstm_fast.bench.timing import Stopwatch
+from ..measure.gpu_timing import release
+from ..measure.rows import Row, Settings, Target, timed_backends
+from ..measure.timing import Stopwatch
+from ..subjects import overhead
+from .checker import Checker
 
 BF16, FP32 = torch.bfloat16, torch.float32
 Runs = dict[str, Callable[[], object]]

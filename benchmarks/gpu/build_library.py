@@ -1,6 +1,6 @@
 """The library for this machine's GPU, as `make gpu` needs it: the CPU's kernels and the CUDA kernels for that GPU alone, within a limit.
 
-python benchmarks/gpu_build.py     exit status 0 where the library is there and up to date; a run can go on without it
+python -m depthlstm_fast.bench.gpu.build_library     exit status 0 where the library is there and up to date; a run can go on without it
 """
 
 from __future__ import annotations
@@ -9,11 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from depthlstm_fast.bench import external
+from . import programs
 
 LIMIT_SECONDS = 120.0
 NVCC_PLACES = ("nvcc", "/usr/local/cuda/bin/nvcc")
@@ -41,13 +38,13 @@ def runs_here() -> bool:
 def build(found: str | None, limit: float = LIMIT_SECONDS) -> str | None:
     """Build for the architecture ``found``, unless DEPTHLSTM_CUDA_ARCHS names others; why there is nothing new, or None."""
     variables = {"DEPTHLSTM_CUDA_ARCHS": os.environ.get("DEPTHLSTM_CUDA_ARCHS") or found} if found else {}
-    process = external.start([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], None, variables)
+    process = programs.start([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], None, variables)
     try:
         code = process.wait(timeout=limit)
     except subprocess.TimeoutExpired:
         return f"the build was stopped after {limit:.0f} s"
     finally:
-        external.stop(process)
+        programs.stop(process)
     return f"the build ended with status {code}" if code else None
 
 

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 import depthlstm_fast as dl
-from depthlstm_fast.bench import cell, checks, gates
-from depthlstm_fast.bench.checks import Check
-from depthlstm_fast.bench.compiled import reference_cell, reference_gates
-from depthlstm_fast.bench.device import release
+
+from ..measure import accuracy
+from ..measure.accuracy import Check
+from ..measure.compiled import reference_cell, reference_gates
+from ..measure.gpu_timing import release
+from ..subjects import cell, gates
 
 ROUNDINGS = {torch.float32: 8.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 LAYER_ROUNDINGS = 4.0  # several products deep
@@ -100,16 +102,16 @@ class Checker:
         rows, roundings = self.rows(features), ROUNDINGS[dtype]
         if subject == "layer":
             with dl.use_backend(backend):
-                return checks.layer_check(features, self.heads, self.tokens, dtype, self.device, LAYER_ROUNDINGS)
+                return accuracy.layer_check(features, self.heads, self.tokens, dtype, self.device, LAYER_ROUNDINGS)
         if subject == "gates":
             inputs = gates.make_inputs(rows, features, dtype, self.device)
             fused = functools.partial(dl.depth_lstm_gates, backend=backend)
             with poisoned(self.device):
-                made = checks.function_check("gates", reference_gates, fused, inputs, NAMES["gates"], dtype, roundings)
+                made = accuracy.function_check("gates", reference_gates, fused, inputs, NAMES["gates"], dtype, roundings)
         else:
             inputs = cell.make_inputs(rows, features, dtype, self.device, beside=subject == "cell beside")
             fused = functools.partial(dl.depth_lstm_cell, backend=backend)
-            made = checks.function_check(subject, reference_cell, fused, inputs, NAMES["cell"], dtype, roundings)
+            made = accuracy.function_check(subject, reference_cell, fused, inputs, NAMES["cell"], dtype, roundings)
         return replace(made, size=f"N={rows} D={features}")
 
     def last_rows(self, backend: str, inputs: Sequence[Tensor], count: int = 64) -> str | None:
@@ -120,6 +122,6 @@ class Checker:
             fused = [tensor[-count:] for tensor in dl.depth_lstm_gates(*inputs, backend=backend)]
             eager = reference_gates(z[-count:], c[-count:], *affine)
             exact = reference_gates(*(tensor.double() for tensor in (z[-count:], c[-count:], *affine)))
-        made = checks.compare("gates", dtype, ("last h", "last c"), exact, eager, fused, ROUNDINGS[dtype])
+        made = accuracy.compare("gates", dtype, ("last h", "last c"), exact, eager, fused, ROUNDINGS[dtype])
         self.on_check(replace(made, size=f"N={z.shape[0]} D={features}", backend=backend))
         return None if made.passed else f"gates {made.dtype} N={z.shape[0]} D={features} {made.summary}"

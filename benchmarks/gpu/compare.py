@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from depthlstm_fast.bench.stages import Run
+from .jobs import Run
 
 TORCH_NAMES = {"fp32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}
 DECISIVE = "gates forward + backward"  # what measured.py names the winner of

@@ -1,6 +1,6 @@
 """What the kernels reach by the GPU's own counters: bytes that memory moved while a kernel ran, by Nsight Compute (ncu).
 
-python benchmarks/gpu_profile.py cuda bfloat16 512 65536 1024 65536     the calls that ncu looks at: (D, rows) pairs; or triton
+python -m depthlstm_fast.bench.gpu.counters cuda bfloat16 512 65536 1024 65536     the calls that ncu looks at: (D, rows) pairs; or triton
 
 ncu measures each kernel alone, with cold caches, at whatever clocks the GPU has. Reading counters may need a permission: what ncu says of
 that is kept in place of numbers.
@@ -12,12 +12,9 @@ import csv
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from depthlstm_fast.bench.external import Outcome
+from .programs import Outcome
 
 BYTES, SECONDS = "dram__bytes.sum", "gpu__time_duration.sum"
 SHARE = "dram__throughput.avg.pct_of_peak_sustained_elapsed"
@@ -31,7 +28,7 @@ def command(tool: str, backend: str, dtype: str, problems: Sequence[Problem]) ->
     flags = ["--csv", "--print-units", "base", "--clock-control", "none", "--print-kernel-base", "function"]
     flags += ["--profile-from-start", "off", "--metrics"]
     words = [str(number) for problem in problems for number in problem]
-    return [tool, *flags, ",".join((BYTES, SECONDS, SHARE)), sys.executable, str(Path(__file__).resolve()), backend, dtype, *words]
+    return [tool, *flags, ",".join((BYTES, SECONDS, SHARE)), sys.executable, "-m", f"{__package__}.counters", backend, dtype, *words]
 
 
 def short_name(kernel: str) -> str:
@@ -88,7 +85,8 @@ def main(backend: str, dtype: str, *words: str) -> None:
     import torch
 
     import depthlstm_fast as dl
-    from depthlstm_fast.bench.gates import make_inputs
+
+    from ..subjects.gates import make_inputs
 
     for features, rows in zip(map(int, words[::2]), map(int, words[1::2]), strict=True):
         leaves = [tensor.requires_grad_() for tensor in make_inputs(rows, features, getattr(torch, dtype), "cuda")]

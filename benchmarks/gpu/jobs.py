@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from depthlstm_fast.bench.rows import Row, row_data
+from ..measure.rows import Row, row_data
 
 Run = dict[str, Any]
 GRACE_SECONDS = 15.0  # by how much a job may outlast the budget before it is stopped

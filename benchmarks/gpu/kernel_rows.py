@@ -8,13 +8,14 @@ from collections.abc import Iterator
 import torch
 
 import depthlstm_fast as dl
-from depthlstm_fast.bench import cell, gates, overhead
-from depthlstm_fast.bench.compiled import Compiled, reference_cell, reference_gates
-from depthlstm_fast.bench.device import captured, latencies, synchronize
-from depthlstm_fast.bench.gates import forward_and_backward, moved_bytes, name_of
-from depthlstm_fast.bench.gpu_bench import BF16, FP32, Bench, Runs
-from depthlstm_fast.bench.rows import Figure, Row, Target
-from depthlstm_fast.bench.timing import Spread, ratio, spread
+
+from ..measure.compiled import Compiled, reference_cell, reference_gates
+from ..measure.gpu_timing import captured, latencies, synchronize
+from ..measure.rows import Figure, Row, Target
+from ..measure.timing import Spread, ratio, spread
+from ..subjects import cell, gates, overhead
+from ..subjects.gates import forward_and_backward, moved_bytes, name_of
+from .bench import BF16, FP32, Bench, Runs
 
 MAIN = (512, 1024, 2048)  # the widths that the targets name
 SHARE_OF_COPY = 0.85

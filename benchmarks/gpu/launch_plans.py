@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from depthlstm_fast.bench import gates
-from depthlstm_fast.bench.gpu_bench import BF16, Bench
-from depthlstm_fast.bench.timing import interleave, spread
+from ..measure.timing import interleave, spread
+from ..subjects import gates
+from .bench import BF16, Bench
 
 MODULE, LAUNCHER = "depthlstm_fast.kernels.depth_lstm", "depthlstm_fast.kernels.common.launch"
 KINDS = ("forward", "narrow", "wide", "row sums")

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import depthlstm_fast as dl
-from depthlstm_fast.bench import cell, checks, layer, memory
-from depthlstm_fast.bench.compiled import reference_cell
-from depthlstm_fast.bench.device import allocated_bytes
-from depthlstm_fast.bench.gates import name_of
-from depthlstm_fast.bench.gpu_bench import BF16, Bench, Runs
-from depthlstm_fast.bench.rows import Row, Target
+
+from ..measure import accuracy
+from ..measure.compiled import reference_cell
+from ..measure.gpu_timing import allocated_bytes
+from ..measure.rows import Row, Target
+from ..subjects import cell, layer, memory
+from ..subjects.gates import name_of
+from .bench import BF16, Bench, Runs
 
 LAYER_RATIO = 0.95
 COMPILED_DIFFERENCE = 0.02  # compiled against eager bf16, ||difference|| / ||eager||
@@ -70,7 +72,9 @@ def layer_rows(bench: Bench, features: int, heads: int, batch: int, length: int,
         if compile:
             plain = on_backend(backend, lambda: layer.depth_lstm_step(layers["fused"], h, c, cotangents))()
             error = difference(runs[backend](), plain)  # type: ignore[arg-type]
-            made = checks.Check("layer", name_of(dtype), error <= COMPILED_DIFFERENCE, "compiled against eager:", error, 0.0, 0.0, backend)
+            made = accuracy.Check(
+                "layer", name_of(dtype), error <= COMPILED_DIFFERENCE, "compiled against eager:", error, 0.0, 0.0, backend
+            )
             bench.checker.on_check(made)
             if not made.passed:
                 timed[backend].failure = f"layer {made.dtype} {size} {made.summary}"

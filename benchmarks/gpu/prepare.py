@@ -2,11 +2,11 @@
 
 --triton and --cuda name the backends under test.
 
-python -m depthlstm_fast.bench.prepare gates 512 65536 bfloat16      the fused gates and the compiled reference, as they will be timed
-python -m depthlstm_fast.bench.prepare cell 512 65536                likewise
-python -m depthlstm_fast.bench.prepare layer 512 8 32 512
-python -m depthlstm_fast.bench.prepare few 512 8                     the compiled reference on few rows
-python -m depthlstm_fast.bench.prepare plans 3 12                    every 12th launch plan
+python -m depthlstm_fast.bench.gpu.prepare gates 512 65536 bfloat16      the fused gates and the compiled reference, as they will be timed
+python -m depthlstm_fast.bench.gpu.prepare cell 512 65536                likewise
+python -m depthlstm_fast.bench.gpu.prepare layer 512 8 32 512
+python -m depthlstm_fast.bench.gpu.prepare few 512 8                     the compiled reference on few rows
+python -m depthlstm_fast.bench.gpu.prepare plans 3 12                    every 12th launch plan
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-# many processes at once: each compiles in its own
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import torch
 
 import depthlstm_fast as dl
-from depthlstm_fast.bench import cell, external, gates, layer, plans
-from depthlstm_fast.bench.compiled import Compiled, reference_cell, reference_gates
-from depthlstm_fast.bench.gpu_bench import BF16, Sizes
+
+from ..measure.compiled import Compiled, reference_cell, reference_gates
+from ..subjects import cell, gates, layer
+from . import launch_plans, programs
+from .bench import BF16, Sizes
 
 LIMIT_SECONDS = 150
 
@@ -118,8 +117,8 @@ class Pool:
                     self.failed.append(f"{name} ({process.returncode})")
         while self.waiting and len(self.running) < self.width:
             task = self.waiting.pop(0)
-            command = [sys.executable, "-m", "depthlstm_fast.bench.prepare", *self.flags, *task]
-            self.running[" ".join(task)] = external.start(command, self.log, {"TORCHINDUCTOR_COMPILE_THREADS": "1"})
+            command = [sys.executable, "-m", f"{__package__}.prepare", *self.flags, *task]
+            self.running[" ".join(task)] = programs.start(command, self.log, {"TORCHINDUCTOR_COMPILE_THREADS": "1"})
         return bool(self.waiting or self.running)
 
     def wait(self, seconds: float) -> str:
@@ -139,7 +138,7 @@ class Pool:
     def stop(self) -> None:
         self.waiting.clear()
         for process in self.running.values():
-            external.stop(process)
+            programs.stop(process)
         self.running.clear()
 
 
@@ -159,7 +158,7 @@ def main(arguments: list[str]) -> None:
     elif subject == "few":
         prepare_few(int(words[0]), int(words[1]), device)
     else:
-        plans.compile_share(int(words[0]), int(words[1]), device)
+        launch_plans.compile_share(int(words[0]), int(words[1]), device)
 
 
 if __name__ == "__main__":

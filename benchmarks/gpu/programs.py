@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TAIL_CHARACTERS = 6000
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # parts of the names of our kernels, those of Triton and those of CUDA C++
@@ -178,8 +178,8 @@ def find_tool(name: str) -> str | None:
 
 
 def sanitizer_commands(tool: str, backend: str) -> dict[str, list[str]]:
-    """Every check of compute-sanitizer on benchmarks/sanitize.py."""
-    script = [sys.executable, str(ROOT / "benchmarks" / "sanitize.py"), backend]
+    """Every check of compute-sanitizer on sanitize.py."""
+    script = [sys.executable, "-m", f"{__package__}.sanitize", backend]
     return {check: [tool, "--tool", check, "--print-limit", "20", "--error-exitcode", "9", *script] for check in TOOLS}
 
 

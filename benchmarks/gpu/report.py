@@ -1,6 +1,6 @@
 """A run of `make gpu` as plain text, Markdown and pictures, from its results.json alone: also where the run was cut off.
 
-python benchmarks/gpu_report.py benchmarks/results/MACHINE     prints the text
+python -m depthlstm_fast.bench.gpu.report benchmarks/results/MACHINE     prints the text
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from depthlstm_fast.bench import gpu_compare
-from depthlstm_fast.bench.report import figure_text, value_text
-from depthlstm_fast.bench.stages import Run, write_text
+from ..report.tables import figure_text, value_text
+from . import compare
+from .jobs import Run, write_text
 
 HEADINGS = ("what", "fused", "eager", "compiled", "floor or rival", "over eager", "over compiled", "against", "GB/s", "error (eager's)")
 SHOWN_PLANS = 3
@@ -183,8 +181,8 @@ def text(run: Run) -> str:
     if run["rows"]:
         headings = ["what (medians)", "fused", "over eager", "over compiled", "against", "GB/s", "error"]
         lines += ["", *columns_text([headings, *(compact(row, several) for row in run["rows"])]), ""]
-    if gpu_compare.pairs(run):
-        lines += [*columns_text(gpu_compare.pair_lines(run)), ""]
+    if compare.pairs(run):
+        lines += [*columns_text(compare.pair_lines(run)), ""]
     if run.get("rehearsal"):
         lines.append("A REHEARSAL on the CPU: every number above is meaningless.")
     green = sum(check["passed"] for check in run["checks"])
@@ -209,10 +207,10 @@ def markdown(run: Run) -> str:
     green = sum(check["passed"] for check in run["checks"])
     lines += ["", f"{reached} of {targets} targets met; {green} of {len(run['checks'])} checks against fp64 green. {METHOD}"]
     lines += ["", *(f"- {line}" for line in troubles(run)), ""]
-    if gpu_compare.pairs(run):
-        lines += ["## Side by side", "", *table_lines(gpu_compare.pair_lines(run)), ""]
+    if compare.pairs(run):
+        lines += ["## Side by side", "", *table_lines(compare.pair_lines(run)), ""]
         lines += ["Faster is what took less time at its p90 than the other at its p10; both took turns in one process.", ""]
-        lines += [f"{gpu_compare.FASTEST_FILE}:", "", *fenced(gpu_compare.fastest_text(run))]
+        lines += [f"{compare.FASTEST_FILE}:", "", *fenced(compare.fastest_text(run))]
     if run["tests"]:
         lines += ["## Tests", ""]
         for entry in run["tests"]:
@@ -263,8 +261,8 @@ def plans_markdown(run: Run) -> str:
 def render(run: Run, folder: Path) -> None:
     """report.md; fastest.txt where two backends were timed; plans.json and plans.md where there are any."""
     write_text(folder / "report.md", markdown(run))
-    if gpu_compare.pairs(run):
-        write_text(folder / gpu_compare.FASTEST_FILE, gpu_compare.fastest_text(run))
+    if compare.pairs(run):
+        write_text(folder / compare.FASTEST_FILE, compare.fastest_text(run))
     if run["plans"]:
         write_text(folder / "plans.json", json.dumps({"machine": run["machine"], "plans": plan_groups(run)}, indent=1) + "\n")
         write_text(folder / "plans.md", plans_markdown(run))

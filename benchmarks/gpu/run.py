@@ -1,4 +1,4 @@
-"""Everything that can be told on a GPU, unattended and within one budget of time: `make gpu`, or `python benchmarks/gpu.py`.
+"""Everything that can be told on a GPU, unattended and within one budget of time: `make gpu`, or `python -m depthlstm_fast.bench.gpu`.
 
 Checks come before timings, what tells most comes first, and every result is written down as it comes: results.json, report.md,
 fastest.txt, plans.json, plans.md, tests.xml, speed.png and floor.png in the folder that OUT names, else in benchmarks/results/MACHINE. The
@@ -21,13 +21,12 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from ..measure.rows import Row, Settings
+from . import report as gpu_report
+from . import supervisor
+from .jobs import Budget, Recorder, read_run, row_data, run_jobs
 
-from depthlstm_fast.bench import gpu_report, supervisor
-from depthlstm_fast.bench.rows import Row, Settings
-from depthlstm_fast.bench.stages import Budget, Recorder, read_run, row_data, run_jobs
-
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 FILES = ("results.json", "report.md", "fastest.txt", "plans.json", "plans.md", "tests.xml", "speed.png", "floor.png")
 BACKENDS = ("triton", "cuda")  # under test, those of them that are available
 STAGES = (
@@ -86,7 +85,8 @@ def probe(options: argparse.Namespace) -> int:
 def backends_under_test(asked: list[str] | None, rehearse: bool) -> tuple[tuple[str, ...], dict[str, str]]:
     """The backends that were asked for, or all, without those that cannot run here; and of the latter, why."""
     import depthlstm_fast as dl
-    from depthlstm_fast.bench.gpu_rehearsal import stand_in_for_cuda
+
+    from .rehearsal import stand_in_for_cuda
 
     wanted, absent = [name for name in BACKENDS if name in (asked or BACKENDS)], {}
     for name in wanted:
@@ -108,10 +108,12 @@ def work(options: argparse.Namespace) -> int:
         return NO_GPU
     import torch
 
-    from depthlstm_fast.bench import device, gpu_bench, machine, prepare
-    from depthlstm_fast.bench.checks import Check
-    from depthlstm_fast.bench.gpu_checks import Checker
-    from depthlstm_fast.bench.gpu_stages import Stages
+    from ..measure import gpu_timing, machine
+    from ..measure.accuracy import Check
+    from . import bench as gpu_bench
+    from . import prepare
+    from .checker import Checker
+    from .stages import Stages
 
     backends, absent = backends_under_test(options.backend, options.rehearse)
     if not backends:
@@ -144,14 +146,14 @@ def work(options: argparse.Namespace) -> int:
         recorder.add("checks", vars(check))
 
     checker = Checker(on, rows_of_a_check, sizes.layers[0][1], tokens, on_check)
-    bench = gpu_bench.Bench(on, device.stopwatch(on), backends, sizes, checker, settings, warmups=1 if options.rehearse else 3)
+    bench = gpu_bench.Bench(on, gpu_timing.stopwatch(on), backends, sizes, checker, settings, warmups=1 if options.rehearse else 3)
     if compile:
         prepare.use_no_timings_of_others()
     stages = Stages(bench, recorder, Budget(deadline(options)), options)
 
     def after() -> None:
         try:
-            device.synchronize(on)
+            gpu_timing.synchronize(on)
         except RuntimeError as error:
             print(f"   the GPU's context is lost: {str(error).splitlines()[0]}", flush=True)
             os._exit(LOST)
@@ -188,7 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
             return work(options)
         except KeyboardInterrupt:
             return 128 + signal.SIGINT
-    command = [sys.executable, str(Path(__file__).resolve()), *arguments, f"--started={options.started}"]
+    command = [sys.executable, "-m", str(__package__), *arguments, f"--started={options.started}"]
     status, folder = supervisor.supervise(command, deadline(options), NO_GPU, gpu_report.render)
     run = None if folder is None else read_run(folder)
     if folder is None or run is None:
@@ -197,7 +199,3 @@ def main(arguments: list[str] | None = None) -> int:
     Recorder(folder, run, gpu_report.render).save()
     print("\n" + gpu_report.text(run) + f"{run['elapsed_seconds']:.0f} s; results in {folder}", flush=True)
     return 0 if status == 0 and gpu_report.succeeded(run) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Small calls of every kernel, for compute-sanitizer: every scheme of a backend, both sides of a tile's edge, dropout, given g.
 
-python benchmarks/sanitize.py cuda     or triton
+python -m depthlstm_fast.bench.gpu.sanitize cuda     or triton
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 gives every tensor an allocation of its own, so that an access beyond its end is seen. Every launch is
 instrumented, so that the operators are called without the GEMM of a cell, and numbers are made and looked at on the CPU.
@@ -11,12 +11,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 from torch import Tensor
 

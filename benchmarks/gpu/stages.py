@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 
-from depthlstm_fast.bench import device, external, gpu_profile, gpu_report, plans, prepare, sanitize
-from depthlstm_fast.bench.gpu_bench import BF16, Bench
-from depthlstm_fast.bench.gpu_kernels import AUTOTUNE, MAIN, cell_rows, few_rows, gates_rows, overhead_rows
-from depthlstm_fast.bench.gpu_layers import layer_rows, memory_rows, stack_rows
-from depthlstm_fast.bench.stages import Budget, Job, Recorder
+from ..measure import gpu_timing
+from . import counters, launch_plans, prepare, programs, sanitize
+from . import report as gpu_report
+from .bench import BF16, Bench
+from .jobs import Budget, Job, Recorder
+from .kernel_rows import AUTOTUNE, MAIN, cell_rows, few_rows, gates_rows, overhead_rows
+from .layer_rows import layer_rows, memory_rows, stack_rows
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TEST_SECONDS, REHEARSED_TEST = 150.0, "zero_rows"
 PREPARE_SECONDS, PLANS_SECONDS, SANITIZER_SECONDS, COUNTERS_SECONDS = 60.0, 60.0, 60.0, 30.0
 PLAN_TASKS = 12
@@ -65,7 +67,7 @@ class Stages:
     def _start_compilers(self, tasks: list[list[str]]) -> None:
         flags = ["--rehearse"] * self.rehearse + ["--no-compile"] * (not self.compile) + [f"--{name}" for name in self.bench.backends]
         # torch.compile needs Triton, too
-        if external.has("triton") and (self.compile or "triton" in self.bench.backends):
+        if programs.has("triton") and (self.compile or "triton" in self.bench.backends):
             self.pool = prepare.Pool(tasks[-1:] if self.rehearse else tasks, self.cores - 2, flags)
 
     def _wait_for_compilers(self) -> None:
@@ -88,7 +90,7 @@ class Stages:
     def wait_for_layers(self) -> Iterable[Job]:
         def ceilings() -> None:
             sizes = self.bench.sizes
-            self.recorder.run["ceilings"] = found = device.ceilings(self.bench.device, sizes.copied_bytes, sizes.matrix)
+            self.recorder.run["ceilings"] = found = gpu_timing.ceilings(self.bench.device, sizes.copied_bytes, sizes.matrix)
             print("   " + ", ".join(f"{name} {value:,.0f}" for name, value in found.items()), flush=True)
 
         if self.compile:
@@ -147,7 +149,7 @@ class Stages:
 
     def pictures(self) -> Iterable[Job]:
         def run() -> None:
-            from depthlstm_fast.bench import plots
+            from ..report import plots
 
             if self.recorder.run["rows"]:
                 plots.write_all(self.recorder.run, self.recorder.folder)
@@ -155,11 +157,11 @@ class Stages:
         yield Job("pictures", "pictures", run, need=0)
 
     def _tests(self, path: str, extra: list[str], share: float) -> None:
-        device.release(self.bench.device)
+        gpu_timing.release(self.bench.device)
         limit = min(TEST_SECONDS, max(10.0, self.budget.left() * share))
         variables = {"DEPTHLSTM_REHEARSE": "1"} if self.rehearse else {}
         workers = max(1, min(6, self.cores // 2))
-        entry = external.run_tests(path, self.recorder.folder / "tests.xml", limit, workers, extra, variables)
+        entry = programs.run_tests(path, self.recorder.folder / "tests.xml", limit, workers, extra, variables)
         self.recorder.add("tests", entry)
         print("\n".join(["   " + gpu_report.test_line(entry), *(f"     {line}" for line in entry["failing"][:20])]), flush=True)
 
@@ -201,7 +203,7 @@ class Stages:
                 print("   " + self.plan_pool.wait(max(1.0, min(PLANS_SECONDS, self.budget.left() - 30))).splitlines()[0][:200], flush=True)
 
         def run(kind: str, features: int) -> None:
-            self.recorder.run["plans"] += plans.explore(self.bench, kind, features, most=3 if self.rehearse else None)
+            self.recorder.run["plans"] += launch_plans.explore(self.bench, kind, features, most=3 if self.rehearse else None)
             self.recorder.save()
             lines = [line for line in gpu_report.plan_lines(self.recorder.run) if line.startswith(f"{kind} D={features}:")]
             print("\n".join("   " + line for line in lines), flush=True)
@@ -209,7 +211,7 @@ class Stages:
         if "triton" not in self.bench.backends:
             return
         yield Job("wait for plans", "plans", wait)
-        for kind, features in plans.TINY if self.rehearse else plans.FULL:
+        for kind, features in launch_plans.TINY if self.rehearse else launch_plans.FULL:
             yield Job(f"plans {kind} D={features}", "plans", partial(run, kind, features), 10)
 
     def sanitizer(self) -> Iterable[Job]:
@@ -218,18 +220,18 @@ class Stages:
                 self.recorder.add("sanitizer", entry)
                 print(f"   {entry['check']}: {entry['verdict']}", flush=True)
 
-            tool = external.find_tool("compute-sanitizer")
+            tool = programs.find_tool("compute-sanitizer")
             if self.rehearse:
                 sanitize.main(backend, sanitize.TINY, "cpu")
             if self.rehearse or tool is None:
                 said = "rehearsed" if self.rehearse else "compute-sanitizer is not on this machine"
-                for check in external.TOOLS:
-                    record(external.verdict(check, backend, said))
+                for check in programs.TOOLS:
+                    record(programs.verdict(check, backend, said))
                 return
-            device.release(self.bench.device)
+            gpu_timing.release(self.bench.device)
             limit = min(SANITIZER_SECONDS, max(10.0, self.budget.left()))
-            commands = external.sanitizer_commands(tool, backend)
-            external.run_all(commands, limit, on_end=lambda check, outcome: record(external.judge(check, outcome, backend)))
+            commands = programs.sanitizer_commands(tool, backend)
+            programs.run_all(commands, limit, on_end=lambda check, outcome: record(programs.judge(check, outcome, backend)))
 
         # the kernels that nobody else checks at run time come first
         for backend in sorted(self.bench.backends):
@@ -240,14 +242,14 @@ class Stages:
         problems = [(features, rows) for features, rows, _ in self.main]
 
         def run(backend: str) -> None:
-            tool = external.find_tool("ncu")
+            tool = programs.find_tool("ncu")
             if self.rehearse or tool is None:
-                entry = gpu_profile.without(backend, "rehearsed" if self.rehearse else "ncu is not on this machine")
+                entry = counters.without(backend, "rehearsed" if self.rehearse else "ncu is not on this machine")
             else:
-                device.release(self.bench.device)
-                command = gpu_profile.command(tool, backend, str(BF16).removeprefix("torch."), problems)
+                gpu_timing.release(self.bench.device)
+                command = counters.command(tool, backend, str(BF16).removeprefix("torch."), problems)
                 limit = min(COUNTERS_SECONDS, max(10.0, self.budget.left()))
-                entry = gpu_profile.judge(backend, external.run_all({backend: command}, limit)[backend], problems)
+                entry = counters.judge(backend, programs.run_all({backend: command}, limit)[backend], problems)
             self.recorder.add("counters", entry)
             print("\n".join("   " + line for line in gpu_report.counter_lines(self.recorder.run, backend)), flush=True)
 

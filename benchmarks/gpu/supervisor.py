@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from depthlstm_fast.bench.stages import GRACE_SECONDS, Recorder, Run, read_run
+from .jobs import GRACE_SECONDS, Recorder, Run, read_run
 
 RESTARTS = 4
 Render = Callable[[Run, Path], None]

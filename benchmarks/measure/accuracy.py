@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 import depthlstm_fast as dl
-from depthlstm_fast.bench import cell, decoding, gates, layer, model
-from depthlstm_fast.bench.compiled import reference_cell, reference_gates
+
+from ..subjects import cell, decoding, gates, layer, model
+from .compiled import reference_cell, reference_gates
 
 BACKEND = "cpp"
 

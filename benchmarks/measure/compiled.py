@@ -1,6 +1,6 @@
 """torch.compile of the eager reference: the functions that are compiled, and a second process that fills the compiler's cache.
 
-Compiling costs more than all timing together, and inductor uses one core for it: `python -m depthlstm_fast.bench.compiled bfloat16`
+Compiling costs more than all timing together, and inductor uses one core for it: `python -m depthlstm_fast.bench.measure.compiled bfloat16`
 compiles one half while the benchmark process compiles the other and then finds that half in the cache on disk.
 """
 
@@ -62,13 +62,13 @@ class Compiled:
 
 def start_cache_filler(dtype: torch.dtype) -> subprocess.Popen[bytes]:
     """Compile what the benchmarks of ``dtype`` need in a second process, into inductor's cache on disk."""
-    command = [sys.executable, "-m", "depthlstm_fast.bench.compiled", str(dtype).removeprefix("torch.")]
+    command = [sys.executable, "-m", f"{__package__}.compiled", str(dtype).removeprefix("torch.")]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def compile_all(compiled: Compiled, dtype: torch.dtype) -> None:
     """Compile all that the table shows for one dtype."""
-    from depthlstm_fast.bench import cell, gates
+    from ..subjects import cell, gates
 
     gates.compile_for(compiled, dtype)
     cell.compile_for(compiled, dtype)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from depthlstm_fast.bench.timing import HostStopwatch, Stopwatch, quantile
+from .timing import HostStopwatch, Stopwatch, quantile
 
 FLUSH_BYTES = 1 << 28  # several times the second-level cache of any GPU
 SLACK_SECONDS = 1e-4  # by how much the GPU is kept busy beyond the host's own time

@@ -13,7 +13,8 @@ import torch
 
 import depthlstm_fast as dl
 from depthlstm_fast.__main__ import chosen_isa, cpu_info, package_version
-from depthlstm_fast.bench import CHECKOUT
+
+from .. import CHECKOUT
 
 
 def last_level_cache() -> str:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from depthlstm_fast.bench import cost
-from depthlstm_fast.bench.rows import Figure, Row, Settings, Target, figure
-from depthlstm_fast.bench.timing import Spread, interleave, spread
+from . import call_cost
+from .rows import Figure, Row, Settings, Target, figure
+from .timing import Spread, interleave, spread
 
 Runs = dict[str, Callable[[], object]]
 SECONDS = {"ms": 1e3, "us": 1e6}
@@ -96,7 +96,7 @@ class Problem:
         with torch.set_grad_enabled(self.grad):
             for name in ("fused", "eager"):
                 if name in self.runs:
-                    found = cost.of_call(self.runs[name])
+                    found = call_cost.of_call(self.runs[name])
                     self.row.numbers |= {f"{name}_op_calls": found.op_calls, f"{name}_peak_mb": found.peak_bytes / 1e6}
 
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from depthlstm_fast.bench.problems import Problem
-from depthlstm_fast.bench.rows import Row, Settings
-from depthlstm_fast.bench.timing import turn_order
+from .problems import Problem
+from .rows import Row, Settings
+from .timing import turn_order
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture

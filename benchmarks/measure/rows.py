@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from depthlstm_fast.bench.timing import Spread, Stopwatch, interleave, ratio, spread
+from .timing import Spread, Stopwatch, interleave, ratio, spread
 
 
 @dataclass(frozen=True)

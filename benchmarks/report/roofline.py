@@ -14,7 +14,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-from depthlstm_fast.bench.plots import COMPILED, EAGER, INK, caption
+from .plots import COMPILED, EAGER, INK, caption
 
 COLOURS = {"fp32": EAGER, "bf16": COMPILED}
 MARKERS = {"gates forward": "o", "gates forward + backward": "s", "cell forward + backward": "^"}

@@ -13,7 +13,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-from depthlstm_fast.bench.plots import COMPILED, EAGER, FLOOR, INK, RIVAL, caption
+from .plots import COMPILED, EAGER, FLOOR, INK, RIVAL, caption
 
 STYLES: dict[str, dict[str, Any]] = {
     "fused": {"color": COMPILED, "marker": "o", "linewidth": 2.2, "label": "fused", "zorder": 3},

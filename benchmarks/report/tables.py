@@ -222,7 +222,7 @@ def full_markdown(run: Run) -> str:
     """All of report.md: the table, the details, the curves."""
     found = markdown(run) + details(run)
     if run.get("scaling"):
-        from depthlstm_fast.bench import scaling
+        from ..subjects import scaling
 
         found += "\n" + scaling.markdown(run["scaling"])
     return found
@@ -290,7 +290,3 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"report.py: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

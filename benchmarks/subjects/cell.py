@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import depthlstm_fast as dl
-from depthlstm_fast.bench import products
-from depthlstm_fast.bench.compiled import Compiled, reference_cell
-from depthlstm_fast.bench.gates import DTYPES, FEATURES, ROWS, Function, forward_and_backward, name_of
-from depthlstm_fast.bench.problems import Problem, Runs
-from depthlstm_fast.bench.rows import Row, Target
+
+from ..measure import matrix_products
+from ..measure.compiled import Compiled, reference_cell
+from ..measure.problems import Problem, Runs
+from ..measure.rows import Row, Target
+from .gates import DTYPES, FEATURES, ROWS, Function, forward_and_backward, name_of
 
 GEMM_UNITS = {torch.float32: 1.06, torch.bfloat16: 1.12}
 
@@ -35,7 +36,7 @@ def make_inputs(rows: int, features: int, dtype: torch.dtype, device: torch.devi
 
 def bare_gemms(rows: int, features: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Callable[[], object]:
     """The products that no cell can do without: z = xh W^T, dxh = dz W, dW = dz^T xh; contiguous inputs, outputs allocated afresh."""
-    return products.training_run(products.cell(rows, features), dtype, device)
+    return matrix_products.training_run(matrix_products.cell(rows, features), dtype, device)
 
 
 def moved_bytes(rows: int, features: int, dtype: torch.dtype) -> int:
@@ -86,7 +87,7 @@ def training(dtype: torch.dtype, compiled: Compiled) -> Problem:
     row = Row("cell", "cell forward + backward", name_of(dtype), f"N={ROWS} I=D={FEATURES}", "ms", against="3 bare GEMMs")
     row.others, row.missing = {"lstm_cell": "nn.LSTMCell (no LayerNorm)"}, compiled.missing()
     targets = [Target("eager", "speedup"), Target("compile", "speedup"), Target("against", "ratio", GEMM_UNITS[dtype])]
-    flops, size = products.training_flops(products.cell(ROWS, FEATURES)), moved_bytes(ROWS, FEATURES, dtype)
+    flops, size = matrix_products.training_flops(matrix_products.cell(ROWS, FEATURES)), moved_bytes(ROWS, FEATURES, dtype)
     return Problem(row, runs, targets, 5.0, moved_bytes=size, flops=flops, floor="against")
 
 

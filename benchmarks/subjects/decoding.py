@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 import depthlstm_fast as dl
-from depthlstm_fast.bench.compiled import Compiled
-from depthlstm_fast.bench.problems import Problem, Runs
-from depthlstm_fast.bench.rows import Row, Target
+
+from ..measure.compiled import Compiled
+from ..measure.problems import Problem, Runs
+from ..measure.rows import Row, Target
 
 FEATURES, HEADS, LAYERS, VOCABULARY = 256, 4, 6, 8000
 SOURCE_LENGTH, TOKENS = 32, 32

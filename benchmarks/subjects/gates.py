@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 import depthlstm_fast as dl
-from depthlstm_fast.bench.compiled import Compiled, reference_gates
-from depthlstm_fast.bench.problems import Problem, Runs
-from depthlstm_fast.bench.rows import Row, Target
+
+from ..measure.compiled import Compiled, reference_gates
+from ..measure.problems import Problem, Runs
+from ..measure.rows import Row, Target
 
 ROWS, FEATURES = 4096, 512
 DTYPES = (torch.float32, torch.bfloat16)

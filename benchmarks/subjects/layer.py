@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 import depthlstm_fast as dl
-from depthlstm_fast.bench import products
-from depthlstm_fast.bench.compiled import Compiled
-from depthlstm_fast.bench.problems import Problem, Runs
-from depthlstm_fast.bench.rows import Row, Target
+
+from ..measure import matrix_products
+from ..measure.compiled import Compiled
+from ..measure.problems import Problem, Runs
+from ..measure.rows import Row, Target
 
 FEATURES, HEADS, BATCH, LENGTH = 512, 8, 16, 256
 RESIDUAL = "nn.TransformerEncoderLayer"
@@ -59,18 +60,18 @@ def training(compiled: Compiled) -> Problem:
     layers, residual = depth_lstm_layers(), residual_layer()
     if matrix_entries(residual) != matrix_entries(layers["fused"]):
         raise ValueError(f"layers of unequal size: {matrix_entries(residual)} and {matrix_entries(layers['fused'])} matrix entries")
-    needed = products.encoder_layer(BATCH, LENGTH, FEATURES, HEADS)
+    needed = matrix_products.encoder_layer(BATCH, LENGTH, FEATURES, HEADS)
     runs: Runs = {
         "eager": lambda: depth_lstm_step(layers["eager"], h, c, cotangents),
         "fused": lambda: depth_lstm_step(layers["fused"], h, c, cotangents),
         "against": lambda: residual_step(residual, h, cotangents[0]),
-        "floor": products.training_run(needed, torch.float32),
+        "floor": matrix_products.training_run(needed, torch.float32),
     }
     row = Row("layer", "encoder layer step", "fp32", f"{BATCH}x{LENGTH} D={FEATURES}", "ms", against=RESIDUAL)
     row.others = {"floor": "its bare products"}
     row.note = f"{matrix_entries(residual) / 1e6:.2f}M matrix entries in each layer"
     targets = [Target("eager", "speedup"), Target("against", "ratio", 0.95)]
-    return Problem(row, runs, targets, 6.0, flops=products.training_flops(needed), floor="floor")
+    return Problem(row, runs, targets, 6.0, flops=matrix_products.training_flops(needed), floor="floor")
 
 
 PROBLEMS: dict[str, Callable[[Compiled], Problem]] = {"encoder layer": training}

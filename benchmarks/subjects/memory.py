@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 import depthlstm_fast as dl
-from depthlstm_fast.bench import cell, layer
-from depthlstm_fast.bench.compiled import Compiled, reference_cell
-from depthlstm_fast.bench.gates import FEATURES, ROWS
-from depthlstm_fast.bench.problems import KeptProblem, Problem, Runs, fill_kept
-from depthlstm_fast.bench.rows import Row
+
+from ..measure.compiled import Compiled, reference_cell
+from ..measure.problems import KeptProblem, Problem, Runs, fill_kept
+from ..measure.rows import Row
+from . import cell, layer
+from .gates import FEATURES, ROWS
 
 CELL_SHARE, LAYER_SHARE = 0.45, 0.75
 

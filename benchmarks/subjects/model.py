@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import depthlstm_fast as dl
-from depthlstm_fast.bench import products
-from depthlstm_fast.bench.compiled import Compiled
-from depthlstm_fast.bench.layer import matrix_entries
-from depthlstm_fast.bench.problems import Problem, Runs
-from depthlstm_fast.bench.products import Product
-from depthlstm_fast.bench.rows import Row, Target
+
+from ..measure import matrix_products
+from ..measure.compiled import Compiled
+from ..measure.matrix_products import Product
+from ..measure.problems import Problem, Runs
+from ..measure.rows import Row, Target
+from .layer import matrix_entries
 
 FEATURES, HEADS, LAYERS, VOCABULARY, BATCH, LENGTH = 256, 4, 4, 2000, 8, 64
 RESIDUAL = "pre-norm Transformer"
@@ -77,8 +78,8 @@ def step(model: nn.Module, source: Tensor, target: Tensor) -> tuple[Tensor, ...]
 
 def needed_products(batch: int, length: int, features: int, heads: int, layers: int, vocabulary: int) -> list[Product]:
     """Those of all layers, source and target equally long, and of the output layer."""
-    encoder = products.encoder_layer(batch, length, features, heads)
-    decoder = products.decoder_layer(batch, length, length, features, heads)
+    encoder = matrix_products.encoder_layer(batch, length, features, heads)
+    decoder = matrix_products.decoder_layer(batch, length, length, features, heads)
     return [*layers * encoder, *layers * decoder, Product(1, batch * length, features, vocabulary)]
 
 
@@ -88,12 +89,12 @@ def training(compiled: Compiled) -> Problem:
     source, target = (torch.randint(3, VOCABULARY, (BATCH, length)) for length in (LENGTH, LENGTH + 1))
     needed = needed_products(BATCH, LENGTH, FEATURES, HEADS, LAYERS, VOCABULARY)
     runs: Runs = {name: lambda m=model: step(m, source, target) for name, model in models.items()}  # type: ignore[misc]
-    runs["floor"] = products.training_run(needed, torch.float32)
+    runs["floor"] = matrix_products.training_run(needed, torch.float32)
     size = f"{BATCH}x{LENGTH} d={FEATURES} {LAYERS}+{LAYERS} layers"
     row = Row("model", "model training step", "fp32", size, "ms", against=RESIDUAL, others={"floor": "its bare products"})
     row.note = f"{matrix_entries(models['fused']) / 1e6:.2f}M matrix entries in each model, vocabulary {VOCABULARY}"
     targets = [Target("eager", "speedup"), Target("against", "ratio")]
-    return Problem(row, runs, targets, 5.0, flops=products.training_flops(needed), floor="floor")
+    return Problem(row, runs, targets, 5.0, flops=matrix_products.training_flops(needed), floor="floor")
 
 
 PROBLEMS: dict[str, Callable[[Compiled], Problem]] = {"transformer": training}

@@ -9,11 +9,12 @@ from collections.abc import Callable
 import torch
 
 import depthlstm_fast as dl
-from depthlstm_fast.bench import gates
-from depthlstm_fast.bench.compiled import Compiled, reference_gates
-from depthlstm_fast.bench.problems import Problem, Runs
-from depthlstm_fast.bench.rows import Figure, Row, Target
-from depthlstm_fast.bench.timing import Spread, ratio, spread
+
+from ..measure.compiled import Compiled, reference_gates
+from ..measure.problems import Problem, Runs
+from ..measure.rows import Figure, Row, Target
+from ..measure.timing import Spread, ratio, spread
+from . import gates
 
 ROWS, FEATURES = 1, 8
 CALLS_AT_ONCE = 200

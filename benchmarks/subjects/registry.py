@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from depthlstm_fast.bench import cell, decoding, gates, layer, memory, model, overhead
-from depthlstm_fast.bench.compiled import Compiled
-from depthlstm_fast.bench.problems import Problem
+from ..measure.compiled import Compiled
+from ..measure.problems import Problem
+from . import cell, decoding, gates, layer, memory, model, overhead
 
 SUBJECTS: dict[str, dict[str, Callable[[Compiled], Problem]]] = {
     "gates": gates.PROBLEMS,

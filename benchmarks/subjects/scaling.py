@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 import depthlstm_fast as dl
-from depthlstm_fast.bench import gates, products
-from depthlstm_fast.bench.compiled import Compiled, reference_gates
-from depthlstm_fast.bench.memory import kept_bytes
-from depthlstm_fast.bench.problems import Problem, Runs
-from depthlstm_fast.bench.rows import Row, Settings, Target
-from depthlstm_fast.bench.timing import interleave, spread
+
+from ..measure import matrix_products
+from ..measure.compiled import Compiled, reference_gates
+from ..measure.problems import Problem, Runs
+from ..measure.rows import Row, Settings, Target
+from ..measure.timing import interleave, spread
+from . import gates
+from .memory import kept_bytes
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -190,7 +192,7 @@ def depth_problem(layers: int, compiled: Compiled) -> Problem:
     size = f"{layers} layers, {BATCH}x{LENGTH} D={LAYER_FEATURES}"
     row = Row("scaling", "encoder training step", "fp32", size, "ms", against=RESIDUAL)
     runs: Runs = {name: lambda m=module: encoder_step(m, x, cotangent) for name, module in encoders(layers).items()}  # type: ignore[misc]
-    flops = layers * products.training_flops(products.encoder_layer(BATCH, LENGTH, LAYER_FEATURES, LAYER_HEADS))
+    flops = layers * matrix_products.training_flops(matrix_products.encoder_layer(BATCH, LENGTH, LAYER_FEATURES, LAYER_HEADS))
     return Problem(row, runs, [Target("eager", "speedup"), Target("against", "ratio")], 1.0, flops=flops)
 
 

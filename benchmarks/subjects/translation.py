@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from depthlstm_fast.bench import CHECKOUT
-from depthlstm_fast.bench.rows import Figure, Row
-from depthlstm_fast.bench.timing import Spread
+from .. import CHECKOUT
+from ..measure.rows import Figure, Row
+from ..measure.timing import Spread
 
 
 def run(limit_seconds: float, steps: int | None, progress: bool) -> dict[str, Any]:

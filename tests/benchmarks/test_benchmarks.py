@@ -21,9 +21,11 @@ import depthlstm_fast as dl
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from depthlstm_fast.bench import checks, compiled, decoding, gates, layer, machine, memory, overhead, report, timing, translation  # noqa: E402
-from depthlstm_fast.bench.problems import Problem  # noqa: E402
-from depthlstm_fast.bench.rows import Figure, Row, Settings, Target, figure  # noqa: E402
+from depthlstm_fast.bench.measure import accuracy, compiled, machine, timing  # noqa: E402
+from depthlstm_fast.bench.measure.problems import Problem  # noqa: E402
+from depthlstm_fast.bench.measure.rows import Figure, Row, Settings, Target, figure  # noqa: E402
+from depthlstm_fast.bench.report import tables  # noqa: E402
+from depthlstm_fast.bench.subjects import decoding, gates, layer, memory, overhead, translation  # noqa: E402
 
 sys.path.remove(str(ROOT))
 
@@ -150,28 +152,28 @@ def test_decoding_models_never_stop_early() -> None:
 def test_the_bound_refuses_what_is_wrong_and_what_is_not_finite() -> None:
     exact = torch.randn(4, 5, dtype=torch.float64)
     eager = exact.float()
-    assert checks.compare("gates", torch.float32, ["h"], [exact], [eager], [eager]).passed
-    assert not checks.compare("gates", torch.float32, ["h"], [exact], [eager], [eager * (1 + 1e-5)]).passed
+    assert accuracy.compare("gates", torch.float32, ["h"], [exact], [eager], [eager]).passed
+    assert not accuracy.compare("gates", torch.float32, ["h"], [exact], [eager], [eager * (1 + 1e-5)]).passed
     spoiled = eager.clone()
     spoiled[1, 2] = float("nan")
-    found = checks.compare("gates", torch.float32, ["c", "h"], [exact] * 2, [eager] * 2, [eager, spoiled])
+    found = accuracy.compare("gates", torch.float32, ["c", "h"], [exact] * 2, [eager] * 2, [eager, spoiled])
     assert (found.passed, found.tensor) == (False, "h")
 
 
 @needs_cpp
 def test_checks_are_green_and_ran_on_the_compiled_backend() -> None:
     with dl.use_backend("cpp"):
-        found = checks.run_checks(["overhead", "decoding"])
+        found = accuracy.run_checks(["overhead", "decoding"])
     assert {check.subject for check in found} == {"gates", "decoding"}
     assert [check.summary for check in found if not check.passed] == []
-    assert checks.failure(found, "overhead") is None
+    assert accuracy.failure(found, "overhead") is None
 
 
 def test_a_check_on_another_backend_is_red() -> None:
     with dl.use_backend("reference"):
-        found = checks.run_checks(["gates"])
+        found = accuracy.run_checks(["gates"])
     assert not any(check.passed for check in found)
-    assert "not cpp" in (checks.failure(found, "overhead") or "")
+    assert "not cpp" in (accuracy.failure(found, "overhead") or "")
 
 
 def test_a_compiler_that_fails_is_reported_not_raised() -> None:
@@ -262,7 +264,7 @@ def run() -> dict[str, Any]:
 
 
 def test_markdown_holds_figures_targets_and_no_number_of_a_red_row(run: dict[str, Any]) -> None:
-    text = report.markdown(run)
+    text = tables.markdown(run)
     assert "10.0x (≥8x met)" in text
     assert "4.50x (≥5x **short**)" in text
     assert "1.33x (≤0.95x **short**)" in text
@@ -279,7 +281,7 @@ def test_markdown_holds_figures_targets_and_no_number_of_a_red_row(run: dict[str
 def test_terminal_table_fits_118_columns_uncut(run: dict[str, Any]) -> None:
     rich_console = pytest.importorskip("rich.console")
     console = rich_console.Console(width=118, file=io.StringIO())
-    console.print(report.terminal_table(run))
+    console.print(tables.terminal_table(run))
     text = console.file.getvalue()
     assert "…" not in text
     assert "≥8x met" in text
@@ -287,7 +289,7 @@ def test_terminal_table_fits_118_columns_uncut(run: dict[str, Any]) -> None:
 
 
 def test_csv_and_json_hold_every_number(run: dict[str, Any], tmp_path: Path) -> None:
-    report.write_all(run, tmp_path / "new")
+    tables.write_all(run, tmp_path / "new")
     with (tmp_path / "new" / "results.csv").open(encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == (4 + 3) + 1 + (3 + 2) + (1 + 1)
@@ -299,23 +301,23 @@ def test_csv_and_json_hold_every_number(run: dict[str, Any], tmp_path: Path) -> 
 def test_readme_block_is_replaced_and_nothing_else(run: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     readme, results = tmp_path / "README.md", tmp_path / "results.json"
     results.write_text(json.dumps(run), encoding="utf-8")
-    readme.write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n", encoding="utf-8")
+    readme.write_text(f"above\n{tables.BEGIN}\nold\n{tables.END}\nbelow\n", encoding="utf-8")
     for _ in range(2):
-        assert report.main([str(results), "--readme", str(readme)]) == 0
+        assert tables.main([str(results), "--readme", str(readme)]) == 0
     text = readme.read_text(encoding="utf-8")
-    assert text.startswith(f"above\n{report.BEGIN}\nMeasured on A CPU")
-    assert text.endswith(f"\n{report.END}\nbelow\n")
+    assert text.startswith(f"above\n{tables.BEGIN}\nMeasured on A CPU")
+    assert text.endswith(f"\n{tables.END}\nbelow\n")
     assert "old" not in text.split()
     assert text.count("Measured on") == 1
     readme.write_text("no markers", encoding="utf-8")
-    assert report.main([str(results), "--readme", str(readme)]) == 1
+    assert tables.main([str(results), "--readme", str(readme)]) == 1
     assert "once each" in capsys.readouterr().err
     assert readme.read_text(encoding="utf-8") == "no markers"
 
 
 def test_plots_are_written_for_what_a_run_has(run: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from depthlstm_fast.bench import plots
+    from depthlstm_fast.bench.report import plots
 
     assert [path.name for path in plots.write_all(run, tmp_path)] == ["speed.png", "floor.png"]
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("speed.png", "floor.png"))

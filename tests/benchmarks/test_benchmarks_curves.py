@@ -14,8 +14,8 @@ import depthlstm_fast as dl
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from depthlstm_fast.bench import scaling  # noqa: E402
-from depthlstm_fast.bench.rows import Settings  # noqa: E402
+from depthlstm_fast.bench.measure.rows import Settings  # noqa: E402
+from depthlstm_fast.bench.subjects import scaling  # noqa: E402
 
 sys.path.remove(str(ROOT))
 
@@ -64,7 +64,7 @@ def test_stacks_of_a_depth_have_equally_many_matrix_entries_and_the_same_functio
 @needs_cpp
 def test_curves_have_all_axes_and_pictures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from depthlstm_fast.bench import scaling_plots
+    from depthlstm_fast.bench.report import scaling_plots
 
     monkeypatch.setattr(scaling, "TOKENS", (1, 2, 4, 8))
     monkeypatch.setattr(scaling, "WIDTHS", (8, 16, 32, 64))
@@ -100,7 +100,7 @@ def row(name: str, subject: str, milliseconds: float, floor: float, moved: float
 
 def test_the_roofs_are_what_the_floors_reached(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from depthlstm_fast.bench import roofline
+    from depthlstm_fast.bench.report import roofline
 
     rows = [
         row("gates forward", "gates", 2.0, 1.0, moved=5e6, flops=1e7),

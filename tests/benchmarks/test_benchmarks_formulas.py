@@ -17,7 +17,8 @@ import depthlstm_fast as dl
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from depthlstm_fast.bench import cell, compiled, cost, decoding, gates, layer, model, products  # noqa: E402
+from depthlstm_fast.bench.measure import call_cost, compiled, matrix_products  # noqa: E402
+from depthlstm_fast.bench.subjects import cell, decoding, gates, layer, model  # noqa: E402
 
 sys.path.remove(str(ROOT))
 
@@ -145,14 +146,14 @@ def test_flops_of_a_cell() -> None:
     cotangents = [torch.randn(rows, FEATURES) for _ in range(2)]
     # the counter cannot follow autograd.grad
     found = counted(lambda: torch.autograd.backward(compiled.reference_cell(*inputs), cotangents))
-    assert products.training_flops(products.cell(rows, FEATURES)) == found
+    assert matrix_products.training_flops(matrix_products.cell(rows, FEATURES)) == found
 
 
 def test_flops_of_an_encoder_layer_and_of_its_rival() -> None:
     h, c = (torch.randn(BATCH, LENGTH, FEATURES, requires_grad=True) for _ in range(2))
     cotangents = [torch.randn(BATCH, LENGTH, FEATURES) for _ in range(2)]
     eager, residual = layer.depth_lstm_layers(FEATURES, HEADS)["eager"], layer.residual_layer(FEATURES, HEADS)
-    wanted = products.training_flops(products.encoder_layer(BATCH, LENGTH, FEATURES, HEADS))
+    wanted = matrix_products.training_flops(matrix_products.encoder_layer(BATCH, LENGTH, FEATURES, HEADS))
     assert counted(lambda: torch.autograd.backward(eager(h, c), cotangents)) == wanted
     assert counted(lambda: residual(h).backward(cotangents[0])) == wanted
 
@@ -162,12 +163,12 @@ def test_flops_of_a_model_and_of_its_rival(name: str) -> None:
     models = model.build(FEATURES, HEADS, LAYERS, VOCABULARY)
     source, target = torch.randint(3, VOCABULARY, (BATCH, LENGTH)), torch.randint(3, VOCABULARY, (BATCH, LENGTH + 1))
     needed = model.needed_products(BATCH, LENGTH, FEATURES, HEADS, LAYERS, VOCABULARY)
-    assert counted(lambda: model.step(models[name], source, target)) == products.training_flops(needed)
+    assert counted(lambda: model.step(models[name], source, target)) == matrix_products.training_flops(needed)
 
 
 def test_a_run_of_bare_products_computes_what_is_counted() -> None:
-    needed = [*products.decoder_layer(BATCH, LENGTH, 5, FEATURES, HEADS), *products.cell(3, FEATURES)]
-    assert counted(products.training_run(needed, torch.float32)) == products.training_flops(needed)
+    needed = [*matrix_products.decoder_layer(BATCH, LENGTH, 5, FEATURES, HEADS), *matrix_products.cell(3, FEATURES)]
+    assert counted(matrix_products.training_run(needed, torch.float32)) == matrix_products.training_flops(needed)
 
 
 def test_models_have_equally_many_matrix_entries(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,15 +202,15 @@ def test_cost_of_a_call_counts_innermost_operators_and_the_peak_of_memory() -> N
         del first
         return torch.mul(second, x)  # 8 kB again
 
-    assert cost.of_call(run) == cost.Cost(3, 8000)
+    assert call_cost.of_call(run) == call_cost.Cost(3, 8000)
     # clone calls empty_like, which calls empty_strided, and copy_
-    assert cost.of_call(lambda: torch.clone(x)) == cost.Cost(2, 4000)
+    assert call_cost.of_call(lambda: torch.clone(x)) == call_cost.Cost(2, 4000)
     leaf = x.clone().requires_grad_()
-    assert cost.of_call(lambda: torch.autograd.grad(leaf.exp(), leaf, x)).op_calls >= 2  # exp and its backward's mul
+    assert call_cost.of_call(lambda: torch.autograd.grad(leaf.exp(), leaf, x)).op_calls >= 2  # exp and its backward's mul
 
 
 @needs_cpp
 def test_fused_gates_are_one_call_without_scratch() -> None:
     inputs = gates.make_inputs(8, 64, torch.float32)
     with torch.no_grad(), dl.use_backend("cpp"):
-        assert cost.of_call(lambda: dl.depth_lstm_gates(*inputs)) == cost.Cost(1, 2 * 8 * 64 * 4)
+        assert call_cost.of_call(lambda: dl.depth_lstm_gates(*inputs)) == call_cost.Cost(1, 2 * 8 * 64 * 4)

@@ -24,22 +24,17 @@ import depthlstm_fast as dl
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from depthlstm_fast.bench import (  # noqa: E402
-    device,
-    gates,
-    gpu,
-    gpu_bench,
-    gpu_checks,
-    gpu_kernels,
-    gpu_report,
-    machine,
-    plans,
-    supervisor,
-)
-from depthlstm_fast.bench.checks import Check  # noqa: E402
-from depthlstm_fast.bench.rows import Row, Settings, Target, timed_backends  # noqa: E402
-from depthlstm_fast.bench.stages import Budget, Job, Recorder, read_run, run_jobs  # noqa: E402
-from depthlstm_fast.bench.timing import HostStopwatch, interleave  # noqa: E402
+from depthlstm_fast.bench.gpu import bench as gpu_bench  # noqa: E402
+from depthlstm_fast.bench.gpu import checker as gpu_checker  # noqa: E402
+from depthlstm_fast.bench.gpu import kernel_rows, launch_plans, supervisor  # noqa: E402
+from depthlstm_fast.bench.gpu import report as gpu_report  # noqa: E402
+from depthlstm_fast.bench.gpu import run as gpu_run  # noqa: E402
+from depthlstm_fast.bench.gpu.jobs import Budget, Job, Recorder, read_run, run_jobs  # noqa: E402
+from depthlstm_fast.bench.measure import gpu_timing, machine  # noqa: E402
+from depthlstm_fast.bench.measure.accuracy import Check  # noqa: E402
+from depthlstm_fast.bench.measure.rows import Row, Settings, Target, timed_backends  # noqa: E402
+from depthlstm_fast.bench.measure.timing import HostStopwatch, interleave  # noqa: E402
+from depthlstm_fast.bench.subjects import gates  # noqa: E402
 
 sys.path.remove(str(ROOT))
 
@@ -58,7 +53,7 @@ def test_bytes_of_the_main_problems() -> None:
     cache = 64 << 20
     for features, rows, dtype in gpu_bench.FULL.gates:
         assert gates.moved_bytes(rows, features, dtype, gates.FORWARD_ELEMENTS) > 6 * cache
-    assert {size[0] for size in gpu_bench.FULL.gates[:3]} == set(gpu_kernels.MAIN)
+    assert {size[0] for size in gpu_bench.FULL.gates[:3]} == set(kernel_rows.MAIN)
 
 
 def test_one_copy_is_of_half_the_bytes_that_it_moves() -> None:
@@ -103,8 +98,8 @@ def test_the_stopwatch_keeps_waiting_out_of_the_time(monkeypatch: pytest.MonkeyP
     slept: list[float] = []
     for name, stand_in in (("Event", Event), ("_sleep", sleep), ("synchronize", lambda *_: None)):
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(device, "FLUSH_BYTES", 64)
-    watch = device.EventStopwatch(CPU)
+    monkeypatch.setattr(gpu_timing, "FLUSH_BYTES", 64)
+    watch = gpu_timing.EventStopwatch(CPU)
 
     def work() -> None:
         Event.now += 0.25
@@ -112,10 +107,10 @@ def test_the_stopwatch_keeps_waiting_out_of_the_time(monkeypatch: pytest.MonkeyP
 
     samples = interleave({"a": work, "b": work}, seconds=0, minimum=3, warmups=2, stopwatch=watch)
     assert samples == {"a": pytest.approx([0.25] * 3), "b": pytest.approx([0.25] * 3)}
-    assert all(0.003 <= seconds <= device.LONGEST_HOST_SECONDS for seconds in slept[-6:])  # one and a half of the host's 2 ms
+    assert all(0.003 <= seconds <= gpu_timing.LONGEST_HOST_SECONDS for seconds in slept[-6:])  # one and a half of the host's 2 ms
     watch.reset()
     watch.begin("a")
-    assert slept[-1] == pytest.approx(device.SLACK_SECONDS)
+    assert slept[-1] == pytest.approx(gpu_timing.SLACK_SECONDS)
 
 
 # --- correct before fast
@@ -131,14 +126,14 @@ def bench_with(checker: Any, backends: tuple[str, ...] = ("triton",)) -> gpu_ben
 
 
 def test_a_red_check_keeps_a_row_from_being_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(gpu_checks.Checker, "_make", lambda *_: check_of(False))
+    monkeypatch.setattr(gpu_checker.Checker, "_make", lambda *_: check_of(False))
     monkeypatch.setattr(gpu_bench, "timed_backends", lambda *_: pytest.fail("a red subject was timed"))
-    bench = bench_with(gpu_checks.Checker(CPU, lambda _: 3))
+    bench = bench_with(gpu_checker.Checker(CPU, lambda _: 3))
     subjects = (
-        lambda: gpu_kernels.gates_rows(bench, 16, 5, torch.bfloat16),
-        lambda: gpu_kernels.cell_rows(bench, 16, 5, True),
-        lambda: gpu_kernels.few_rows(bench, 1),
-        lambda: gpu_kernels.overhead_rows(bench),
+        lambda: kernel_rows.gates_rows(bench, 16, 5, torch.bfloat16),
+        lambda: kernel_rows.cell_rows(bench, 16, 5, True),
+        lambda: kernel_rows.few_rows(bench, 1),
+        lambda: kernel_rows.overhead_rows(bench),
     )
     recorder = Recorder(tmp_path, {"machine": {"cpu": "x", "python": "3", "torch": "2"}, "date": "today"}, gpu_report.render)
     for subject in subjects:
@@ -154,30 +149,30 @@ def test_a_red_check_keeps_a_row_from_being_timed(monkeypatch: pytest.MonkeyPatc
 
 def test_a_check_that_raises_or_ran_elsewhere_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Check] = []
-    checker = gpu_checks.Checker(CPU, lambda _: 3, on_check=told.append)
+    checker = gpu_checker.Checker(CPU, lambda _: 3, on_check=told.append)
 
     def fail(*_: Any) -> Check:
         raise RuntimeError("out of registers\nand more")
 
-    monkeypatch.setattr(gpu_checks.Checker, "_make", fail)
+    monkeypatch.setattr(gpu_checker.Checker, "_make", fail)
     assert "raised RuntimeError: out of registers" in str(checker.failure("gates", "triton", torch.bfloat16, 512))
-    monkeypatch.setattr(gpu_checks.Checker, "_make", lambda *_: check_of(True, "reference"))
+    monkeypatch.setattr(gpu_checker.Checker, "_make", lambda *_: check_of(True, "reference"))
     assert "ran on reference, not triton" in str(checker.failure("gates", "triton", torch.bfloat16, 1024))
-    monkeypatch.setattr(gpu_checks.Checker, "_make", lambda *_: check_of(True))
+    monkeypatch.setattr(gpu_checker.Checker, "_make", lambda *_: check_of(True))
     assert checker.failure("gates", "triton", torch.bfloat16, 2048) is None
     assert checker.failure("gates", "triton", torch.bfloat16, 512) is not None  # made once
     assert [made.passed for made in told] == [False, False, True]
 
 
 def test_poison_reaches_what_torch_allocates() -> None:
-    with gpu_checks.poisoned():
+    with gpu_checker.poisoned():
         assert torch.empty(100).isnan().all()
     assert not torch.are_deterministic_algorithms_enabled()
 
 
 @needs_triton
 def test_last_rows_are_held_to_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
-    checker = gpu_checks.Checker(CPU, lambda _: 3)
+    checker = gpu_checker.Checker(CPU, lambda _: 3)
     inputs = gates.make_inputs(6, 16, torch.bfloat16)
     assert checker.last_rows("triton", inputs, 3) is None
     right = dl.depth_lstm_gates
@@ -222,8 +217,8 @@ def test_jobs_are_guarded_skipped_and_written_down(tmp_path: Path) -> None:
 WORKER = """
 import os, sys, time
 from pathlib import Path
-from depthlstm_fast.bench import supervisor
-from depthlstm_fast.bench.stages import Budget, Job, Recorder, read_run, run_jobs
+from depthlstm_fast.bench.gpu import supervisor
+from depthlstm_fast.bench.gpu.jobs import Budget, Job, Recorder, read_run, run_jobs
 
 state, folder = Path(sys.argv[-1].removeprefix("--worker=")), Path(sys.argv[1])
 restarted = supervisor.hello(state, folder)
@@ -267,13 +262,13 @@ def test_candidates_begin_with_the_default_and_are_undone() -> None:
     from depthlstm_fast.kernels import depth_lstm as module
 
     before = dict(vars(module))
-    for kind, features in plans.FULL:
-        found = plans.candidates(module, kind, features)
+    for kind, features in launch_plans.FULL:
+        found = launch_plans.candidates(module, kind, features)
         assert found[0].warps > 0
         assert len(found) > 4
         assert all(one.default is (one is found[0]) for one in found[1:])
         assert len({(one.warps, str(one.constants), one.resident) for one in found}) == len(found)
-        patches = plans.Patches(module)
+        patches = launch_plans.Patches(module)
         patches.apply(found[1].patches)
         assert any(vars(module)[name] is not before[name] for name in found[1].patches)
         patches.apply({})
@@ -283,14 +278,14 @@ def test_candidates_begin_with_the_default_and_are_undone() -> None:
 @needs_triton
 def test_a_plan_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    right = plans.Problem.call
+    right = launch_plans.Problem.call
 
-    def wrong(self: plans.Problem) -> tuple[torch.Tensor, ...]:
+    def wrong(self: launch_plans.Problem) -> tuple[torch.Tensor, ...]:
         calls.append(1)
         return tuple(tensor + (len(calls) == 3) for tensor in right(self))
 
-    monkeypatch.setattr(plans.Problem, "call", wrong)
-    entries = plans.explore(bench_with(None), "forward", 128, most=3)
+    monkeypatch.setattr(launch_plans.Problem, "call", wrong)
+    entries = launch_plans.explore(bench_with(None), "forward", 128, most=3)
     assert [entry["failure"] is None for entry in entries] == [True, False, True]
     assert "check red" in entries[1]["failure"]
     assert entries[1]["ms"] == 0
@@ -301,14 +296,14 @@ def test_a_plan_that_computes_something_else_is_not_timed(monkeypatch: pytest.Mo
 
 def test_without_a_gpu_one_line_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main(["--probe"]) == 2
+    assert gpu_run.main(["--probe"]) == 2
     assert capsys.readouterr().err.splitlines() == ["make gpu: there is no GPU that torch can use; --rehearse runs every path on the CPU"]
 
 
 def test_a_rehearsal_is_never_a_result(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu.main(["--rehearse", "--output", str(gpu.RESULTS / "some-gpu")]) == 2
+    assert gpu_run.main(["--rehearse", "--output", str(gpu_run.RESULTS / "some-gpu")]) == 2
     assert "rehearsal" in capsys.readouterr().err
-    assert not (gpu.RESULTS / "some-gpu").exists()
+    assert not (gpu_run.RESULTS / "some-gpu").exists()
 
 
 def test_the_folder_of_a_gpu() -> None:
@@ -322,12 +317,12 @@ def test_rehearsal(tmp_path: Path) -> None:
     """Every stage but pytest's, in the processes that `make gpu` has; under 20 s on two slow cores."""
     pytest.importorskip("matplotlib")
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--rehearse", "--output", str(tmp_path), "--skip", "tests"]
+    command = [sys.executable, "-m", "depthlstm_fast.bench.gpu", "--rehearse", "--output", str(tmp_path), "--skip", "tests"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     run = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert {job["status"] for job in run["jobs"]} == {"done"}
-    assert {job["stage"] for job in run["jobs"]} == set(gpu.STAGES) - {"tests", "autotune"}
+    assert {job["stage"] for job in run["jobs"]} == set(gpu_run.STAGES) - {"tests", "autotune"}
     assert run["rehearsal"]
     assert run["backends"] == ["triton", "cuda"], run["absent"]
     assert {row["backend"] for row in run["rows"]} == {"triton", "cuda"}

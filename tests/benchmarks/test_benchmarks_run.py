@@ -23,9 +23,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from depthlstm_fast.bench import __main__ as command  # noqa: E402
-from depthlstm_fast.bench import checks, machine, report, rounds, timing, translation  # noqa: E402
-from depthlstm_fast.bench.problems import KeptProblem, Problem  # noqa: E402
-from depthlstm_fast.bench.rows import QUICK, Row, Settings, Target  # noqa: E402
+from depthlstm_fast.bench.measure import accuracy, machine, pytest_turns, timing  # noqa: E402
+from depthlstm_fast.bench.measure.problems import KeptProblem, Problem  # noqa: E402
+from depthlstm_fast.bench.measure.rows import QUICK, Row, Settings, Target  # noqa: E402
+from depthlstm_fast.bench.report import tables  # noqa: E402
+from depthlstm_fast.bench.subjects import translation  # noqa: E402
 
 sys.path.remove(str(ROOT))
 
@@ -34,7 +36,7 @@ COMMITTED = sorted((ROOT / "benchmarks" / "results").glob("*/results.json"))
 COMMITTED = [
     path for path in COMMITTED if path.parent.name != "latest" and "gpu" not in json.loads(path.read_text(encoding="utf-8"))["machine"]
 ]
-RED = checks.Check("gates", "fp32", False, "h", 1.0, 0.1, 5.0, "cpp")
+RED = accuracy.Check("gates", "fp32", False, "h", 1.0, 0.1, 5.0, "cpp")
 
 
 def problem(**changes: Any) -> Problem:
@@ -91,7 +93,7 @@ class Archive:
 def test_rivals_take_their_turns_around_the_clock_of_pytest_benchmark() -> None:
     turns: list[str] = []
     runs: dict[str, Callable[[], object]] = {name: lambda name=name: turns.append(name) for name in SAMPLES}  # type: ignore[misc]
-    row = rounds.measure_rounds(Archive(), problem(runs=runs), Settings(minimum=6, seconds=0))
+    row = pytest_turns.measure_rounds(Archive(), problem(runs=runs), Settings(minimum=6, seconds=0))
     names = list(SAMPLES)
     wanted = [names[turn] for repetition in range(6) for turn in timing.turn_order(3, repetition)]
     # before them warm-up and estimate, after them the fused and the eager call that are looked at
@@ -110,18 +112,18 @@ def test_what_the_timed_call_returned_is_gone_before_a_rival_runs() -> None:
     def eager() -> None:
         assert all(reference() is None for reference in known)
 
-    rounds.measure_rounds(Archive(), problem(runs={"eager": eager, "fused": fused}, targets=[]), Settings(minimum=4, seconds=0))
+    pytest_turns.measure_rounds(Archive(), problem(runs={"eager": eager, "fused": fused}, targets=[]), Settings(minimum=4, seconds=0))
     assert len(known) == 7
 
 
 def test_the_error_of_a_row_is_of_the_tensor_nearest_to_its_bound() -> None:
     found = [
         RED,
-        checks.Check("gates", "fp32", True, "c", 9.0, 9.0, 0.4, "cpp"),
-        checks.Check("gates", "bf16", True, "c", 1.0, 1.0, 9.0, "cpp"),
+        accuracy.Check("gates", "fp32", True, "c", 9.0, 9.0, 0.4, "cpp"),
+        accuracy.Check("gates", "bf16", True, "c", 1.0, 1.0, 9.0, "cpp"),
     ]
-    assert checks.error_numbers(found, "overhead", "fp32") == {"error": 1.0, "eager_error": 0.1, "bound_share": 5.0}
-    assert checks.error_numbers(found, "cell", "fp32") == {}
+    assert accuracy.error_numbers(found, "overhead", "fp32") == {"error": 1.0, "eager_error": 0.1, "bound_share": 5.0}
+    assert accuracy.error_numbers(found, "cell", "fp32") == {}
 
 
 def test_without_the_source_tree(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,12 +166,12 @@ def test_the_command_writes_everything(tmp_path: Path, capsys: pytest.CaptureFix
     monkeypatch.setattr(sys, "argv", ["bench", "--quick", "--only", "overhead", "--output", str(tmp_path)])
     assert command.main() == 0
     found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert found["schema"] == report.SCHEMA
+    assert found["schema"] == tables.SCHEMA
     assert [row["name"] for row in found["rows"]] == ["one gates call, no grad", "one gates call, grad"]
     assert {"error", "eager_error", "bound_share", "fused_op_calls", "fused_peak_mb"} <= found["rows"][0]["numbers"].keys()
-    assert (tmp_path / "report.md").read_text(encoding="utf-8") == report.full_markdown(found)
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == tables.full_markdown(found)
     assert "one gates call, grad" in capsys.readouterr().out
-    monkeypatch.setattr(checks, "run_checks", lambda subjects, tick: [RED])
+    monkeypatch.setattr(accuracy, "run_checks", lambda subjects, tick: [RED])
     assert run.main(["--quick", "--only", "overhead", "--output", str(tmp_path)]) == 1
     found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert [(row["values"], row["numbers"]) for row in found["rows"]] == [({}, {})]
@@ -215,8 +217,8 @@ def test_pytest_benchmark_archives_a_row(tmp_path: Path) -> None:
 @needs_cpp
 def test_pytest_benchmark_times_nothing_that_is_red(tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark")
-    plugin = "from depthlstm_fast.bench import checks\n"
-    plugin += "checks.run_checks = lambda subjects: [checks.Check('gates', 'fp32', False, 'h', 1.0, 0.1, 5.0, 'cpp')]\n"
+    plugin = "from benchmarks.measure import accuracy\n"
+    plugin += "accuracy.run_checks = lambda subjects: [accuracy.Check('gates', 'fp32', False, 'h', 1.0, 0.1, 5.0, 'cpp')]\n"
     (tmp_path / "red_checks.py").write_text(plugin, encoding="utf-8")
     result, found = run_pytest(tmp_path, "-p", "red_checks")
     assert result.returncode == 1, result.stdout
@@ -233,14 +235,14 @@ def test_without_pytest_benchmark_the_rows_say_what_to_install(tmp_path: Path) -
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.parent.name)
 def test_the_committed_reports_are_those_of_the_committed_numbers(path: Path) -> None:
     run = json.loads(path.read_text(encoding="utf-8"))
-    assert path.with_name("report.md").read_text(encoding="utf-8") == report.full_markdown(run)
+    assert path.with_name("report.md").read_text(encoding="utf-8") == tables.full_markdown(run)
 
 
 def test_the_table_of_the_readme_is_that_of_committed_numbers() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
 
     def holds(run: dict[str, Any]) -> bool:
-        return report.embed(readme, report.markdown(run)) == readme
+        return tables.embed(readme, tables.markdown(run)) == readme
 
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in COMMITTED]
     (run,) = [run for run in runs if holds(run)]
