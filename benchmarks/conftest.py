@@ -10,9 +10,12 @@ import torch
 
 import depthlstm_fast as dl
 
-from .measure import accuracy, machine
+from .measure import machine
+from .measure.accuracy import Check
 from .measure.compiled import Compiled
+from .measure.place import Place
 from .measure.rows import QUICK, Settings
+from .subjects import registry
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -33,29 +36,29 @@ def settings(request: pytest.FixtureRequest) -> Settings:
 
 
 @pytest.fixture(scope="session")
-def references(settings: Settings) -> Compiled:
-    return Compiled(settings.compile)
+def place(settings: Settings) -> Place:
+    return Place(Compiled(settings.compile))
 
 
 @pytest.fixture(autouse=True)
 def compiled_backend() -> Iterator[None]:
     """A call that would fall back raises instead of being timed."""
-    status = dl.backends()[accuracy.BACKEND]
+    status = dl.backends()[registry.BACKEND]
     if not status.available:
-        pytest.fail(f"nothing to measure, the {accuracy.BACKEND} backend is not available: {status.detail}", pytrace=False)
+        pytest.fail(f"nothing to measure, the {registry.BACKEND} backend is not available: {status.detail}", pytrace=False)
     torch.manual_seed(0)
-    with dl.use_backend(accuracy.BACKEND):
+    with dl.use_backend(registry.BACKEND):
         yield
 
 
 @pytest.fixture(scope="session")
-def checked() -> Callable[[str], list[accuracy.Check]]:
+def checked() -> Callable[[str], list[Check]]:
     """The checks that a subject stands on, each made once."""
-    known: dict[str, list[accuracy.Check]] = {}
+    known: dict[str, list[Check]] = {}
 
-    def find(subject: str) -> list[accuracy.Check]:
+    def find(subject: str) -> list[Check]:
         if subject not in known:
-            known[subject] = accuracy.run_checks([subject])
+            known[subject] = registry.run_checks([subject])
         return known[subject]
 
     return find

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from .measure import accuracy, pytest_turns
-from .measure.compiled import Compiled
+from .measure import pytest_turns
+from .measure.accuracy import Check
+from .measure.place import Place
 from .measure.rows import Settings, row_data
-from .subjects import scaling
-from .subjects.registry import SUBJECTS
+from .subjects import registry
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
 
-ROWS = SUBJECTS | {"scaling": scaling.PROBLEMS}
+ROWS = {name: subject.problems for name, subject in registry.SUBJECTS.items()}
 
 
 @pytest.mark.parametrize(
@@ -34,14 +34,14 @@ def test_row(
     name: str,
     benchmark: BenchmarkFixture,
     settings: Settings,
-    references: Compiled,
-    checked: Callable[[str], list[accuracy.Check]],
+    place: Place,
+    checked: Callable[[str], list[Check]],
 ) -> None:
-    red = accuracy.failure(checked(subject), subject)
+    red = registry.failure(checked(subject), subject)
     if red is not None:
         pytest.fail(f"no time for what is wrong: {red}", pytrace=False)
     benchmark.group = subject
-    problem = ROWS[subject][name](references)
+    problem = ROWS[subject][name](place)
     row = pytest_turns.measure_rounds(benchmark, problem, settings)
-    row.numbers |= accuracy.error_numbers(checked(subject), subject, row.dtype)
+    row.numbers |= registry.error_numbers(checked(subject), subject, row.dtype)
     benchmark.extra_info |= {**row_data(row), "calls": problem.calls, "quick": settings.minimum < Settings().minimum}

@@ -1,20 +1,25 @@
-"""What `make gpu` measures with: the sizes of its problems and what every subject needs."""
+"""What `make gpu` measures with: the sizes of its problems, and the way from a problem to its rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..measure.gpu_timing import release
-from ..measure.rows import Row, Settings, Target, timed_backends
+from ..measure.accuracy import Check
+from ..measure.compiled import Compiled
+from ..measure.gpu_timing import release, stopwatch
+from ..measure.place import Place
+from ..measure.problems import Maker, Problem, Timekeeper
+from ..measure.rows import Row, Settings
 from ..measure.timing import Stopwatch
 from ..subjects import overhead
 from .checker import Checker
 
 BF16, FP32 = torch.bfloat16, torch.float32
-Runs = dict[str, Callable[[], object]]
+MOST_REPETITIONS = 400
+Needed = tuple[str, torch.dtype, int]  # subject, dtype, D of the check that a problem stands on
 
 
 @dataclass(frozen=True)
@@ -30,9 +35,7 @@ class Sizes:
     check_elements: int  # of c in a check
     copied_bytes: int = 1 << 30
     matrix: int = 8192
-    batches: int = overhead.BATCHES
-    calls: int = overhead.CALLS
-    latencies: int = 200
+    calls: int = overhead.CALLS_AT_ONCE
     main: int = 3  # the first of the gates' problems, which the targets are about
 
 
@@ -60,24 +63,27 @@ TINY = Sizes(
     check_elements=48,
     copied_bytes=1 << 12,
     matrix=16,
-    batches=1,
     calls=2,
-    latencies=2,
     main=1,
 )
 
 
 @dataclass
 class Bench:
-    """What every subject needs."""
+    """What every problem needs.
+
+    Attributes:
+        verified: the checks on tensors that are timed, by subject, backend, dtype and size of the row.
+    """
 
     device: torch.device
-    watch: Stopwatch
     backends: tuple[str, ...]
     sizes: Sizes
     checker: Checker
     settings: Settings = field(default_factory=Settings)
     warmups: int = 3
+    watches: dict[str, Stopwatch] = field(default_factory=dict)
+    verified: dict[tuple[str, str, str, str], Check] = field(default_factory=dict)
 
     def reset(self) -> None:
         """Forget what was compiled, so that no limit on recompilations is met, and release memory."""
@@ -85,21 +91,50 @@ class Bench:
             torch._dynamo.reset()
         release(self.device)
 
-    def split(self, blank: Callable[[], Row], *key: object) -> tuple[dict[str, Row], list[Row]]:
-        """Rows to be timed, by backend, and rows that their check keeps from it; ``key`` is that of the check without the backend."""
-        timed, red = {}, []
-        subject, dtype, features = key
-        for backend in self.backends:
-            row = blank()
-            row.backend = backend
-            row.failure = self.checker.failure(subject, backend, dtype, features)  # type: ignore[arg-type]
-            if row.failure is None:
-                made = self.checker.check(subject, backend, dtype, features)  # type: ignore[arg-type]
-                row.numbers = {"error": made.error, "eager_error": made.eager_error}
-                timed[backend] = row
-            else:
-                red.append(row)
-        return timed, red
+    def watch(self, clock: str) -> Stopwatch:
+        """The stopwatch of a clock, made once: that of events has a large buffer."""
+        if clock not in self.watches:
+            self.watches[clock] = stopwatch(self.device, clock)
+        return self.watches[clock]
 
-    def time(self, rows: Mapping[str, Row], runs: Runs, targets: list[Target], seconds: float) -> list[Row]:
-        return timed_backends(rows, runs, targets, self.settings, seconds, self.watch, self.warmups)
+    def place(self, backends: tuple[str, ...], compile: bool = True, mode: str | None = None) -> Place:
+        return Place(Compiled(self.settings.compile and compile, mode), self.device, backends, gpu=True)
+
+    def failure(self, problem: Problem, backend: str) -> str | None:
+        """What is wrong with a backend on the tensors that are timed; None where nothing is, or nothing checks it."""
+        if problem.verify is None:
+            return None
+        key = (problem.row.subject, backend, problem.row.dtype, problem.row.size)
+        if key not in self.verified:
+            self.verified[key] = replace(problem.verify(backend), backend=backend)
+            self.checker.on_check(self.verified[key])
+        made = self.verified[key]
+        return None if made.passed else f"{made.subject} {made.dtype} {made.size} {made.summary}"
+
+    def rows(self, make: Maker, needed: Needed, compile: bool = True, mode: str | None = None) -> Iterator[Row]:
+        """The problem's rows, red ones first; a backend whose check is red is not timed.
+
+        Args:
+            compile, mode: whether torch.compile is among the rivals, and in which mode.
+        """
+        self.reset()
+        subject, dtype, features = needed
+        red = {name: self.checker.failure(subject, name, dtype, features) for name in self.backends}
+        green = tuple(name for name, reason in red.items() if reason is None)
+        problem = make(self.place(green, compile and bool(green), mode))
+        for name in green:
+            red[name] = self.failure(problem, name)
+            if red[name] is not None:
+                problem.without(name)
+        for name, reason in red.items():
+            if reason is not None:
+                row = problem.blank(name)
+                row.failure = reason
+                yield row
+        if not problem.place.backends:
+            return
+        keeper = Timekeeper(self.watch, MOST_REPETITIONS, self.warmups)
+        for row in problem.measure(self.settings, lambda: None, keeper):
+            made = self.checker.check(subject, row.backend, dtype, features)
+            row.numbers |= {"error": made.error, "eager_error": made.eager_error}
+            yield row

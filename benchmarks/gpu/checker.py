@@ -7,52 +7,19 @@ that nobody writes is found.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-import depthlstm_fast as dl
-
-from ..measure import accuracy
-from ..measure.accuracy import Check
-from ..measure.compiled import reference_cell, reference_gates
+from ..measure.accuracy import GPU_ROUNDINGS, Check
+from ..measure.calls import name_of
 from ..measure.gpu_timing import release
-from ..subjects import cell, gates
+from ..measure.poison import poisoned
+from ..subjects import cell, gates, layer
 
-ROUNDINGS = {torch.float32: 8.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 LAYER_ROUNDINGS = 4.0  # several products deep
-NAMES = {"gates": ("z", "c", "weight", "bias"), "cell": ("x", "h", "c", "w", "b", "weight", "bias")}
-FREE_BYTES, FREE_SMALL_BYTES, SMALL_BYTES = 1 << 31, 1 << 26, 1 << 20
-CPU = torch.device("cpu")
 Key = tuple[str, str, torch.dtype, int]  # subject ("gates", "cell", "cell beside", "layer"), backend, dtype, D
-
-
-def spoil_free_memory(device: torch.device) -> None:
-    """Leave NaN in the memory that the next allocations on a GPU get: what is allocated over the stable ABI, nobody fills."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        sizes = [FREE_BYTES, *[SMALL_BYTES] * (FREE_SMALL_BYTES // SMALL_BYTES)]  # the allocator keeps small blocks apart
-        blocks = [torch.full((size,), 0xFF, dtype=torch.uint8, device=device) for size in sizes]
-        del blocks
-
-
-@contextlib.contextmanager
-def poisoned(device: torch.device = CPU) -> Iterator[None]:
-    """Fill what torch.empty gives with NaN inside the ``with`` block, and leave NaN in free memory of a GPU before it."""
-    spoil_free_memory(device)
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 class Checker:
@@ -85,7 +52,7 @@ class Checker:
             except Exception as error:  # noqa: BLE001  a backend that raises must not end the run
                 lines = str(error).strip().splitlines()
                 text = f"raised {type(error).__name__}: {lines[0][:200] if lines else ''};"
-                made = Check(subject, gates.name_of(dtype), False, text, 0.0, 0.0, 0.0, backend)
+                made = Check(subject, name_of(dtype), False, text, 0.0, 0.0, 0.0, backend)
             if made.passed and made.backend != backend:
                 made = replace(made, passed=False, tensor=f"ran on {made.backend}, not {backend}:")
             self.found[key] = replace(made, backend=backend, size=made.size or f"D={features}")
@@ -99,29 +66,13 @@ class Checker:
         return None if made.passed else f"{subject} {made.dtype} {made.size} {made.summary}"
 
     def _make(self, subject: str, backend: str, dtype: torch.dtype, features: int) -> Check:
-        rows, roundings = self.rows(features), ROUNDINGS[dtype]
+        rows, roundings = self.rows(features), GPU_ROUNDINGS[dtype]
         if subject == "layer":
-            with dl.use_backend(backend):
-                return accuracy.layer_check(features, self.heads, self.tokens, dtype, self.device, LAYER_ROUNDINGS)
+            return layer.check_at(dtype, features, self.heads, self.tokens, backend, self.device, LAYER_ROUNDINGS)
         if subject == "gates":
-            inputs = gates.make_inputs(rows, features, dtype, self.device)
-            fused = functools.partial(dl.depth_lstm_gates, backend=backend)
             with poisoned(self.device):
-                made = accuracy.function_check("gates", reference_gates, fused, inputs, NAMES["gates"], dtype, roundings)
+                made = gates.check_at(dtype, rows, features, backend, self.device, roundings)
         else:
-            inputs = cell.make_inputs(rows, features, dtype, self.device, beside=subject == "cell beside")
-            fused = functools.partial(dl.depth_lstm_cell, backend=backend)
-            made = accuracy.function_check(subject, reference_cell, fused, inputs, NAMES["cell"], dtype, roundings)
+            beside = subject == "cell beside"
+            made = cell.check_at(dtype, rows, features, backend, self.device, roundings, beside)
         return replace(made, size=f"N={rows} D={features}")
-
-    def last_rows(self, backend: str, inputs: Sequence[Tensor], count: int = 64) -> str | None:
-        """Hold the last rows of a call on ``inputs`` of the gates, as large as they are timed, to fp64; what is wrong, or None."""
-        dtype, features = inputs[0].dtype, inputs[1].shape[-1]
-        z, c, *affine = inputs
-        with torch.no_grad(), poisoned(self.device):
-            fused = [tensor[-count:] for tensor in dl.depth_lstm_gates(*inputs, backend=backend)]
-            eager = reference_gates(z[-count:], c[-count:], *affine)
-            exact = reference_gates(*(tensor.double() for tensor in (z[-count:], c[-count:], *affine)))
-        made = accuracy.compare("gates", dtype, ("last h", "last c"), exact, eager, fused, ROUNDINGS[dtype])
-        self.on_check(replace(made, size=f"N={z.shape[0]} D={features}", backend=backend))
-        return None if made.passed else f"gates {made.dtype} N={z.shape[0]} D={features} {made.summary}"

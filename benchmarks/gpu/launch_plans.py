@@ -227,7 +227,9 @@ def explore(bench: Bench, kind: str, features: int, seconds: float = 2.0, most: 
         if runs:
             runs["copy"] = problem.copy()
             minimum = bench.settings.minimum
-            samples = interleave(runs, seconds=seconds * bench.settings.seconds, minimum=minimum, maximum=100, stopwatch=bench.watch)
+            samples = interleave(
+                runs, seconds=seconds * bench.settings.seconds, minimum=minimum, maximum=100, stopwatch=bench.watch("work")
+            )
             floor = spread(samples["copy"], 1e3).median
             for index, entry in enumerate(entries):
                 if str(index) in samples:

@@ -11,7 +11,6 @@ python -m depthlstm_fast.bench.gpu.prepare plans 3 12                    every 1
 
 from __future__ import annotations
 
-import functools
 import os
 import signal
 import subprocess
@@ -24,10 +23,10 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import torch
 
-import depthlstm_fast as dl
-
-from ..measure.compiled import Compiled, reference_cell, reference_gates
-from ..subjects import cell, gates, layer
+from ..measure.compiled import Compiled
+from ..measure.place import Place
+from ..measure.problems import Problem
+from ..subjects import cell, gates, latency, layer
 from . import launch_plans, programs
 from .bench import BF16, Sizes
 
@@ -42,47 +41,36 @@ def use_no_timings_of_others() -> None:
         config.autotune_local_cache = False
 
 
-def prepare_gates(features: int, rows: int, dtype: torch.dtype, device: torch.device, compile: bool, triton: bool = True) -> None:
+def run_once(problem: Problem, contestants: Sequence[str]) -> None:
+    """One call of each, which compiles it; ``compile`` was compiled when the problem was made."""
+    with torch.set_grad_enabled(problem.grad):
+        for name in contestants:
+            problem.runs[name]()
+
+
+def prepare_gates(features: int, rows: int, dtype: torch.dtype, place: Place) -> None:
     """Triton's gates and the reference, forward and backward."""
-    inputs = gates.make_inputs(rows, features, dtype, device)
-    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
-    cotangents = [torch.randn_like(inputs[1]) for _ in range(2)]
-    if triton:
-        gates.forward_and_backward(functools.partial(dl.depth_lstm_gates, backend="triton"), leaves, cotangents)
-    if compile:
-        compiled = Compiled()
-        with torch.no_grad():
-            compiled.get(reference_gates, lambda function: function(*inputs))
-        compiled.get(reference_gates, lambda function: gates.forward_and_backward(function, leaves, cotangents))
+    for make in (gates.forward, gates.training):
+        run_once(make(place, dtype, rows, features), [name for name in place.backends if name == "triton"])
 
 
-def prepare_cell(features: int, rows: int, device: torch.device) -> None:
+def prepare_cell(features: int, rows: int, place: Place) -> None:
     """The compiled reference cell, with x and h apart and beside each other."""
     for beside in (False, True):
         torch._dynamo.reset()
-        leaves = [tensor.requires_grad_() for tensor in cell.make_inputs(rows, features, BF16, device, beside)]
-        cotangents = [torch.randn_like(leaves[2]) for _ in range(2)]
-        Compiled().get(reference_cell, functools.partial(gates.forward_and_backward, leaves=leaves, cotangents=cotangents))
+        cell.training(place, BF16, rows, features, beside)
 
 
-def prepare_layer(device: torch.device, backends: Sequence[str], features: int, heads: int, batch: int, length: int) -> None:
+def prepare_layer(place: Place, features: int, heads: int, batch: int, length: int) -> None:
     """The layers, each compiled, the fused one with every backend."""
-    h, c = (torch.randn(batch, length, features, device=device).to(BF16).requires_grad_() for _ in range(2))
-    for name, module in layer.depth_lstm_layers(features, heads, BF16, device).items():
-        compiled = torch.compile(module, dynamic=False)
-        for backend in backends if name == "fused" else ("reference",):
-            with dl.use_backend(backend):
-                torch.autograd.grad(compiled(h, c), [h, c, *module.parameters()], [torch.randn_like(h), torch.randn_like(c)])
-    residual = layer.residual_layer(features, heads, BF16, device)
-    torch.autograd.grad(torch.compile(residual, dynamic=False)(h), [h, *residual.parameters()], torch.randn_like(h))
+    problem = layer.training(place, BF16, features, heads, batch, length, all_compiled=True)
+    run_once(problem, list(problem.runs))
 
 
 def prepare_few(features: int, rows: int, device: torch.device) -> None:
     """The compiled reference on few rows, as plain calls and with CUDA graphs."""
-    inputs = gates.make_inputs(rows, features, BF16, device)
-    for mode in (None, "reduce-overhead"):
-        with torch.no_grad():
-            Compiled(mode=mode).get(reference_gates, lambda function: function(*inputs))
+    for mode in (None, latency.GRAPHS):
+        latency.few_rows(Place(Compiled(mode=mode), device, (), gpu=True), BF16, rows, features)
 
 
 def gates_tasks(sizes: Sizes) -> list[list[str]]:
@@ -149,12 +137,13 @@ def main(arguments: list[str]) -> None:
     device = torch.device("cpu" if rehearse else "cuda")
     use_no_timings_of_others()
     signal.alarm(LIMIT_SECONDS)  # ends this process, whoever may have forgotten it
+    place = Place(Compiled(compile), device, tuple(backends), gpu=True)
     if subject == "gates":
-        prepare_gates(int(words[0]), int(words[1]), getattr(torch, words[2]), device, compile, "triton" in backends)
+        prepare_gates(int(words[0]), int(words[1]), getattr(torch, words[2]), place)
     elif subject == "cell":
-        prepare_cell(int(words[0]), int(words[1]), device)
+        prepare_cell(int(words[0]), int(words[1]), place)
     elif subject == "layer":
-        prepare_layer(device, backends, *map(int, words))
+        prepare_layer(place, *map(int, words))
     elif subject == "few":
         prepare_few(int(words[0]), int(words[1]), device)
     else:

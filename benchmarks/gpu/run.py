@@ -146,7 +146,7 @@ def work(options: argparse.Namespace) -> int:
         recorder.add("checks", vars(check))
 
     checker = Checker(on, rows_of_a_check, sizes.layers[0][1], tokens, on_check)
-    bench = gpu_bench.Bench(on, gpu_timing.stopwatch(on), backends, sizes, checker, settings, warmups=1 if options.rehearse else 3)
+    bench = gpu_bench.Bench(on, backends, sizes, checker, settings, warmups=1 if options.rehearse else 3)
     if compile:
         prepare.use_no_timings_of_others()
     stages = Stages(bench, recorder, Budget(deadline(options)), options)

@@ -1,4 +1,4 @@
-"""The stages of `make gpu`, what tells most first; each is a list of jobs. What they measure is in gpu_kernels.py and gpu_layers.py."""
+"""The stages of `make gpu`, what tells most first; each is a list of jobs. What they measure is in subject_rows.py."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from ..measure import gpu_timing
+from ..subjects.gates import GPU_WIDTHS
 from . import counters, launch_plans, prepare, programs, sanitize
 from . import report as gpu_report
 from .bench import BF16, Bench
 from .jobs import Budget, Job, Recorder
-from .kernel_rows import AUTOTUNE, MAIN, cell_rows, few_rows, gates_rows, overhead_rows
-from .layer_rows import layer_rows, memory_rows, stack_rows
+from .subject_rows import AUTOTUNE, cell_rows, few_rows, gates_rows, layer_rows, memory_rows, overhead_rows, stack_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 TEST_SECONDS, REHEARSED_TEST = 150.0, "zero_rows"
@@ -114,7 +114,7 @@ class Stages:
 
     def _gates(self, problems: Iterable[tuple[int, int, Any]]) -> Iterable[Job]:
         for features, rows, dtype in problems:
-            compile = dtype.itemsize == 2 or features in MAIN or self.rehearse
+            compile = dtype.itemsize == 2 or features in GPU_WIDTHS or self.rehearse
             name = f"gates D={features} {str(dtype).removeprefix('torch.')}"
             yield Job(name, "gates", partial(gates_rows, self.bench, features, rows, dtype, compile), 15)
 

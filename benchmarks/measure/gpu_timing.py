@@ -70,9 +70,38 @@ class EventStopwatch:
         return iter(found)
 
 
-def stopwatch(device: torch.device) -> Stopwatch:
-    """What times calls on ``device``."""
-    return EventStopwatch(device) if device.type == "cuda" else HostStopwatch()
+class WaitingStopwatch:
+    """Times calls by the host's clock, which starts when the device is idle.
+
+    Args:
+        until_done: whether the clock stops when the device has done the call's work, or when the call returns.
+    """
+
+    def __init__(self, device: torch.device, until_done: bool) -> None:
+        self.device, self.until_done = device, until_done
+        self.host = HostStopwatch()
+
+    def reset(self) -> None:
+        self.host.reset()
+
+    def begin(self, name: str) -> None:
+        synchronize(self.device)
+        self.host.begin(name)
+
+    def end(self) -> None:
+        if self.until_done:
+            synchronize(self.device)
+        self.host.end()
+
+    def laps(self) -> Iterator[tuple[str, float]]:
+        return self.host.laps()
+
+
+def stopwatch(device: torch.device, clock: str = "work") -> Stopwatch:
+    """What times the device's own "work", the host's "call", or the "latency" from the call until the work is done."""
+    if clock == "work":
+        return EventStopwatch(device) if device.type == "cuda" else HostStopwatch()
+    return WaitingStopwatch(device, until_done=clock == "latency")
 
 
 def synchronize(device: torch.device) -> None:
@@ -86,20 +115,6 @@ def release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def latencies(runs: dict[str, Callable[[], object]], device: torch.device, repetitions: int, warmups: int = 5) -> dict[str, list[float]]:
-    """Seconds from the call until the device has done it, the runs in turn."""
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    for repetition in range(-warmups, repetitions):
-        for name, run in runs.items():
-            synchronize(device)
-            before = time.perf_counter()
-            run()
-            synchronize(device)
-            if repetition >= 0:
-                samples[name].append(time.perf_counter() - before)
-    return samples
 
 
 def captured(run: Callable[[], object], device: torch.device) -> Callable[[], object]:

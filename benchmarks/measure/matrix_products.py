@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import nn
+
+import depthlstm_fast as dl
 
 
 class Product(NamedTuple):
@@ -61,3 +64,10 @@ def decoder_layer(batch: int, target: int, source: int, features: int, heads: in
         Product(1, tokens, features, features),
     ]
     return [*encoder_layer(batch, target, features, heads), *cross, *attention(batch, target, source, features, heads)]
+
+
+def matrix_entries(layer: nn.Module) -> int:
+    """Entries of the layer's matrices; the gates' (4, D) affine is no matrix."""
+    norms = [module for module in layer.modules() if isinstance(module, (nn.LayerNorm, dl.reference.GateNorm))]
+    excluded = {id(parameter) for module in norms for parameter in module.parameters()}
+    return sum(p.numel() for p in layer.parameters() if p.dim() == 2 and id(p) not in excluded)

@@ -74,4 +74,5 @@ def measure_rounds(benchmark: BenchmarkFixture, problem: Problem, settings: Sett
                 gc.enable()
         if benchmark.stats is None:  # --benchmark-disable: the call was made once, without a clock
             return problem.row
-        return problem.finish(samples | {"fused": list(benchmark.stats.stats.data)})
+        (row,) = problem.finish(samples | {"fused": list(benchmark.stats.stats.data)})
+        return row

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .timing import Spread, Stopwatch, interleave, ratio, spread
+from .timing import Spread, ratio
 
 
 @dataclass(frozen=True)
@@ -100,31 +100,3 @@ def figure(target: Target, samples: Mapping[str, Sequence[float]]) -> Figure:
     other, fused = samples[target.column], samples["fused"]
     found = ratio(fused, other) if target.kind == "ratio" else ratio(other, fused)
     return Figure(target.column, target.kind, found.median, found.p10, found.p90, target.number, target.sense)
-
-
-def fill(row: Row, samples: Mapping[str, Sequence[float]], targets: Sequence[Target]) -> Row:
-    """``row`` (unit "ms") with the medians of the contestants' seconds and the figures that ``targets`` ask for."""
-    row.repetitions = len(samples["fused"])
-    row.values = {name: spread(times, 1e3) for name, times in samples.items()}
-    row.figures = [figure(target, samples) for target in targets if target.column in samples]
-    return row
-
-
-def timed_backends(
-    rows: Mapping[str, Row],
-    contestants: Mapping[str, Callable[[], object]],
-    targets: Sequence[Target],
-    settings: Settings,
-    seconds: float,
-    stopwatch: Stopwatch,
-    warmups: int = 3,
-) -> list[Row]:
-    """Fill one row (unit "ms") for each backend; all of them, and the rivals they share, take turns in one measurement.
-
-    ``contestants`` holds the rivals by their columns and the backends by their names, which are the keys of ``rows``.
-    """
-    samples = interleave(
-        contestants, seconds=seconds * settings.seconds, minimum=settings.minimum, maximum=400, warmups=warmups, stopwatch=stopwatch
-    )
-    rivals = {name: times for name, times in samples.items() if name not in rows}
-    return [fill(row, {**rivals, "fused": samples[backend]}, targets) for backend, row in rows.items()]

@@ -14,6 +14,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
+from ..measure.roofs import roofs
 from .plots import COMPILED, EAGER, INK, caption
 
 COLOURS = {"fp32": EAGER, "bf16": COMPILED}
@@ -25,17 +26,6 @@ def _points(run: dict[str, Any]) -> Rows:
     wanted = ("bytes", "flops", "gflop_per_s")
     rows = [row for row in run["rows"] if row["failure"] is None and row["name"] in MARKERS]
     return [row for row in rows if all(name in row["numbers"] for name in wanted)]
-
-
-def roofs(rows: Rows, dtype: str) -> tuple[float, float] | None:
-    """GB/s of the fastest copy and GFLOP/s of the bare GEMMs in ``rows`` of one dtype; None where one of them was not timed."""
-    found: dict[str, float] = {}
-    for row in rows:
-        if row["dtype"] == dtype and "against" in row["values"]:
-            kind = "bytes" if row["subject"] == "gates" else "flops"
-            speed = row["numbers"][kind] / row["values"]["against"]["median"] / 1e6  # per ms to giga per s
-            found[kind] = max(found.get(kind, 0.0), speed)
-    return (found["bytes"], found["flops"]) if len(found) == 2 else None
 
 
 def write(run: dict[str, Any], folder: Path) -> list[Path]:

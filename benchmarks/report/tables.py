@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import scaling_tables
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -222,9 +224,7 @@ def full_markdown(run: Run) -> str:
     """All of report.md: the table, the details, the curves."""
     found = markdown(run) + details(run)
     if run.get("scaling"):
-        from ..subjects import scaling
-
-        found += "\n" + scaling.markdown(run["scaling"])
+        found += "\n" + scaling_tables.markdown(run["scaling"])
     return found
 
 

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 import depthlstm_fast as dl
 
-from ..measure import matrix_products
-from ..measure.compiled import Compiled, reference_cell
-from ..measure.problems import Problem, Runs
+from ..measure import accuracy, matrix_products
+from ..measure.calls import Function, Runs, forward_and_backward, name_of
+from ..measure.compiled import Compiled
+from ..measure.place import Place
+from ..measure.problems import Problem, Subject
 from ..measure.rows import Row, Target
-from .gates import DTYPES, FEATURES, ROWS, Function, forward_and_backward, name_of
 
+ROWS, FEATURES = 4096, 512
+DTYPES = (torch.float32, torch.bfloat16)
 GEMM_UNITS = {torch.float32: 1.06, torch.bfloat16: 1.12}
+GPU_GEMM_UNITS = {512: 1.25, 1024: 1.12}  # by width
+INPUTS = ("x", "h", "c", "w", "b", "weight", "bias")
+
+
+def reference_cell(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """The reference cell, by position: x, h, c, w, b, weight, bias."""
+    return dl.reference.depth_lstm_cell(*inputs)
 
 
 def make_inputs(rows: int, features: int, dtype: torch.dtype, device: torch.device | str = "cpu", beside: bool = False) -> list[Tensor]:
@@ -61,34 +71,62 @@ def lstm_cell(rows: int, features: int, dtype: torch.dtype) -> Callable[[], obje
     return run
 
 
-def compile_for(compiled: Compiled, dtype: torch.dtype) -> Function | None:
-    """The compiled reference for training."""
-
-    def train(function: Function) -> object:
-        leaves = [tensor.requires_grad_() for tensor in make_inputs(ROWS, FEATURES, dtype)]
-        return forward_and_backward(function, leaves, [torch.randn(ROWS, FEATURES).to(dtype) for _ in range(2)])
-
-    return compiled.get(reference_cell, train)
-
-
-def training(dtype: torch.dtype, compiled: Compiled) -> Problem:
+def training(place: Place, dtype: torch.dtype = torch.float32, rows: int = ROWS, features: int = FEATURES, beside: bool = False) -> Problem:
     """Forward and backward with the gradients of all inputs and weights."""
-    train = compile_for(compiled, dtype)
-    leaves = [tensor.requires_grad_() for tensor in make_inputs(ROWS, FEATURES, dtype)]
-    cotangents = [torch.randn(ROWS, FEATURES).to(dtype) for _ in range(2)]
-    runs: Runs = {"eager": lambda: forward_and_backward(reference_cell, leaves, cotangents)}
-    if train is not None:
-        runs["compile"] = lambda: forward_and_backward(train, leaves, cotangents)
-    runs |= {
-        "fused": lambda: forward_and_backward(dl.depth_lstm_cell, leaves, cotangents),
-        "against": bare_gemms(ROWS, FEATURES, dtype),
-        "lstm_cell": lstm_cell(ROWS, FEATURES, dtype),
-    }
-    row = Row("cell", "cell forward + backward", name_of(dtype), f"N={ROWS} I=D={FEATURES}", "ms", against="3 bare GEMMs")
-    row.others, row.missing = {"lstm_cell": "nn.LSTMCell (no LayerNorm)"}, compiled.missing()
-    targets = [Target("eager", "speedup"), Target("compile", "speedup"), Target("against", "ratio", GEMM_UNITS[dtype])]
-    flops, size = matrix_products.training_flops(matrix_products.cell(ROWS, FEATURES)), moved_bytes(ROWS, FEATURES, dtype)
-    return Problem(row, runs, targets, 5.0, moved_bytes=size, flops=flops, floor="against")
+    leaves = [tensor.requires_grad_() for tensor in make_inputs(rows, features, dtype, place.device, beside)]
+    cotangents = [torch.randn(rows, features, device=place.device).to(dtype) for _ in range(2)]
+
+    def step(function: Function) -> object:
+        return forward_and_backward(function, leaves, cotangents)
+
+    compiled = place.compiled.get(reference_cell, step)
+    runs: Runs = {"eager": lambda: step(reference_cell)}
+    if compiled is not None:
+        runs["compile"] = lambda: step(compiled)
+    runs |= {name: functools.partial(step, call) for name, call in place.functions(dl.depth_lstm_cell).items()}
+    runs["against"] = bare_gemms(rows, features, dtype, place.device)
+    name = "cell forward + backward" + (", x beside h" if beside else "")
+    row = Row("cell", name, name_of(dtype), f"N={rows} I=D={features}", "ms", against="3 bare GEMMs")
+    row.missing = place.compiled.missing()
+    if not place.gpu:
+        runs["lstm_cell"] = lstm_cell(rows, features, dtype)
+        row.others = {"lstm_cell": "nn.LSTMCell (no LayerNorm)"}
+    units = GPU_GEMM_UNITS.get(features) if place.gpu else GEMM_UNITS[dtype]
+    targets = [Target("eager", "speedup"), Target("compile", "speedup"), Target("against", "ratio", units)]
+    flops, size = matrix_products.training_flops(matrix_products.cell(rows, features)), moved_bytes(rows, features, dtype)
+    seconds = 1.0 if place.gpu else 5.0
+    return Problem(row, runs, targets, seconds, moved_bytes=size, flops=flops, floor="against", place=place)
 
 
-PROBLEMS: dict[str, Callable[[Compiled], Problem]] = {name_of(dtype): functools.partial(training, dtype) for dtype in DTYPES}
+def compile_all(compiled: Compiled, dtype: torch.dtype) -> None:
+    """A problem that is made has compiled its rival."""
+    training(Place(compiled), dtype)
+
+
+def check_at(
+    dtype: torch.dtype,
+    rows: int,
+    features: int,
+    backend: str = "",
+    device: torch.device | str = "cpu",
+    roundings: float = 1,
+    beside: bool = False,
+) -> accuracy.Check:
+    """Forward and every gradient at one size."""
+    (fused,) = Place(backends=(backend,)).functions(dl.depth_lstm_cell).values()
+    inputs = make_inputs(rows, features, dtype, device, beside)
+    return accuracy.function_check("cell beside" if beside else "cell", reference_cell, fused, inputs, INPUTS, dtype, roundings)
+
+
+def check(dtype: torch.dtype) -> Iterator[accuracy.Check]:
+    for rows, features in ((64, FEATURES), (17, 65)):
+        yield check_at(dtype, rows, features)
+
+
+SUBJECT = Subject(
+    "cell",
+    {name_of(dtype): functools.partial(training, dtype=dtype) for dtype in DTYPES},
+    check,
+    dtypes=DTYPES,
+    compile=compile_all,
+)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor
 
 import depthlstm_fast as dl
 
-from ..measure.compiled import Compiled
-from ..measure.problems import Problem, Runs
+from ..measure import accuracy
+from ..measure.calls import Runs
+from ..measure.place import Place
+from ..measure.problems import Problem, Subject
 from ..measure.rows import Row, Target
 
 FEATURES, HEADS, LAYERS, VOCABULARY = 256, 4, 6, 8000
@@ -59,28 +61,47 @@ def weight_bytes(features: int, layers: int, vocabulary: int, steps: int, folded
     return 4 * (once + steps * each)
 
 
-def greedy_decoding(batch: int, folded: bool, compiled: Compiled) -> Problem:
+def greedy_decoding(place: Place, batch: int, folded: bool) -> Problem:
     """The encoder and ``TOKENS`` steps."""
-    models = build()
-    source = torch.randint(3, VOCABULARY, (batch, SOURCE_LENGTH))
-    chosen = {"eager": models["eager"], "fused": models["folded" if folded else "fused"]}
-    for name, model in chosen.items():
+    models = {name: model.to(place.device) for name, model in build().items()}
+    source = torch.randint(3, VOCABULARY, (batch, SOURCE_LENGTH), device=place.device)
+    eager, fused = models["eager"], models["folded" if folded else "fused"]
+    for name, model in (("eager", eager), ("fused", fused)):
         length = greedy(model, source, TOKENS).shape[1]
         if length != TOKENS:
             raise RuntimeError(f"the {name} model stopped after {length} of {TOKENS} tokens")
-    runs: Runs = {
-        "eager": lambda: greedy(chosen["eager"], source, TOKENS),
-        "fused": lambda: greedy(chosen["fused"], source, TOKENS),
-    }
+    runs: Runs = {"eager": lambda: greedy(eager, source, TOKENS), **place.fused(lambda: greedy(fused, source, TOKENS))}
     label = f"decoding, batch {batch}" + (", folded" if folded else "")
     row = Row("decoding", label, "fp32", f"d={FEATURES} {LAYERS}+{LAYERS} layers", "tokens/s")
     row.note = f"greedy, {SOURCE_LENGTH} tokens in, {TOKENS} out, encoder included"
-    read = weight_bytes(FEATURES, LAYERS, VOCABULARY, TOKENS, folded)
-    return Problem(row, runs, [Target("eager", "speedup")], 1.5, grad=False, tokens=batch * TOKENS, moved_bytes=read)
+    read, targets = weight_bytes(FEATURES, LAYERS, VOCABULARY, TOKENS, folded), [Target("eager", "speedup")]
+    return Problem(row, runs, targets, 1.5, grad=False, tokens=batch * TOKENS, moved_bytes=read, place=place)
 
 
-PROBLEMS: dict[str, Callable[[Compiled], Problem]] = {
-    f"batch {batch}{' folded' if folded else ''}": functools.partial(greedy_decoding, batch, folded)
-    for batch in BATCHES
-    for folded in (False, True)
-}
+def check(dtype: torch.dtype) -> Iterator[accuracy.Check]:
+    """Logits of a small model in ``dtype``, and in fp64, where no two logits are close, the very tokens."""
+    exact, models = build(64, 2, 100, torch.float64), build(64, 2, 100, dtype)
+    for name, module in models.items():
+        module.load_state_dict(models["eager"].state_dict())
+        exact[name].load_state_dict(models["eager"].state_dict())
+    source, target = torch.randint(3, 100, (3, 7)), torch.randint(3, 100, (3, 9))
+    with torch.no_grad():
+        logits = {name: module(source, target) for name, module in models.items()}
+        for name in ("fused", "folded"):
+            wanted = [exact["eager"](source, target)]
+            yield accuracy.compare("decoding", dtype, [f"{name} logits"], wanted, [logits["eager"]], [logits[name]])
+        tokens = {name: greedy(module, source, 12) for name, module in exact.items()}
+    for name in ("fused", "folded"):
+        same, backend = torch.equal(tokens[name], tokens["eager"]), dl.last_backend() or "none"
+        yield accuracy.Check("decoding", "fp64", same, f"{name} tokens", float(not same), 0.0, float(not same), backend)
+
+
+SUBJECT = Subject(
+    "decoding",
+    {
+        f"batch {batch}{' folded' if folded else ''}": functools.partial(greedy_decoding, batch=batch, folded=folded)
+        for batch in BATCHES
+        for folded in (False, True)
+    },
+    check,
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 import depthlstm_fast as dl
 
-from ..measure import matrix_products
-from ..measure.compiled import Compiled
-from ..measure.matrix_products import Product
-from ..measure.problems import Problem, Runs
+from ..measure import accuracy, matrix_products
+from ..measure.calls import Runs
+from ..measure.matrix_products import Product, matrix_entries
+from ..measure.place import Place
+from ..measure.problems import Problem, Subject
 from ..measure.rows import Row, Target
-from .layer import matrix_entries
 
 FEATURES, HEADS, LAYERS, VOCABULARY, BATCH, LENGTH = 256, 4, 4, 2000, 8, 64
 RESIDUAL = "pre-norm Transformer"
@@ -46,7 +46,7 @@ class ResidualTransformer(nn.Module):
             return embedding.embedding_dim**0.5 * embedding(tokens) + self.positions[: tokens.shape[1]]
 
         memory = self.encoder(embed(source, self.source_embedding))
-        mask = nn.Transformer.generate_square_subsequent_mask(target.shape[1])
+        mask = nn.Transformer.generate_square_subsequent_mask(target.shape[1], device=target.device)
         states = self.decoder(embed(target, self.target_embedding), memory, tgt_mask=mask, tgt_is_causal=True)
         return F.linear(states, self.target_embedding.weight)
 
@@ -83,18 +83,33 @@ def needed_products(batch: int, length: int, features: int, heads: int, layers: 
     return [*layers * encoder, *layers * decoder, Product(1, batch * length, features, vocabulary)]
 
 
-def training(compiled: Compiled) -> Problem:
+def training(place: Place) -> Problem:
     """All three models on the same batch."""
-    models = build()
-    source, target = (torch.randint(3, VOCABULARY, (BATCH, length)) for length in (LENGTH, LENGTH + 1))
+    models = {name: module.to(place.device) for name, module in build().items()}
+    source, target = (torch.randint(3, VOCABULARY, (BATCH, length), device=place.device) for length in (LENGTH, LENGTH + 1))
     needed = needed_products(BATCH, LENGTH, FEATURES, HEADS, LAYERS, VOCABULARY)
-    runs: Runs = {name: lambda m=model: step(m, source, target) for name, model in models.items()}  # type: ignore[misc]
-    runs["floor"] = matrix_products.training_run(needed, torch.float32)
+    runs: Runs = {"eager": lambda: step(models["eager"], source, target)}
+    runs |= place.fused(lambda: step(models["fused"], source, target))
+    runs["against"] = lambda: step(models["against"], source, target)
+    runs["floor"] = matrix_products.training_run(needed, torch.float32, place.device)
     size = f"{BATCH}x{LENGTH} d={FEATURES} {LAYERS}+{LAYERS} layers"
     row = Row("model", "model training step", "fp32", size, "ms", against=RESIDUAL, others={"floor": "its bare products"})
     row.note = f"{matrix_entries(models['fused']) / 1e6:.2f}M matrix entries in each model, vocabulary {VOCABULARY}"
     targets = [Target("eager", "speedup"), Target("against", "ratio")]
-    return Problem(row, runs, targets, 5.0, flops=matrix_products.training_flops(needed), floor="floor")
+    return Problem(row, runs, targets, 5.0, flops=matrix_products.training_flops(needed), floor="floor", place=place)
 
 
-PROBLEMS: dict[str, Callable[[Compiled], Problem]] = {"transformer": training}
+def check(dtype: torch.dtype) -> Iterator[accuracy.Check]:
+    """Loss and all gradients of a small model on one batch; the bound allows a rounding for each of its layers."""
+    layers = 2
+    models, exact_models = (build(32, 4, layers, 50) for _ in range(2))
+    exact = exact_models["eager"].double()
+    exact.load_state_dict(models["eager"].state_dict())
+    source, target = torch.randint(3, 50, (2, 7)), torch.randint(3, 50, (2, 8))
+    names = ["loss", *(f"gradient of {name}" for name, _ in models["fused"].named_parameters())]
+    contestants = exact, models["eager"].to(dtype), models["fused"].to(dtype)
+    wanted, eager, fused = (step(module, source, target) for module in contestants)
+    yield accuracy.compare("model", dtype, names, wanted, eager, fused, 2 * layers)
+
+
+SUBJECT = Subject("model", {"transformer": training}, check)

@@ -6,14 +6,20 @@ import sys
 from typing import Any
 
 from .. import CHECKOUT
+from ..measure.problems import Subject
 from ..measure.rows import Figure, Row
 from ..measure.timing import Spread
+
+
+class DivergedError(RuntimeError):
+    """The example's training diverged, so that there is nothing to compare."""
 
 
 def run(limit_seconds: float, steps: int | None, progress: bool) -> dict[str, Any]:
     """What the example's ``run_comparison`` returns.
 
     Raises:
+        DivergedError: a loss or gradient of one side is not finite; the message names side and step.
         ImportError: one of the example's packages is missing, or the example is: it comes with the source tree alone.
     """
     if CHECKOUT is None:
@@ -22,9 +28,13 @@ def run(limit_seconds: float, steps: int | None, progress: bool) -> dict[str, An
     sys.path.insert(0, folder)
     try:
         from compare import run_comparison  # type: ignore[import-not-found]
+        from training import DivergedError as NotFiniteError  # type: ignore[import-not-found]
     finally:
         sys.path.remove(folder)
-    return run_comparison(steps, backend="cpp", examples=3, progress=progress, limit_seconds=limit_seconds)
+    try:
+        return run_comparison(steps, backend="cpp", examples=3, progress=progress, limit_seconds=limit_seconds)
+    except NotFiniteError as error:
+        raise DivergedError(str(error)) from None
 
 
 def row(result: dict[str, Any]) -> Row:
@@ -43,3 +53,6 @@ def row(result: dict[str, Any]) -> Row:
     found.values = {name: Spread(speed, speed, speed) for name, speed in speeds.items()}
     found.figures = [Figure("eager", "speedup", result["speedup"], result["speedup"], result["speedup"])]
     return found
+
+
+SUBJECT = Subject("translation", needs=("layer", "decoding"), in_table=False, ticks=lambda settings: 1)

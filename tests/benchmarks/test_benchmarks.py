@@ -21,11 +21,13 @@ import depthlstm_fast as dl
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from depthlstm_fast.bench.measure import accuracy, compiled, machine, timing  # noqa: E402
+from depthlstm_fast.bench.measure import accuracy, gpu_timing, kept, machine, matrix_products, timing  # noqa: E402
+from depthlstm_fast.bench.measure.compiled import Compiled  # noqa: E402
+from depthlstm_fast.bench.measure.place import Place  # noqa: E402
 from depthlstm_fast.bench.measure.problems import Problem  # noqa: E402
 from depthlstm_fast.bench.measure.rows import Figure, Row, Settings, Target, figure  # noqa: E402
 from depthlstm_fast.bench.report import tables  # noqa: E402
-from depthlstm_fast.bench.subjects import decoding, gates, layer, memory, overhead, translation  # noqa: E402
+from depthlstm_fast.bench.subjects import decoding, gates, layer, memory, registry, translation  # noqa: E402
 
 sys.path.remove(str(ROOT))
 
@@ -100,7 +102,8 @@ def test_figures_of_a_timed_row() -> None:
     assert (units.value, units.sense, units.reached) == (2, "at most", True)
     row = Row("gates", "a", "fp32", "", "ms")
     runs = {"eager": lambda: None, "fused": lambda: None}
-    Problem(row, runs, [Target("eager", "speedup"), Target("compile", "speedup")]).measure(Settings(minimum=3, seconds=0), lambda: None)
+    problem = Problem(row, runs, [Target("eager", "speedup"), Target("compile", "speedup")])
+    (row,) = problem.measure(Settings(minimum=3, seconds=0), lambda: None)
     assert row.repetitions == 3
     assert set(row.values) == set(runs)
     assert [f.column for f in row.figures] == ["eager"]  # what did not take part has no figure
@@ -125,22 +128,22 @@ def test_the_copies_move_what_they_say() -> None:
 
 def test_kept_bytes_counts_a_storage_once_and_no_parameter() -> None:
     x, weight = torch.randn(8, requires_grad=True), nn.Parameter(torch.randn(8))
-    assert memory.kept_bytes(lambda: x * weight, [weight]) == 32
-    assert memory.kept_bytes(lambda: x.view(2, 4) * x.view(2, 4) * weight.view(2, 4), [weight]) == 64
-    assert memory.kept_bytes(lambda: x + x, []) == 0
+    assert kept.kept_bytes(lambda: x * weight, [weight]) == 32
+    assert kept.kept_bytes(lambda: x.view(2, 4) * x.view(2, 4) * weight.view(2, 4), [weight]) == 64
+    assert kept.kept_bytes(lambda: x + x, []) == 0
 
 
 @needs_cpp
 def test_a_fused_cell_keeps_its_inputs_and_z() -> None:
     rows, features = 8, 16
-    found = memory.cell_bytes(rows, features)
+    found = memory.cell_memory(Place(), rows=rows, features=features).kept
     assert found["fused"] == 7 * features * rows * 4
     assert found["fused"] <= memory.CELL_SHARE * found["eager"]
 
 
 def test_the_rival_layer_has_as_many_weights() -> None:
     layers = layer.depth_lstm_layers(32, 4)
-    assert layer.matrix_entries(layer.residual_layer(32, 4)) == layer.matrix_entries(layers["fused"]) == 12 * 32**2
+    assert matrix_products.matrix_entries(layer.residual_layer(32, 4)) == matrix_products.matrix_entries(layers["fused"]) == 12 * 32**2
 
 
 def test_decoding_models_never_stop_early() -> None:
@@ -163,34 +166,47 @@ def test_the_bound_refuses_what_is_wrong_and_what_is_not_finite() -> None:
 @needs_cpp
 def test_checks_are_green_and_ran_on_the_compiled_backend() -> None:
     with dl.use_backend("cpp"):
-        found = accuracy.run_checks(["overhead", "decoding"])
+        found = registry.run_checks(["overhead", "decoding"])
     assert {check.subject for check in found} == {"gates", "decoding"}
     assert [check.summary for check in found if not check.passed] == []
-    assert accuracy.failure(found, "overhead") is None
+    assert registry.failure(found, "overhead") is None
 
 
 def test_a_check_on_another_backend_is_red() -> None:
     with dl.use_backend("reference"):
-        found = accuracy.run_checks(["gates"])
+        found = registry.run_checks(["gates"])
     assert not any(check.passed for check in found)
-    assert "not cpp" in (accuracy.failure(found, "overhead") or "")
+    assert "not cpp" in (registry.failure(found, "overhead") or "")
 
 
 def test_a_compiler_that_fails_is_reported_not_raised() -> None:
-    references = compiled.Compiled()
+    references = Compiled()
 
     def fail(function: Any) -> None:
         raise RuntimeError("no C++ compiler\nand more")
 
-    assert references.get(compiled.reference_gates, fail) is None
+    assert references.get(gates.reference_gates, fail) is None
     assert references.reason == "torch.compile failed: RuntimeError: no C++ compiler"
-    assert compiled.Compiled(enabled=False).get(compiled.reference_gates, fail) is None
+    assert Compiled(enabled=False).get(gates.reference_gates, fail) is None
 
 
-def test_overhead_keeps_the_best_batch() -> None:
-    ticks: list[int] = []
-    best = overhead.best_batches({"a": lambda: None}, 3, 4, lambda: ticks.append(1))
-    assert (len(best["a"]), len(ticks)) == (4, 3)
+@pytest.mark.parametrize(("clock", "seconds"), [("call", 1.0), ("latency", 5.0)])
+def test_the_hosts_stopwatch_starts_on_an_idle_device(monkeypatch: pytest.MonkeyPatch, clock: str, seconds: float) -> None:
+    """A call takes the host one second and the device five."""
+    now, done = [0.0], [7.0]  # an earlier call's work keeps the device until 7
+
+    def call() -> None:
+        done[0] = max(done[0], now[0]) + 5
+        now[0] += 1
+
+    monkeypatch.setattr(gpu_timing, "synchronize", lambda device: now.append(max(now.pop(), done[0])))
+    watch = gpu_timing.stopwatch(torch.device("cpu"), clock)
+    watch.host.clock = lambda: now[0]  # type: ignore[attr-defined]
+    for _ in range(3):
+        watch.begin("a")
+        call()
+        watch.end()
+    assert list(watch.laps()) == [("a", seconds)] * 3
 
 
 def test_machine_has_a_folder_name() -> None:

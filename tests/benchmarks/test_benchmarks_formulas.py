@@ -17,7 +17,8 @@ import depthlstm_fast as dl
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from depthlstm_fast.bench.measure import call_cost, compiled, matrix_products  # noqa: E402
+from depthlstm_fast.bench.measure import call_cost, matrix_products  # noqa: E402
+from depthlstm_fast.bench.measure.calls import forward_and_backward  # noqa: E402
 from depthlstm_fast.bench.subjects import cell, decoding, gates, layer, model  # noqa: E402
 
 sys.path.remove(str(ROOT))
@@ -39,7 +40,7 @@ def test_the_bytes_of_the_gates_are_those_of_the_tensors(dtype: torch.dtype) -> 
     z, c, weight, bias = gates.make_inputs(rows, features, dtype)
     leaves = [tensor.requires_grad_() for tensor in (z, c, weight, bias)]
     cotangents = [torch.randn_like(c), torch.randn_like(c)]
-    h, c_out, dz, dc, *_ = gates.forward_and_backward(dl.reference.depth_lstm_gates, leaves, cotangents)
+    h, c_out, dz, dc, *_ = forward_and_backward(dl.reference.depth_lstm_gates, leaves, cotangents)
     forward = sum(tensor.nbytes for tensor in (z, c, h, c_out))
     backward = sum(tensor.nbytes for tensor in (z, c, *cotangents, dz, dc))
     assert gates.moved_bytes(rows, features, dtype, gates.FORWARD_ELEMENTS) == forward
@@ -136,7 +137,7 @@ def test_the_bytes_of_a_cell_are_those_of_the_tensors(dtype: torch.dtype) -> Non
     rows, features = 6, 10
     leaves = [tensor.requires_grad_() for tensor in cell.make_inputs(rows, features, dtype)]
     cotangents = [torch.randn(rows, features).to(dtype) for _ in range(2)]
-    found = gates.forward_and_backward(dl.reference.depth_lstm_cell, leaves, cotangents)
+    found = forward_and_backward(dl.reference.depth_lstm_cell, leaves, cotangents)
     assert cell.moved_bytes(rows, features, dtype) == sum(tensor.nbytes for tensor in (*leaves, *cotangents, *found))
 
 
@@ -145,7 +146,7 @@ def test_flops_of_a_cell() -> None:
     inputs = [tensor.requires_grad_() for tensor in cell.make_inputs(rows, FEATURES, torch.float32)]
     cotangents = [torch.randn(rows, FEATURES) for _ in range(2)]
     # the counter cannot follow autograd.grad
-    found = counted(lambda: torch.autograd.backward(compiled.reference_cell(*inputs), cotangents))
+    found = counted(lambda: torch.autograd.backward(cell.reference_cell(*inputs), cotangents))
     assert matrix_products.training_flops(matrix_products.cell(rows, FEATURES)) == found
 
 
@@ -174,7 +175,7 @@ def test_a_run_of_bare_products_computes_what_is_counted() -> None:
 def test_models_have_equally_many_matrix_entries(monkeypatch: pytest.MonkeyPatch) -> None:
     models = model.build(FEATURES, HEADS, LAYERS, VOCABULARY)
     wanted = LAYERS * (12 + 16) * FEATURES**2 + 2 * VOCABULARY * FEATURES
-    assert {layer.matrix_entries(module) for module in models.values()} == {wanted}
+    assert {matrix_products.matrix_entries(module) for module in models.values()} == {wanted}
     smaller = model.ResidualTransformer
     monkeypatch.setattr(model, "ResidualTransformer", lambda *sizes: smaller(*sizes[:3], sizes[3] - 1, sizes[4]))
     with pytest.raises(ValueError, match="unequal size"):
@@ -183,8 +184,8 @@ def test_models_have_equally_many_matrix_entries(monkeypatch: pytest.MonkeyPatch
 
 def test_bytes_of_the_weights_that_decoding_reads() -> None:
     steps, fused = 5, decoding.build(FEATURES, LAYERS, VOCABULARY)["fused"]
-    once = layer.matrix_entries(fused.encoder)
-    each = layer.matrix_entries(fused.decoder) + fused.output.weight.numel()
+    once = matrix_products.matrix_entries(fused.encoder)
+    each = matrix_products.matrix_entries(fused.decoder) + fused.output.weight.numel()
     keys = sum(entry.cross_attn.kv_proj.weight.numel() for entry in fused.decoder.layers)
     wanted = 4 * (once + keys + steps * (each - keys))
     assert decoding.weight_bytes(FEATURES, LAYERS, VOCABULARY, steps, folded=False) == wanted

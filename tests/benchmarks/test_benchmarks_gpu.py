@@ -26,13 +26,15 @@ sys.path.insert(0, str(ROOT))
 
 from depthlstm_fast.bench.gpu import bench as gpu_bench  # noqa: E402
 from depthlstm_fast.bench.gpu import checker as gpu_checker  # noqa: E402
-from depthlstm_fast.bench.gpu import kernel_rows, launch_plans, supervisor  # noqa: E402
+from depthlstm_fast.bench.gpu import launch_plans, subject_rows, supervisor  # noqa: E402
 from depthlstm_fast.bench.gpu import report as gpu_report  # noqa: E402
 from depthlstm_fast.bench.gpu import run as gpu_run  # noqa: E402
 from depthlstm_fast.bench.gpu.jobs import Budget, Job, Recorder, read_run, run_jobs  # noqa: E402
-from depthlstm_fast.bench.measure import gpu_timing, machine  # noqa: E402
+from depthlstm_fast.bench.measure import gpu_timing, machine, poison  # noqa: E402
 from depthlstm_fast.bench.measure.accuracy import Check  # noqa: E402
-from depthlstm_fast.bench.measure.rows import Row, Settings, Target, timed_backends  # noqa: E402
+from depthlstm_fast.bench.measure.place import Place  # noqa: E402
+from depthlstm_fast.bench.measure.problems import Problem, Timekeeper  # noqa: E402
+from depthlstm_fast.bench.measure.rows import Row, Settings, Target  # noqa: E402
 from depthlstm_fast.bench.measure.timing import HostStopwatch, interleave  # noqa: E402
 from depthlstm_fast.bench.subjects import gates  # noqa: E402
 
@@ -53,7 +55,7 @@ def test_bytes_of_the_main_problems() -> None:
     cache = 64 << 20
     for features, rows, dtype in gpu_bench.FULL.gates:
         assert gates.moved_bytes(rows, features, dtype, gates.FORWARD_ELEMENTS) > 6 * cache
-    assert {size[0] for size in gpu_bench.FULL.gates[:3]} == set(kernel_rows.MAIN)
+    assert {size[0] for size in gpu_bench.FULL.gates[:3]} == set(gates.GPU_WIDTHS)
 
 
 def test_one_copy_is_of_half_the_bytes_that_it_moves() -> None:
@@ -66,9 +68,12 @@ def test_one_copy_is_of_half_the_bytes_that_it_moves() -> None:
 def test_backends_share_their_rivals() -> None:
     calls: list[str] = []
     runs = {name: lambda name=name: calls.append(name) for name in ("eager", "one", "two", "against")}
-    rows = {name: Row("gates", name, "fp32", "", "ms") for name in ("one", "two")}
-    found = timed_backends(rows, runs, [Target("eager", "speedup")], Settings(minimum=2, seconds=0.0), 1.0, HostStopwatch(), warmups=1)
-    assert [row.name for row in found] == ["one", "two"]
+    asked: list[str] = []
+    place, keeper = Place(backends=("one", "two"), gpu=True), Timekeeper(lambda name: asked.append(name) or HostStopwatch())  # type: ignore[func-returns-value]
+    problem = Problem(Row("gates", "a", "fp32", "", "ms"), runs, [Target("eager", "speedup")], place=place, clock="latency")
+    found = problem.measure(Settings(minimum=2, seconds=0.0), lambda: None, keeper)
+    assert asked == ["latency"]
+    assert [row.backend for row in found] == ["one", "two"]
     assert all(set(row.values) == {"eager", "against", "fused"} for row in found)
     assert found[0].values["eager"] == found[1].values["eager"]
     assert sorted(calls) == sorted(["eager", "one", "two", "against"] * 3)
@@ -122,18 +127,18 @@ def check_of(passed: bool, backend: str = "triton", tensor: str = "h") -> Check:
 
 def bench_with(checker: Any, backends: tuple[str, ...] = ("triton",)) -> gpu_bench.Bench:
     settings = Settings(minimum=1, seconds=0.0, compile=False)
-    return gpu_bench.Bench(CPU, HostStopwatch(), backends, gpu_bench.TINY, checker, settings, warmups=1)
+    return gpu_bench.Bench(CPU, backends, gpu_bench.TINY, checker, settings, warmups=1)
 
 
 def test_a_red_check_keeps_a_row_from_being_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(gpu_checker.Checker, "_make", lambda *_: check_of(False))
-    monkeypatch.setattr(gpu_bench, "timed_backends", lambda *_: pytest.fail("a red subject was timed"))
+    monkeypatch.setattr(Problem, "measure", lambda *_: pytest.fail("a red subject was timed"))
     bench = bench_with(gpu_checker.Checker(CPU, lambda _: 3))
     subjects = (
-        lambda: kernel_rows.gates_rows(bench, 16, 5, torch.bfloat16),
-        lambda: kernel_rows.cell_rows(bench, 16, 5, True),
-        lambda: kernel_rows.few_rows(bench, 1),
-        lambda: kernel_rows.overhead_rows(bench),
+        lambda: subject_rows.gates_rows(bench, 16, 5, torch.bfloat16),
+        lambda: subject_rows.cell_rows(bench, 16, 5, True),
+        lambda: subject_rows.few_rows(bench, 1),
+        lambda: subject_rows.overhead_rows(bench),
     )
     recorder = Recorder(tmp_path, {"machine": {"cpu": "x", "python": "3", "torch": "2"}, "date": "today"}, gpu_report.render)
     for subject in subjects:
@@ -165,19 +170,28 @@ def test_a_check_that_raises_or_ran_elsewhere_is_red(monkeypatch: pytest.MonkeyP
 
 
 def test_poison_reaches_what_torch_allocates() -> None:
-    with gpu_checker.poisoned():
+    with poison.poisoned():
         assert torch.empty(100).isnan().all()
     assert not torch.are_deterministic_algorithms_enabled()
 
 
 @needs_triton
 def test_last_rows_are_held_to_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
-    checker = gpu_checker.Checker(CPU, lambda _: 3)
-    inputs = gates.make_inputs(6, 16, torch.bfloat16)
-    assert checker.last_rows("triton", inputs, 3) is None
+    told: list[Check] = []
+    monkeypatch.setattr(gpu_checker.Checker, "_make", lambda *_: check_of(True))
+    monkeypatch.setattr(gates, "LAST_ROWS", 3)
+
+    def rows() -> list[Row]:
+        bench = bench_with(gpu_checker.Checker(CPU, lambda _: 3, on_check=told.append))
+        return list(subject_rows.gates_rows(bench, 16, 6, torch.bfloat16))
+
+    assert [row.failure for row in rows()] == [None, None]
+    assert told[-1].size == "N=6 D=16"
     right = dl.depth_lstm_gates
     monkeypatch.setattr(dl, "depth_lstm_gates", lambda *a, **k: [1.05 * tensor for tensor in right(*a, **k)])
-    assert "RED" in str(checker.last_rows("triton", inputs, 3))
+    monkeypatch.setattr(Problem, "measure", lambda *_: pytest.fail("a red subject was timed"))
+    assert ["RED: last" in str(row.failure) for row in rows()] == [True, True]
+    assert len(told) == 2 * 2  # the width's and the last rows' check, each made once
 
 
 # --- guards, budget, results as they come

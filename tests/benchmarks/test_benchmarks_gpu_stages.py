@@ -19,11 +19,13 @@ CUDA_TESTS, TRITON_TESTS = "tests/backends/cuda/test_cuda.py", "tests/backends/t
 sys.path.insert(0, str(ROOT))
 
 from depthlstm_fast.bench.gpu import bench as gpu_bench  # noqa: E402
-from depthlstm_fast.bench.gpu import build_library, counters, kernel_rows, prepare, programs, rehearsal, sanitize, stages  # noqa: E402
+from depthlstm_fast.bench.gpu import build_library, counters, prepare, programs, rehearsal, sanitize, stages  # noqa: E402
 from depthlstm_fast.bench.gpu import checker as gpu_checker  # noqa: E402
 from depthlstm_fast.bench.gpu import run as gpu_run  # noqa: E402
 from depthlstm_fast.bench.gpu.jobs import Budget, Job, Recorder, run_jobs  # noqa: E402
-from depthlstm_fast.bench.measure.timing import HostStopwatch  # noqa: E402
+from depthlstm_fast.bench.measure.compiled import Compiled  # noqa: E402
+from depthlstm_fast.bench.measure.place import Place  # noqa: E402
+from depthlstm_fast.bench.subjects.gates import GPU_WIDTHS  # noqa: E402
 
 sys.path.remove(str(ROOT))
 
@@ -78,11 +80,13 @@ def test_tasks_run(monkeypatch: pytest.MonkeyPatch) -> None:
         return call
 
     monkeypatch.setattr(torch, "compile", compile)
-    prepare.prepare_gates(16, 3, torch.bfloat16, CPU, compile=False, triton=False)
-    prepare.prepare_layer(CPU, ["cuda", "cpp"], 16, 2, 1, 3)
+    prepare.prepare_gates(16, 3, torch.bfloat16, Place(device=CPU, backends=("cuda",), gpu=True))
+    assert ran == []
+    prepare.prepare_layer(Place(Compiled(), CPU, ("cuda", "cpp"), gpu=True), 16, 2, 1, 3)
     assert ran[-3:-1] == ["cuda", "cpp"]
+    assert len(ran) == 4
     prepare.prepare_few(16, 2, CPU)
-    assert len(ran) == 6
+    assert len(ran) == 4 + 2 * 3
 
 
 # --- what is built, and in which order it is measured
@@ -126,7 +130,7 @@ def test_a_backend_that_is_missing_is_named_and_left_out(monkeypatch: pytest.Mon
 
 
 def jobs_of(tmp_path: Path, *arguments: str, backends: tuple[str, ...] = ("triton", "cuda")) -> list[Job]:
-    bench = gpu_bench.Bench(CPU, HostStopwatch(), backends, gpu_bench.FULL, gpu_checker.Checker(CPU, lambda _: 3))
+    bench = gpu_bench.Bench(CPU, backends, gpu_bench.FULL, gpu_checker.Checker(CPU, lambda _: 3))
     return stages.Stages(bench, Recorder(tmp_path, {}), Budget(1e12), gpu_run.command_line().parse_args(list(arguments))).jobs()
 
 
@@ -135,7 +139,7 @@ def test_what_tells_most_comes_first(tmp_path: Path) -> None:
     names = [job.name for job in jobs]
     assert len(set(names)) == len(names)  # a job of a known name is not run again
     assert {job.stage for job in jobs} == set(gpu_run.STAGES)
-    gates_jobs = [f"gates D={features} bfloat16" for features in kernel_rows.MAIN]
+    gates_jobs = [f"gates D={features} bfloat16" for features in GPU_WIDTHS]
     order = [
         *gates_jobs,
         "checks",
@@ -193,7 +197,7 @@ def run_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, tool:
         program.write_text(f"#!/bin/sh\n{tool}\n", encoding="utf-8")
         program.chmod(0o755)
     monkeypatch.setattr(programs, "find_tool", lambda name: None if tool is None else str(program))
-    bench = gpu_bench.Bench(CPU, HostStopwatch(), ("triton", "cuda"), gpu_bench.FULL, gpu_checker.Checker(CPU, lambda _: 3))
+    bench = gpu_bench.Bench(CPU, ("triton", "cuda"), gpu_bench.FULL, gpu_checker.Checker(CPU, lambda _: 3))
     recorder = Recorder(tmp_path, {"counters": []})
     options = gpu_run.command_line().parse_args(["--only", stage])
     run_jobs(stages.Stages(bench, recorder, Budget(1e12), options).jobs(), recorder, Budget(1e12), say=lambda _: None)

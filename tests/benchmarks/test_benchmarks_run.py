@@ -27,7 +27,7 @@ from depthlstm_fast.bench.measure import accuracy, machine, pytest_turns, timing
 from depthlstm_fast.bench.measure.problems import KeptProblem, Problem  # noqa: E402
 from depthlstm_fast.bench.measure.rows import QUICK, Row, Settings, Target  # noqa: E402
 from depthlstm_fast.bench.report import tables  # noqa: E402
-from depthlstm_fast.bench.subjects import translation  # noqa: E402
+from depthlstm_fast.bench.subjects import registry, translation  # noqa: E402
 
 sys.path.remove(str(ROOT))
 
@@ -50,11 +50,11 @@ SAMPLES = {"eager": [8.0] * 7, "fused": [2.0] * 7, "against": [1.5] * 7}
 
 
 def test_rates_and_the_share_of_the_floor_come_from_the_medians() -> None:
-    row = problem(moved_bytes=10 * 10**9, flops=6 * 10**9, floor="against").finish(SAMPLES)
+    (row,) = problem(moved_bytes=10 * 10**9, flops=6 * 10**9, floor="against").finish(SAMPLES)
     assert (row.numbers["gb_per_s"], row.numbers["gflop_per_s"], row.numbers["floor_share"]) == (5, 3, 0.75)
     assert (row.values["fused"].median, row.repetitions, row.figures[1].reached) == (2000, 7, True)
     assert {"fused_op_calls", "eager_op_calls", "fused_peak_mb", "eager_peak_mb"} <= row.numbers.keys()
-    assert "floor_share" not in problem().finish(SAMPLES).numbers
+    assert "floor_share" not in problem().finish(SAMPLES)[0].numbers
 
 
 def test_batches_of_calls_and_tokens_are_divided_out() -> None:
@@ -63,16 +63,20 @@ def test_batches_of_calls_and_tokens_are_divided_out() -> None:
     repeated.row.unit = "us"
     repeated.batches()["fused"]()
     assert len(calls) == 4
-    row = repeated.finish({"fused": [0.002] * 3})
+    (row,) = repeated.finish({"fused": [0.002] * 3})
     assert (row.values["fused"].median, row.figures[0].value, row.figures[0].reached) == (500, 500, True)
     tokens = problem(tokens=30)
     tokens.row.unit = "tokens/s"
-    assert tokens.finish(SAMPLES).values["fused"].median == 15
+    assert tokens.finish(SAMPLES)[0].values["fused"].median == 15
 
 
 def test_rows_on_bytes_are_not_timed() -> None:
-    kept = KeptProblem(Row("memory", "kept", "fp32", "", "MB"), {"fused": lambda: None}, kept={"eager": 4_000_000, "fused": 1_000_000})
-    row = kept.measure(QUICK, lambda: None)
+    kept = KeptProblem(
+        Row("memory", "kept", "fp32", "", "MB"),
+        {"eager": lambda: None, "fused": lambda: None},
+        kept={"eager": 4_000_000, "fused": 1_000_000},
+    )
+    (row,) = kept.measure(QUICK, lambda: None)
     assert ({name: value.median for name, value in row.values.items()}, row.figures[0].value) == ({"eager": 4, "fused": 1}, 0.25)
 
 
@@ -122,8 +126,8 @@ def test_the_error_of_a_row_is_of_the_tensor_nearest_to_its_bound() -> None:
         accuracy.Check("gates", "fp32", True, "c", 9.0, 9.0, 0.4, "cpp"),
         accuracy.Check("gates", "bf16", True, "c", 1.0, 1.0, 9.0, "cpp"),
     ]
-    assert accuracy.error_numbers(found, "overhead", "fp32") == {"error": 1.0, "eager_error": 0.1, "bound_share": 5.0}
-    assert accuracy.error_numbers(found, "cell", "fp32") == {}
+    assert registry.error_numbers(found, "overhead", "fp32") == {"error": 1.0, "eager_error": 0.1, "bound_share": 5.0}
+    assert registry.error_numbers(found, "cell", "fp32") == {}
 
 
 def test_without_the_source_tree(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +175,7 @@ def test_the_command_writes_everything(tmp_path: Path, capsys: pytest.CaptureFix
     assert {"error", "eager_error", "bound_share", "fused_op_calls", "fused_peak_mb"} <= found["rows"][0]["numbers"].keys()
     assert (tmp_path / "report.md").read_text(encoding="utf-8") == tables.full_markdown(found)
     assert "one gates call, grad" in capsys.readouterr().out
-    monkeypatch.setattr(accuracy, "run_checks", lambda subjects, tick: [RED])
+    monkeypatch.setattr(registry, "run_checks", lambda subjects, tick: [RED])
     assert run.main(["--quick", "--only", "overhead", "--output", str(tmp_path)]) == 1
     found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert [(row["values"], row["numbers"]) for row in found["rows"]] == [({}, {})]
@@ -217,8 +221,8 @@ def test_pytest_benchmark_archives_a_row(tmp_path: Path) -> None:
 @needs_cpp
 def test_pytest_benchmark_times_nothing_that_is_red(tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark")
-    plugin = "from benchmarks.measure import accuracy\n"
-    plugin += "accuracy.run_checks = lambda subjects: [accuracy.Check('gates', 'fp32', False, 'h', 1.0, 0.1, 5.0, 'cpp')]\n"
+    plugin = "from benchmarks.measure import accuracy\nfrom benchmarks.subjects import registry\n"
+    plugin += "registry.run_checks = lambda subjects: [accuracy.Check('gates', 'fp32', False, 'h', 1.0, 0.1, 5.0, 'cpp')]\n"
     (tmp_path / "red_checks.py").write_text(plugin, encoding="utf-8")
     result, found = run_pytest(tmp_path, "-p", "red_checks")
     assert result.returncode == 1, result.stdout
