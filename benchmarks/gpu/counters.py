@@ -20,14 +20,14 @@ BYTES, SECONDS = "dram__bytes.sum", "gpu__time_duration.sum"
 SHARE = "dram__throughput.avg.pct_of_peak_sustained_elapsed"
 SCALES = {"byte": 1.0, "ns": 1e-9, "nsecond": 1e-9, "us": 1e-6, "usecond": 1e-6, "ms": 1e-3, "msecond": 1e-3, "s": 1.0, "second": 1.0}
 SCALES |= {"Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "%": 0.01}
-Problem = tuple[int, int]
+Size = tuple[int, int]  # D, rows
 
 
-def command(tool: str, backend: str, dtype: str, problems: Sequence[Problem]) -> list[str]:
+def command(tool: str, backend: str, dtype: str, sizes: Sequence[Size]) -> list[str]:
     """ncu on this file."""
     flags = ["--csv", "--print-units", "base", "--clock-control", "none", "--print-kernel-base", "function"]
     flags += ["--profile-from-start", "off", "--metrics"]
-    words = [str(number) for problem in problems for number in problem]
+    words = [str(number) for size in sizes for number in size]
     return [tool, *flags, ",".join((BYTES, SECONDS, SHARE)), sys.executable, "-m", f"{__package__}.counters", backend, dtype, *words]
 
 
@@ -37,8 +37,8 @@ def short_name(kernel: str) -> str:
     return re.split(r"[<(]", plain)[0].split("::")[-1].strip()
 
 
-def parse(output: str, problems: Sequence[Problem]) -> list[dict[str, Any]]:
-    """A row for each kernel; each problem begins with its forward kernel, of which it has one."""
+def parse(output: str, sizes: Sequence[Size]) -> list[dict[str, Any]]:
+    """A row for each kernel; each size begins with its forward kernel, of which it has one."""
     lines = output.splitlines()
     start = next((index for index, line in enumerate(lines) if line.startswith('"ID"')), None)
     if start is None:
@@ -56,8 +56,8 @@ def parse(output: str, problems: Sequence[Problem]) -> list[dict[str, Any]]:
     index = -1
     for name, metrics in kernels.values():
         index += "forward" in short_name(name)
-        if {BYTES, SECONDS} <= metrics.keys() and metrics[SECONDS] > 0 and 0 <= index < len(problems):
-            features, rows = problems[index]
+        if {BYTES, SECONDS} <= metrics.keys() and metrics[SECONDS] > 0 and 0 <= index < len(sizes):
+            features, rows = sizes[index]
             entry = {"kernel": short_name(name), "features": features, "rows": rows, "microseconds": metrics[SECONDS] * 1e6}
             entry |= {"gb_per_s": metrics[BYTES] / metrics[SECONDS] / 1e9, "megabytes": metrics[BYTES] / 1e6}
             found.append(entry | {"share_of_peak": metrics.get(SHARE)})
@@ -69,9 +69,9 @@ def without(backend: str, reason: str, seconds: float = 0.0) -> dict[str, Any]:
     return {"backend": backend, "kernels": [], "reason": reason, "seconds": round(seconds, 1)}
 
 
-def judge(backend: str, outcome: Outcome, problems: Sequence[Problem]) -> dict[str, Any]:
+def judge(backend: str, outcome: Outcome, sizes: Sequence[Size]) -> dict[str, Any]:
     """One backend's kernels, or why ncu told nothing."""
-    kernels = parse(outcome.output, problems)
+    kernels = parse(outcome.output, sizes)
     if kernels:
         return without(backend, "", outcome.seconds) | {"kernels": kernels}
     lines = outcome.output.strip().splitlines() or ["it printed nothing"]
@@ -81,7 +81,7 @@ def judge(backend: str, outcome: Outcome, problems: Sequence[Problem]) -> dict[s
 
 
 def main(backend: str, dtype: str, *words: str) -> None:
-    """Forward and backward of each problem once to warm up, then once more for the profiler."""
+    """Forward and backward of each size once to warm up, then once more for the profiler."""
     import torch
 
     import depthlstm_fast as dl

@@ -137,7 +137,7 @@ class Patches:
             setattr(self.module, name, value)
 
 
-class Problem:
+class KernelCall:
     """One kernel at one width: the tensors, and the call that runs the kernel."""
 
     def __init__(self, kind: str, features: int, device: torch.device, rows: int | None = None) -> None:
@@ -196,26 +196,26 @@ def mismatch(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> str | None:
 def explore(bench: Bench, kind: str, features: int, seconds: float = 2.0, most: int | None = None) -> list[dict[str, Any]]:
     """One entry for each candidate: its plan, its time or why there is none, its resources."""
     bench.reset()
-    problem = Problem(kind, features, bench.device)
-    patches = Patches(problem.module)
+    kernel = KernelCall(kind, features, bench.device)
+    patches = Patches(kernel.module)
     entries: list[dict[str, Any]] = []
     runs: dict[str, Callable[[], object]] = {}
     known: dict[str, dict[str, int | None]] = {}
-    ones = candidates(problem.module, kind, features)[:most]
+    ones = candidates(kernel.module, kind, features)[:most]
     try:
         patches.apply(ones[0].patches)
-        wanted = problem.call()
+        wanted = kernel.call()
         for index, one in enumerate(ones):
-            entry: dict[str, Any] = {"kind": kind, "features": features, "rows": problem.rows, "warps": one.warps}
+            entry: dict[str, Any] = {"kind": kind, "features": features, "rows": kernel.rows, "warps": one.warps}
             entry |= {"constants": one.constants, "resident": one.resident, "default": one.default, "failure": None, "ms": 0.0}
             entries.append(entry)
             patches.apply(one.patches)
             try:
                 name = f"{one.warps} {one.constants}"
                 if name in known:  # the same kernels, another number of programs
-                    found = problem.call()
+                    found = kernel.call()
                 else:
-                    found, known[name] = resources(problem.call)
+                    found, known[name] = resources(kernel.call)
                 entry |= known[name]
                 failure = mismatch(found, wanted)
             except Exception as error:  # noqa: BLE001  a plan that asks for too much is a result, too
@@ -223,9 +223,9 @@ def explore(bench: Bench, kind: str, features: int, seconds: float = 2.0, most: 
                 failure = f"{type(error).__name__}: {str(error).strip()[:150]}"
             entry["failure"] = failure
             if failure is None:
-                runs[str(index)] = functools.partial(problem.call_with, patches, one.patches)
+                runs[str(index)] = functools.partial(kernel.call_with, patches, one.patches)
         if runs:
-            runs["copy"] = problem.copy()
+            runs["copy"] = kernel.copy()
             minimum = bench.settings.minimum
             samples = interleave(
                 runs, seconds=seconds * bench.settings.seconds, minimum=minimum, maximum=100, stopwatch=bench.watch("work")
@@ -246,7 +246,7 @@ def compile_share(index: int, count: int, device: torch.device) -> None:
     patches = Patches(module)
     number = 0
     for kind, features in FULL:
-        problem, seen = None, set()
+        kernel, seen = None, set()
         for one in candidates(module, kind, features):
             name = f"{one.warps} {one.constants}"
             if name in seen:
@@ -255,10 +255,10 @@ def compile_share(index: int, count: int, device: torch.device) -> None:
             number += 1
             if number % count != index:
                 continue
-            problem = problem or Problem(kind, features, device, rows=64)
+            kernel = kernel or KernelCall(kind, features, device, rows=64)
             patches.apply(one.patches)
             try:
-                problem.call()
+                kernel.call()
             except Exception as error:  # noqa: BLE001
                 print(f"{one}: {type(error).__name__}")
             finally:

@@ -102,8 +102,6 @@ def backends_under_test(asked: list[str] | None, rehearse: bool) -> tuple[tuple[
 
 def work(options: argparse.Namespace) -> int:
     """The worker: run the jobs that no earlier process has attempted."""
-    if options.rehearse:
-        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
     if probe(options) != 0:
         return NO_GPU
     import torch
@@ -191,6 +189,8 @@ def main(arguments: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             return 128 + signal.SIGINT
     command = [sys.executable, "-m", str(__package__), *arguments, f"--started={options.started}"]
+    if options.rehearse:
+        os.environ["TRITON_INTERPRET"] = "1"  # the worker reads it when it imports the package
     status, folder = supervisor.supervise(command, deadline(options), NO_GPU, gpu_report.render)
     run = None if folder is None else read_run(folder)
     if folder is None or run is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import json
 import os
 import subprocess
@@ -179,6 +180,32 @@ def test_the_command_writes_everything(tmp_path: Path, capsys: pytest.CaptureFix
     assert run.main(["--quick", "--only", "overhead", "--output", str(tmp_path)]) == 1
     found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert [(row["values"], row["numbers"]) for row in found["rows"]] == [({}, {})]
+
+
+@needs_cpp
+def test_a_training_that_diverges_ends_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("rich", "matplotlib", "sentencepiece"):
+        pytest.importorskip(package)
+    from depthlstm_fast.bench import run
+
+    folder = ROOT / "examples" / "translation"
+    monkeypatch.syspath_prepend(str(folder))
+    compare = importlib.import_module("compare")
+
+    class Diverging(compare.Trainer):  # type: ignore[name-defined, misc]
+        def step(self, batch: Any) -> Any:
+            raise compare.DivergedError("the loss is nan in step 1")
+
+    monkeypatch.setattr(compare, "Trainer", Diverging)
+    monkeypatch.setattr(registry, "run_checks", lambda subjects, tick: [])
+    assert run.main(["--quick", "--only", "translation", "--output", str(tmp_path)]) == 1
+    (row,) = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["rows"]
+    assert (row["failure"], row["values"]) == ("training diverged: reference: the loss is nan in step 1", {})
+    output = capsys.readouterr()
+    assert len([line for line in output.out.splitlines() if row["failure"] in line]) == 1
+    assert "Traceback" not in output.out + output.err
 
 
 def run_pytest(tmp_path: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any] | None]:
