@@ -1,4 +1,4 @@
-"""`python -m depthlstm_fast.bench`: the suite for everybody who has the package."""
+"""`python -m depthlstm_fast.bench`: the suite, also for an installed package."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class Bar:
         self.since = now
 
     def tick(self) -> None:
-        # more repetitions than the fewest must not push the bar beyond the stage
+        # more repetitions than the fewest must not push the bar past the stage
         self.count = min(self.count + 1, self.ticks[self.stage])
         self.progress.update(self.task, completed=self.before + self.count, refresh=True)
 

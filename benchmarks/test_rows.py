@@ -1,9 +1,10 @@
-"""A test for each row of the table and each point of the curves: red where its checks are, else archived by pytest-benchmark.
+"""A test for each row of the table and each point of the curves, archived by pytest-benchmark.
 
     pytest benchmarks --benchmark-only --benchmark-autosave      --quick for a look, -k gates for a part
 
-The times of pytest-benchmark are those of the fused call, for the rows on bytes those of the forward call that keeps them; rivals, ratios,
-rates, operator calls, memory and errors are in ``extra_info``. A call of the overhead rows is the whole batch (``calls``).
+The times of pytest-benchmark are those of the fused call, for the rows on bytes those of the forward call that keeps
+them; rivals, ratios, rates, operator calls, memory and errors are in ``extra_info``. A call of the overhead rows is
+the whole batch (``calls``).
 """
 
 from __future__ import annotations

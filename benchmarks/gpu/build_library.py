@@ -1,6 +1,10 @@
-"""The library for this machine's GPU, as `make gpu` needs it: the CPU's kernels and the CUDA kernels for that GPU alone, within a limit.
+"""The library for this machine's GPU, as `make gpu` needs it.
 
-python -m depthlstm_fast.bench.gpu.build_library     exit status 0 where the library is there and up to date; a run can go on without it
+It has the CPU's kernels, and the CUDA kernels for that GPU alone. The build has a limit of time.
+
+    python -m depthlstm_fast.bench.gpu.build_library
+
+The exit status is 0 where the library is there and up to date. A run can go on without it.
 """
 
 from __future__ import annotations
@@ -36,7 +40,10 @@ def runs_here() -> bool:
 
 
 def build(found: str | None, limit: float = LIMIT_SECONDS) -> str | None:
-    """Build for the architecture ``found``, unless DEPTHLSTM_CUDA_ARCHS names others; why there is nothing new, or None."""
+    """Build for the architecture ``found``, unless DEPTHLSTM_CUDA_ARCHS names others.
+
+    Why there is nothing new, or None.
+    """
     variables = {"DEPTHLSTM_CUDA_ARCHS": os.environ.get("DEPTHLSTM_CUDA_ARCHS") or found} if found else {}
     process = programs.start([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], None, variables)
     try:

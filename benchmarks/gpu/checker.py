@@ -1,8 +1,10 @@
-"""Correct before fast, on the GPU: a row is timed only where its backend, dtype and width are held to the fp64 reference first.
+"""Correct before fast, on the GPU.
 
-fp64 and eager run on the same GPU. The bound is that of the tests: twice eager's error and one rounding of the largest value, eight in
-fp32, where eager's largest error can be luckily small. What the gates allocate holds NaN before they write it, so that an element
-that nobody writes is found.
+A row is timed only where its backend, dtype and width have been held to the fp64 reference.
+
+fp64 and eager run on the same GPU. The bound is that of the tests: twice eager's error and one rounding of the
+largest value, eight in fp32, where eager's largest error can be luckily small. What the gates allocate holds NaN
+before they write it, so that an element that no kernel writes is found.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Triton and CUDA C++ side by side, from a run's rows, and the entries that they make for depthlstm_fast/backends/fastest.py."""
+"""Triton and CUDA C++ side by side, from a run's rows.
+
+Their winners are the entries of depthlstm_fast/backends/fastest.py.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ FASTEST_FILE = "fastest.txt"
 
 
 class Pair(NamedTuple):
-    """Two rows of one measurement, whose contestants took turns; ``winner`` is None where they differ by no more than their spread."""
+    """Two rows of one measurement, whose contestants took turns.
+
+    ``winner`` is None where they differ by no more than their spread.
+    """
 
     triton: dict[str, Any]
     cuda: dict[str, Any]
@@ -31,7 +37,10 @@ class Pair(NamedTuple):
 
 
 def pairs(run: Run) -> list[Pair]:
-    """What both backends were timed on, in the order of the run; rows of one backend alone, and red ones, are left out."""
+    """What both backends were timed on, in the order of the run.
+
+    Rows of one backend alone, and red ones, are left out.
+    """
     found: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
     for row in run["rows"]:
         if row["failure"] is None and row["unit"] in ("ms", "us") and "fused" in row["values"]:
@@ -41,7 +50,7 @@ def pairs(run: Run) -> list[Pair]:
 
 
 def pair_lines(run: Run) -> list[list[str]]:
-    """A table: what, both medians, their ratio, who is faster; its headings first."""
+    """A table: what, both medians, their ratio, the faster one; its headings first."""
     table = [["Triton and CUDA C++ (medians)", "Triton", "CUDA C++", "CUDA over Triton", "faster"]]
     for pair in pairs(run):
         row = pair.cuda

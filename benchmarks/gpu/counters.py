@@ -1,9 +1,13 @@
-"""What the kernels reach by the GPU's own counters: bytes that memory moved while a kernel ran, by Nsight Compute (ncu).
+"""What the kernels reach by the GPU's own counters: bytes that memory moved while a kernel ran.
 
-python -m depthlstm_fast.bench.gpu.counters cuda bfloat16 512 65536 1024 65536     the calls that ncu looks at: (D, rows) pairs; or triton
+ncu (Nsight Compute) reads them:
 
-ncu measures each kernel alone, with cold caches, at whatever clocks the GPU has. Reading counters may need a permission: what ncu says of
-that is kept in place of numbers.
+    python -m depthlstm_fast.bench.gpu.counters cuda bfloat16 512 65536 1024 65536
+
+That command, under ncu, makes the calls: of a backend, in a dtype, for (D, rows) pairs.
+
+ncu measures each kernel alone, with cold caches, at whatever clocks the GPU has. Reading counters may need a
+permission: what ncu says of that is kept in place of numbers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Jobs under one budget of time: each is guarded, what it found is written down at once, and what did not run is listed."""
+"""Jobs under one budget of time.
+
+Each job is guarded. What it found is written down at once. What did not run is listed.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 class Recorder:
-    """What a run has found so far, in memory and in ``folder``: results.json, and whatever ``render`` writes beside it."""
+    """What a run has found so far, in memory and in ``folder``.
+
+    The folder has results.json, and whatever ``render`` writes beside it.
+    """
 
     def __init__(self, folder: Path, run: Run, render: Callable[[Run, Path], None] | None = None) -> None:
         self.folder, self.run, self.render = folder, run, render
@@ -101,8 +107,8 @@ def run_jobs(
 ) -> None:
     """Run ``jobs`` in order, without those that an earlier process has attempted.
 
-    ``state`` holds the running job and the moment until which it may run, for a process that watches this one. ``after`` is called after
-    each job and may end the process.
+    ``state`` holds the running job and the moment until which it may run, for a process that watches this one.
+    ``after`` is called after each job and may end the process.
     """
     attempted = recorder.attempted()
     for job in jobs:

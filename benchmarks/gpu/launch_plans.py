@@ -1,7 +1,7 @@
 """Launch plans of the Triton kernels, timed against each other: what the rules in kernels/depth_lstm.py are tuned from.
 
-A candidate replaces the rule of one kernel; what it computes is compared with the default's before it is timed. All candidates of a kernel
-and a width take turns, together with a copy of the same bytes.
+A candidate replaces the rule of one kernel; what it computes is compared with the default's before it is timed. All
+candidates of a kernel and a width take turns, together with a copy of the same bytes.
 """
 
 from __future__ import annotations
@@ -163,7 +163,10 @@ class KernelCall:
 
 
 def resources(run: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], dict[str, int | None]]:
-    """What ``run`` returns, and the most registers, spills and shared memory of the kernels it loads; None where Triton does not say."""
+    """What ``run`` returns, and the most registers, spills and shared memory of the kernels it loads.
+
+    None where Triton does not say.
+    """
     compiled = getattr(importlib.import_module(LAUNCHER), "_compiled", None)
     known = dict(compiled) if isinstance(compiled, dict) else {}
     if isinstance(compiled, dict):
@@ -184,7 +187,10 @@ def resources(run: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...]
 
 
 def mismatch(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> str | None:
-    """How results differ from those of the default plan by more than the order of sums explains; None where they do not."""
+    """How results differ from those of the default plan by more than the order of sums explains.
+
+    None where they do not.
+    """
     for index, (one, other) in enumerate(zip(found, wanted, strict=True)):
         if other.numel():
             error = float((one.double() - other.double()).abs().max())
@@ -241,7 +247,10 @@ def explore(bench: Bench, kind: str, features: int, seconds: float = 2.0, most: 
 
 
 def compile_share(index: int, count: int, device: torch.device) -> None:
-    """Compile every ``count``-th candidate, from ``index`` on, into Triton's cache on disk; a plan that does not compile is passed over."""
+    """Compile every ``count``-th candidate, from ``index`` on, into Triton's cache on disk.
+
+    A plan that does not compile is passed over.
+    """
     module = importlib.import_module(MODULE)
     patches = Patches(module)
     number = 0

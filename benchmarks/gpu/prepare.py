@@ -1,12 +1,12 @@
-"""Fills the compilers' caches on disk, so that the benchmark process finds what it needs: Triton and inductor use one core each.
+"""Fills the compilers' caches on disk for the benchmark process: Triton and inductor use one core each.
+
+    python -m depthlstm_fast.bench.gpu.prepare gates 512 65536 bfloat16    the problems that will be timed
+    python -m depthlstm_fast.bench.gpu.prepare cell 512 65536
+    python -m depthlstm_fast.bench.gpu.prepare layer 512 8 32 512
+    python -m depthlstm_fast.bench.gpu.prepare few 512 8                   the compiled reference on few rows
+    python -m depthlstm_fast.bench.gpu.prepare plans 3 12                  every 12th launch plan, from the third on
 
 --triton and --cuda name the backends under test.
-
-python -m depthlstm_fast.bench.gpu.prepare gates 512 65536 bfloat16      the fused gates and the compiled reference, as they will be timed
-python -m depthlstm_fast.bench.gpu.prepare cell 512 65536                likewise
-python -m depthlstm_fast.bench.gpu.prepare layer 512 8 32 512
-python -m depthlstm_fast.bench.gpu.prepare few 512 8                     the compiled reference on few rows
-python -m depthlstm_fast.bench.gpu.prepare plans 3 12                    every 12th launch plan
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ LIMIT_SECONDS = 150
 
 
 def use_no_timings_of_others() -> None:
-    """What inductor finds by timing while other processes use the GPU shall not be kept; called in the benchmark process, too."""
+    """What inductor finds by timing while other processes use the GPU shall not be kept.
+
+    Called in the benchmark process, too.
+    """
     import torch._inductor.config as config
 
     if hasattr(config, "autotune_local_cache"):
@@ -136,7 +139,7 @@ def main(arguments: list[str]) -> None:
     subject, *words = [word for word in arguments if not word.startswith("--")]
     device = torch.device("cpu" if rehearse else "cuda")
     use_no_timings_of_others()
-    signal.alarm(LIMIT_SECONDS)  # ends this process, whoever may have forgotten it
+    signal.alarm(LIMIT_SECONDS)  # ends this process where the run has forgotten it
     place = Place(Compiled(compile), device, tuple(backends), gpu=True)
     if subject == "gates":
         prepare_gates(int(words[0]), int(words[1]), getattr(torch, words[2]), place)

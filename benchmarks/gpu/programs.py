@@ -1,4 +1,7 @@
-"""Programs that a run starts: pytest and compute-sanitizer, each in a process group of its own, with a limit and the end of its output."""
+"""Programs that a run starts: pytest and compute-sanitizer.
+
+Each has a process group of its own and a limit. The end of its output is kept.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,10 @@ class Outcome:
 
 
 def start(command: Sequence[str], output: IO[bytes] | None, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
-    """Start a program in the repository's root, in a process group of its own; with ``output`` None it prints where this one does."""
+    """Start a program in the repository's root, in a process group of its own.
+
+    With ``output`` None it prints where this one does.
+    """
     variables = {**os.environ, **(environment or {})}
     return subprocess.Popen(
         list(command), cwd=ROOT, env=variables, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -45,7 +51,10 @@ def start(command: Sequence[str], output: IO[bytes] | None, environment: Mapping
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a program of :func:`start` and what it has started; pytest, when interrupted, still reports what it has done."""
+    """End a program of :func:`start` and what it has started.
+
+    Pytest, when interrupted, still reports what it has done.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         if process.poll() is not None:
             return
@@ -100,7 +109,10 @@ def has(module: str) -> bool:
 
 
 def pytest_command(path: str, report: Path, workers: int, extra: Sequence[str] = ()) -> list[str]:
-    """pytest on one file, over several processes and with a limit for a test where the plugins for that are installed."""
+    """pytest on one file.
+
+    It runs in several processes and with a limit for each test where the plugins for that are installed.
+    """
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path, f"--junitxml={report}", *extra]
     if workers > 1 and has("xdist"):
         command += ["-n", str(workers)]

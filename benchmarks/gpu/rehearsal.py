@@ -1,6 +1,7 @@
-"""The "cuda" backend of a rehearsal: its operators on CPU tensors, above the CPU's kernels in the place of the CUDA kernels.
+"""The "cuda" backend of a rehearsal: its operators on CPU tensors, above the CPU's kernels.
 
-Simulated (tests/backends/cuda/simulated.py, ``load``) the real kernels take seconds a call; what is rehearsed is the run.
+Simulated (tests/backends/cuda/simulated.py, ``load``) the real kernels take seconds a call; what is rehearsed is the
+run.
 """
 
 from __future__ import annotations

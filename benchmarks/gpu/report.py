@@ -1,6 +1,8 @@
-"""A run of `make gpu` as plain text, Markdown and pictures, from its results.json alone: also where the run was cut off.
+"""A run of `make gpu` as plain text, Markdown and pictures.
 
-python -m depthlstm_fast.bench.gpu.report benchmarks/results/MACHINE     prints the text
+They are made from results.json alone, so that a run that was cut off has them as well.
+
+    python -m depthlstm_fast.bench.gpu.report benchmarks/results/MACHINE     prints the text
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ def cells(row: dict[str, Any], several: bool) -> list[str]:
         return [label(row, several), "check red", *[""] * (len(HEADINGS) - 2)]
     numbers, against = row["numbers"], value_text(row, "against")
     fused = judged(value_text(row, "fused"), figure_text(row, "fused")[1])
-    rate = f"{numbers['gb_per_s']:,.0f}" if "gb_per_s" in numbers else ""
+    # a rate of bytes says something where a copy is the floor
+    rate = f"{numbers['gb_per_s']:,.0f}" if "gb_per_s" in numbers and row["against"].startswith("copy") else ""
     error = f"{numbers['error']:.1e} ({numbers['eager_error']:.1e})" if "error" in numbers else ""
     figures = [judged(*figure_text(row, column)) for column in ("eager", "compile", "against")]
     columns = [value_text(row, column) for column in ("eager", "compile")]
@@ -171,7 +174,7 @@ def troubles(run: Run) -> list[str]:
 
 
 def text(run: Run) -> str:
-    """The whole run for a terminal; what matters most stands last, where a reader who sees only the end finds it."""
+    """The whole run for a terminal; what matters most stands last, because a terminal shows the end."""
     several = several_backends(run)
     lines = [machine_text(run), *(line[:300] for line in troubles(run)[:20]), *(line[:230] for line in plan_lines(run))]
     lines += [f"counters of {line[:230]}" for line in counter_lines(run)]

@@ -1,11 +1,14 @@
-"""Everything that can be told on a GPU, unattended and within one budget of time: `make gpu`, or `python -m depthlstm_fast.bench.gpu`.
+"""Everything that can be told on a GPU, unattended and within one budget of time.
 
-Checks come before timings, what tells most comes first, and every result is written down as it comes: results.json, report.md,
-fastest.txt, plans.json, plans.md, tests.xml, speed.png and floor.png in the folder that OUT names, else in benchmarks/results/MACHINE. The
-jobs run in a process of their own: where one crashes it or hangs, it is started again behind that job.
+`make gpu` or `python -m depthlstm_fast.bench.gpu` runs it.
 
---rehearse runs every path on the CPU, on tiny sizes, with Triton's interpreter and, in the place of the CUDA kernels, those of the CPU; its
-numbers mean nothing and go to a temporary folder.
+Checks come before timings, what tells most comes first, and every result is written down as it comes: results.json,
+report.md, fastest.txt, plans.json, plans.md, tests.xml, speed.png and floor.png in the folder that OUT names, else in
+benchmarks/results/MACHINE. The jobs run in a process of their own: where one crashes it or hangs, it is started again
+behind that job.
+
+--rehearse runs every path on the CPU, on tiny sizes, with Triton's interpreter and, in the place of the CUDA kernels,
+those of the CPU; its numbers mean nothing and go to a temporary folder.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ STAGES = (
     *("report", "prepare", "checks", "gates", "cell", "layer", "memory", "host", "pictures"),
     *("tests", "sanitizer", "counters", "plans", "autotune"),
 )
-NO_GPU, LOST = 2, 70  # exit statuses of the worker: there is nothing to measure; the GPU's context is lost, start it again
+# exit statuses of the worker: there is nothing to measure; the GPU's context is lost, so that it is started again
+NO_GPU, LOST = 2, 70
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -179,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.rehearse and folder is not None and RESULTS.resolve() in folder.parents:
         print("make gpu: a rehearsal is no result: name another folder", file=sys.stderr)
         return NO_GPU
-    # whoever loses patience sends this one: the children are ended, and what was measured is printed
+    # sent to a run that takes too long: the children are ended, and what was measured is printed
     signal.signal(signal.SIGTERM, end)
     if options.probe:
         return probe(options)

@@ -1,9 +1,12 @@
-"""Small calls of every kernel, for compute-sanitizer: every scheme of a backend, both sides of a tile's edge, dropout, given g.
+"""Small calls of every kernel, for compute-sanitizer.
+
+They take every scheme of a backend, both sides of a tile's edge, dropout, and a given g.
 
 python -m depthlstm_fast.bench.gpu.sanitize cuda     or triton
 
-PYTORCH_NO_CUDA_MEMORY_CACHING=1 gives every tensor an allocation of its own, so that an access beyond its end is seen. Every launch is
-instrumented, so that the operators are called without the GEMM of a cell, and numbers are made and looked at on the CPU.
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 gives every tensor an allocation of its own, so that an access past its end is
+seen. Every launch is instrumented, so that the operators are called without the GEMM of a cell, and numbers are made
+and looked at on the CPU.
 """
 
 from __future__ import annotations
@@ -26,8 +29,9 @@ Case = tuple[int, int, dict[str, Any]]  # D, rows, options
 DROPOUT = {"dropout_p": 0.3, "training": True}
 CASES: dict[str, list[Case]] = {
     "triton": [(512, 37, {}), (100, 5, DROPOUT), (1000, 3, {"norm": "joint"}), (4096, 3, DROPOUT), (64, 7, {"norm": "none"})],
-    # forward: a row by block for few rows, up to 1, 2 and 4 vectors a thread; `any` for 33, 100 in 16 bits and 8200; then a row by warp,
-    # for more than 4 rows a multiprocessor. Backward: narrow up to 2048 in whole vectors, else wide.
+    # forward: a row by block for few rows, up to 1, 2 and 4 vectors a thread; `any` for 33, 100 in 16 bits and 8200;
+    # then a row by warp, for more than 4 rows a multiprocessor. Backward: narrow up to 2048 in whole vectors, else
+    # wide.
     "cuda": [
         *((512, 37, DROPOUT), (100, 5, {}), (1000, 3, {"norm": "joint"}), (2048, 3, {}), (4096, 3, DROPOUT), (33, 7, {"norm": "none"})),
         *((8192, 2, {}), (8200, 2, {"norm": "joint"}), (33, 5, DROPOUT)),
@@ -75,7 +79,10 @@ def with_z_bias(backend: str, tensors: dict[str, Tensor], device: str) -> tuple[
 
 
 def into_a_buffer(backend: str, tensors: dict[str, Tensor], more: bool, device: str) -> tuple[Tensor, ...]:
-    """What a cell calls without gradients: h in a buffer of other columns and, where the backend has that, a second partial product."""
+    """What a cell calls without gradients: h in a buffer of other columns.
+
+    Where the backend has that, the call adds a second partial product.
+    """
     z, c, weight, bias = (tensors[name].detach() for name in ("z", "c", "weight", "bias"))
     h = torch.empty(c.shape[0], 2 * c.shape[1], dtype=z.dtype, device=device)[:, c.shape[1] :]
     second = {"z_more": normal(z.shape, z.dtype, device)} if more else {}

@@ -178,7 +178,10 @@ class Stages:
             yield Job(path, "tests", partial(self._tests, path, [], 0.4), 30, TEST_SECONDS + 30)
 
     def older_tests(self) -> Iterable[Job]:
-        """Tests of Triton alone, most of which its interpreter has run before; meanwhile the plans are compiled, as nothing is timed."""
+        """Tests of Triton alone, most of which its interpreter has run before.
+
+        Meanwhile the plans are compiled, as nothing is timed.
+        """
 
         def run(path: str) -> None:
             if "plans" not in self.options.skip and not self.options.only:
@@ -233,7 +236,7 @@ class Stages:
             commands = programs.sanitizer_commands(tool, backend)
             programs.run_all(commands, limit, on_end=lambda check, outcome: record(programs.judge(check, outcome, backend)))
 
-        # the kernels that nobody else checks at run time come first
+        # the CUDA kernels come first: nothing else checks them at run time
         for backend in sorted(self.bench.backends):
             yield Job(f"compute-sanitizer {backend}", "sanitizer", partial(run, backend), 0 if self.rehearse else 35)
 

@@ -15,7 +15,10 @@ AUTOTUNE = "max-autotune-no-cudagraphs"  # with CUDA graphs every call would cop
 
 
 def gates_rows(bench: Bench, features: int, rows: int, dtype: torch.dtype, compile: bool = True, mode: str | None = None) -> Iterator[Row]:
-    """Forward, then forward + backward with every gradient. With a ``mode`` of torch.compile that alone is the rival."""
+    """Forward, then forward + backward with every gradient.
+
+    With a ``mode`` of torch.compile that alone is the rival.
+    """
     for make in (gates.forward, gates.training):
         maker = partial(make, dtype=dtype, rows=rows, features=features)
         yield from bench.rows(maker, ("gates", dtype, features), compile, mode)
@@ -40,7 +43,10 @@ def stack_rows(bench: Bench, features: int, heads: int, batch: int, length: int,
 
 
 def memory_rows(bench: Bench) -> Iterator[Row]:
-    """Bytes kept for backward, through saved-tensor hooks, and in ``numbers`` what the allocator says, outputs included."""
+    """Bytes kept for backward, through saved-tensor hooks.
+
+    ``numbers`` also has what the allocator says, outputs included.
+    """
     features, rows = bench.sizes.memory
     maker = partial(memory.cell_memory, dtype=BF16, rows=rows, features=features, beside=True)
     yield from bench.rows(maker, ("cell beside", BF16, features))
@@ -57,7 +63,10 @@ def overhead_rows(bench: Bench) -> Iterator[Row]:
 
 
 def few_rows(bench: Bench, rows: int, dtype: torch.dtype = BF16) -> Iterator[Row]:
-    """The time from a call on few rows until it is done: as plain calls, then as CUDA graphs (torch.compile with its own)."""
+    """The time from a call on few rows until it is done.
+
+    The calls are plain calls, then CUDA graphs; torch.compile captures its own.
+    """
     features = bench.sizes.few[0]
     maker = partial(latency.few_rows, dtype=dtype, rows=rows, features=features)
     for mode in (None, latency.GRAPHS):

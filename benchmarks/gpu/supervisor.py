@@ -23,7 +23,7 @@ def hello(state: Path, folder: Path) -> bool:
 
 
 def blame(folder: Path, state: Path, status: str, detail: str, render: Render) -> bool:
-    """Write down that the running job brought its process to an end; False where nobody knows which it was."""
+    """Write down that the running job brought its process to an end; False where no file says which it was."""
     run = read_run(folder)
     try:
         job: dict[str, Any] = json.loads(state.read_text(encoding="utf-8"))
@@ -49,7 +49,10 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def watch(process: subprocess.Popen[bytes], state: Path, latest: float) -> bool:
-    """Wait for the worker to end; False where its job outlasted its limit, or the worker the moment ``latest``, and it was stopped."""
+    """Wait for the worker to end.
+
+    False where its job outlasted its limit, or the worker the moment ``latest``, and it was stopped.
+    """
     while process.poll() is None:
         time.sleep(0.1)
         try:
@@ -65,7 +68,8 @@ def watch(process: subprocess.Popen[bytes], state: Path, latest: float) -> bool:
 def supervise(command: Sequence[str], deadline: float, final: int, render: Render, restarts: int = RESTARTS) -> tuple[int, Path | None]:
     """Run the worker to its end, again where it crashes or hangs: (its last exit status, the folder of its results).
 
-    ``command`` gets one more argument, --worker=FILE. ``final`` is the exit status after which there is nothing to start again.
+    ``command`` gets one more argument, --worker=FILE. ``final`` is the exit status after which there is nothing to
+    start again.
     """
     folder: Path | None = None
     process: subprocess.Popen[bytes] | None = None

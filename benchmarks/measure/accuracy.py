@@ -1,6 +1,7 @@
 """Correct before fast: a result is held to the fp64 reference.
 
-The bound: a fused result may be twice as far from fp64 as PyTorch's own eager result of the same dtype, and one rounding more.
+The bound: a fused result may be twice as far from fp64 as PyTorch's own eager result of the same dtype, and one
+rounding more.
 Cotangents are random; a sum's constant ones would make a LayerNorm's input gradient zero and test nothing.
 """
 
@@ -22,7 +23,7 @@ GPU_ROUNDINGS = {torch.float32: 8.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison: the tensor that came closest to its bound, or went beyond it.
+    """One comparison: the tensor that came closest to its bound, or passed it.
 
     Attributes:
         used: its error over its bound; at most 1 where the check is green.
@@ -54,14 +55,17 @@ def compare(
     fused: Sequence[Tensor],
     roundings: float = 1,
 ) -> Check:
-    """Hold ``fused`` to 2 * (error of ``eager``) + ``roundings`` of the largest value, tensor by tensor, against ``exact`` (fp64)."""
+    """Hold ``fused`` to ``exact`` (fp64), tensor by tensor.
+
+    The bound is 2 * (error of ``eager``) + ``roundings`` of the largest value.
+    """
     worst: tuple[float, str, float, float] = (-1.0, "", 0.0, 0.0)
     for name, wanted, plain, found in zip(names, exact, eager, fused, strict=True):
         wanted, plain, found = wanted.detach(), plain.detach().double(), found.detach().double()
         tiny = roundings * torch.finfo(dtype).eps * float(wanted.abs().max())
         error = float((found - wanted).abs().max())
         plain_error = float((plain - wanted).abs().max())
-        # a NaN or an infinity compares false with everything: it must count as beyond the bound
+        # a NaN or an infinity compares false with everything: it must count as past the bound
         used = error / (2 * plain_error + tiny) if error < float("inf") else float("inf")
         if used > worst[0]:
             worst = (used, name, error, plain_error)

@@ -15,8 +15,8 @@ class Cost(NamedTuple):
     """What torch.profiler saw of a call.
 
     Attributes:
-        op_calls: operators that called no further one (`aten::mm`, not the `aten::matmul` around it), with those of backward, views and
-            allocations.
+        op_calls: operators that called no further one (`aten::mm`, not the `aten::matmul` around it), with those of
+            backward, views and allocations.
         peak_bytes: the most that was allocated at once, above what was there before the call.
     """
 
@@ -42,7 +42,8 @@ def of_call(run: Callable[[], object]) -> Cost:
     with silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         outputs = run()
     del outputs  # after the profile: what is returned counts to its end
-    # the raw events: making the table of them takes longer than most calls, attributes bytes to operators and knows no peak
+    # the raw events: making the table of them takes longer than most calls, attributes bytes to operators and knows
+    # no peak
     raw = profiler.profiler.kineto_results.events()
     operators = [event for event in raw if "::" in event.name() and not event.name().startswith("autograd::")]
     spans = sorted((event.start_thread_id(), event.start_ns(), -event.end_ns()) for event in operators)

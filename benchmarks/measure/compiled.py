@@ -26,7 +26,10 @@ class Compiled:
         return {} if self.reason is None else {"compile": self.reason}
 
     def get(self, function: Callable[..., Any], first_call: Callable[[Callable[..., Any]], object]) -> Callable[..., Any] | None:
-        """``function`` compiled, with ``first_call`` made on it so that nothing is left to compile; None where that fails."""
+        """``function`` compiled, with ``first_call`` made on it so that nothing is left to compile.
+
+        None where that fails.
+        """
         if self.reason is not None:
             return None
         try:

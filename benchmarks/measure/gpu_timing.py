@@ -1,4 +1,7 @@
-"""Timing on a GPU: a stopwatch of device events, the two ceilings of the machine, and what a rehearsal on the CPU has in their place."""
+"""Timing on a GPU: stopwatches, CUDA graphs, memory, the two ceilings of the machine.
+
+A rehearsal on the CPU has a stand-in for each.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,17 @@ from torch import Tensor
 from .timing import HostStopwatch, Stopwatch, quantile
 
 FLUSH_BYTES = 1 << 28  # several times the second-level cache of any GPU
-SLACK_SECONDS = 1e-4  # by how much the GPU is kept busy beyond the host's own time
+SLACK_SECONDS = 1e-4  # the GPU is kept busy for that much longer than the host takes
 LONGEST_HOST_SECONDS = 0.02
 
 
 class EventStopwatch:
     """Times what a call does on the GPU, by a pair of events around it.
 
-    Before a call a large buffer is read, which leaves nothing of the inputs in the cache and no written line whose way to memory would
-    fall into the measured time (filling a buffer would leave as many as fit). Then the GPU waits for as long as the host needs to
-    enqueue the call, so that the time between the events has no gaps in which the GPU waits for the host.
+    Before a call a large buffer is read, which leaves nothing of the inputs in the cache and no written line whose
+    way to memory would fall into the measured time (filling a buffer would leave as many as fit). Then the GPU waits
+    for as long as the host needs to enqueue the call, so that the time between the events has no gaps in which the
+    GPU waits for the host.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -138,7 +142,7 @@ def captured(run: Callable[[], object], device: torch.device) -> Callable[[], ob
 
 
 def allocated_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """By how much allocated memory has grown after ``run``, its outputs held; 0 on the CPU, where nobody counts."""
+    """By how much allocated memory has grown after ``run``, its outputs held; 0 on the CPU, which does not count."""
     if device.type != "cuda":
         return 0
     warm = run()
@@ -152,7 +156,10 @@ def allocated_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 
 def ceilings(device: torch.device, copied_bytes: int = 1 << 30, size: int = 8192) -> dict[str, float]:
-    """What this machine reaches: GB/s of a large copy, bytes read plus bytes written, and TFLOP/s of a large bf16 product."""
+    """What this machine reaches.
+
+    It is the GB/s of a large copy, bytes read plus bytes written, and the TFLOP/s of a large bf16 product.
+    """
     source = torch.randn(copied_bytes // 4, device=device)
     target = torch.empty_like(source)
     left, right = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))

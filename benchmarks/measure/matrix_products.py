@@ -12,7 +12,10 @@ import depthlstm_fast as dl
 
 
 class Product(NamedTuple):
-    """``batch`` products of an (rows, inner) and an (inner, columns) matrix, the second stored as its transpose, as weights are."""
+    """``batch`` products of an (rows, inner) and an (inner, columns) matrix.
+
+    The second is stored as its transpose, as weights are.
+    """
 
     batch: int
     rows: int
@@ -21,7 +24,10 @@ class Product(NamedTuple):
 
 
 def training_flops(products: Sequence[Product]) -> int:
-    """Floating-point operations of the products and of their two gradients each; a multiplication and an addition count as two."""
+    """Floating-point operations of the products and of their two gradients each.
+
+    A multiplication and an addition count as two.
+    """
     return sum(3 * 2 * batch * rows * inner * columns for batch, rows, inner, columns in products)
 
 
@@ -49,14 +55,20 @@ def attention(batch: int, queries: int, keys: int, features: int, heads: int) ->
 
 
 def encoder_layer(batch: int, length: int, features: int, heads: int) -> list[Product]:
-    """Self-attention with its input and output projections, and the cell; a feed-forward network of 4D features takes as many FLOPs."""
+    """Self-attention with its input and output projections, and the cell.
+
+    A feed-forward network of 4D features takes as many FLOPs.
+    """
     tokens = batch * length
     projections = [Product(1, tokens, features, 3 * features), Product(1, tokens, features, features)]
     return [*projections, *attention(batch, length, length, features, heads), *cell(tokens, features)]
 
 
 def decoder_layer(batch: int, target: int, source: int, features: int, heads: int) -> list[Product]:
-    """Masked self-attention (counted whole), attention to a memory of ``source`` tokens, and the cell, which sees the sum of both."""
+    """Masked self-attention (counted whole), attention to a memory of ``source`` tokens, and the cell.
+
+    The cell sees the sum of both attentions.
+    """
     tokens = batch * target
     cross = [
         Product(1, tokens, features, features),

@@ -24,7 +24,8 @@ class Place:
     Attributes:
         compiled: makes the contestant "compile".
         device: holds all tensors.
-        backends: the fused backends under test, each with a row of its own; ``IN_USE`` alone on the command line and in pytest.
+        backends: the fused backends under test, each with a row of its own; ``IN_USE`` alone on the command line and
+            in pytest.
         gpu: floors, targets and seconds are those of a GPU; a rehearsal has them on the CPU.
     """
 

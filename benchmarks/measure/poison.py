@@ -1,4 +1,4 @@
-"""NaN in the memory that the next allocations get, so that an element that nobody writes is found."""
+"""NaN in the memory that the next allocations get, so that an element that no kernel writes is found."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ CPU = torch.device("cpu")
 
 
 def spoil_free_memory(device: torch.device) -> None:
-    """Leave NaN in the memory that the next allocations on a GPU get: what is allocated over the stable ABI, nobody fills."""
+    """Leave NaN in the memory that the next allocations on a GPU get.
+
+    Torch does not fill what is allocated over the stable ABI.
+    """
     if device.type == "cuda":
         torch.cuda.empty_cache()
         sizes = [FREE_BYTES, *[SMALL_BYTES] * (FREE_SMALL_BYTES // SMALL_BYTES)]  # the allocator keeps small blocks apart
@@ -23,7 +26,10 @@ def spoil_free_memory(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def poisoned(device: torch.device = CPU) -> Iterator[None]:
-    """Fill what torch.empty gives with NaN inside the ``with`` block, and leave NaN in free memory of a GPU before it."""
+    """Fill what torch.empty gives with NaN inside the ``with`` block.
+
+    Free memory of a GPU has NaN before the block.
+    """
     spoil_free_memory(device)
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     with warnings.catch_warnings():

@@ -1,6 +1,7 @@
-"""A problem is a row of the table before it is measured; a subject is a file's problems, their check and what they stand on.
+"""A problem is a row of the table before it is measured.
 
-The command line, pytest-benchmark and the run on a GPU measure the same problems, each with its own clock.
+A subject is the problems of a file, their check, and the checks that their rows stand on. The command line,
+pytest-benchmark and the run on a GPU measure the same problems, each with its own clock.
 """
 
 from __future__ import annotations
@@ -42,19 +43,21 @@ HOST = Timekeeper()
 
 @dataclass
 class Problem:
-    """Who takes part, what has to be moved or computed, and which figures are made of the times.
+    """The contestants, what has to be moved or computed, and the figures that are made of the times.
 
     Attributes:
         row: what the row says apart from numbers; its unit is "ms", "us" or "tokens/s".
-        runs: a call of each contestant, by its name in ``Row.values``; of the fused ones by the names that ``place`` gives them.
+        runs: a call of each contestant, by its name in ``Row.values``; of the fused ones by the names that ``place``
+            gives them.
         seconds: how long to measure, at ``Settings.seconds`` of 1.
         grad: whether gradients are enabled.
         calls: calls in a repetition, more than one where a single one is too short for a clock.
         tokens: what a call handles, for the unit "tokens/s".
-        moved_bytes, flops: what a call moves or computes at least, by a formula; 0 where the row is about something else.
+        moved_bytes, flops: what a call moves or computes at least, by a formula; 0 where the row is about something
+            else.
         floor: the contestant that does no more than that; empty where none does.
         place: where it was made for.
-        clock: what is timed on a GPU: its own "work", the host's "call", or the "latency" from the call until the work is done.
+        clock: what is timed on a GPU: its own "work", the host's "call", or the "latency" until the work is done.
         verify: checks a backend on the very tensors that are timed; None where the subject's check is enough.
     """
 

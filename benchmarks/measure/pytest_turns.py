@@ -30,9 +30,9 @@ def lap(run: Callable[[], object]) -> float:
 
 
 def measure_rounds(benchmark: BenchmarkFixture, problem: Problem, settings: Settings) -> Row:
-    """Fill the problem's row: in each round everybody has one turn, the fused call on the clock of ``benchmark``.
+    """Fill the problem's row: in each round every contestant has a turn, the fused call on the clock of ``benchmark``.
 
-    Who comes before the fused call in a round's order runs in pytest-benchmark's setup, who comes after it in its teardown.
+    Rivals before the fused call in a round's order run in pytest-benchmark's setup, the others in its teardown.
     """
     batches = problem.batches()
     names, fused = list(batches), list(batches).index("fused")

@@ -6,7 +6,10 @@ from typing import Any
 
 
 def roofs(rows: list[dict[str, Any]], dtype: str) -> tuple[float, float] | None:
-    """GB/s of the fastest copy and GFLOP/s of the bare GEMMs in ``rows`` of one dtype; None where one of them was not timed."""
+    """GB/s of the fastest copy and GFLOP/s of the bare GEMMs in ``rows`` of one dtype.
+
+    None where one of them was not timed.
+    """
     found: dict[str, float] = {}
     for row in rows:
         if row["dtype"] == dtype and "against" in row["values"]:

@@ -15,7 +15,8 @@ class Figure:
 
     Attributes:
         column: the column of the table it stands in: "fused", "eager", "compile" or "against".
-        kind: "speedup" (times faster than the column), "share" (of the floor's speed), "ratio" (fused over the column) or "value".
+        kind: "speedup" (times faster than the column), "share" (of the floor's speed), "ratio" (fused over the column)
+            or "value".
         target: the number to reach, None where there is none; ``sense`` says from which side, "at least" or "at most".
     """
 
@@ -45,7 +46,7 @@ class Row:
         failure: why no number of this row may be shown; None where its check is green.
         backend: which fused backend it is about; empty where a run has but one.
         numbers: further quantities by name, such as "gb_per_s".
-        others: contestants beyond the table's columns: what they are, by their name in ``values``.
+        others: contestants without a column: what they are, by their name in ``values``.
     """
 
     subject: str

@@ -22,7 +22,9 @@ class Spread:
 
 
 class Stopwatch(Protocol):
-    """What times one call: ``begin``, the call, ``end``; ``laps`` hands over (contestant, seconds) of the calls since it last did.
+    """What times one call: ``begin``, the call, ``end``.
+
+    ``laps`` hands over (contestant, seconds) of the calls since it last did.
 
     ``reset`` forgets what was seen: other contestants follow, though they may bear the same names.
     """
@@ -87,7 +89,9 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> Spread:
 
 
 def turn_order(count: int, repetition: int) -> list[int]:
-    """Who goes when in one repetition: a Williams design, in which each contestant follows each other one equally often.
+    """The contestants' order in one repetition: a Williams design.
+
+    Each contestant follows each other one equally often.
 
     A fixed order would give one contestant the caches and the heap that the same neighbour always leaves behind.
     """

@@ -1,4 +1,7 @@
-"""A run as pictures: how many times faster, and how close to the floor. Colours of Okabe and Ito, told apart by any eye."""
+"""A run as pictures: how many times faster, and how close to the floor.
+
+The colours are those of Okabe and Ito, which any eye can tell apart.
+"""
 
 from __future__ import annotations
 

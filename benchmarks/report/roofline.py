@@ -1,7 +1,10 @@
-"""`roofline.png`: what each row computes a second, over what it computes a byte, under what this machine reached in the same run.
+"""`roofline.png`: what each row computes a second, over what it computes a byte.
 
-The sloping roof is the copy's bandwidth, the level one the bare GEMMs' speed, both of the same run and dtype. A row's bytes and FLOPs are
-those that no implementation can do without, so that a row lies as far under its roof as it is slower than perfect.
+The roofs are what this machine reached in the same run.
+
+The sloping roof is the copy's bandwidth, the level one the bare GEMMs' speed, both of the same run and dtype. A row's
+bytes and FLOPs are those that no implementation can do without, so that a row lies as far under its roof as it is
+slower than perfect.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Cost and memory as curves: `scaling.png` (gates over tokens and width) and `depth.png` (an encoder over its layers).
 
-Colours of Okabe and Ito; each contestant has its own marker and line as well, so that the pictures can be read without colour.
+Colours of Okabe and Ito; each contestant has its own marker and line as well, so that the pictures can be read
+without colour.
 """
 
 from __future__ import annotations

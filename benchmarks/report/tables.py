@@ -1,8 +1,10 @@
 """One run as a terminal table, Markdown, CSV and JSON; as a program, puts a run's table into a README.
 
-python -m depthlstm_fast.bench.report benchmarks/results/MACHINE/results.json                     prints the Markdown
-python -m depthlstm_fast.bench.report --readme README.md benchmarks/results/MACHINE/results.json  rewrites what stands between
-    <!-- benchmarks:begin --> and <!-- benchmarks:end -->, and report.md beside the results
+    python -m depthlstm_fast.bench.report benchmarks/results/MACHINE/results.json
+    python -m depthlstm_fast.bench.report --readme README.md benchmarks/results/MACHINE/results.json
+
+The first prints the Markdown. The second rewrites what stands between <!-- benchmarks:begin --> and
+<!-- benchmarks:end -->, and report.md beside the results.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-# 2: rows have numbers (bytes, rates, operator calls, memory, errors) and contestants beyond the columns; a run has curves
+# 2: rows have numbers (bytes, rates, operator calls, memory, errors) and contestants without a column; a run has
+# curves
 SCHEMA = 2
 SHORT = {"nn.TransformerEncoderLayer": "residual layer", "pre-norm Transformer": "residual model"}
 Run = dict[str, Any]
@@ -124,7 +127,7 @@ def terminal_table(run: Run) -> Table:
 
 
 def footnotes(run: Run) -> list[str]:
-    """Contestants beyond the columns, what was left out and why, and every red check."""
+    """Contestants without a column, what was left out and why, and every red check."""
     shown = [row for row in run["rows"] if row["failure"] is None]
     others = [
         f"{row['name']}, {row['dtype']}: {what} {value_text(row, name)}, the fused one {ratio:.2f}x that"
@@ -185,7 +188,10 @@ def markdown(run: Run) -> str:
 
 
 def details(run: Run) -> str:
-    """A second table: spread, share of the floor, rate, operator calls, peak memory and errors; empty for a run that knows none of them."""
+    """A second table: spread, share of the floor, rate, operator calls, peak memory and errors.
+
+    Empty for a run that knows none of them.
+    """
     rows = [row for row in run["rows"] if row["failure"] is None and row.get("numbers")]
     if not rows:
         return ""

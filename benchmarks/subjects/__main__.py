@@ -1,7 +1,9 @@
-"""Compile the eager references of one dtype into inductor's cache on disk: `python -m depthlstm_fast.bench.subjects bfloat16`.
+"""Compile the eager references of one dtype into inductor's cache on disk.
 
-Compiling costs more than all timing together, and inductor uses one core for it. This process compiles one half while the benchmark
-process compiles the other and then finds that half in the cache.
+    python -m depthlstm_fast.bench.subjects bfloat16
+
+Compiling costs more than all timing together, and inductor uses one core for it. This process compiles one half while
+the benchmark process compiles the other and then finds that half in the cache.
 """
 
 from __future__ import annotations

@@ -45,12 +45,18 @@ def make_inputs(rows: int, features: int, dtype: torch.dtype, device: torch.devi
 
 
 def bare_gemms(rows: int, features: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Callable[[], object]:
-    """The products that no cell can do without: z = xh W^T, dxh = dz W, dW = dz^T xh; contiguous inputs, outputs allocated afresh."""
+    """The products that no cell can do without: z = xh W^T, dxh = dz W, dW = dz^T xh.
+
+    Contiguous inputs, outputs allocated afresh.
+    """
     return matrix_products.training_run(matrix_products.cell(rows, features), dtype, device)
 
 
 def moved_bytes(rows: int, features: int, dtype: torch.dtype) -> int:
-    """Bytes of all that enters and leaves forward + backward: x, h', c' and their gradients, h, c and theirs, parameters and theirs."""
+    """Bytes of all that enters and leaves forward + backward.
+
+    These are x, h', c' and their gradients, h, c and theirs, parameters and theirs.
+    """
     weights = 8 * features * features + 4 * features + 2 * 4 * features
     return dtype.itemsize * (10 * rows * features + 2 * weights)
 
@@ -58,7 +64,8 @@ def moved_bytes(rows: int, features: int, dtype: torch.dtype) -> int:
 def lstm_cell(rows: int, features: int, dtype: torch.dtype) -> Callable[[], object]:
     """torch's own cell, forward + backward with every gradient, on as many weights.
 
-    It computes less after the products: no LayerNorm of the gates, a tanh in place of the GELU; but also the tanh of c'.
+    It computes less after the products: no LayerNorm of the gates, a tanh in place of the GELU; but also the tanh of
+    c'.
     """
     module = nn.LSTMCell(features, features, dtype=dtype)
     x, h, c = (torch.randn(rows, features).to(dtype).requires_grad_() for _ in range(3))

@@ -25,7 +25,10 @@ BATCHES = (1, 8)
 def build(
     features: int = FEATURES, layers: int = LAYERS, vocabulary: int = VOCABULARY, dtype: torch.dtype = torch.float32
 ) -> dict[str, dl.reference.DepthLSTMTransformer]:
-    """The reference model, the fused one and the fused one with folded output projections; random weights, the same in all."""
+    """The reference model, the fused one and the fused one with folded output projections.
+
+    Random weights, the same in all.
+    """
     sizes: dict[str, Any] = {
         "d_model": features,
         "nhead": HEADS,
@@ -51,8 +54,9 @@ def greedy(model: dl.reference.DepthLSTMTransformer, source: Tensor, length: int
 
 
 def weight_bytes(features: int, layers: int, vocabulary: int, steps: int, folded: bool) -> int:
-    """Bytes of the fp32 matrices that ``steps`` tokens read: the encoder's and the memory's keys and values once, all others in each step.
+    """Bytes of the fp32 matrices that ``steps`` tokens read.
 
+    The encoder's and the memory's keys and values are read once, all others in each step.
     A folded encoder layer has one D x D matrix less; decoder layers, whose two attentions are added, do not fold.
     """
     square = features * features

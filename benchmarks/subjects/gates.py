@@ -25,7 +25,8 @@ FORWARD_ELEMENTS = 7  # of D a token: z (4) and c' read, h and c written
 BACKWARD_ELEMENTS = 12  # z (4), c', dh and dc read, dz (4) and dc' written
 # of one feature of a token, as the formulas are written, an exponential, an error function and a division one each
 FORWARD_OPERATIONS = 49  # norm and affine 4 * 7, sigmoids 3 * 4, GELU 5, c and h 4
-BACKWARD_OPERATIONS = 115  # all of that again but h, gates and t 15, GELU's derivative 6, c' 1 and g 2 more, sums 4 * 3, dz 4 * 8
+# all of that again but h, gates and t 15, GELU's derivative 6, c' 1 and g 2 more, sums 4 * 3, dz 4 * 8
+BACKWARD_OPERATIONS = 115
 SPEEDUPS = (8.0, 3.5)  # over eager, over torch.compile
 SHARE_OF_COPY = {torch.float32: 0.80, torch.bfloat16: 0.60}  # of the forward
 GPU_WIDTHS = (512, 1024, 2048)  # that a GPU's targets name, in bf16
@@ -46,7 +47,10 @@ def moved_bytes(rows: int, features: int, dtype: torch.dtype, elements: int) -> 
 
 
 def operations(rows: int, features: int, backward: bool) -> int:
-    """Arithmetic of the forward, or of forward and backward; what a kernel of ours spends on polynomials for exp and erf is more."""
+    """Arithmetic of the forward, or of forward and backward.
+
+    What a kernel of ours spends on polynomials for exp and erf is more.
+    """
     return rows * features * (FORWARD_OPERATIONS + (BACKWARD_OPERATIONS if backward else 0))
 
 
@@ -58,7 +62,10 @@ def make_inputs(rows: int, features: int, dtype: torch.dtype, device: torch.devi
 
 
 def copy_forward(z: Tensor, scratch: Tensor) -> Callable[[], object]:
-    """A copy of as many bytes as the forward moves, 3.5D read and 3.5D written a token, 2D of them into outputs allocated afresh."""
+    """A copy of as many bytes as the forward moves.
+
+    3.5D a token are read and 3.5D written, 2D of them into outputs allocated afresh.
+    """
     size = z.numel() // 4
     source, half = z.view(-1), size // 2
 
@@ -73,7 +80,10 @@ def copy_forward(z: Tensor, scratch: Tensor) -> Callable[[], object]:
 
 
 def copy_backward(z: Tensor, c: Tensor, dh: Tensor, scratch: Tensor) -> Callable[[], object]:
-    """A copy of as many bytes as the backward moves, 6D read and 6D written a token, 5D of them into outputs allocated afresh."""
+    """A copy of as many bytes as the backward moves.
+
+    6D a token are read and 6D written, 5D of them into outputs allocated afresh.
+    """
 
     def run() -> object:
         dz, dc = torch.empty_like(z), torch.empty_like(c)

@@ -1,4 +1,7 @@
-"""One training step of an encoder layer (forward, backward, no optimizer) against PyTorch's own residual layer of equal parameters."""
+"""One training step of an encoder layer (forward, backward, no optimizer).
+
+The rival is PyTorch's own residual layer of equal parameters.
+"""
 
 from __future__ import annotations
 

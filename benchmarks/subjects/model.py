@@ -1,4 +1,7 @@
-"""One training step of a whole model (forward, loss, backward, no optimizer) against a residual Transformer of equal parameters."""
+"""One training step of a whole model (forward, loss, backward, no optimizer).
+
+The rival is a residual Transformer of equal parameters.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ RESIDUAL = "pre-norm Transformer"
 
 
 class ResidualTransformer(nn.Module):
-    """A pre-norm Transformer of torch's own layers: GELU, 4D features within, tied output, a fixed table of positions; no dropout."""
+    """A pre-norm Transformer of torch's own layers, without dropout.
+
+    It has GELU, 4D features within, a tied output and a fixed table of positions.
+    """
 
     positions: Tensor
 

@@ -1,4 +1,7 @@
-"""All subjects by name: every file in this folder with a ``SUBJECT``. Their checks, and what each one's rows stand on."""
+"""All subjects by name: every file in this folder with a ``SUBJECT``.
+
+Their checks are made here, by what the rows of each subject stand on.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,10 @@ def failure(checks: Sequence[Check], subject: str) -> str | None:
 
 
 def error_numbers(checks: Sequence[Check], subject: str, dtype: str) -> dict[str, float]:
-    """What the row of a subject and dtype says about its error against fp64: of its checks the one nearest to its bound."""
+    """What the row of a subject and dtype says about its error against fp64.
+
+    Of its checks the one nearest to its bound is taken.
+    """
     own = [check for check in checks if check.subject in SUBJECTS[subject].stands_on and check.dtype == dtype]
     if not own:
         return {}

@@ -1,7 +1,8 @@
 """Cost against tokens, width, depth and threads, each beside its floor or rival; bytes kept against depth.
 
-A curve is one quantity over one axis. Its contestants are timed in turn at every point, as everywhere in the suite. What a kernel does is
-linear in tokens and in layers; :mod:`..measure.curves` says how far each point is from that, so that a curve that bends is seen as such.
+A curve is one quantity over one axis. Its contestants are timed in turn at every point, as everywhere in the suite.
+What a kernel does is linear in tokens and in layers; :mod:`..measure.curves` says how far each point is from that, so
+that a curve that bends is seen as such.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ DEPTHS = (1, 2, 4, 8, 16, 32, 48)
 ROWS, FEATURES = 4096, 512
 LAYER_FEATURES, LAYER_HEADS, BATCH, LENGTH = 128, 4, 8, 32
 RESIDUAL = "nn.TransformerEncoder, pre-norm"
-# eager PyTorch takes seconds beyond, and its curve is straight long before
+# eager PyTorch takes seconds above that, and its curve is straight long before
 EAGER_ELEMENTS = 4096 * 2048
 
 
@@ -75,7 +76,10 @@ def threads_curve(settings: Settings, tick: Callable[[], None]) -> Curve:
 
 
 def encoders(depth: int) -> dict[str, nn.Module]:
-    """Stacks of ``depth`` layers with equally many matrix entries: fused, its plain PyTorch twin, and torch's residual one."""
+    """Stacks of ``depth`` layers with equally many matrix entries.
+
+    They are the fused one, its plain PyTorch twin, and torch's residual one.
+    """
     width: dict[str, Any] = {"dropout": 0.0, "batch_first": True}
     eager = dl.reference.DepthLSTMEncoder(dl.reference.DepthLSTMEncoderLayer(LAYER_FEATURES, LAYER_HEADS, **width), depth)
     fused = dl.DepthLSTMEncoder(dl.DepthLSTMEncoderLayer(LAYER_FEATURES, LAYER_HEADS, **width), depth)

@@ -1,4 +1,7 @@
-"""Scaling curves and roofline: what is linear is called so, what is not is named, pictures are drawn. No time is asserted."""
+"""Scaling curves and roofline.
+
+What is linear is called so. What is not is named. Pictures are drawn. No time is asserted.
+"""
 
 from __future__ import annotations
 

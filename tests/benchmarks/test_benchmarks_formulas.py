@@ -28,7 +28,10 @@ BATCH, LENGTH, FEATURES, HEADS, LAYERS, VOCABULARY = 2, 7, 32, 4, 2, 50
 
 
 def counted(run: object) -> int:
-    """FLOPs by torch's counter, attention as plain products: of the fused attention kernels it counts what they compute twice."""
+    """FLOPs by torch's counter, attention as plain products.
+
+    Of the fused attention kernels the counter counts what they compute twice.
+    """
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()  # type: ignore[operator]
     return counter.get_total_flops()
@@ -81,7 +84,10 @@ class Counted:
 
 
 def gates_by_formula(features: int, backward: bool) -> int:
-    """Operations of one row, by the formulas on numbers that count themselves; with ``backward`` those of the backward alone."""
+    """Operations of one row, by the formulas on numbers that count themselves.
+
+    With ``backward`` those of the backward alone.
+    """
     Counted.operations = 0
 
     def random(count: int = features) -> list[Counted]:

@@ -1,7 +1,7 @@
 """`make gpu` without a GPU: bytes, guards, the budget of time, the supervisor, and a rehearsal of the whole.
 
-test_benchmarks_gpu_stages.py has the programs that it starts and the order of its jobs, test_benchmarks_gpu_report.py what becomes of
-its results.
+test_benchmarks_gpu_stages.py has the programs that it starts and the order of its jobs, test_benchmarks_gpu_report.py
+what becomes of its results.
 """
 
 from __future__ import annotations
@@ -252,7 +252,8 @@ run_jobs(jobs, recorder, Budget(time.time() + 300), state)
 def test_the_worker_is_started_again_behind_a_crash_and_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{os.environ.get('PYTHONPATH', '')}")
     command = [sys.executable, "-c", WORKER, str(tmp_path)]
-    # far beyond what it takes: behind its deadline the supervisor starts no worker again, and returns the status of the one it stopped
+    # far beyond what it takes: behind its deadline the supervisor starts no worker again, and returns the status of
+    # the one it stopped
     status, folder = supervisor.supervise(command, time.time() + 600, 2, lambda run, where: None)
     assert (status, folder) == (0, tmp_path)
     run = read_run(tmp_path)

@@ -1,4 +1,7 @@
-"""The benchmark suite as it is run: the command, pytest-benchmark, and the committed results. Nothing here asserts a speed."""
+"""The benchmark suite as it is run: the command, pytest-benchmark, and the committed results.
+
+Nothing here asserts a speed.
+"""
 
 from __future__ import annotations
 
