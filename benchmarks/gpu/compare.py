@@ -80,7 +80,7 @@ def fastest_entries(run: Run) -> list[str]:
                 f"{name} {side['values']['fused']['median']:.4g} ms" for name, side in zip(("triton", "cuda"), pair, strict=True)
             )
             key = f'("depth_lstm", "{gpu}", {features}, {TORCH_NAMES[row["dtype"]]})'
-            lines.append(f'    {key}: "{winner}",  # benchmarks/results/{place}: {times}')
+            lines += [f"    # benchmarks/results/{place}: {times}", f'    {key}: "{winner}",']
     return lines
 
 
@@ -88,10 +88,9 @@ def fastest_text(run: Run) -> str:
     """The file ``fastest.txt``: what can be pasted into depthlstm_fast/backends/fastest.py, and which run it is of."""
     machine = run["machine"]
     commit = (machine.get("commit") or "an unknown commit")[:14] + (" with changes" if machine.get("dirty") else "")
-    lines = [
-        f"# For FASTEST in depthlstm_fast/backends/fastest.py: {machine.get('gpu') or 'no GPU'}, {run['date']}, depthlstm_fast at {commit}."
-    ]
+    lines = ["# For FASTEST in depthlstm_fast/backends/fastest.py."]
+    lines += [f"# {machine.get('gpu') or 'no GPU'}, {run['date']}, depthlstm_fast at {commit}."]
     if run.get("rehearsal"):
-        return lines[0] + "\n# A rehearsal on the CPU measures nothing: there is no entry.\n"
+        return "\n".join(lines) + "\n# A rehearsal on the CPU measures nothing: there is no entry.\n"
     lines += ["# Gates forward + backward; left out: red checks, and times whose p10 to p90 overlap."]
     return "\n".join([*lines, *(fastest_entries(run) or ["# No entry."])]) + "\n"

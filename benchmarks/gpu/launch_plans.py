@@ -40,7 +40,7 @@ class Candidate:
     """A plan in place of one rule.
 
     Attributes:
-        patches: the names in kernels/gates.py that are replaced, and by what.
+        patches: the names in kernels/depth_lstm.py that are replaced, and by what.
         resident: the number of resident warps that the persistent kernels count on; 0 where that plays no part.
     """
 
@@ -124,7 +124,7 @@ def candidates(module: Any, kind: str, features: int) -> list[Candidate]:
 
 
 class Patches:
-    """Sets names of kernels/gates.py, and sets back what another candidate had changed."""
+    """Sets names of kernels/depth_lstm.py, and sets back what another candidate had changed."""
 
     def __init__(self, module: Any) -> None:
         self.module = module
