@@ -38,9 +38,9 @@ bench: $(call READY,bench) build
 
 # Without a GPU it ends at once. The library is built for the GPU at hand alone, in two minutes at most; what is not there is not measured.
 gpu: $(call READY,bench)
-	@started=$$(date +%s); $(PY) benchmarks/gpu.py --probe $(ARGS) || exit; \
-	$(PY) benchmarks/gpu_build.py || true; \
-	$(PY) benchmarks/gpu.py --started $$started $(ARGS)
+	@started=$$(date +%s); $(PY) -m depthlstm_fast.bench.gpu --probe $(ARGS) || exit; \
+	$(PY) -m depthlstm_fast.bench.gpu.build_library || true; \
+	$(PY) -m depthlstm_fast.bench.gpu --started $$started $(ARGS)
 
 lint: $(call READY,dev)
 	$(PY) -m ruff check .

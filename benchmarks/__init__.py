@@ -1,4 +1,7 @@
-"""The benchmark suite: `make bench`, `python -m depthlstm_fast.bench` or `pytest benchmarks --benchmark-only`. See benchmarks/README.md."""
+"""The benchmark suite; see benchmarks/README.md.
+
+`make bench`, `python -m depthlstm_fast.bench` or `pytest benchmarks --benchmark-only` runs it.
+"""
 
 from pathlib import Path
 

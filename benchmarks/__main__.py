@@ -1,4 +1,4 @@
-"""`python -m depthlstm_fast.bench`: the suite for everybody who has the package."""
+"""`python -m depthlstm_fast.bench`: the suite, also for an installed package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def main() -> int:
     if absent:
         print(f'benchmarks: {" and ".join(absent)} not installed: pip install "depthlstm_fast[bench]"', file=sys.stderr)
         return 2
-    from depthlstm_fast.bench import run
+    from . import run
 
     return run.main()
 

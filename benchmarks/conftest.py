@@ -9,9 +9,13 @@ import pytest
 import torch
 
 import depthlstm_fast as dl
-from depthlstm_fast.bench import checks, machine
-from depthlstm_fast.bench.compiled import Compiled
-from depthlstm_fast.bench.rows import QUICK, Settings
+
+from .measure import machine
+from .measure.accuracy import Check
+from .measure.compiled import Compiled
+from .measure.place import Place
+from .measure.rows import QUICK, Settings
+from .subjects import registry
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -32,29 +36,29 @@ def settings(request: pytest.FixtureRequest) -> Settings:
 
 
 @pytest.fixture(scope="session")
-def references(settings: Settings) -> Compiled:
-    return Compiled(settings.compile)
+def place(settings: Settings) -> Place:
+    return Place(Compiled(settings.compile))
 
 
 @pytest.fixture(autouse=True)
 def compiled_backend() -> Iterator[None]:
     """A call that would fall back raises instead of being timed."""
-    status = dl.backends()[checks.BACKEND]
+    status = dl.backends()[registry.BACKEND]
     if not status.available:
-        pytest.fail(f"nothing to measure, the {checks.BACKEND} backend is not available: {status.detail}", pytrace=False)
+        pytest.fail(f"nothing to measure, the {registry.BACKEND} backend is not available: {status.detail}", pytrace=False)
     torch.manual_seed(0)
-    with dl.use_backend(checks.BACKEND):
+    with dl.use_backend(registry.BACKEND):
         yield
 
 
 @pytest.fixture(scope="session")
-def checked() -> Callable[[str], list[checks.Check]]:
+def checked() -> Callable[[str], list[Check]]:
     """The checks that a subject stands on, each made once."""
-    known: dict[str, list[checks.Check]] = {}
+    known: dict[str, list[Check]] = {}
 
-    def find(subject: str) -> list[checks.Check]:
+    def find(subject: str) -> list[Check]:
         if subject not in known:
-            known[subject] = checks.run_checks([subject])
+            known[subject] = registry.run_checks([subject])
         return known[subject]
 
     return find

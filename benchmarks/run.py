@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -16,19 +17,25 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import depthlstm_fast as dl
-from depthlstm_fast.bench import CHECKOUT, checks, compiled, layer, machine, plots, report, roofline, scaling, scaling_plots, translation
-from depthlstm_fast.bench.rows import QUICK, Row, Settings, row_data
-from depthlstm_fast.bench.subjects import SUBJECTS
+
+from . import CHECKOUT
+from .measure import machine
+from .measure.accuracy import Check
+from .measure.compiled import Compiled
+from .measure.curves import Curve
+from .measure.place import Place
+from .measure.rows import QUICK, Row, Settings, row_data
+from .report import plots, roofline, scaling_plots, tables
+from .subjects import layer, registry, scaling, translation
+from .subjects.registry import SUBJECTS, checked, compile_all
 
 # of the translation's training, which stops where its time is up
 TRANSLATION_SECONDS = 30
-NAMES = (*SUBJECTS, "scaling", "translation")
-
-
-def ticks(subject: str, settings: Settings) -> int:
-    """Ticks of the progress bar: one for each repetition, as many as a subject makes at least."""
-    fixed = {"checks": 7, "compile": 2, "translation": 1, "scaling": scaling.points_in(settings), "memory": 2}
-    return fixed[subject] if subject in fixed else len(SUBJECTS[subject]) * settings.minimum
+TABLE = tuple(name for name, subject in SUBJECTS.items() if subject.in_table)
+NAMES = (*TABLE, "scaling", "translation")
+COMPILE_DTYPES = (torch.float32, torch.bfloat16)
+# where Python finds the package: the source tree, or site-packages
+ROOT = Path(dl.__file__).resolve().parents[1]
 
 
 def default_output() -> Path:
@@ -40,7 +47,9 @@ class Bar:
     """Progress on stderr, silent where that is no terminal."""
 
     def __init__(self, subjects: list[str], settings: Settings) -> None:
-        self.ticks = {name: ticks(name, settings) for name in ("checks", "compile", *subjects)}
+        # one for each repetition, as many as a subject makes at least
+        self.ticks = {"checks": sum(len(subject.dtypes) for subject in checked(subjects)), "compile": len(COMPILE_DTYPES)}
+        self.ticks |= {name: SUBJECTS[name].ticks_in(settings) for name in subjects}
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
         # redrawn by hand: a thread that redraws would be timed with the rest
         console = Console(stderr=True)
@@ -64,7 +73,7 @@ class Bar:
         self.since = now
 
     def tick(self) -> None:
-        # more repetitions than the fewest must not push the bar beyond the stage
+        # more repetitions than the fewest must not push the bar past the stage
         self.count = min(self.count + 1, self.ticks[self.stage])
         self.progress.update(self.task, completed=self.before + self.count, refresh=True)
 
@@ -78,57 +87,62 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
-def fill_compiler_cache(references: compiled.Compiled, bar: Bar) -> None:
-    """Compile every eager baseline, half of them in a second process."""
-    helper = compiled.start_cache_filler(torch.bfloat16)
-    compiled.compile_all(references, torch.float32)
+def fill_compiler_cache(references: Compiled, bar: Bar) -> None:
+    """Compile every eager baseline, half of them in a second process, into inductor's cache on disk."""
+    here, there = COMPILE_DTYPES
+    command = [sys.executable, "-m", f"{__package__}.subjects", str(there).removeprefix("torch.")]
+    helper = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    compile_all(references, here)
     bar.tick()
     if references.reason is not None:
         helper.terminate()
     helper.wait()
-    compiled.compile_all(references, torch.bfloat16)
+    compile_all(references, there)
     bar.tick()
 
 
-def measure(subjects: list[str], settings: Settings, bar: Bar, found: list[checks.Check]) -> list[Row]:
+def measure(subjects: list[str], settings: Settings, bar: Bar, found: list[Check]) -> list[Row]:
     """All rows but the translation's; a subject whose check is red is not timed."""
-    references = compiled.Compiled(settings.compile)
-    if settings.compile and {"gates", "cell"} & set(subjects):
+    place = Place(Compiled(settings.compile))
+    if settings.compile and any(SUBJECTS[name].compile is not None for name in subjects):
         bar.start("compile", "compiling the eager baselines")
-        fill_compiler_cache(references, bar)
+        fill_compiler_cache(place.compiled, bar)
     rows = []
-    for subject in (name for name in subjects if name in SUBJECTS):
+    for subject in (name for name in subjects if name in TABLE):
         bar.start(subject, f"timing: {subject}")
-        red = checks.failure(found, subject)
+        red = registry.failure(found, subject)
         if red is not None:
             rows.append(Row(subject, subject, "", "", "", failure=red))
             continue
-        for make in SUBJECTS[subject].values():
+        for make in SUBJECTS[subject].problems.values():
             torch.manual_seed(0)
-            row = make(references).measure(settings, bar.tick)
-            row.numbers |= checks.error_numbers(found, subject, row.dtype)
-            rows.append(row)
+            for row in make(place).measure(settings, bar.tick):
+                row.numbers |= registry.error_numbers(found, subject, row.dtype)
+                rows.append(row)
     return rows
 
 
-def curves(settings: Settings, bar: Bar, found: list[checks.Check]) -> list[scaling.Curve]:
+def curves(settings: Settings, bar: Bar, found: list[Check]) -> list[Curve]:
     """The curves of scaling; none where a check is red."""
     bar.start("scaling", "timing: scaling")
     torch.manual_seed(0)
-    return [] if checks.failure(found, "scaling") else scaling.measure_curves(settings, bar.tick)
+    return [] if registry.failure(found, "scaling") else scaling.measure_curves(settings, bar.tick)
 
 
-def translate(settings: Settings, bar: Bar, found: list[checks.Check]) -> tuple[Row, dict[str, Any] | None]:
+def translate(settings: Settings, bar: Bar, found: list[Check]) -> tuple[Row, dict[str, Any] | None]:
     """The last row, and what the example returned; it draws its own progress bar."""
     bar.start("translation", "training translation models")
-    red = checks.failure(found, "translation")
+    red = registry.failure(found, "translation")
     if red is not None:
         return Row("translation", "translation training", "", "", "", failure=red), None
     bar.progress.stop()
+    row = Row("translation", "translation training", "fp32", "", "tokens/s")
     try:
         result = translation.run(TRANSLATION_SECONDS, None if settings.minimum >= 7 else 6, not bar.progress.disable)
+    except translation.DivergedError as error:
+        row.failure = f"training diverged: {error}"
+        return row, None
     except ImportError as error:
-        row = Row("translation", "translation training", "fp32", "", "tokens/s")
         row.missing["translation"] = f"not run: {error}"
         return row, None
     return translation.row(result), result
@@ -140,11 +154,11 @@ def show(run: dict[str, Any], folder: Path) -> None:
     if console.width < 120:
         # a narrower table would cut numbers; a line that the terminal wraps can still be read
         console = Console(highlight=False, width=120)
-    console.print(report.machine_text(run), markup=False, soft_wrap=True)
-    console.print(report.terminal_table(run))
+    console.print(tables.machine_text(run), markup=False, soft_wrap=True)
+    console.print(tables.terminal_table(run))
     if any(row["against"] == layer.RESIDUAL for row in run["rows"]):
         console.print(f"residual layer: {layer.RESIDUAL}, as many weights, fed the same batch")
-    for line in report.footnotes(run):
+    for line in tables.footnotes(run):
         console.print(line, markup=False, soft_wrap=True)
     result = run["translation"]
     if result is not None:
@@ -153,7 +167,7 @@ def show(run: dict[str, Any], folder: Path) -> None:
         console.print(f"held-out sentences after so few steps ({result['dataset']}), as they are:")
         for source, target, text in result["examples"]:
             console.print(f"  source     {source}\n  reference  {target}\n  model      {text or '(nothing)'}", markup=False, soft_wrap=True)
-    reached, targets = report.tally(run)
+    reached, targets = tables.tally(run)
     summary = f"{reached} of {targets} targets met; {run['elapsed_seconds']:.0f} s; results in {folder}"
     console.print(summary, markup=False, soft_wrap=True)
 
@@ -163,9 +177,9 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.perf_counter()
     parser = command_line()
     options = parser.parse_args(arguments)
-    status = dl.backends()[checks.BACKEND]
+    status = dl.backends()[registry.BACKEND]
     if not status.available:
-        print(f"benchmarks: nothing to measure, the {checks.BACKEND} backend is not available: {status.detail}", file=sys.stderr)
+        print(f"benchmarks: nothing to measure, the {registry.BACKEND} backend is not available: {status.detail}", file=sys.stderr)
         return 2
     subjects = [name for name in NAMES if not options.only or name in options.only]
     if options.no_translation:
@@ -177,10 +191,10 @@ def main(arguments: list[str] | None = None) -> int:
     bar = Bar(subjects, settings)
     result = None
     # "cpp", not "auto": a call that would fall back raises instead of being timed
-    with dl.use_backend(checks.BACKEND), bar.progress if not bar.progress.disable else nullcontext():
+    with dl.use_backend(registry.BACKEND), bar.progress if not bar.progress.disable else nullcontext():
         torch.manual_seed(0)
         bar.start("checks", "checking against fp64")
-        found = checks.run_checks(subjects, bar.tick)
+        found = registry.run_checks(subjects, bar.tick)
         rows = measure(subjects, settings, bar, found)
         lines = curves(settings, bar, found) if "scaling" in subjects else []
         if "translation" in subjects:
@@ -188,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
             rows.append(row)
         bar.finish()
     run = {
-        "schema": report.SCHEMA,
+        "schema": tables.SCHEMA,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "quick": options.quick,
         "machine": about,
@@ -200,7 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
         "stage_seconds": bar.seconds,
         "elapsed_seconds": time.perf_counter() - started,
     }
-    report.write_all(run, options.output)
+    tables.write_all(run, options.output)
     plots.write_all(run, options.output)
     scaling_plots.write_all(run, options.output)
     roofline.write(run, options.output)

@@ -1,9 +1,10 @@
-"""A test for each row of the table and each point of the curves: red where its checks are, else archived by pytest-benchmark.
+"""A test for each row of the table and each point of the curves, archived by pytest-benchmark.
 
     pytest benchmarks --benchmark-only --benchmark-autosave      --quick for a look, -k gates for a part
 
-The times of pytest-benchmark are those of the fused call, for the rows on bytes those of the forward call that keeps them; rivals, ratios,
-rates, operator calls, memory and errors are in ``extra_info``. A call of the overhead rows is the whole batch (``calls``).
+The times of pytest-benchmark are those of the fused call, for the rows on bytes those of the forward call that keeps
+them; rivals, ratios, rates, operator calls, memory and errors are in ``extra_info``. A call of the overhead rows is
+the whole batch (``calls``).
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from depthlstm_fast.bench import checks, rounds, scaling
-from depthlstm_fast.bench.compiled import Compiled
-from depthlstm_fast.bench.rows import Settings, row_data
-from depthlstm_fast.bench.subjects import SUBJECTS
+from .measure import pytest_turns
+from .measure.accuracy import Check
+from .measure.place import Place
+from .measure.rows import Settings, row_data
+from .subjects import registry
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
 
-ROWS = SUBJECTS | {"scaling": scaling.PROBLEMS}
+ROWS = {name: subject.problems for name, subject in registry.SUBJECTS.items()}
 
 
 @pytest.mark.parametrize(
@@ -33,14 +35,14 @@ def test_row(
     name: str,
     benchmark: BenchmarkFixture,
     settings: Settings,
-    references: Compiled,
-    checked: Callable[[str], list[checks.Check]],
+    place: Place,
+    checked: Callable[[str], list[Check]],
 ) -> None:
-    red = checks.failure(checked(subject), subject)
+    red = registry.failure(checked(subject), subject)
     if red is not None:
         pytest.fail(f"no time for what is wrong: {red}", pytrace=False)
     benchmark.group = subject
-    problem = ROWS[subject][name](references)
-    row = rounds.measure_rounds(benchmark, problem, settings)
-    row.numbers |= checks.error_numbers(checked(subject), subject, row.dtype)
+    problem = ROWS[subject][name](place)
+    row = pytest_turns.measure_rounds(benchmark, problem, settings)
+    row.numbers |= registry.error_numbers(checked(subject), subject, row.dtype)
     benchmark.extra_info |= {**row_data(row), "calls": problem.calls, "quick": settings.minimum < Settings().minimum}

@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from training import DivergedError, Settings, Trainer, build_model
 
 import depthlstm_fast as dl
-from depthlstm_fast.bench import machine
-from depthlstm_fast.bench.memory import kept_bytes
-from depthlstm_fast.bench.timing import interleave, spread
+from depthlstm_fast.bench.measure import machine
+from depthlstm_fast.bench.measure.kept import kept_bytes
+from depthlstm_fast.bench.measure.timing import interleave, spread
 
 DEPTHS = (6, 12, 24)
 RATES = (1e-3, 2e-3, 4e-3)

@@ -21,9 +21,13 @@ import depthlstm_fast as dl
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from depthlstm_fast.bench import checks, compiled, decoding, gates, layer, machine, memory, overhead, report, timing, translation  # noqa: E402
-from depthlstm_fast.bench.problems import Problem  # noqa: E402
-from depthlstm_fast.bench.rows import Figure, Row, Settings, Target, figure  # noqa: E402
+from depthlstm_fast.bench.measure import accuracy, gpu_timing, kept, machine, matrix_products, timing  # noqa: E402
+from depthlstm_fast.bench.measure.compiled import Compiled  # noqa: E402
+from depthlstm_fast.bench.measure.place import Place  # noqa: E402
+from depthlstm_fast.bench.measure.problems import Problem  # noqa: E402
+from depthlstm_fast.bench.measure.rows import Figure, Row, Settings, Target, figure  # noqa: E402
+from depthlstm_fast.bench.report import tables  # noqa: E402
+from depthlstm_fast.bench.subjects import decoding, gates, layer, memory, registry, translation  # noqa: E402
 
 sys.path.remove(str(ROOT))
 
@@ -98,7 +102,8 @@ def test_figures_of_a_timed_row() -> None:
     assert (units.value, units.sense, units.reached) == (2, "at most", True)
     row = Row("gates", "a", "fp32", "", "ms")
     runs = {"eager": lambda: None, "fused": lambda: None}
-    Problem(row, runs, [Target("eager", "speedup"), Target("compile", "speedup")]).measure(Settings(minimum=3, seconds=0), lambda: None)
+    problem = Problem(row, runs, [Target("eager", "speedup"), Target("compile", "speedup")])
+    (row,) = problem.measure(Settings(minimum=3, seconds=0), lambda: None)
     assert row.repetitions == 3
     assert set(row.values) == set(runs)
     assert [f.column for f in row.figures] == ["eager"]  # what did not take part has no figure
@@ -123,22 +128,22 @@ def test_the_copies_move_what_they_say() -> None:
 
 def test_kept_bytes_counts_a_storage_once_and_no_parameter() -> None:
     x, weight = torch.randn(8, requires_grad=True), nn.Parameter(torch.randn(8))
-    assert memory.kept_bytes(lambda: x * weight, [weight]) == 32
-    assert memory.kept_bytes(lambda: x.view(2, 4) * x.view(2, 4) * weight.view(2, 4), [weight]) == 64
-    assert memory.kept_bytes(lambda: x + x, []) == 0
+    assert kept.kept_bytes(lambda: x * weight, [weight]) == 32
+    assert kept.kept_bytes(lambda: x.view(2, 4) * x.view(2, 4) * weight.view(2, 4), [weight]) == 64
+    assert kept.kept_bytes(lambda: x + x, []) == 0
 
 
 @needs_cpp
 def test_a_fused_cell_keeps_its_inputs_and_z() -> None:
     rows, features = 8, 16
-    found = memory.cell_bytes(rows, features)
+    found = memory.cell_memory(Place(), rows=rows, features=features).kept
     assert found["fused"] == 7 * features * rows * 4
     assert found["fused"] <= memory.CELL_SHARE * found["eager"]
 
 
 def test_the_rival_layer_has_as_many_weights() -> None:
     layers = layer.depth_lstm_layers(32, 4)
-    assert layer.matrix_entries(layer.residual_layer(32, 4)) == layer.matrix_entries(layers["fused"]) == 12 * 32**2
+    assert matrix_products.matrix_entries(layer.residual_layer(32, 4)) == matrix_products.matrix_entries(layers["fused"]) == 12 * 32**2
 
 
 def test_decoding_models_never_stop_early() -> None:
@@ -150,45 +155,58 @@ def test_decoding_models_never_stop_early() -> None:
 def test_the_bound_refuses_what_is_wrong_and_what_is_not_finite() -> None:
     exact = torch.randn(4, 5, dtype=torch.float64)
     eager = exact.float()
-    assert checks.compare("gates", torch.float32, ["h"], [exact], [eager], [eager]).passed
-    assert not checks.compare("gates", torch.float32, ["h"], [exact], [eager], [eager * (1 + 1e-5)]).passed
+    assert accuracy.compare("gates", torch.float32, ["h"], [exact], [eager], [eager]).passed
+    assert not accuracy.compare("gates", torch.float32, ["h"], [exact], [eager], [eager * (1 + 1e-5)]).passed
     spoiled = eager.clone()
     spoiled[1, 2] = float("nan")
-    found = checks.compare("gates", torch.float32, ["c", "h"], [exact] * 2, [eager] * 2, [eager, spoiled])
+    found = accuracy.compare("gates", torch.float32, ["c", "h"], [exact] * 2, [eager] * 2, [eager, spoiled])
     assert (found.passed, found.tensor) == (False, "h")
 
 
 @needs_cpp
 def test_checks_are_green_and_ran_on_the_compiled_backend() -> None:
     with dl.use_backend("cpp"):
-        found = checks.run_checks(["overhead", "decoding"])
+        found = registry.run_checks(["overhead", "decoding"])
     assert {check.subject for check in found} == {"gates", "decoding"}
     assert [check.summary for check in found if not check.passed] == []
-    assert checks.failure(found, "overhead") is None
+    assert registry.failure(found, "overhead") is None
 
 
 def test_a_check_on_another_backend_is_red() -> None:
     with dl.use_backend("reference"):
-        found = checks.run_checks(["gates"])
+        found = registry.run_checks(["gates"])
     assert not any(check.passed for check in found)
-    assert "not cpp" in (checks.failure(found, "overhead") or "")
+    assert "not cpp" in (registry.failure(found, "overhead") or "")
 
 
 def test_a_compiler_that_fails_is_reported_not_raised() -> None:
-    references = compiled.Compiled()
+    references = Compiled()
 
     def fail(function: Any) -> None:
         raise RuntimeError("no C++ compiler\nand more")
 
-    assert references.get(compiled.reference_gates, fail) is None
+    assert references.get(gates.reference_gates, fail) is None
     assert references.reason == "torch.compile failed: RuntimeError: no C++ compiler"
-    assert compiled.Compiled(enabled=False).get(compiled.reference_gates, fail) is None
+    assert Compiled(enabled=False).get(gates.reference_gates, fail) is None
 
 
-def test_overhead_keeps_the_best_batch() -> None:
-    ticks: list[int] = []
-    best = overhead.best_batches({"a": lambda: None}, 3, 4, lambda: ticks.append(1))
-    assert (len(best["a"]), len(ticks)) == (4, 3)
+@pytest.mark.parametrize(("clock", "seconds"), [("call", 1.0), ("latency", 5.0)])
+def test_the_hosts_stopwatch_starts_on_an_idle_device(monkeypatch: pytest.MonkeyPatch, clock: str, seconds: float) -> None:
+    """A call takes the host one second and the device five."""
+    now, done = [0.0], [7.0]  # an earlier call's work keeps the device until 7
+
+    def call() -> None:
+        done[0] = max(done[0], now[0]) + 5
+        now[0] += 1
+
+    monkeypatch.setattr(gpu_timing, "synchronize", lambda device: now.append(max(now.pop(), done[0])))
+    watch = gpu_timing.stopwatch(torch.device("cpu"), clock)
+    watch.host.clock = lambda: now[0]  # type: ignore[attr-defined]
+    for _ in range(3):
+        watch.begin("a")
+        call()
+        watch.end()
+    assert list(watch.laps()) == [("a", seconds)] * 3
 
 
 def test_machine_has_a_folder_name() -> None:
@@ -262,7 +280,7 @@ def run() -> dict[str, Any]:
 
 
 def test_markdown_holds_figures_targets_and_no_number_of_a_red_row(run: dict[str, Any]) -> None:
-    text = report.markdown(run)
+    text = tables.markdown(run)
     assert "10.0x (≥8x met)" in text
     assert "4.50x (≥5x **short**)" in text
     assert "1.33x (≤0.95x **short**)" in text
@@ -279,7 +297,7 @@ def test_markdown_holds_figures_targets_and_no_number_of_a_red_row(run: dict[str
 def test_terminal_table_fits_118_columns_uncut(run: dict[str, Any]) -> None:
     rich_console = pytest.importorskip("rich.console")
     console = rich_console.Console(width=118, file=io.StringIO())
-    console.print(report.terminal_table(run))
+    console.print(tables.terminal_table(run))
     text = console.file.getvalue()
     assert "…" not in text
     assert "≥8x met" in text
@@ -287,7 +305,7 @@ def test_terminal_table_fits_118_columns_uncut(run: dict[str, Any]) -> None:
 
 
 def test_csv_and_json_hold_every_number(run: dict[str, Any], tmp_path: Path) -> None:
-    report.write_all(run, tmp_path / "new")
+    tables.write_all(run, tmp_path / "new")
     with (tmp_path / "new" / "results.csv").open(encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == (4 + 3) + 1 + (3 + 2) + (1 + 1)
@@ -299,23 +317,23 @@ def test_csv_and_json_hold_every_number(run: dict[str, Any], tmp_path: Path) -> 
 def test_readme_block_is_replaced_and_nothing_else(run: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     readme, results = tmp_path / "README.md", tmp_path / "results.json"
     results.write_text(json.dumps(run), encoding="utf-8")
-    readme.write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n", encoding="utf-8")
+    readme.write_text(f"above\n{tables.BEGIN}\nold\n{tables.END}\nbelow\n", encoding="utf-8")
     for _ in range(2):
-        assert report.main([str(results), "--readme", str(readme)]) == 0
+        assert tables.main([str(results), "--readme", str(readme)]) == 0
     text = readme.read_text(encoding="utf-8")
-    assert text.startswith(f"above\n{report.BEGIN}\nMeasured on A CPU")
-    assert text.endswith(f"\n{report.END}\nbelow\n")
+    assert text.startswith(f"above\n{tables.BEGIN}\nMeasured on A CPU")
+    assert text.endswith(f"\n{tables.END}\nbelow\n")
     assert "old" not in text.split()
     assert text.count("Measured on") == 1
     readme.write_text("no markers", encoding="utf-8")
-    assert report.main([str(results), "--readme", str(readme)]) == 1
+    assert tables.main([str(results), "--readme", str(readme)]) == 1
     assert "once each" in capsys.readouterr().err
     assert readme.read_text(encoding="utf-8") == "no markers"
 
 
 def test_plots_are_written_for_what_a_run_has(run: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from depthlstm_fast.bench import plots
+    from depthlstm_fast.bench.report import plots
 
     assert [path.name for path in plots.write_all(run, tmp_path)] == ["speed.png", "floor.png"]
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("speed.png", "floor.png"))

@@ -1,4 +1,7 @@
-"""Scaling curves and roofline: what is linear is called so, what is not is named, pictures are drawn. No time is asserted."""
+"""Scaling curves and roofline.
+
+What is linear is called so. What is not is named. Pictures are drawn. No time is asserted.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,10 @@ import depthlstm_fast as dl
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from depthlstm_fast.bench import scaling  # noqa: E402
-from depthlstm_fast.bench.rows import Settings  # noqa: E402
+from depthlstm_fast.bench.measure import curves, roofs  # noqa: E402
+from depthlstm_fast.bench.measure.rows import Settings  # noqa: E402
+from depthlstm_fast.bench.report import scaling_tables  # noqa: E402
+from depthlstm_fast.bench.subjects import scaling  # noqa: E402
 
 sys.path.remove(str(ROOT))
 
@@ -29,21 +34,21 @@ def values(**medians: float) -> dict[str, dict[str, float]]:
 
 def test_a_line_is_found_and_a_bend_is_named() -> None:
     xs = [1, 16, 256, 4096]
-    fixed, slope, over = scaling.fit(xs, [3 + 0.5 * x for x in xs])
+    fixed, slope, over = curves.fit(xs, [3 + 0.5 * x for x in xs])
     assert (fixed, slope) == (pytest.approx(3), pytest.approx(0.5))
     assert over == pytest.approx([1, 1, 1, 1])
     points = [{"x": x, "values": values(fused=3 + 0.5 * x, against=2 + x * x)} for x in xs]
-    found = scaling.curve("gates forward", "tokens", "D=4", "copy", points)
+    found = curves.curve("gates forward", "tokens", "D=4", "copy", points)
     assert found["lines"]["fused"]["bent"] == {}
     assert found["lines"]["against"]["bent"]
-    lines = scaling.bends(found)
+    lines = scaling_tables.bends(found)
     assert "within 25%" in lines[0]
     assert "not linear" in lines[1]
 
 
 @pytest.mark.parametrize("times", [[1.0, 2.0, 40.0], [5.0, 4.0, 3.0]])
 def test_neither_cost_is_negative(times: list[float]) -> None:
-    fixed, slope, over = scaling.fit([1, 10, 100], times)
+    fixed, slope, over = curves.fit([1, 10, 100], times)
     assert fixed >= 0
     assert slope >= 0
     assert all(part > 0 for part in over)
@@ -64,7 +69,7 @@ def test_stacks_of_a_depth_have_equally_many_matrix_entries_and_the_same_functio
 @needs_cpp
 def test_curves_have_all_axes_and_pictures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from depthlstm_fast.bench import scaling_plots
+    from depthlstm_fast.bench.report import scaling_plots
 
     monkeypatch.setattr(scaling, "TOKENS", (1, 2, 4, 8))
     monkeypatch.setattr(scaling, "WIDTHS", (8, 16, 32, 64))
@@ -85,7 +90,7 @@ def test_curves_have_all_axes_and_pictures(monkeypatch: pytest.MonkeyPatch, tmp_
     # memory is counted, not timed: it has to grow linearly in layers, and the fused stack keeps less
     assert kept["lines"]["fused"]["bent"] == {}
     assert all(point["values"]["fused"]["median"] < point["values"]["eager"]["median"] for point in kept["points"])
-    text = scaling.markdown(found)
+    text = scaling_tables.markdown(found)
     assert text.count("####") == len(found)
     run: dict[str, Any] = {"machine": MACHINE, "date": "2026-01-01", "quick": True, "scaling": found}
     assert [path.name for path in scaling_plots.write_all(run, tmp_path)] == ["scaling.png", "depth.png"]
@@ -100,15 +105,15 @@ def row(name: str, subject: str, milliseconds: float, floor: float, moved: float
 
 def test_the_roofs_are_what_the_floors_reached(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from depthlstm_fast.bench import roofline
+    from depthlstm_fast.bench.report import roofline
 
     rows = [
         row("gates forward", "gates", 2.0, 1.0, moved=5e6, flops=1e7),
         row("gates forward + backward", "gates", 4.0, 2.0, moved=2e7, flops=4e7),
         row("cell forward + backward", "cell", 20.0, 10.0, moved=1e7, flops=1e9),
     ]
-    assert roofline.roofs(rows, "fp32") == (pytest.approx(10.0), pytest.approx(100.0))  # 20 MB in 2 ms, 1 GFLOP in 10 ms
-    assert roofline.roofs(rows, "bf16") is None
+    assert roofs.roofs(rows, "fp32") == (pytest.approx(10.0), pytest.approx(100.0))  # 20 MB in 2 ms, 1 GFLOP in 10 ms
+    assert roofs.roofs(rows, "bf16") is None
     run: dict[str, Any] = {"machine": MACHINE, "date": "2026-01-01", "quick": False, "rows": rows}
     assert [path.name for path in roofline.write(run, tmp_path)] == ["roofline.png"]
     assert roofline.write(run | {"rows": rows[:2]}, tmp_path) == []

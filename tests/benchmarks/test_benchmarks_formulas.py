@@ -17,7 +17,9 @@ import depthlstm_fast as dl
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from depthlstm_fast.bench import cell, compiled, cost, decoding, gates, layer, model, products  # noqa: E402
+from depthlstm_fast.bench.measure import call_cost, matrix_products  # noqa: E402
+from depthlstm_fast.bench.measure.calls import forward_and_backward  # noqa: E402
+from depthlstm_fast.bench.subjects import cell, decoding, gates, layer, model  # noqa: E402
 
 sys.path.remove(str(ROOT))
 
@@ -26,7 +28,10 @@ BATCH, LENGTH, FEATURES, HEADS, LAYERS, VOCABULARY = 2, 7, 32, 4, 2, 50
 
 
 def counted(run: object) -> int:
-    """FLOPs by torch's counter, attention as plain products: of the fused attention kernels it counts what they compute twice."""
+    """FLOPs by torch's counter, attention as plain products.
+
+    Of the fused attention kernels the counter counts what they compute twice.
+    """
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()  # type: ignore[operator]
     return counter.get_total_flops()
@@ -38,7 +43,7 @@ def test_the_bytes_of_the_gates_are_those_of_the_tensors(dtype: torch.dtype) -> 
     z, c, weight, bias = gates.make_inputs(rows, features, dtype)
     leaves = [tensor.requires_grad_() for tensor in (z, c, weight, bias)]
     cotangents = [torch.randn_like(c), torch.randn_like(c)]
-    h, c_out, dz, dc, *_ = gates.forward_and_backward(dl.reference.depth_lstm_gates, leaves, cotangents)
+    h, c_out, dz, dc, *_ = forward_and_backward(dl.reference.depth_lstm_gates, leaves, cotangents)
     forward = sum(tensor.nbytes for tensor in (z, c, h, c_out))
     backward = sum(tensor.nbytes for tensor in (z, c, *cotangents, dz, dc))
     assert gates.moved_bytes(rows, features, dtype, gates.FORWARD_ELEMENTS) == forward
@@ -79,7 +84,10 @@ class Counted:
 
 
 def gates_by_formula(features: int, backward: bool) -> int:
-    """Operations of one row, by the formulas on numbers that count themselves; with ``backward`` those of the backward alone."""
+    """Operations of one row, by the formulas on numbers that count themselves.
+
+    With ``backward`` those of the backward alone.
+    """
     Counted.operations = 0
 
     def random(count: int = features) -> list[Counted]:
@@ -135,7 +143,7 @@ def test_the_bytes_of_a_cell_are_those_of_the_tensors(dtype: torch.dtype) -> Non
     rows, features = 6, 10
     leaves = [tensor.requires_grad_() for tensor in cell.make_inputs(rows, features, dtype)]
     cotangents = [torch.randn(rows, features).to(dtype) for _ in range(2)]
-    found = gates.forward_and_backward(dl.reference.depth_lstm_cell, leaves, cotangents)
+    found = forward_and_backward(dl.reference.depth_lstm_cell, leaves, cotangents)
     assert cell.moved_bytes(rows, features, dtype) == sum(tensor.nbytes for tensor in (*leaves, *cotangents, *found))
 
 
@@ -144,15 +152,15 @@ def test_flops_of_a_cell() -> None:
     inputs = [tensor.requires_grad_() for tensor in cell.make_inputs(rows, FEATURES, torch.float32)]
     cotangents = [torch.randn(rows, FEATURES) for _ in range(2)]
     # the counter cannot follow autograd.grad
-    found = counted(lambda: torch.autograd.backward(compiled.reference_cell(*inputs), cotangents))
-    assert products.training_flops(products.cell(rows, FEATURES)) == found
+    found = counted(lambda: torch.autograd.backward(cell.reference_cell(*inputs), cotangents))
+    assert matrix_products.training_flops(matrix_products.cell(rows, FEATURES)) == found
 
 
 def test_flops_of_an_encoder_layer_and_of_its_rival() -> None:
     h, c = (torch.randn(BATCH, LENGTH, FEATURES, requires_grad=True) for _ in range(2))
     cotangents = [torch.randn(BATCH, LENGTH, FEATURES) for _ in range(2)]
     eager, residual = layer.depth_lstm_layers(FEATURES, HEADS)["eager"], layer.residual_layer(FEATURES, HEADS)
-    wanted = products.training_flops(products.encoder_layer(BATCH, LENGTH, FEATURES, HEADS))
+    wanted = matrix_products.training_flops(matrix_products.encoder_layer(BATCH, LENGTH, FEATURES, HEADS))
     assert counted(lambda: torch.autograd.backward(eager(h, c), cotangents)) == wanted
     assert counted(lambda: residual(h).backward(cotangents[0])) == wanted
 
@@ -162,18 +170,18 @@ def test_flops_of_a_model_and_of_its_rival(name: str) -> None:
     models = model.build(FEATURES, HEADS, LAYERS, VOCABULARY)
     source, target = torch.randint(3, VOCABULARY, (BATCH, LENGTH)), torch.randint(3, VOCABULARY, (BATCH, LENGTH + 1))
     needed = model.needed_products(BATCH, LENGTH, FEATURES, HEADS, LAYERS, VOCABULARY)
-    assert counted(lambda: model.step(models[name], source, target)) == products.training_flops(needed)
+    assert counted(lambda: model.step(models[name], source, target)) == matrix_products.training_flops(needed)
 
 
 def test_a_run_of_bare_products_computes_what_is_counted() -> None:
-    needed = [*products.decoder_layer(BATCH, LENGTH, 5, FEATURES, HEADS), *products.cell(3, FEATURES)]
-    assert counted(products.training_run(needed, torch.float32)) == products.training_flops(needed)
+    needed = [*matrix_products.decoder_layer(BATCH, LENGTH, 5, FEATURES, HEADS), *matrix_products.cell(3, FEATURES)]
+    assert counted(matrix_products.training_run(needed, torch.float32)) == matrix_products.training_flops(needed)
 
 
 def test_models_have_equally_many_matrix_entries(monkeypatch: pytest.MonkeyPatch) -> None:
     models = model.build(FEATURES, HEADS, LAYERS, VOCABULARY)
     wanted = LAYERS * (12 + 16) * FEATURES**2 + 2 * VOCABULARY * FEATURES
-    assert {layer.matrix_entries(module) for module in models.values()} == {wanted}
+    assert {matrix_products.matrix_entries(module) for module in models.values()} == {wanted}
     smaller = model.ResidualTransformer
     monkeypatch.setattr(model, "ResidualTransformer", lambda *sizes: smaller(*sizes[:3], sizes[3] - 1, sizes[4]))
     with pytest.raises(ValueError, match="unequal size"):
@@ -182,8 +190,8 @@ def test_models_have_equally_many_matrix_entries(monkeypatch: pytest.MonkeyPatch
 
 def test_bytes_of_the_weights_that_decoding_reads() -> None:
     steps, fused = 5, decoding.build(FEATURES, LAYERS, VOCABULARY)["fused"]
-    once = layer.matrix_entries(fused.encoder)
-    each = layer.matrix_entries(fused.decoder) + fused.output.weight.numel()
+    once = matrix_products.matrix_entries(fused.encoder)
+    each = matrix_products.matrix_entries(fused.decoder) + fused.output.weight.numel()
     keys = sum(entry.cross_attn.kv_proj.weight.numel() for entry in fused.decoder.layers)
     wanted = 4 * (once + keys + steps * (each - keys))
     assert decoding.weight_bytes(FEATURES, LAYERS, VOCABULARY, steps, folded=False) == wanted
@@ -201,15 +209,15 @@ def test_cost_of_a_call_counts_innermost_operators_and_the_peak_of_memory() -> N
         del first
         return torch.mul(second, x)  # 8 kB again
 
-    assert cost.of_call(run) == cost.Cost(3, 8000)
+    assert call_cost.of_call(run) == call_cost.Cost(3, 8000)
     # clone calls empty_like, which calls empty_strided, and copy_
-    assert cost.of_call(lambda: torch.clone(x)) == cost.Cost(2, 4000)
+    assert call_cost.of_call(lambda: torch.clone(x)) == call_cost.Cost(2, 4000)
     leaf = x.clone().requires_grad_()
-    assert cost.of_call(lambda: torch.autograd.grad(leaf.exp(), leaf, x)).op_calls >= 2  # exp and its backward's mul
+    assert call_cost.of_call(lambda: torch.autograd.grad(leaf.exp(), leaf, x)).op_calls >= 2  # exp and its backward's mul
 
 
 @needs_cpp
 def test_fused_gates_are_one_call_without_scratch() -> None:
     inputs = gates.make_inputs(8, 64, torch.float32)
     with torch.no_grad(), dl.use_backend("cpp"):
-        assert cost.of_call(lambda: dl.depth_lstm_gates(*inputs)) == cost.Cost(1, 2 * 8 * 64 * 4)
+        assert call_cost.of_call(lambda: dl.depth_lstm_gates(*inputs)) == call_cost.Cost(1, 2 * 8 * 64 * 4)

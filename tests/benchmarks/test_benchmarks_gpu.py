@@ -1,7 +1,7 @@
 """`make gpu` without a GPU: bytes, guards, the budget of time, the supervisor, and a rehearsal of the whole.
 
-test_benchmarks_gpu_stages.py has the programs that it starts and the order of its jobs, test_benchmarks_gpu_report.py what becomes of
-its results.
+test_benchmarks_gpu_stages.py has the programs that it starts and the order of its jobs, test_benchmarks_gpu_report.py
+what becomes of its results.
 """
 
 from __future__ import annotations
@@ -24,22 +24,19 @@ import depthlstm_fast as dl
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from depthlstm_fast.bench import (  # noqa: E402
-    device,
-    gates,
-    gpu,
-    gpu_bench,
-    gpu_checks,
-    gpu_kernels,
-    gpu_report,
-    machine,
-    plans,
-    supervisor,
-)
-from depthlstm_fast.bench.checks import Check  # noqa: E402
-from depthlstm_fast.bench.rows import Row, Settings, Target, timed_backends  # noqa: E402
-from depthlstm_fast.bench.stages import Budget, Job, Recorder, read_run, run_jobs  # noqa: E402
-from depthlstm_fast.bench.timing import HostStopwatch, interleave  # noqa: E402
+from depthlstm_fast.bench.gpu import bench as gpu_bench  # noqa: E402
+from depthlstm_fast.bench.gpu import checker as gpu_checker  # noqa: E402
+from depthlstm_fast.bench.gpu import launch_plans, subject_rows, supervisor  # noqa: E402
+from depthlstm_fast.bench.gpu import report as gpu_report  # noqa: E402
+from depthlstm_fast.bench.gpu import run as gpu_run  # noqa: E402
+from depthlstm_fast.bench.gpu.jobs import Budget, Job, Recorder, read_run, run_jobs  # noqa: E402
+from depthlstm_fast.bench.measure import gpu_timing, machine, poison  # noqa: E402
+from depthlstm_fast.bench.measure.accuracy import Check  # noqa: E402
+from depthlstm_fast.bench.measure.place import Place  # noqa: E402
+from depthlstm_fast.bench.measure.problems import Problem, Timekeeper  # noqa: E402
+from depthlstm_fast.bench.measure.rows import Row, Settings, Target  # noqa: E402
+from depthlstm_fast.bench.measure.timing import HostStopwatch, interleave  # noqa: E402
+from depthlstm_fast.bench.subjects import gates  # noqa: E402
 
 sys.path.remove(str(ROOT))
 
@@ -58,7 +55,7 @@ def test_bytes_of_the_main_problems() -> None:
     cache = 64 << 20
     for features, rows, dtype in gpu_bench.FULL.gates:
         assert gates.moved_bytes(rows, features, dtype, gates.FORWARD_ELEMENTS) > 6 * cache
-    assert {size[0] for size in gpu_bench.FULL.gates[:3]} == set(gpu_kernels.MAIN)
+    assert {size[0] for size in gpu_bench.FULL.gates[:3]} == set(gates.GPU_WIDTHS)
 
 
 def test_one_copy_is_of_half_the_bytes_that_it_moves() -> None:
@@ -71,9 +68,12 @@ def test_one_copy_is_of_half_the_bytes_that_it_moves() -> None:
 def test_backends_share_their_rivals() -> None:
     calls: list[str] = []
     runs = {name: lambda name=name: calls.append(name) for name in ("eager", "one", "two", "against")}
-    rows = {name: Row("gates", name, "fp32", "", "ms") for name in ("one", "two")}
-    found = timed_backends(rows, runs, [Target("eager", "speedup")], Settings(minimum=2, seconds=0.0), 1.0, HostStopwatch(), warmups=1)
-    assert [row.name for row in found] == ["one", "two"]
+    asked: list[str] = []
+    place, keeper = Place(backends=("one", "two"), gpu=True), Timekeeper(lambda name: asked.append(name) or HostStopwatch())  # type: ignore[func-returns-value]
+    problem = Problem(Row("gates", "a", "fp32", "", "ms"), runs, [Target("eager", "speedup")], place=place, clock="latency")
+    found = problem.measure(Settings(minimum=2, seconds=0.0), lambda: None, keeper)
+    assert asked == ["latency"]
+    assert [row.backend for row in found] == ["one", "two"]
     assert all(set(row.values) == {"eager", "against", "fused"} for row in found)
     assert found[0].values["eager"] == found[1].values["eager"]
     assert sorted(calls) == sorted(["eager", "one", "two", "against"] * 3)
@@ -103,8 +103,8 @@ def test_the_stopwatch_keeps_waiting_out_of_the_time(monkeypatch: pytest.MonkeyP
     slept: list[float] = []
     for name, stand_in in (("Event", Event), ("_sleep", sleep), ("synchronize", lambda *_: None)):
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(device, "FLUSH_BYTES", 64)
-    watch = device.EventStopwatch(CPU)
+    monkeypatch.setattr(gpu_timing, "FLUSH_BYTES", 64)
+    watch = gpu_timing.EventStopwatch(CPU)
 
     def work() -> None:
         Event.now += 0.25
@@ -112,10 +112,10 @@ def test_the_stopwatch_keeps_waiting_out_of_the_time(monkeypatch: pytest.MonkeyP
 
     samples = interleave({"a": work, "b": work}, seconds=0, minimum=3, warmups=2, stopwatch=watch)
     assert samples == {"a": pytest.approx([0.25] * 3), "b": pytest.approx([0.25] * 3)}
-    assert all(0.003 <= seconds <= device.LONGEST_HOST_SECONDS for seconds in slept[-6:])  # one and a half of the host's 2 ms
+    assert all(0.003 <= seconds <= gpu_timing.LONGEST_HOST_SECONDS for seconds in slept[-6:])  # one and a half of the host's 2 ms
     watch.reset()
     watch.begin("a")
-    assert slept[-1] == pytest.approx(device.SLACK_SECONDS)
+    assert slept[-1] == pytest.approx(gpu_timing.SLACK_SECONDS)
 
 
 # --- correct before fast
@@ -127,18 +127,18 @@ def check_of(passed: bool, backend: str = "triton", tensor: str = "h") -> Check:
 
 def bench_with(checker: Any, backends: tuple[str, ...] = ("triton",)) -> gpu_bench.Bench:
     settings = Settings(minimum=1, seconds=0.0, compile=False)
-    return gpu_bench.Bench(CPU, HostStopwatch(), backends, gpu_bench.TINY, checker, settings, warmups=1)
+    return gpu_bench.Bench(CPU, backends, gpu_bench.TINY, checker, settings, warmups=1)
 
 
 def test_a_red_check_keeps_a_row_from_being_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(gpu_checks.Checker, "_make", lambda *_: check_of(False))
-    monkeypatch.setattr(gpu_bench, "timed_backends", lambda *_: pytest.fail("a red subject was timed"))
-    bench = bench_with(gpu_checks.Checker(CPU, lambda _: 3))
+    monkeypatch.setattr(gpu_checker.Checker, "_make", lambda *_: check_of(False))
+    monkeypatch.setattr(Problem, "measure", lambda *_: pytest.fail("a red subject was timed"))
+    bench = bench_with(gpu_checker.Checker(CPU, lambda _: 3))
     subjects = (
-        lambda: gpu_kernels.gates_rows(bench, 16, 5, torch.bfloat16),
-        lambda: gpu_kernels.cell_rows(bench, 16, 5, True),
-        lambda: gpu_kernels.few_rows(bench, 1),
-        lambda: gpu_kernels.overhead_rows(bench),
+        lambda: subject_rows.gates_rows(bench, 16, 5, torch.bfloat16),
+        lambda: subject_rows.cell_rows(bench, 16, 5, True),
+        lambda: subject_rows.few_rows(bench, 1),
+        lambda: subject_rows.overhead_rows(bench),
     )
     recorder = Recorder(tmp_path, {"machine": {"cpu": "x", "python": "3", "torch": "2"}, "date": "today"}, gpu_report.render)
     for subject in subjects:
@@ -154,35 +154,44 @@ def test_a_red_check_keeps_a_row_from_being_timed(monkeypatch: pytest.MonkeyPatc
 
 def test_a_check_that_raises_or_ran_elsewhere_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Check] = []
-    checker = gpu_checks.Checker(CPU, lambda _: 3, on_check=told.append)
+    checker = gpu_checker.Checker(CPU, lambda _: 3, on_check=told.append)
 
     def fail(*_: Any) -> Check:
         raise RuntimeError("out of registers\nand more")
 
-    monkeypatch.setattr(gpu_checks.Checker, "_make", fail)
+    monkeypatch.setattr(gpu_checker.Checker, "_make", fail)
     assert "raised RuntimeError: out of registers" in str(checker.failure("gates", "triton", torch.bfloat16, 512))
-    monkeypatch.setattr(gpu_checks.Checker, "_make", lambda *_: check_of(True, "reference"))
+    monkeypatch.setattr(gpu_checker.Checker, "_make", lambda *_: check_of(True, "reference"))
     assert "ran on reference, not triton" in str(checker.failure("gates", "triton", torch.bfloat16, 1024))
-    monkeypatch.setattr(gpu_checks.Checker, "_make", lambda *_: check_of(True))
+    monkeypatch.setattr(gpu_checker.Checker, "_make", lambda *_: check_of(True))
     assert checker.failure("gates", "triton", torch.bfloat16, 2048) is None
     assert checker.failure("gates", "triton", torch.bfloat16, 512) is not None  # made once
     assert [made.passed for made in told] == [False, False, True]
 
 
 def test_poison_reaches_what_torch_allocates() -> None:
-    with gpu_checks.poisoned():
+    with poison.poisoned():
         assert torch.empty(100).isnan().all()
     assert not torch.are_deterministic_algorithms_enabled()
 
 
 @needs_triton
 def test_last_rows_are_held_to_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
-    checker = gpu_checks.Checker(CPU, lambda _: 3)
-    inputs = gates.make_inputs(6, 16, torch.bfloat16)
-    assert checker.last_rows("triton", inputs, 3) is None
+    told: list[Check] = []
+    monkeypatch.setattr(gpu_checker.Checker, "_make", lambda *_: check_of(True))
+    monkeypatch.setattr(gates, "LAST_ROWS", 3)
+
+    def rows() -> list[Row]:
+        bench = bench_with(gpu_checker.Checker(CPU, lambda _: 3, on_check=told.append))
+        return list(subject_rows.gates_rows(bench, 16, 6, torch.bfloat16))
+
+    assert [row.failure for row in rows()] == [None, None]
+    assert told[-1].size == "N=6 D=16"
     right = dl.depth_lstm_gates
     monkeypatch.setattr(dl, "depth_lstm_gates", lambda *a, **k: [1.05 * tensor for tensor in right(*a, **k)])
-    assert "RED" in str(checker.last_rows("triton", inputs, 3))
+    monkeypatch.setattr(Problem, "measure", lambda *_: pytest.fail("a red subject was timed"))
+    assert ["RED: last" in str(row.failure) for row in rows()] == [True, True]
+    assert len(told) == 2 * 2  # the width's and the last rows' check, each made once
 
 
 # --- guards, budget, results as they come
@@ -222,8 +231,8 @@ def test_jobs_are_guarded_skipped_and_written_down(tmp_path: Path) -> None:
 WORKER = """
 import os, sys, time
 from pathlib import Path
-from depthlstm_fast.bench import supervisor
-from depthlstm_fast.bench.stages import Budget, Job, Recorder, read_run, run_jobs
+from depthlstm_fast.bench.gpu import supervisor
+from depthlstm_fast.bench.gpu.jobs import Budget, Job, Recorder, read_run, run_jobs
 
 state, folder = Path(sys.argv[-1].removeprefix("--worker=")), Path(sys.argv[1])
 restarted = supervisor.hello(state, folder)
@@ -243,7 +252,8 @@ run_jobs(jobs, recorder, Budget(time.time() + 300), state)
 def test_the_worker_is_started_again_behind_a_crash_and_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{os.environ.get('PYTHONPATH', '')}")
     command = [sys.executable, "-c", WORKER, str(tmp_path)]
-    # far beyond what it takes: behind its deadline the supervisor starts no worker again, and returns the status of the one it stopped
+    # far beyond what it takes: behind its deadline the supervisor starts no worker again, and returns the status of
+    # the one it stopped
     status, folder = supervisor.supervise(command, time.time() + 600, 2, lambda run, where: None)
     assert (status, folder) == (0, tmp_path)
     run = read_run(tmp_path)
@@ -267,13 +277,13 @@ def test_candidates_begin_with_the_default_and_are_undone() -> None:
     from depthlstm_fast.kernels import depth_lstm as module
 
     before = dict(vars(module))
-    for kind, features in plans.FULL:
-        found = plans.candidates(module, kind, features)
+    for kind, features in launch_plans.FULL:
+        found = launch_plans.candidates(module, kind, features)
         assert found[0].warps > 0
         assert len(found) > 4
         assert all(one.default is (one is found[0]) for one in found[1:])
         assert len({(one.warps, str(one.constants), one.resident) for one in found}) == len(found)
-        patches = plans.Patches(module)
+        patches = launch_plans.Patches(module)
         patches.apply(found[1].patches)
         assert any(vars(module)[name] is not before[name] for name in found[1].patches)
         patches.apply({})
@@ -283,14 +293,14 @@ def test_candidates_begin_with_the_default_and_are_undone() -> None:
 @needs_triton
 def test_a_plan_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    right = plans.Problem.call
+    right = launch_plans.KernelCall.call
 
-    def wrong(self: plans.Problem) -> tuple[torch.Tensor, ...]:
+    def wrong(self: launch_plans.KernelCall) -> tuple[torch.Tensor, ...]:
         calls.append(1)
         return tuple(tensor + (len(calls) == 3) for tensor in right(self))
 
-    monkeypatch.setattr(plans.Problem, "call", wrong)
-    entries = plans.explore(bench_with(None), "forward", 128, most=3)
+    monkeypatch.setattr(launch_plans.KernelCall, "call", wrong)
+    entries = launch_plans.explore(bench_with(None), "forward", 128, most=3)
     assert [entry["failure"] is None for entry in entries] == [True, False, True]
     assert "check red" in entries[1]["failure"]
     assert entries[1]["ms"] == 0
@@ -301,14 +311,14 @@ def test_a_plan_that_computes_something_else_is_not_timed(monkeypatch: pytest.Mo
 
 def test_without_a_gpu_one_line_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main(["--probe"]) == 2
+    assert gpu_run.main(["--probe"]) == 2
     assert capsys.readouterr().err.splitlines() == ["make gpu: there is no GPU that torch can use; --rehearse runs every path on the CPU"]
 
 
 def test_a_rehearsal_is_never_a_result(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu.main(["--rehearse", "--output", str(gpu.RESULTS / "some-gpu")]) == 2
+    assert gpu_run.main(["--rehearse", "--output", str(gpu_run.RESULTS / "some-gpu")]) == 2
     assert "rehearsal" in capsys.readouterr().err
-    assert not (gpu.RESULTS / "some-gpu").exists()
+    assert not (gpu_run.RESULTS / "some-gpu").exists()
 
 
 def test_the_folder_of_a_gpu() -> None:
@@ -321,13 +331,14 @@ def test_the_folder_of_a_gpu() -> None:
 def test_rehearsal(tmp_path: Path) -> None:
     """Every stage but pytest's, in the processes that `make gpu` has; under 20 s on two slow cores."""
     pytest.importorskip("matplotlib")
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--rehearse", "--output", str(tmp_path), "--skip", "tests"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+    command = [sys.executable, "-m", "depthlstm_fast.bench.gpu", "--rehearse", "--output", str(tmp_path), "--skip", "tests"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     run = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert {job["status"] for job in run["jobs"]} == {"done"}
-    assert {job["stage"] for job in run["jobs"]} == set(gpu.STAGES) - {"tests", "autotune"}
+    assert {job["stage"] for job in run["jobs"]} == set(gpu_run.STAGES) - {"tests", "autotune"}
     assert run["rehearsal"]
     assert run["backends"] == ["triton", "cuda"], run["absent"]
     assert {row["backend"] for row in run["rows"]} == {"triton", "cuda"}

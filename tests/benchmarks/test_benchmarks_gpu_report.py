@@ -15,11 +15,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from depthlstm_fast.bench import external, gpu_compare, gpu_profile, gpu_report  # noqa: E402
-from depthlstm_fast.bench.checks import Check  # noqa: E402
-from depthlstm_fast.bench.rows import Row  # noqa: E402
-from depthlstm_fast.bench.stages import Recorder  # noqa: E402
-from depthlstm_fast.bench.timing import Spread  # noqa: E402
+from depthlstm_fast.bench.gpu import compare, counters, programs  # noqa: E402
+from depthlstm_fast.bench.gpu import report as gpu_report  # noqa: E402
+from depthlstm_fast.bench.gpu.jobs import Recorder  # noqa: E402
+from depthlstm_fast.bench.measure.accuracy import Check  # noqa: E402
+from depthlstm_fast.bench.measure.rows import Row  # noqa: E402
+from depthlstm_fast.bench.measure.timing import Spread  # noqa: E402
 
 sys.path.remove(str(ROOT))
 
@@ -38,14 +39,14 @@ SANITIZED = {
 
 @pytest.mark.parametrize("verdict", SANITIZED)
 def test_verdicts_of_the_sanitizer(verdict: str) -> None:
-    outcome = external.Outcome(None if verdict == "time was up" else 0, 1.0, SANITIZED[verdict])
-    assert external.judge("memcheck", outcome)["verdict"] == verdict
+    outcome = programs.Outcome(None if verdict == "time was up" else 0, 1.0, SANITIZED[verdict])
+    assert programs.judge("memcheck", outcome)["verdict"] == verdict
 
 
 @pytest.mark.parametrize("kernel", ["forward_warp", "forward_block", "forward_any", "narrow_backward", "row_statistics", "wide_backward"])
 def test_faults_in_cuda_kernels_are_ours_even_where_time_was_up(kernel: str) -> None:
     line = f"=========     at void depthlstm::bfloat16_::<unnamed>::{kernel}<float, (int)4>(depthlstm::Launch)+0x340 in kernel.cu:203"
-    entry = external.judge("racecheck", external.Outcome(None, 60.0, line), "cuda")
+    entry = programs.judge("racecheck", programs.Outcome(None, 60.0, line), "cuda")
     assert (entry["backend"], entry["verdict"], entry["ours"]) == ("cuda", "FAULTS", 1)
     assert not gpu_report.succeeded({"tests": [], "sanitizer": [entry], "jobs": [], "checks": []})
 
@@ -54,7 +55,7 @@ def test_the_names_of_the_kernels_are_known() -> None:
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "csrc").glob("*/cuda_*.cu")]
     names = {name for source in sources for name in re.findall(r"__global__ void [^;{]*?(\w+)\((?:const __grid|const float)", source)}
     assert {"forward_warp", "forward_any", "wide_backward", "sums_kernel"} <= names
-    assert all(any(known in name for known in external.KERNELS) for name in names), names
+    assert all(any(known in name for known in programs.KERNELS) for name in names), names
 
 
 # --- what the GPU's counters say
@@ -63,7 +64,7 @@ HEADING = '"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric V
 
 
 def counted(number: int, kernel: str, size: str, nanoseconds: str) -> list[str]:
-    values = ((gpu_profile.BYTES, "byte", size), (gpu_profile.SHARE, "%", "80.5"), (gpu_profile.SECONDS, "ns", nanoseconds))
+    values = ((counters.BYTES, "byte", size), (counters.SHARE, "%", "80.5"), (counters.SECONDS, "ns", nanoseconds))
     return [f'"{number}","7","{kernel}","{name}","{unit}","{value}"' for name, unit, value in values]
 
 
@@ -71,7 +72,7 @@ def test_counters_are_read() -> None:
     output = ["==PROF== Connected to process 7", HEADING]
     output += [*counted(0, "forward_warp", "1,000,000", "500"), *counted(1, "narrow_backward", "3000000", "1,500")]
     output += [*counted(2, "void depthlstm::x::<unnamed>::forward_block<float, 4>(Launch)", "8000000", "4000"), "==PROF== Disconnected"]
-    entry = gpu_profile.judge("cuda", external.Outcome(0, 9.0, "\n".join(output)), [(512, 65536), (1024, 32768)])
+    entry = counters.judge("cuda", programs.Outcome(0, 9.0, "\n".join(output)), [(512, 65536), (1024, 32768)])
     assert entry["reason"] == ""
     found = [(kernel["kernel"], kernel["features"], kernel["gb_per_s"], kernel["share_of_peak"]) for kernel in entry["kernels"]]
     assert found == [
@@ -79,7 +80,7 @@ def test_counters_are_read() -> None:
         ("narrow_backward", 512, pytest.approx(2000), pytest.approx(0.805)),
         ("forward_block", 1024, pytest.approx(2000), pytest.approx(0.805)),
     ]
-    lines = gpu_report.counter_lines({"counters": [entry, gpu_profile.without("triton", "no ncu")]})
+    lines = gpu_report.counter_lines({"counters": [entry, counters.without("triton", "no ncu")]})
     assert lines[0] == "cuda D=512 forward_warp: 2,000 GB/s of memory, 80% of the peak, 1.0 MB in 0.5 us"
     assert lines[-1] == "triton: no counters: no ncu"
 
@@ -88,19 +89,19 @@ def test_counters_that_may_not_be_read() -> None:
     output = (
         "==PROF== Connected\n==ERROR== ERR_NVGPUCTRPERM - The user does not have permission to access Performance Counters.\n==PROF== end"
     )
-    entry = gpu_profile.judge("triton", external.Outcome(1, 3.0, output), [(512, 8)])
+    entry = counters.judge("triton", programs.Outcome(1, 3.0, output), [(512, 8)])
     assert entry["kernels"] == []
     assert entry["reason"].startswith("ncu ended with status 1; ==ERROR== ERR_NVGPUCTRPERM")
-    assert "it printed nothing" in gpu_profile.judge("triton", external.Outcome(None, 3.0, ""), [(512, 8)])["reason"]
+    assert "it printed nothing" in counters.judge("triton", programs.Outcome(None, 3.0, ""), [(512, 8)])["reason"]
     for value in ("n/a", "0"):  # a counter that this GPU has not
         output = "\n".join([HEADING, *counted(0, "forward_any", "1", value)])
-        assert gpu_profile.judge("cuda", external.Outcome(0, 1.0, output), [(33, 8)])["kernels"] == []
+        assert counters.judge("cuda", programs.Outcome(0, 1.0, output), [(33, 8)])["kernels"] == []
 
 
 # --- both backends
 
 
-def timed(backend: str, times: tuple[float, float, float], features: int = 512, name: str = gpu_compare.DECISIVE) -> Row:
+def timed(backend: str, times: tuple[float, float, float], features: int = 512, name: str = compare.DECISIVE) -> Row:
     row = Row("gates", name, "bf16", f"N=65536 D={features}", "ms", backend=backend)
     row.values = {"fused": Spread(*times)}
     return row
@@ -126,7 +127,7 @@ def pair_of(features: int, triton: tuple[float, float, float], cuda: tuple[float
     return [timed("triton", triton, features), timed("cuda", cuda, features)]
 
 
-def test_the_fastest_is_written_as_measured_py_has_it(tmp_path: Path) -> None:
+def test_the_fastest_is_written_as_fastest_py_has_it(tmp_path: Path) -> None:
     rows = [
         *pair_of(512, (2.0, 1.9, 2.1), (1.0, 0.9, 1.1)),
         *pair_of(1024, (1.0, 0.9, 1.1), (2.0, 1.9, 2.1)),
@@ -138,26 +139,27 @@ def test_the_fastest_is_written_as_measured_py_has_it(tmp_path: Path) -> None:
     ]
     run = run_of(tmp_path, *rows)
     run["checks"].append({"subject": "gates", "dtype": "bf16", "size": "N=131 D=4096", "passed": False, "backend": "cuda"})
-    text = gpu_compare.fastest_text(run)
+    text = compare.fastest_text(run)
     table = eval("{" + text + "}", {"torch": torch})
     gpu_name = "NVIDIA H100 80GB HBM3"
-    assert table == {(gpu_name, 512, torch.bfloat16): "cuda", (gpu_name, 1024, torch.bfloat16): "triton"}
+    keys = [("depth_lstm", gpu_name, features, torch.bfloat16) for features in (512, 1024)]
+    assert table == dict(zip(keys, ("cuda", "triton"), strict=True))
     assert "# benchmarks/results/nvidia-h100-80gb-hbm3: triton 2 ms and cuda 1 ms" in text
-    assert all(len(line) <= 140 for line in text.splitlines())
+    assert all(len(line) <= 120 for line in text.splitlines())
     assert (tmp_path / "fastest.txt").is_file()
-    assert gpu_compare.fastest_entries(run | {"rehearsal": True}) == []
+    assert compare.fastest_entries(run | {"rehearsal": True}) == []
 
 
 def test_both_backends_side_by_side(tmp_path: Path) -> None:
     run = run_of(tmp_path, *pair_of(512, (2.0, 1.9, 2.1), (1.0, 0.9, 1.1)), *pair_of(1024, (1.0, 0.9, 1.1), (1.0, 0.9, 1.1)))
-    table = gpu_compare.pair_lines(run)
+    table = compare.pair_lines(run)
     assert table[1] == ["gates forward + backward, bf16, N=65536 D=512", "2 ms", "1 ms", "2.00x", "CUDA C++"]
     assert table[2][-2:] == ["1.00x", "within the spread"]
     for text in (gpu_report.text(run), (tmp_path / "report.md").read_text(encoding="utf-8")):
         assert "within the spread" in text
         assert "2.00x" in text
     alone = run_of(tmp_path / "alone", timed("cuda", (1.0, 1.0, 1.0)), absent={"triton": "it is not installed"})
-    assert gpu_compare.pair_lines(alone) == []
+    assert compare.pair_lines(alone) == []
     assert not (tmp_path / "alone" / "fastest.txt").exists()
     assert "without triton: it is not installed" in gpu_report.text(alone)
 
@@ -186,7 +188,7 @@ def test_report_of_a_run_that_went_wrong(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, {"machine": about, "date": "today", "ceilings": {"copy_gb_per_s": 3000, "bf16_tflop_per_s": 790}})
     recorder.run["plans"] = [plan(0.2, default=True), plan(0.0, failure="OutOfResources"), plan(0.1)]
     recorder.add("checks", vars(Check("gates", "bf16", False, "h", 1e-3, 2e-3, 3.0, "triton", "N=3 D=512")))
-    recorder.add("sanitizer", external.judge("memcheck", external.Outcome(9, 1.0, SANITIZED["FAULTS"])))
+    recorder.add("sanitizer", programs.judge("memcheck", programs.Outcome(9, 1.0, SANITIZED["FAULTS"])))
     recorder.add(
         "tests", {"name": "t.py", "status": "failed", "counts": {"failed": 1}, "failing": ["x: y"], "seconds": 1.0, "tail": "the end"}
     )

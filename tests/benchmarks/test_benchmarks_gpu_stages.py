@@ -18,21 +18,14 @@ GPU_TESTS = ("tests/backends/gpu/test_gpu.py", "tests/backends/gpu/test_gpu_devi
 CUDA_TESTS, TRITON_TESTS = "tests/backends/cuda/test_cuda.py", "tests/backends/triton/test_triton.py"
 sys.path.insert(0, str(ROOT))
 
-from depthlstm_fast.bench import (  # noqa: E402
-    external,
-    gpu,
-    gpu_bench,
-    gpu_build,
-    gpu_checks,
-    gpu_kernels,
-    gpu_profile,
-    gpu_rehearsal,
-    gpu_stages,
-    prepare,
-    sanitize,
-)
-from depthlstm_fast.bench.stages import Budget, Job, Recorder, run_jobs  # noqa: E402
-from depthlstm_fast.bench.timing import HostStopwatch  # noqa: E402
+from depthlstm_fast.bench.gpu import bench as gpu_bench  # noqa: E402
+from depthlstm_fast.bench.gpu import build_library, counters, prepare, programs, rehearsal, sanitize, stages  # noqa: E402
+from depthlstm_fast.bench.gpu import checker as gpu_checker  # noqa: E402
+from depthlstm_fast.bench.gpu import run as gpu_run  # noqa: E402
+from depthlstm_fast.bench.gpu.jobs import Budget, Job, Recorder, run_jobs  # noqa: E402
+from depthlstm_fast.bench.measure.compiled import Compiled  # noqa: E402
+from depthlstm_fast.bench.measure.place import Place  # noqa: E402
+from depthlstm_fast.bench.subjects.gates import GPU_WIDTHS  # noqa: E402
 
 sys.path.remove(str(ROOT))
 
@@ -46,7 +39,7 @@ def test_programs_run_side_by_side_under_a_limit() -> None:
     script = "import time; print('begun', flush=True); time.sleep({})"
     commands = {str(seconds): [sys.executable, "-c", script.format(seconds)] for seconds in (0, 60)}
     told: list[str] = []
-    outcomes = external.run_all(commands, 2.0, on_end=lambda name, outcome: told.append(f"{name} {outcome.output.split()[0]}"))
+    outcomes = programs.run_all(commands, 2.0, on_end=lambda name, outcome: told.append(f"{name} {outcome.output.split()[0]}"))
     assert told == ["0 begun", "60 begun"]
     assert (outcomes["0"].code, outcomes["60"].code) == (0, None)
     assert all(outcome.output.startswith("begun\n") for outcome in outcomes.values())
@@ -54,15 +47,15 @@ def test_programs_run_side_by_side_under_a_limit() -> None:
 
 
 def test_suites_are_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(external, "ROOT", tmp_path)
+    monkeypatch.setattr(programs, "ROOT", tmp_path)
     (tmp_path / "test_a.py").write_text("def test_one(): pass\ndef test_two(): assert 1 == 2\n", encoding="utf-8")
     suites = tmp_path / "out" / "tests.xml"
-    entry = external.run_tests("test_a.py", suites, 60, 1)
+    entry = programs.run_tests("test_a.py", suites, 60, 1)
     assert (entry["status"], entry["counts"]) == ("failed", {"passed": 1, "failed": 1, "skipped": 0})
     assert entry["failing"] == ["test_two: assert 1 == 2"]
     assert "1 failed, 1 passed" in entry["tail"]
-    assert external.run_tests("test_b.py", suites, 60, 1)["status"] == "absent"
-    assert external.append_suite(suites, tmp_path / "nothing.xml") is None
+    assert programs.run_tests("test_b.py", suites, 60, 1)["status"] == "absent"
+    assert programs.append_suite(suites, tmp_path / "nothing.xml") is None
 
 
 def test_tasks_of_the_compilers() -> None:
@@ -87,11 +80,13 @@ def test_tasks_run(monkeypatch: pytest.MonkeyPatch) -> None:
         return call
 
     monkeypatch.setattr(torch, "compile", compile)
-    prepare.prepare_gates(16, 3, torch.bfloat16, CPU, compile=False, triton=False)
-    prepare.prepare_layer(CPU, ["cuda", "cpp"], 16, 2, 1, 3)
+    prepare.prepare_gates(16, 3, torch.bfloat16, Place(device=CPU, backends=("cuda",), gpu=True))
+    assert ran == []
+    prepare.prepare_layer(Place(Compiled(), CPU, ("cuda", "cpp"), gpu=True), 16, 2, 1, 3)
     assert ran[-3:-1] == ["cuda", "cpp"]
+    assert len(ran) == 4
     prepare.prepare_few(16, 2, CPU)
-    assert len(ran) == 6
+    assert len(ran) == 4 + 2 * 3
 
 
 # --- what is built, and in which order it is measured
@@ -99,26 +94,26 @@ def test_tasks_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_library_is_built_for_the_gpu_alone(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv("DEPTHLSTM_CUDA_ARCHS", raising=False)
-    start, script = external.start, "import os; print(os.environ.get('DEPTHLSTM_CUDA_ARCHS'), flush=True)"
-    monkeypatch.setattr(external, "start", lambda command, *rest: start([sys.executable, "-c", script], *rest))
-    assert gpu_build.build("90") is None
+    start, script = programs.start, "import os; print(os.environ.get('DEPTHLSTM_CUDA_ARCHS'), flush=True)"
+    monkeypatch.setattr(programs, "start", lambda command, *rest: start([sys.executable, "-c", script], *rest))
+    assert build_library.build("90") is None
     monkeypatch.setenv("DEPTHLSTM_CUDA_ARCHS", "80;90")
-    assert gpu_build.build("90") is None
+    assert build_library.build("90") is None
     assert capfd.readouterr().out.split() == ["90", "80;90"]
-    monkeypatch.setattr(external, "start", lambda command, *rest: start([sys.executable, "-c", "import time; time.sleep(60)"], *rest))
-    assert gpu_build.build("90", limit=0.5) == "the build was stopped after 0 s"
-    monkeypatch.setattr(external, "start", lambda command, *rest: start([sys.executable, "-c", "raise SystemExit(3)"], *rest))
-    assert gpu_build.build(None) == "the build ended with status 3"
+    monkeypatch.setattr(programs, "start", lambda command, *rest: start([sys.executable, "-c", "import time; time.sleep(60)"], *rest))
+    assert build_library.build("90", limit=0.5) == "the build was stopped after 0 s"
+    monkeypatch.setattr(programs, "start", lambda command, *rest: start([sys.executable, "-c", "raise SystemExit(3)"], *rest))
+    assert build_library.build(None) == "the build ended with status 3"
 
 
 def test_without_nvcc_a_library_that_serves_is_kept(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     built: list[str | None] = []
-    monkeypatch.setattr(gpu_build, "build", built.append)
-    monkeypatch.setattr(gpu_build, "architecture", lambda: "90")
+    monkeypatch.setattr(build_library, "build", built.append)
+    monkeypatch.setattr(build_library, "architecture", lambda: "90")
     for nvcc, serves in ((False, True), (True, True), (False, False)):
-        monkeypatch.setattr(gpu_build, "has_nvcc", lambda nvcc=nvcc: nvcc)
-        monkeypatch.setattr(gpu_build, "runs_here", lambda serves=serves: serves)
-        assert gpu_build.main() == 0
+        monkeypatch.setattr(build_library, "has_nvcc", lambda nvcc=nvcc: nvcc)
+        monkeypatch.setattr(build_library, "runs_here", lambda serves=serves: serves)
+        assert build_library.main() == 0
     assert built == ["90", "90"]
     assert "there is no nvcc; the library stays" in capsys.readouterr().out
 
@@ -126,25 +121,25 @@ def test_without_nvcc_a_library_that_serves_is_kept(monkeypatch: pytest.MonkeyPa
 def test_a_backend_that_is_missing_is_named_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"triton": (True, "Triton"), "cuda": (False, "no CUDA kernels in the library"), "cpp": (True, "")}
     monkeypatch.setattr(dl, "backends", lambda: found)
-    assert gpu.backends_under_test(None, False) == (("triton",), {"cuda": "no CUDA kernels in the library"})
-    assert gpu.backends_under_test(["cuda"], False) == ((), {"cuda": "no CUDA kernels in the library"})
-    monkeypatch.setattr(gpu_rehearsal, "stand_in_for_cuda", lambda: None)
-    assert gpu.backends_under_test(["cuda", "triton"], True) == (("triton", "cuda"), {})
-    monkeypatch.setattr(gpu_rehearsal, "stand_in_for_cuda", lambda: "no compiler")
-    assert gpu.backends_under_test(None, True) == (("triton",), {"cuda": "no compiler"})
+    assert gpu_run.backends_under_test(None, False) == (("triton",), {"cuda": "no CUDA kernels in the library"})
+    assert gpu_run.backends_under_test(["cuda"], False) == ((), {"cuda": "no CUDA kernels in the library"})
+    monkeypatch.setattr(rehearsal, "stand_in_for_cuda", lambda: None)
+    assert gpu_run.backends_under_test(["cuda", "triton"], True) == (("triton", "cuda"), {})
+    monkeypatch.setattr(rehearsal, "stand_in_for_cuda", lambda: "no compiler")
+    assert gpu_run.backends_under_test(None, True) == (("triton",), {"cuda": "no compiler"})
 
 
 def jobs_of(tmp_path: Path, *arguments: str, backends: tuple[str, ...] = ("triton", "cuda")) -> list[Job]:
-    bench = gpu_bench.Bench(CPU, HostStopwatch(), backends, gpu_bench.FULL, gpu_checks.Checker(CPU, lambda _: 3))
-    return gpu_stages.Stages(bench, Recorder(tmp_path, {}), Budget(1e12), gpu.command_line().parse_args(list(arguments))).jobs()
+    bench = gpu_bench.Bench(CPU, backends, gpu_bench.FULL, gpu_checker.Checker(CPU, lambda _: 3))
+    return stages.Stages(bench, Recorder(tmp_path, {}), Budget(1e12), gpu_run.command_line().parse_args(list(arguments))).jobs()
 
 
 def test_what_tells_most_comes_first(tmp_path: Path) -> None:
     jobs = jobs_of(tmp_path)
     names = [job.name for job in jobs]
     assert len(set(names)) == len(names)  # a job of a known name is not run again
-    assert {job.stage for job in jobs} == set(gpu.STAGES)
-    gates_jobs = [f"gates D={features} bfloat16" for features in gpu_kernels.MAIN]
+    assert {job.stage for job in jobs} == set(gpu_run.STAGES)
+    gates_jobs = [f"gates D={features} bfloat16" for features in GPU_WIDTHS]
     order = [
         *gates_jobs,
         "checks",
@@ -180,8 +175,8 @@ def test_calls_for_the_sanitizer(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 def test_plans_are_compiled_while_triton_is_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     entry = {"status": "passed", "counts": {}, "failing": [], "seconds": 1.0, "tail": ""}
-    monkeypatch.setattr(external, "run_tests", lambda path, *_: calls.append(path) or {"name": path, **entry})
-    monkeypatch.setattr(gpu_stages.Stages, "_compile_plans", lambda self: calls.append("plans"))
+    monkeypatch.setattr(programs, "run_tests", lambda path, *_: calls.append(path) or {"name": path, **entry})
+    monkeypatch.setattr(stages.Stages, "_compile_plans", lambda self: calls.append("plans"))
     for job in jobs_of(tmp_path):
         if job.stage == "tests":
             job.run()
@@ -201,11 +196,11 @@ def run_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, tool:
     if tool is not None:
         program.write_text(f"#!/bin/sh\n{tool}\n", encoding="utf-8")
         program.chmod(0o755)
-    monkeypatch.setattr(external, "find_tool", lambda name: None if tool is None else str(program))
-    bench = gpu_bench.Bench(CPU, HostStopwatch(), ("triton", "cuda"), gpu_bench.FULL, gpu_checks.Checker(CPU, lambda _: 3))
+    monkeypatch.setattr(programs, "find_tool", lambda name: None if tool is None else str(program))
+    bench = gpu_bench.Bench(CPU, ("triton", "cuda"), gpu_bench.FULL, gpu_checker.Checker(CPU, lambda _: 3))
     recorder = Recorder(tmp_path, {"counters": []})
-    options = gpu.command_line().parse_args(["--only", stage])
-    run_jobs(gpu_stages.Stages(bench, recorder, Budget(1e12), options).jobs(), recorder, Budget(1e12), say=lambda _: None)
+    options = gpu_run.command_line().parse_args(["--only", stage])
+    run_jobs(stages.Stages(bench, recorder, Budget(1e12), options).jobs(), recorder, Budget(1e12), say=lambda _: None)
     assert {job["status"] for job in recorder.run["jobs"]} == {"done"}, recorder.run["jobs"]
     return recorder.run
 
@@ -215,7 +210,7 @@ def test_every_check_of_the_sanitizer_is_recorded(tmp_path: Path, monkeypatch: p
         "sanitizer"
     ]
     assert [entry["backend"] for entry in found] == ["cuda"] * 4 + ["triton"] * 4
-    assert {entry["check"] for entry in found} == set(external.TOOLS)
+    assert {entry["check"] for entry in found} == set(programs.TOOLS)
     assert all(entry["verdict"] == "clean" for entry in found)
     assert all(entry["output"].split()[:2] == [entry["check"], entry["backend"]] for entry in found)
     found = run_stage(tmp_path, monkeypatch, "sanitizer", None)["sanitizer"]
@@ -225,7 +220,7 @@ def test_every_check_of_the_sanitizer_is_recorded(tmp_path: Path, monkeypatch: p
 def test_counters_are_recorded_or_why_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = '"0","forward_warp","{}","{}","{}"'
     lines = ['"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"']
-    lines += [row.format(gpu_profile.BYTES, "byte", "1000"), row.format(gpu_profile.SECONDS, "ns", "2000")]
+    lines += [row.format(counters.BYTES, "byte", "1000"), row.format(counters.SECONDS, "ns", "2000")]
     found = run_stage(tmp_path, monkeypatch, "counters", "\n".join(f"echo '{line}'" for line in lines))["counters"]
     assert [entry["kernels"][0]["gb_per_s"] for entry in found] == [pytest.approx(0.5)] * 2
     assert found[0]["kernels"][0]["share_of_peak"] is None

@@ -1,9 +1,13 @@
-"""The benchmark suite as it is run: the command, pytest-benchmark, and the committed results. Nothing here asserts a speed."""
+"""The benchmark suite as it is run: the command, pytest-benchmark, and the committed results.
+
+Nothing here asserts a speed.
+"""
 
 from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import json
 import os
 import subprocess
@@ -23,9 +27,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from depthlstm_fast.bench import __main__ as command  # noqa: E402
-from depthlstm_fast.bench import checks, machine, report, rounds, timing, translation  # noqa: E402
-from depthlstm_fast.bench.problems import KeptProblem, Problem  # noqa: E402
-from depthlstm_fast.bench.rows import QUICK, Row, Settings, Target  # noqa: E402
+from depthlstm_fast.bench.measure import accuracy, machine, pytest_turns, timing  # noqa: E402
+from depthlstm_fast.bench.measure.problems import KeptProblem, Problem  # noqa: E402
+from depthlstm_fast.bench.measure.rows import QUICK, Row, Settings, Target  # noqa: E402
+from depthlstm_fast.bench.report import tables  # noqa: E402
+from depthlstm_fast.bench.subjects import registry, translation  # noqa: E402
 
 sys.path.remove(str(ROOT))
 
@@ -34,7 +40,7 @@ COMMITTED = sorted((ROOT / "benchmarks" / "results").glob("*/results.json"))
 COMMITTED = [
     path for path in COMMITTED if path.parent.name != "latest" and "gpu" not in json.loads(path.read_text(encoding="utf-8"))["machine"]
 ]
-RED = checks.Check("gates", "fp32", False, "h", 1.0, 0.1, 5.0, "cpp")
+RED = accuracy.Check("gates", "fp32", False, "h", 1.0, 0.1, 5.0, "cpp")
 
 
 def problem(**changes: Any) -> Problem:
@@ -48,11 +54,11 @@ SAMPLES = {"eager": [8.0] * 7, "fused": [2.0] * 7, "against": [1.5] * 7}
 
 
 def test_rates_and_the_share_of_the_floor_come_from_the_medians() -> None:
-    row = problem(moved_bytes=10 * 10**9, flops=6 * 10**9, floor="against").finish(SAMPLES)
+    (row,) = problem(moved_bytes=10 * 10**9, flops=6 * 10**9, floor="against").finish(SAMPLES)
     assert (row.numbers["gb_per_s"], row.numbers["gflop_per_s"], row.numbers["floor_share"]) == (5, 3, 0.75)
     assert (row.values["fused"].median, row.repetitions, row.figures[1].reached) == (2000, 7, True)
     assert {"fused_op_calls", "eager_op_calls", "fused_peak_mb", "eager_peak_mb"} <= row.numbers.keys()
-    assert "floor_share" not in problem().finish(SAMPLES).numbers
+    assert "floor_share" not in problem().finish(SAMPLES)[0].numbers
 
 
 def test_batches_of_calls_and_tokens_are_divided_out() -> None:
@@ -61,16 +67,20 @@ def test_batches_of_calls_and_tokens_are_divided_out() -> None:
     repeated.row.unit = "us"
     repeated.batches()["fused"]()
     assert len(calls) == 4
-    row = repeated.finish({"fused": [0.002] * 3})
+    (row,) = repeated.finish({"fused": [0.002] * 3})
     assert (row.values["fused"].median, row.figures[0].value, row.figures[0].reached) == (500, 500, True)
     tokens = problem(tokens=30)
     tokens.row.unit = "tokens/s"
-    assert tokens.finish(SAMPLES).values["fused"].median == 15
+    assert tokens.finish(SAMPLES)[0].values["fused"].median == 15
 
 
 def test_rows_on_bytes_are_not_timed() -> None:
-    kept = KeptProblem(Row("memory", "kept", "fp32", "", "MB"), {"fused": lambda: None}, kept={"eager": 4_000_000, "fused": 1_000_000})
-    row = kept.measure(QUICK, lambda: None)
+    kept = KeptProblem(
+        Row("memory", "kept", "fp32", "", "MB"),
+        {"eager": lambda: None, "fused": lambda: None},
+        kept={"eager": 4_000_000, "fused": 1_000_000},
+    )
+    (row,) = kept.measure(QUICK, lambda: None)
     assert ({name: value.median for name, value in row.values.items()}, row.figures[0].value) == ({"eager": 4, "fused": 1}, 0.25)
 
 
@@ -91,7 +101,7 @@ class Archive:
 def test_rivals_take_their_turns_around_the_clock_of_pytest_benchmark() -> None:
     turns: list[str] = []
     runs: dict[str, Callable[[], object]] = {name: lambda name=name: turns.append(name) for name in SAMPLES}  # type: ignore[misc]
-    row = rounds.measure_rounds(Archive(), problem(runs=runs), Settings(minimum=6, seconds=0))
+    row = pytest_turns.measure_rounds(Archive(), problem(runs=runs), Settings(minimum=6, seconds=0))
     names = list(SAMPLES)
     wanted = [names[turn] for repetition in range(6) for turn in timing.turn_order(3, repetition)]
     # before them warm-up and estimate, after them the fused and the eager call that are looked at
@@ -110,18 +120,18 @@ def test_what_the_timed_call_returned_is_gone_before_a_rival_runs() -> None:
     def eager() -> None:
         assert all(reference() is None for reference in known)
 
-    rounds.measure_rounds(Archive(), problem(runs={"eager": eager, "fused": fused}, targets=[]), Settings(minimum=4, seconds=0))
+    pytest_turns.measure_rounds(Archive(), problem(runs={"eager": eager, "fused": fused}, targets=[]), Settings(minimum=4, seconds=0))
     assert len(known) == 7
 
 
 def test_the_error_of_a_row_is_of_the_tensor_nearest_to_its_bound() -> None:
     found = [
         RED,
-        checks.Check("gates", "fp32", True, "c", 9.0, 9.0, 0.4, "cpp"),
-        checks.Check("gates", "bf16", True, "c", 1.0, 1.0, 9.0, "cpp"),
+        accuracy.Check("gates", "fp32", True, "c", 9.0, 9.0, 0.4, "cpp"),
+        accuracy.Check("gates", "bf16", True, "c", 1.0, 1.0, 9.0, "cpp"),
     ]
-    assert checks.error_numbers(found, "overhead", "fp32") == {"error": 1.0, "eager_error": 0.1, "bound_share": 5.0}
-    assert checks.error_numbers(found, "cell", "fp32") == {}
+    assert registry.error_numbers(found, "overhead", "fp32") == {"error": 1.0, "eager_error": 0.1, "bound_share": 5.0}
+    assert registry.error_numbers(found, "cell", "fp32") == {}
 
 
 def test_without_the_source_tree(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,15 +174,41 @@ def test_the_command_writes_everything(tmp_path: Path, capsys: pytest.CaptureFix
     monkeypatch.setattr(sys, "argv", ["bench", "--quick", "--only", "overhead", "--output", str(tmp_path)])
     assert command.main() == 0
     found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert found["schema"] == report.SCHEMA
+    assert found["schema"] == tables.SCHEMA
     assert [row["name"] for row in found["rows"]] == ["one gates call, no grad", "one gates call, grad"]
     assert {"error", "eager_error", "bound_share", "fused_op_calls", "fused_peak_mb"} <= found["rows"][0]["numbers"].keys()
-    assert (tmp_path / "report.md").read_text(encoding="utf-8") == report.full_markdown(found)
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == tables.full_markdown(found)
     assert "one gates call, grad" in capsys.readouterr().out
-    monkeypatch.setattr(checks, "run_checks", lambda subjects, tick: [RED])
+    monkeypatch.setattr(registry, "run_checks", lambda subjects, tick: [RED])
     assert run.main(["--quick", "--only", "overhead", "--output", str(tmp_path)]) == 1
     found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert [(row["values"], row["numbers"]) for row in found["rows"]] == [({}, {})]
+
+
+@needs_cpp
+def test_a_training_that_diverges_ends_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("rich", "matplotlib", "sentencepiece"):
+        pytest.importorskip(package)
+    from depthlstm_fast.bench import run
+
+    folder = ROOT / "examples" / "translation"
+    monkeypatch.syspath_prepend(str(folder))
+    compare = importlib.import_module("compare")
+
+    class Diverging(compare.Trainer):  # type: ignore[name-defined, misc]
+        def step(self, batch: Any) -> Any:
+            raise compare.DivergedError("the loss is nan in step 1")
+
+    monkeypatch.setattr(compare, "Trainer", Diverging)
+    monkeypatch.setattr(registry, "run_checks", lambda subjects, tick: [])
+    assert run.main(["--quick", "--only", "translation", "--output", str(tmp_path)]) == 1
+    (row,) = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["rows"]
+    assert (row["failure"], row["values"]) == ("training diverged: reference: the loss is nan in step 1", {})
+    output = capsys.readouterr()
+    assert len([line for line in output.out.splitlines() if row["failure"] in line]) == 1
+    assert "Traceback" not in output.out + output.err
 
 
 def run_pytest(tmp_path: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any] | None]:
@@ -215,8 +251,8 @@ def test_pytest_benchmark_archives_a_row(tmp_path: Path) -> None:
 @needs_cpp
 def test_pytest_benchmark_times_nothing_that_is_red(tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark")
-    plugin = "from depthlstm_fast.bench import checks\n"
-    plugin += "checks.run_checks = lambda subjects: [checks.Check('gates', 'fp32', False, 'h', 1.0, 0.1, 5.0, 'cpp')]\n"
+    plugin = "from benchmarks.measure import accuracy\nfrom benchmarks.subjects import registry\n"
+    plugin += "registry.run_checks = lambda subjects: [accuracy.Check('gates', 'fp32', False, 'h', 1.0, 0.1, 5.0, 'cpp')]\n"
     (tmp_path / "red_checks.py").write_text(plugin, encoding="utf-8")
     result, found = run_pytest(tmp_path, "-p", "red_checks")
     assert result.returncode == 1, result.stdout
@@ -233,14 +269,14 @@ def test_without_pytest_benchmark_the_rows_say_what_to_install(tmp_path: Path) -
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.parent.name)
 def test_the_committed_reports_are_those_of_the_committed_numbers(path: Path) -> None:
     run = json.loads(path.read_text(encoding="utf-8"))
-    assert path.with_name("report.md").read_text(encoding="utf-8") == report.full_markdown(run)
+    assert path.with_name("report.md").read_text(encoding="utf-8") == tables.full_markdown(run)
 
 
 def test_the_table_of_the_readme_is_that_of_committed_numbers() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
 
     def holds(run: dict[str, Any]) -> bool:
-        return report.embed(readme, report.markdown(run)) == readme
+        return tables.embed(readme, tables.markdown(run)) == readme
 
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in COMMITTED]
     (run,) = [run for run in runs if holds(run)]

@@ -1,0 +1,41 @@
+"""torch.compile of an eager reference, or the reason why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class Compiled:
+    """The compiled reference, or the reason why there is none.
+
+    Attributes:
+        reason: why torch.compile cannot be used; None as long as it can.
+        mode: torch.compile's; None for its default.
+    """
+
+    def __init__(self, enabled: bool = True, mode: str | None = None) -> None:
+        self.reason: str | None = None if enabled else "left out"
+        self.mode = mode
+        self._functions: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+    def missing(self) -> dict[str, str]:
+        """What a row says about a compiled contestant that is not there."""
+        return {} if self.reason is None else {"compile": self.reason}
+
+    def get(self, function: Callable[..., Any], first_call: Callable[[Callable[..., Any]], object]) -> Callable[..., Any] | None:
+        """``function`` compiled, with ``first_call`` made on it so that nothing is left to compile.
+
+        None where that fails.
+        """
+        if self.reason is not None:
+            return None
+        try:
+            compiled = self._functions.setdefault(function, torch.compile(function, dynamic=False, mode=self.mode))
+            first_call(compiled)
+        except Exception as error:  # noqa: BLE001  whatever a rival dies of must not end the run
+            self.reason = f"torch.compile failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error) else ''}"
+            return None
+        return compiled

@@ -1,0 +1,222 @@
+"""A problem is a row of the table before it is measured.
+
+A subject is the problems of a file, their check, and the checks that their rows stand on. The command line,
+pytest-benchmark and the run on a GPU measure the same problems, each with its own clock.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from . import call_cost
+from .accuracy import Check
+from .calls import Runs, repeated
+from .compiled import Compiled
+from .gpu_timing import allocated_bytes
+from .place import FUSED, Place
+from .rows import Figure, Row, Settings, Target, figure
+from .timing import Spread, Stopwatch, interleave, spread
+
+SECONDS = {"ms": 1e3, "us": 1e6}
+
+
+@dataclass(frozen=True)
+class Timekeeper:
+    """How a run times the calls; the default is the command line's.
+
+    Attributes:
+        stopwatch: gives the stopwatch for the ``clock`` of a problem; None takes the host's clock for all of them.
+        maximum, warmups: the most repetitions, and the calls before the first.
+    """
+
+    stopwatch: Callable[[str], Stopwatch] | None = None
+    maximum: int = 200
+    warmups: int = 1
+
+
+HOST = Timekeeper()
+
+
+@dataclass
+class Problem:
+    """The contestants, what has to be moved or computed, and the figures that are made of the times.
+
+    Attributes:
+        row: what the row says apart from numbers; its unit is "ms", "us" or "tokens/s".
+        runs: a call of each contestant, by its name in ``Row.values``; of the fused ones by the names that ``place``
+            gives them.
+        seconds: how long to measure, at ``Settings.seconds`` of 1.
+        grad: whether gradients are enabled.
+        calls: calls in a repetition, more than one where a single one is too short for a clock.
+        tokens: what a call handles, for the unit "tokens/s".
+        moved_bytes, flops: what a call moves or computes at least, by a formula; 0 where the row is about something
+            else.
+        floor: the contestant that does no more than that; empty where none does.
+        place: where it was made for.
+        clock: what is timed on a GPU: its own "work", the host's "call", or the "latency" until the work is done.
+        verify: checks a backend on the very tensors that are timed; None where the subject's check is enough.
+    """
+
+    row: Row
+    runs: Runs
+    targets: Sequence[Target] = ()
+    seconds: float = 1.0
+    grad: bool = True
+    calls: int = 1
+    tokens: int = 0
+    moved_bytes: int = 0
+    flops: int = 0
+    floor: str = ""
+    place: Place = field(default_factory=Place)
+    clock: str = "work"
+    verify: Callable[[str], Check] | None = None
+
+    def batches(self) -> Runs:
+        """What is timed: for each contestant one repetition."""
+        return {name: repeated(run, self.calls) for name, run in self.runs.items()}
+
+    def measure(self, settings: Settings, tick: Callable[[], None], keeper: Timekeeper = HOST) -> list[Row]:
+        """Time all contestants in turn; a row for each backend under test."""
+        with torch.set_grad_enabled(self.grad):
+            samples = interleave(
+                self.batches(),
+                seconds=self.seconds * settings.seconds,
+                minimum=settings.minimum,
+                maximum=keeper.maximum,
+                warmups=keeper.warmups,
+                on_repetition=tick,
+                stopwatch=None if keeper.stopwatch is None else keeper.stopwatch(self.clock),
+            )
+            return self.finish(samples)
+
+    def without(self, backend: str) -> None:
+        """Leave a backend out."""
+        self.place = replace(self.place, backends=tuple(name for name in self.place.backends if name != backend))
+        del self.runs[backend or FUSED]
+
+    def blank(self, backend: str) -> Row:
+        """The row of a backend, without numbers."""
+        row = copy.deepcopy(self.row)
+        row.backend = backend
+        return row
+
+    def own(self, backend: str) -> dict[str, str]:
+        """Contestants in a backend's row: their names in the row, by those in ``runs``."""
+        fused = {name or FUSED for name in self.place.backends}
+        chosen = backend or FUSED
+        return {name: FUSED if name == chosen else name for name in self.runs if name not in fused - {chosen}}
+
+    def finish(self, samples: Mapping[str, Sequence[float]]) -> list[Row]:
+        """A row for each backend, from the seconds of every repetition of every contestant."""
+        times = {name: [seconds / self.calls for seconds in found] for name, found in samples.items()}
+        return [
+            self.fill(self.blank(backend), {shown: times[name] for name, shown in self.own(backend).items()})
+            for backend in self.place.backends
+        ]
+
+    def fill(self, row: Row, times: Mapping[str, Sequence[float]]) -> Row:
+        """``row`` with its numbers, from the seconds of every call of its contestants."""
+        row.repetitions = len(times[FUSED])
+        if row.unit == "tokens/s":
+            row.values = {name: spread([self.tokens / seconds for seconds in found]) for name, found in times.items()}
+        else:
+            row.values = {name: spread(found, SECONDS[row.unit]) for name, found in times.items()}
+        row.figures = [judge(row, target, times) for target in self.targets if target.column in times]
+        seconds = spread(times[FUSED]).median
+        if self.moved_bytes:
+            row.numbers |= {"bytes": self.moved_bytes, "gb_per_s": self.moved_bytes / seconds / 1e9}
+        if self.flops:
+            row.numbers |= {"flops": self.flops, "gflop_per_s": self.flops / seconds / 1e9}
+        if self.floor:
+            row.numbers["floor_share"] = spread(times[self.floor]).median / seconds
+        self.count(row)
+        return row
+
+    def count(self, row: Row) -> None:
+        """Operator calls and peak memory of one call, fused and eager; on a GPU, whose memory is another, neither."""
+        if self.place.gpu:
+            return
+        with torch.set_grad_enabled(self.grad):
+            for name in (FUSED, "eager"):
+                if name in self.runs:
+                    found = call_cost.of_call(self.runs[name])
+                    row.numbers |= {f"{name}_op_calls": found.op_calls, f"{name}_peak_mb": found.peak_bytes / 1e6}
+
+
+def judge(row: Row, target: Target, times: Mapping[str, Sequence[float]]) -> Figure:
+    """The figure that ``target`` asks for; of kind "value" it is the row's own value, else a ratio of times."""
+    if target.kind != "value":
+        return figure(target, times)
+    found = row.values[target.column]
+    return Figure(target.column, "value", found.median, found.p10, found.p90, target.number, target.sense)
+
+
+@dataclass
+class KeptProblem(Problem):
+    """A row on bytes kept for backward, in "MB": ``runs`` are the forward calls that keep them, and nothing is timed.
+
+    Attributes:
+        kept: the bytes, by contestant.
+        share: column, and how much of its bytes a fused call may keep.
+    """
+
+    kept: dict[str, int] = field(default_factory=dict)
+    share: tuple[str, float] = ("eager", 1.0)
+
+    def measure(self, settings: Settings, tick: Callable[[], None], keeper: Timekeeper = HOST) -> list[Row]:
+        tick()
+        return self.finish({})
+
+    def finish(self, samples: Mapping[str, Sequence[float]]) -> list[Row]:
+        return [self.fill_kept(self.blank(backend), self.own(backend)) for backend in self.place.backends]
+
+    def fill_kept(self, row: Row, own: Mapping[str, str]) -> Row:
+        """``row`` with its bytes; on a GPU also what the allocator says, outputs included."""
+        column, target = self.share
+        kept = {shown: self.kept[name] for name, shown in own.items()}
+        row.repetitions = 1
+        row.values = {name: Spread(*(size / 1e6,) * 3) for name, size in kept.items()}
+        found = kept[FUSED] / kept[column]
+        row.figures = [Figure(column, "ratio", found, found, found, target, "at most")]
+        if self.place.gpu:
+            sizes = {shown: allocated_bytes(self.runs[name], self.place.device) for name, shown in own.items()}
+            row.numbers |= {f"allocated_{name}_mb": size / 1e6 for name, size in sizes.items()}
+        self.count(row)
+        return row
+
+
+Maker = Callable[[Place], Problem]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One file of ``subjects/``, as ``SUBJECT`` in it.
+
+    Attributes:
+        problems: the makers of its rows, by name; a problem is made when it is about to be measured.
+        check: holds it to fp64 in one of ``dtypes``, at small sizes.
+        needs: the subjects whose checks its rows stand on; empty for its own.
+        in_table: whether its problems are rows of the table; pytest has them in any case.
+        compile: compiles the rivals of its problems of one dtype.
+        ticks: of the progress bar; None for the repetitions that its problems make at least.
+    """
+
+    name: str
+    problems: Mapping[str, Maker] = field(default_factory=dict)
+    check: Callable[[torch.dtype], Iterator[Check]] | None = None
+    needs: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    in_table: bool = True
+    compile: Callable[[Compiled, torch.dtype], object] | None = None
+    ticks: Callable[[Settings], int] | None = None
+
+    @property
+    def stands_on(self) -> tuple[str, ...]:
+        return self.needs or (self.name,)
+
+    def ticks_in(self, settings: Settings) -> int:
+        return len(self.problems) * settings.minimum if self.ticks is None else self.ticks(settings)

@@ -1,0 +1,19 @@
+"""What a machine reached in a run: the roofs of the roofline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def roofs(rows: list[dict[str, Any]], dtype: str) -> tuple[float, float] | None:
+    """GB/s of the fastest copy and GFLOP/s of the bare GEMMs in ``rows`` of one dtype.
+
+    None where one of them was not timed.
+    """
+    found: dict[str, float] = {}
+    for row in rows:
+        if row["dtype"] == dtype and "against" in row["values"]:
+            kind = "bytes" if row["subject"] == "gates" else "flops"
+            speed = row["numbers"][kind] / row["values"]["against"]["median"] / 1e6  # per ms to giga per s
+            found[kind] = max(found.get(kind, 0.0), speed)
+    return (found["bytes"], found["flops"]) if len(found) == 2 else None

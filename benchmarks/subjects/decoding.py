@@ -1,0 +1,111 @@
+"""Greedy decoding of a Transformer with a key/value cache, in tokens a second."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import depthlstm_fast as dl
+
+from ..measure import accuracy
+from ..measure.calls import Runs
+from ..measure.place import Place
+from ..measure.problems import Problem, Subject
+from ..measure.rows import Row, Target
+
+FEATURES, HEADS, LAYERS, VOCABULARY = 256, 4, 6, 8000
+SOURCE_LENGTH, TOKENS = 32, 32
+BATCHES = (1, 8)
+
+
+def build(
+    features: int = FEATURES, layers: int = LAYERS, vocabulary: int = VOCABULARY, dtype: torch.dtype = torch.float32
+) -> dict[str, dl.reference.DepthLSTMTransformer]:
+    """The reference model, the fused one and the fused one with folded output projections.
+
+    Random weights, the same in all.
+    """
+    sizes: dict[str, Any] = {
+        "d_model": features,
+        "nhead": HEADS,
+        "num_encoder_layers": layers,
+        "num_decoder_layers": layers,
+        "dtype": dtype,
+    }
+    eager = dl.reference.DepthLSTMTransformer(vocabulary, vocabulary, **sizes).eval()
+    with torch.no_grad():
+        # its logit is then 0, which is never the largest of thousands: every sentence takes all the tokens
+        eager.tgt_embedding.weight[eager.eos_id] = 0
+    fused, folded = (dl.DepthLSTMTransformer(vocabulary, vocabulary, **sizes).eval() for _ in range(2))
+    for model in (fused, folded):
+        model.load_state_dict(eager.state_dict())
+    dl.fold_output_projections(folded)
+    return {"eager": eager, "fused": fused, "folded": folded}
+
+
+def greedy(model: dl.reference.DepthLSTMTransformer, source: Tensor, length: int) -> Tensor:
+    """Tokens (batch, length) for source (batch, S)."""
+    tokens = model.generate(source, max_length=length)
+    return tokens if isinstance(tokens, Tensor) else tokens[0]
+
+
+def weight_bytes(features: int, layers: int, vocabulary: int, steps: int, folded: bool) -> int:
+    """Bytes of the fp32 matrices that ``steps`` tokens read.
+
+    The encoder's and the memory's keys and values are read once, all others in each step.
+    A folded encoder layer has one D x D matrix less; decoder layers, whose two attentions are added, do not fold.
+    """
+    square = features * features
+    once = layers * ((11 if folded else 12) * square + 2 * square)
+    each = layers * (4 + 2 + 8) * square + vocabulary * features
+    return 4 * (once + steps * each)
+
+
+def greedy_decoding(place: Place, batch: int, folded: bool) -> Problem:
+    """The encoder and ``TOKENS`` steps."""
+    models = {name: model.to(place.device) for name, model in build().items()}
+    source = torch.randint(3, VOCABULARY, (batch, SOURCE_LENGTH), device=place.device)
+    eager, fused = models["eager"], models["folded" if folded else "fused"]
+    for name, model in (("eager", eager), ("fused", fused)):
+        length = greedy(model, source, TOKENS).shape[1]
+        if length != TOKENS:
+            raise RuntimeError(f"the {name} model stopped after {length} of {TOKENS} tokens")
+    runs: Runs = {"eager": lambda: greedy(eager, source, TOKENS), **place.fused(lambda: greedy(fused, source, TOKENS))}
+    label = f"decoding, batch {batch}" + (", folded" if folded else "")
+    row = Row("decoding", label, "fp32", f"d={FEATURES} {LAYERS}+{LAYERS} layers", "tokens/s")
+    row.note = f"greedy, {SOURCE_LENGTH} tokens in, {TOKENS} out, encoder included"
+    read, targets = weight_bytes(FEATURES, LAYERS, VOCABULARY, TOKENS, folded), [Target("eager", "speedup")]
+    return Problem(row, runs, targets, 1.5, grad=False, tokens=batch * TOKENS, moved_bytes=read, place=place)
+
+
+def check(dtype: torch.dtype) -> Iterator[accuracy.Check]:
+    """Logits of a small model in ``dtype``, and in fp64, where no two logits are close, the very tokens."""
+    exact, models = build(64, 2, 100, torch.float64), build(64, 2, 100, dtype)
+    for name, module in models.items():
+        module.load_state_dict(models["eager"].state_dict())
+        exact[name].load_state_dict(models["eager"].state_dict())
+    source, target = torch.randint(3, 100, (3, 7)), torch.randint(3, 100, (3, 9))
+    with torch.no_grad():
+        logits = {name: module(source, target) for name, module in models.items()}
+        for name in ("fused", "folded"):
+            wanted = [exact["eager"](source, target)]
+            yield accuracy.compare("decoding", dtype, [f"{name} logits"], wanted, [logits["eager"]], [logits[name]])
+        tokens = {name: greedy(module, source, 12) for name, module in exact.items()}
+    for name in ("fused", "folded"):
+        same, backend = torch.equal(tokens[name], tokens["eager"]), dl.last_backend() or "none"
+        yield accuracy.Check("decoding", "fp64", same, f"{name} tokens", float(not same), 0.0, float(not same), backend)
+
+
+SUBJECT = Subject(
+    "decoding",
+    {
+        f"batch {batch}{' folded' if folded else ''}": functools.partial(greedy_decoding, batch=batch, folded=folded)
+        for batch in BATCHES
+        for folded in (False, True)
+    },
+    check,
+)
