@@ -5,7 +5,6 @@ The texts are under copyleft licences: they are fetched from the mirror that apt
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import sys
 import zlib
@@ -13,12 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-import command
-from data import DownloadError, cache_folder
-from debian_archive import LANGUAGES, Archive
-from debian_pairs import clean_rows, document_rows, split_rows
-from debian_text import Row, catalog_rows, description_rows, html_blocks, roff_blocks
-from lines import write_lines
+from .data import DownloadError, cache_folder
+from .debian_archive import LANGUAGES, Archive
+from .debian_pairs import clean_rows, document_rows, split_rows
+from .debian_text import Row, catalog_rows, description_rows, html_blocks, roff_blocks
+from .lines import write_lines
 
 LOCALES = {"de": "de-DE", "fr": "fr-FR", "cs": "cs-CZ"}
 
@@ -191,18 +189,3 @@ def build(language: str, folder: Path) -> dict[str, tuple[Path, Path]]:
         words = [sum(len(text.split()) for text in texts) for texts in zip(*(row[1:] for row in kept), strict=True)] or [0, 0]
         print(f"debian: {part}: {len(kept)} pairs, {words[0]} words en, {words[1]} {language}", file=sys.stderr)
     return files
-
-
-@command.program("debian.py", DownloadError)
-def main(arguments: list[str] | None = None) -> int:
-    """Build the pairs of one language from the command line, and return the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("language", choices=LANGUAGES)
-    parser.add_argument("folder", type=Path)
-    options = parser.parse_args(arguments)
-    build(options.language, options.folder)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,17 +1,13 @@
-"""The paper's claim in small: does a depth-wise LSTM let deep models learn? Gradients at initialisation, dev cross entropy, speed, memory.
+"""All runs of a study: gradients at initialisation, dev cross entropy by depth, speed and memory.
 
-python examples/translation/prepare.py --data debian --language de --vocab-size 2000 corpus
-python examples/translation/study.py corpus --output study        goes on where it was stopped; some 40 minutes on two cores
-python examples/translation/study_report.py study --docs docs      writes docs/study.md, its pictures and docs/study.json
-
-Every model has as many matrix weights at the same depth, sees the same batches, and has its own learning rate: of a grid, the one with the
-lowest dev cross entropy with the first seed, the grid prolonged while the best is at its end. The other seeds then run with that rate. Each
-run is one thread of one process, as many at once as there are cores; the speed is measured before, with nothing beside it.
+Every model has as many matrix weights at the same depth, sees the same batches, and has its own learning rate.
+The rate is that of a grid with the lowest dev cross entropy with the first seed; the grid is prolonged while the best is at its end.
+The other seeds then run with that rate.
+Each run is one thread of one process, as many at once as there are cores; the speed is measured before, with nothing beside it.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import multiprocessing
@@ -25,11 +21,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import command
 import torch
 from batches import BatchOrder, collate, group, share, target_tokens
-from corpus import Corpus, load_corpus
-from files import DamagedError, check_values, read_json, to_json
+from corpus.files import DamagedError, check_values, read_json, to_json
+from corpus.prepared import Corpus, load_corpus
 from torch import Tensor, nn
 from training import DivergedError, Settings, Trainer, build_model
 
@@ -300,19 +295,3 @@ def study(
     found["runs"].sort(key=lambda run: (list(VARIANTS).index(run["variant"]), run["layers"], run["learning_rate"], run["seed"]))
     write_atomically(output / "study.json", found)
     return found
-
-
-@command.program("study.py")
-def main(arguments: list[str] | None = None) -> int:
-    """Read the command line, do the study, and return the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("data", type=Path, help="folder that prepare.py wrote")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the runs and study.json")
-    parser.add_argument("--steps", type=int, default=BASE.steps, help="of each run; default: %(default)s")
-    options = parser.parse_args(arguments)
-    study(options.data, options.output, replace(BASE, steps=options.steps))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

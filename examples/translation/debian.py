@@ -1,0 +1,29 @@
+"""Parallel text from Debian: English documentation and package descriptions with their German, French or Czech translations.
+
+The texts are under copyleft licences: they are fetched from the mirror that apt is set up for, and not kept in this repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import command
+from corpus.data import DownloadError
+from corpus.debian import LANGUAGES, build
+
+
+@command.program("debian.py", DownloadError)
+def main(arguments: list[str] | None = None) -> int:
+    """Build the pairs of one language from the command line, and return the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("language", choices=LANGUAGES)
+    parser.add_argument("folder", type=Path)
+    options = parser.parse_args(arguments)
+    build(options.language, options.folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

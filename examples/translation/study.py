@@ -1,0 +1,32 @@
+"""The paper's claim in small: does a depth-wise LSTM let deep models learn? Gradients at initialisation, dev cross entropy, speed, memory.
+
+python examples/translation/prepare.py --data debian --language de --vocab-size 2000 corpus
+python examples/translation/study.py corpus --output study        goes on where it was stopped; some 40 minutes on two cores
+python examples/translation/study_report.py study --docs docs      writes docs/study.md, its pictures and docs/study.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import command
+from study.experiment import BASE, study  # of the folder beside this file: a package goes before a module of its name
+
+
+@command.program("study.py")
+def main(arguments: list[str] | None = None) -> int:
+    """Read the command line, do the study, and return the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("data", type=Path, help="folder that prepare.py wrote")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the runs and study.json")
+    parser.add_argument("--steps", type=int, default=BASE.steps, help="of each run; default: %(default)s")
+    options = parser.parse_args(arguments)
+    study(options.data, options.output, replace(BASE, steps=options.steps))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
