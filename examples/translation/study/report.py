@@ -149,19 +149,21 @@ def markdown(study: Study) -> str:
     commit = (machine["commit"] or "unknown")[:12]
     return f"""# A small study: depth-wise LSTM, pre-norm, post-norm
 
-Made by `examples/translation/study_report.py` from [study.json](study.json), which `examples/translation/study.py` wrote; no number
-below is typed by hand. To repeat it (some 40 minutes on two cores):
+Made by `examples/translation/study_report.py` from [study.json](study.json), which `examples/translation/study.py` wrote.
+No number below is typed by hand.
+To repeat it (some 40 minutes on two cores):
 
     python examples/translation/prepare.py --data debian --language de --vocab-size {corpus["vocabulary"]} corpus
     python examples/translation/study.py corpus --output study
     python examples/translation/study_report.py study --docs docs
 
-Corpus: {corpus["dataset"]}, {corpus["pairs"]["train"]:,} pairs to train on, {corpus["vocabulary"]:,} subwords; dev cross entropy is over
-{settings["dev_pairs"]} of the {corpus["pairs"]["dev"]:,} dev pairs, in nats a target token. Every model: d = {settings["d_model"]},
-{settings["heads"]} heads, as many layers in the encoder as in the decoder, equally many matrix weights at a depth, GELU, no dropout,
-no label smoothing; {settings["steps"]} steps of at most {settings["token_budget"]:,} ids, {settings["warmup_steps"]} of them warm-up,
-the same batches for all. So short a training tells whether and how fast a model begins to learn, and nothing of the quality of a
-trained one.
+Corpus: {corpus["dataset"]}, {corpus["pairs"]["train"]:,} pairs to train on, {corpus["vocabulary"]:,} subwords.
+Dev cross entropy is over {settings["dev_pairs"]} of the {corpus["pairs"]["dev"]:,} dev pairs, in nats a target token.
+
+Every model has d = {settings["d_model"]}, {settings["heads"]} heads, GELU, no dropout and no label smoothing.
+It has as many layers in the encoder as in the decoder, and equally many matrix weights at a depth.
+It takes {settings["steps"]} steps of at most {settings["token_budget"]:,} ids, {settings["warmup_steps"]} of them warm-up, of the same batches.
+So short a training tells whether and how fast a model begins to learn, and nothing of the quality of a trained one.
 
 Machine: {machine["cpu"]}, {machine["cores"]} cores, torch {machine["torch"]}, depthlstm_fast {machine["depthlstm_fast"]} at {commit}.
 
@@ -171,8 +173,8 @@ Machine: {machine["cpu"]}, {machine["cores"]} cores, torch {machine["torch"]}, d
 
 ## Dev cross entropy by depth
 
-Mean of {len(settings["seeds"])} seeds (lowest to highest), each variant with its own learning rate at each depth, lipschitz
-initialisation. The seeds change the initial weights only.
+Mean of {len(settings["seeds"])} seeds (lowest to highest), each variant with its own learning rate at each depth, lipschitz initialisation.
+The seeds change the initial weights only.
 
 {loss_table(study)}
 
@@ -184,8 +186,8 @@ The learning rates tried with the first seed, and the dev cross entropy that eac
 
 ## Gradient at initialisation
 
-Norm of the loss's gradient at the first layer's output, over that at the last layer's: 1 is even, 0 is vanished. Before any training, one
-batch, one seed.
+Norm of the loss's gradient at the first layer's output, over that at the last layer's: 1 is even, 0 is vanished.
+It was taken before any training, with one batch and one seed.
 
 {gradient_table(study)}
 
@@ -200,9 +202,10 @@ The residual models are `torch.nn`'s layers; "plain PyTorch" is the reference th
 
 ## What this does not show
 
-One language pair of technical text, one width, {settings["steps"]} steps, no translation quality. The learning rates are on a grid of
-factors of two. Dev cross entropy picks the learning rate and is then reported, so the first seed's figure is slightly too good, for all
-variants alike. The paper trains other sizes for far longer, and its figures are not compared with here.
+One language pair of technical text, one width, {settings["steps"]} steps, no translation quality.
+The learning rates are on a grid of factors of two.
+Dev cross entropy picks the learning rate and is then reported, so the first seed's figure is slightly too good, for all variants alike.
+The paper trains other sizes for far longer, and its figures are not compared with here.
 """
 
 
