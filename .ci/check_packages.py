@@ -27,9 +27,9 @@ SDIST = {
     "tests": ("*.py", "*.cpp", "*.h", "*.cu", "*.cuh", "*.txt"),
     "benchmarks": ("*.py", "*.md", "*.json"),
     "examples": ("*.py", "*.md"),
-    "docs": ("*.md", "*.json"),
+    "docs": ("*.md", "*.json", "*.png", "*.py"),
 }
-NAMED = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "Makefile", "third_party/xsimd/include/xsimd/xsimd.hpp")
+NAMED = ("setup.py", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "Makefile", "third_party/xsimd/include/xsimd/xsimd.hpp")
 PRODUCTS = (".so", ".o", ".pyc", ".partial")
 
 
