@@ -28,7 +28,8 @@ def line(axes: Axes, *points: Point, color: str = INK, width: float = 1.6, head:
     xs, ys = zip(*before, start, strict=True)
     axes.plot(xs, ys, color=color, lw=width, solid_capstyle="round", solid_joinstyle="round")
     style = "-|>,head_length=5,head_width=2.4" if head else "-"
-    axes.add_patch(FancyArrowPatch(start, end, arrowstyle=style, color=color, lw=width, shrinkA=0, shrinkB=0, mutation_scale=1))
+    arrow = FancyArrowPatch(start, end, arrowstyle=style, color=color, lw=width, shrinkA=0, shrinkB=0, mutation_scale=1)
+    axes.add_patch(arrow)
 
 
 def addition(axes: Axes, x: float, y: float) -> None:

@@ -16,9 +16,10 @@ pytestmark = pytest.mark.skipif(not PAGE.is_file(), reason="no checkout")
 
 
 def in_source() -> set[str]:
-    python = [ROOT / "setup.py", ROOT / "Makefile", ROOT / ".ci" / "run"]
-    python += [path for folder in ("depthlstm_fast", "kernels", "benchmarks", "tools") for path in (ROOT / folder).rglob("*.py")]
-    found = {name for path in python if path.is_file() for name in NAME.findall(path.read_text(encoding="utf-8"))}
+    files = [ROOT / "setup.py", ROOT / "Makefile", ROOT / ".ci" / "run"]
+    for folder in ("depthlstm_fast", "kernels", "benchmarks", "tools"):
+        files += (ROOT / folder).rglob("*.py")
+    found = {name for path in files if path.is_file() for name in NAME.findall(path.read_text(encoding="utf-8"))}
     for path in (ROOT / "csrc").rglob("*.[ch]*"):
         found |= set(C_VARIABLE.findall(path.read_text(encoding="utf-8")))
     return found

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("csrc", "kernels", "depthlstm_fast", "tests", "tools", "benchmarks", "examples", "docs", ".ci", ".github", "third_party")
+WITH_PAGES = ("docs", "examples", "benchmarks")
+FOLDERS = (*WITH_PAGES, "csrc", "kernels", "depthlstm_fast", "tests", "tools", "third_party", ".ci", ".github")
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
-    for path in [*ROOT.glob("*.md"), *(page for folder in ("docs", "examples", "benchmarks") for page in (ROOT / folder).rglob("*.md"))]
+    for found in (ROOT.glob("*.md"), *((ROOT / folder).rglob("*.md") for folder in WITH_PAGES))
+    for path in found
     if "results" not in path.parts
 )
 LONGEST = 200

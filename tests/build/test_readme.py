@@ -54,9 +54,13 @@ def test_results_are_rows_of_the_measured_table() -> None:
 def test_gains_are_measured() -> None:
     measured = cells(MEASURED, "# Measured")
     gains = README.read_text(encoding="utf-8").partition("## What you gain")[2].partition("## Install")[0]
-    gates, kept = measured["gates forward, fp32, N=4096 D=512"], measured["bytes kept by a layer, fp32, 16x256 D=512"]
-    step, decoding = measured["encoder layer step, fp32, 16x256 D=512"], measured["decoding, batch 1, fp32, d=256 6+6 layers"]
+    gates = measured["gates forward, fp32, N=4096 D=512"]
+    kept = measured["bytes kept by a layer, fp32, 16x256 D=512"]
+    step = measured["encoder layer step, fp32, 16x256 D=512"]
+    decoding = measured["decoding, batch 1, fp32, d=256 6+6 layers"]
     wanted = [f"{gates[2]} where eager PyTorch takes {gates[0]} and torch.compile {gates[1]}"]
-    wanted += [f"keeps {kept[2]} for its", f"twin {kept[0]}", f"`nn.TransformerEncoderLayer` {kept[3].partition(',')[0]}"]
-    wanted += [f"{step[6].partition('x')[0]} times the time", f"{decoding[2]} against {decoding[0].partition(' ')[0]} of"]
+    wanted += [f"keeps {kept[2]} for its", f"twin {kept[0]}"]
+    wanted += [f"`nn.TransformerEncoderLayer` {kept[3].partition(',')[0]}"]
+    wanted += [f"{step[6].partition('x')[0]} times the time"]
+    wanted += [f"{decoding[2]} against {decoding[0].partition(' ')[0]} of"]
     assert not [text for text in wanted if text not in gains]

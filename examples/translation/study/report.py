@@ -162,7 +162,8 @@ Dev cross entropy is over {settings["dev_pairs"]} of the {corpus["pairs"]["dev"]
 
 Every model has d = {settings["d_model"]}, {settings["heads"]} heads, GELU, no dropout and no label smoothing.
 It has as many layers in the encoder as in the decoder, and equally many matrix weights at a depth.
-It takes {settings["steps"]} steps of at most {settings["token_budget"]:,} ids, {settings["warmup_steps"]} of them warm-up, of the same batches.
+It takes {settings["steps"]} steps, {settings["warmup_steps"]} of them warm-up, of at most {settings["token_budget"]:,} ids.
+The batches are the same for all.
 So short a training tells whether and how fast a model begins to learn, and nothing of the quality of a trained one.
 
 Machine: {machine["cpu"]}, {machine["cores"]} cores, torch {machine["torch"]}, depthlstm_fast {machine["depthlstm_fast"]} at {commit}.
