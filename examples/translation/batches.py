@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from data import Pair
-from placeholders import hide_pair
-from tokenizer import BOS, EOS, PAD
+from corpus.tokenizer import BOS, PAD, Example
 from torch import Tensor
-
-Example = tuple[list[int], list[int]]
 
 
 class Batch(NamedTuple):
@@ -21,22 +17,6 @@ class Batch(NamedTuple):
     source: Tensor
     target: Tensor
     tokens: int  # source and predicted target tokens, padding not counted
-
-
-def encode_pairs(pairs: Iterable[Pair], tokenizer: Any, longest: int = 256) -> list[Example]:
-    """Return the ids of each pair as ``Batch`` describes them, less the pairs with a side that is blank or of more than ``longest`` ids.
-
-    Raises:
-        ValueError: no pair is left.
-    """
-    examples = []
-    for pair in map(hide_pair, pairs):
-        source, target = tokenizer.encode(pair.source) + [EOS], [BOS] + tokenizer.encode(pair.target) + [EOS]
-        if max(len(source), len(target)) <= longest and len(source) > 1 and len(target) > 2:
-            examples.append((source, target))
-    if not examples:
-        raise ValueError(f"pairs must hold one of at most {longest} tokens a side; found none")
-    return examples
 
 
 def pad(rows: Sequence[Sequence[int]]) -> Tensor:

@@ -18,9 +18,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from corpus import Corpus
-from files import DamagedError, check_values, read_json, read_tensors, to_json, write_tensors
-from tokenizer import load_tokenizer
+from corpus.files import DamagedError, check_values, read_json, read_tensors, to_json, write_tensors
+from corpus.prepared import Corpus
+from corpus.tokenizer import load_tokenizer
 from torch import Tensor, nn
 from training import Settings, Trainer, build_model, load_parameters, usable_device
 

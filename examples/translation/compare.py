@@ -15,12 +15,12 @@ from typing import Any
 
 import command
 import torch
-from batches import BatchOrder, collate, encode_pairs, group
+from batches import BatchOrder, collate, group
 from console import print_comparison, progress_bar
-from data import DATASETS, Dataset, DownloadError, Pair, load_dataset
+from corpus.data import DATASETS, Dataset, DownloadError, Pair, load_dataset
+from corpus.placeholders import hide_pair
+from corpus.tokenizer import encode_pairs, train_tokenizer
 from inference import translate
-from placeholders import hide_pair
-from tokenizer import train_tokenizer
 from training import DivergedError, Settings, StepResult, Trainer
 
 import depthlstm_fast as dl

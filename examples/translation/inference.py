@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from batches import pad
-from lines import visible
-from placeholders import hide, restore
-from tokenizer import EOS
+from corpus.lines import visible
+from corpus.placeholders import hide, restore
+from corpus.tokenizer import EOS
 
 
 def translate(model: Any, tokenizer: Any, lines: Sequence[str], max_length: int = 128, beam_size: int = 1) -> list[str]:

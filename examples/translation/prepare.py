@@ -7,60 +7,19 @@ python examples/translation/prepare.py --source text.en --target text.de FOLDER
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import command
-from corpus import SPLITS, save_corpus
-from data import DATASETS, DownloadError, Pair, clean, read_aligned, read_named
-from lines import same_text, visible
-from placeholders import hide_pair
-from tokenizer import train_tokenizer
+from corpus import debian
+from corpus.data import DATASETS, DownloadError, read_named
+from corpus.placeholders import hide_pair
+from corpus.prepared import SPLITS, save_corpus
+from corpus.splits import read_split_files, split
+from corpus.tokenizer import train_tokenizer
 
-Texts = dict[str, list[Pair]]
-
-HELDOUT_SHARE, HELDOUT_MOST = 0.08, 2000
 VOCABULARY = 1000
-
-
-def split(pairs: Sequence[Pair], seed: int, heldout: Sequence[str] = SPLITS[1:]) -> Texts:
-    """Give each split of ``heldout`` 8% of ``pairs``, one at least and 2000 at most; the rest is train.
-
-    Which pair goes where depends on ``seed`` and on its source alone, not on the order of ``pairs``.
-
-    Raises:
-        ValueError: there are fewer pairs than splits.
-    """
-    if len(pairs) <= len(heldout):
-        raise ValueError(f"pairs must be {len(heldout) + 1} at least after cleaning; found {len(pairs)}")
-    ranked = sorted(pairs, key=lambda pair: hashlib.sha256(f"{seed}\t{pair.source}".encode()).digest())
-    count = min(HELDOUT_MOST, max(1, round(HELDOUT_SHARE * len(ranked))))
-    texts = {name: ranked[index * count : (index + 1) * count] for index, name in enumerate(heldout)}
-    return texts | {"train": ranked[len(heldout) * count :]}
-
-
-def read_split_files(files: dict[str, tuple[Path, Path]], seed: int) -> Texts:
-    """Return the pairs of two aligned text files a split; dev and test without files of their own are cut from train's.
-
-    Train is cleaned, and loses every pair whose source is also in dev or test; given dev and test only lose blank lines.
-
-    Raises:
-        ValueError: two files differ in their number of lines, or a split is empty.
-    """
-    given = {
-        name: [Pair(*(text.strip() for text in pair)) for pair in read_aligned(*files[name]) if all(map(visible, pair))]
-        for name in files
-        if name != "train"
-    }
-    for name, pairs in given.items():
-        if not pairs:
-            raise ValueError(f"{name} must hold a pair without blank sides; found none in {files[name][0]}")
-    heldout = {same_text(pair.source) for pairs in given.values() for pair in pairs}
-    pairs = [pair for pair in clean(read_aligned(*files["train"])) if same_text(pair.source) not in heldout]
-    return split(pairs, seed, [name for name in SPLITS[1:] if name not in given]) | given
 
 
 def prepare(
@@ -71,10 +30,10 @@ def prepare(
     vocab_size: int | None = None,
     seed: int = 0,
 ) -> dict:
-    """Write a prepared folder (``corpus.save_corpus``) and return its meta data.
+    """Write a prepared folder (``corpus.prepared.save_corpus``) and return its meta data.
 
     Args:
-        data: "auto", "django", "builtin" (see ``data.read_named``) or "debian"; ``files`` goes before it.
+        data: "auto", "django", "builtin" (see ``corpus.data.read_named``) or "debian"; ``files`` goes before it.
         language: of the translations; the sources are English. With ``files`` it is a name only.
         files: source and target file of "train" and, where the user has them, of "dev" and "test".
         vocab_size: subwords of both languages together, exactly; None for 1000, or fewer where the text has fewer.
@@ -87,8 +46,6 @@ def prepare(
     if files:
         name, texts = " + ".join(path.name for path in files["train"]), read_split_files(files, seed)
     elif data == "debian":
-        import debian
-
         with tempfile.TemporaryDirectory() as scratch:
             name, texts = f"catalogs of Debian, en-{language}", read_split_files(debian.build(language, Path(scratch)), seed)
     else:

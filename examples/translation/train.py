@@ -19,7 +19,7 @@ from architectures import ARCHITECTURES
 from batches import BatchOrder, group, share
 from checkpoint import LOG, Log, check_record, checkpoints, held, load_model, remove_partial, resume, save_checkpoint, start_run
 from console import print_examples, progress_bar
-from corpus import Corpus, load_corpus
+from corpus.prepared import Corpus, load_corpus
 from inference import translate_all
 from parallel import KINDS, Processes, processes
 from scores import Score, corpus_scores

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from architectures import build_architecture
 from batches import Batch, BatchOrder, share, target_tokens
+from corpus.tokenizer import BOS, EOS, PAD
 from parallel import Processes, divide, like, own_part, reshard, synchronise_gradients, whole
-from tokenizer import BOS, EOS, PAD
 from torch import Tensor, nn
 
 import depthlstm_fast as dl

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import command
 from checkpoint import load_model
+from corpus.lines import standard_input
 from inference import translate
-from lines import standard_input
 
 BROKEN_PIPE = 141  # as of a program that the signal has ended
 

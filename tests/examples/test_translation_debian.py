@@ -15,11 +15,11 @@ polib = pytest.importorskip("polib", reason="the translation example needs polib
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "translation"
 sys.path.insert(0, str(FOLDER))
 
-import debian  # noqa: E402
-import debian_pairs as dp  # noqa: E402
-import debian_text as dt  # noqa: E402
-from data import DownloadError, Pair  # noqa: E402
-from debian_archive import Archive  # noqa: E402
+from corpus import debian  # noqa: E402
+from corpus import debian_pairs as dp  # noqa: E402
+from corpus import debian_text as dt  # noqa: E402
+from corpus.data import DownloadError, Pair  # noqa: E402
+from corpus.debian_archive import Archive  # noqa: E402
 
 sys.path.remove(str(FOLDER))
 

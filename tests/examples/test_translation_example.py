@@ -57,8 +57,8 @@ def subwords(dataset: data.Dataset) -> Any:
 
 
 @pytest.fixture(scope="module")
-def examples(dataset: data.Dataset, subwords: Any) -> list[batches.Example]:
-    return batches.encode_pairs(dataset.train, subwords)
+def examples(dataset: data.Dataset, subwords: Any) -> list[tokenizer.Example]:
+    return tokenizer.encode_pairs(dataset.train, subwords)
 
 
 def test_catalog_gives_finished_translations_only() -> None:
@@ -148,7 +148,7 @@ def test_tokenizer_ids_and_round_trip(dataset: data.Dataset, subwords: Any) -> N
     assert again.encode(text) == subwords.encode(text)
 
 
-def test_batches_are_deterministic_and_cover_every_example_once_an_epoch(examples: list[batches.Example]) -> None:
+def test_batches_are_deterministic_and_cover_every_example_once_an_epoch(examples: list[tokenizer.Example]) -> None:
     def rows(seed: int) -> list[tuple[tuple[int, ...], ...]]:
         order, seen = batches.BatchOrder(examples, 128, seed), []
         for index in range(order.per_epoch):
@@ -161,7 +161,7 @@ def test_batches_are_deterministic_and_cover_every_example_once_an_epoch(example
     assert sorted(rows(seed=1)) == sorted((tuple(source), tuple(target)) for source, target in examples)
 
 
-def test_batches_keep_the_budget_and_pad_only_at_the_end(examples: list[batches.Example]) -> None:
+def test_batches_keep_the_budget_and_pad_only_at_the_end(examples: list[tokenizer.Example]) -> None:
     groups = list(batches.group(examples, 128))
     assert len(groups) > 1
     for chosen in groups:
@@ -179,14 +179,14 @@ def test_batches_keep_the_budget_and_pad_only_at_the_end(examples: list[batches.
 
 
 def test_pairs_too_long_are_left_out(dataset: data.Dataset, subwords: Any) -> None:
-    lengths = [max(map(len, example)) for example in batches.encode_pairs(dataset.train, subwords, longest=20)]
+    lengths = [max(map(len, example)) for example in tokenizer.encode_pairs(dataset.train, subwords, longest=20)]
     assert 0 < len(lengths) < len(dataset.train)
     assert max(lengths) <= 20
     with pytest.raises(ValueError, match="at most 2 tokens"):
-        batches.encode_pairs(dataset.train, subwords, longest=2)
+        tokenizer.encode_pairs(dataset.train, subwords, longest=2)
 
 
-def test_padding_does_not_change_the_loss(examples: list[batches.Example], subwords: Any) -> None:
+def test_padding_does_not_change_the_loss(examples: list[tokenizer.Example], subwords: Any) -> None:
     torch.manual_seed(0)
     trainer = training.Trainer(training.build_model(TINY, len(subwords)), TINY)
     together = trainer.evaluate([batches.collate(examples[:4])])
@@ -218,7 +218,7 @@ def test_comparison_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert "See you tomorrow morning." in printed
 
 
-def test_training_lowers_the_loss(examples: list[batches.Example], subwords: Any) -> None:
+def test_training_lowers_the_loss(examples: list[tokenizer.Example], subwords: Any) -> None:
     torch.manual_seed(0)
     trainer = training.Trainer(training.build_model(TINY, len(subwords)), TINY)
     batch = batches.collate(examples)

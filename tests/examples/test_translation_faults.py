@@ -308,7 +308,6 @@ def test_no_home_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     assert "no home folder" in printed
     assert "built-in sentence pairs" in printed
     assert printed.count("\n") == 1
-    monkeypatch.syspath_prepend(FOLDER)
     for name in ("django", "debian"):
         assert "no home folder" in one_line(prepare, ["--data", name, tmp_path / "out"], capsys)
 

@@ -13,7 +13,6 @@ import pytest
 from translation_helpers import (
     FOLDER,
     SMALL,
-    batches,
     checkpoint,
     compare,
     corpus,
@@ -23,6 +22,7 @@ from translation_helpers import (
     one_line,
     options,
     prepare,
+    splits,
     tokenizer,
     train,
 )
@@ -160,7 +160,7 @@ def test_a_held_out_sentence_that_looks_alike_is_not_trained_on(same: str, tmp_p
     source, target = aligned(tmp_path, english, german)
     dev = aligned(tmp_path, [same], [german[0]], "dev")
     files = {"train": (Path(source), Path(target)), "dev": (Path(dev[0]), Path(dev[1]))}
-    texts = prepare.read_split_files(files, 0)
+    texts = splits.read_split_files(files, 0)
     assert texts["dev"] == [(same, german[0])]
     assert sorted(pair.source for name in ("train", "test") for pair in texts[name]) == sorted(english[1:])
     assert len(data.clean([data.Pair(english[0], german[0]), data.Pair(same, german[0])])) == 1
@@ -186,7 +186,7 @@ def test_a_pair_with_a_side_that_is_not_seen_is_none(blank: str, tmp_path: Path)
     source, target = aligned(tmp_path, english, german)
     dev = aligned(tmp_path, [blank, "the cat", "a mouse"], ["Der Hund", "die Katze", blank], "dev")
     files = {"train": (Path(source), Path(target)), "dev": (Path(dev[0]), Path(dev[1]))}
-    assert prepare.read_split_files(files, 0)["dev"] == [("the cat", "die Katze")]
+    assert splits.read_split_files(files, 0)["dev"] == [("the cat", "die Katze")]
 
 
 def test_what_is_seen() -> None:
@@ -197,7 +197,7 @@ def test_what_is_seen() -> None:
 def test_pairs_without_subwords_are_no_examples(run: Path) -> None:
     _, subwords = checkpoint.load_model(run)
     pair = data.Pair("The dog", "Der Hund")
-    assert len(batches.encode_pairs([pair, data.Pair("\u200b", "Hund"), data.Pair("dog", "\u200b")], subwords)) == 1
+    assert len(tokenizer.encode_pairs([pair, data.Pair("\u200b", "Hund"), data.Pair("dog", "\u200b")], subwords)) == 1
 
 
 def test_invisible_lines_stay_blank_and_every_line_has_one(run: Path) -> None:

@@ -12,11 +12,25 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from translation_helpers import FOLDER, SMALL, checkpoint, corpus, data, inference, log_values, options, prepare, start, train, translate
+from translation_helpers import (
+    FOLDER,
+    SMALL,
+    checkpoint,
+    corpus,
+    data,
+    debian,
+    inference,
+    log_values,
+    options,
+    prepare,
+    splits,
+    start,
+    train,
+    translate,
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +70,8 @@ def test_prepared_folder(folder: Path, prepared: corpus.Corpus) -> None:
 
 def test_split_depends_on_the_seed_alone() -> None:
     pairs = [data.Pair(f"source {number}", f"target {number}") for number in range(100)]
-    assert prepare.split(pairs, 0) == prepare.split(pairs[::-1], 0) != prepare.split(pairs, 1)
-    assert {name: len(chosen) for name, chosen in prepare.split(pairs, 0).items()} == {"dev": 8, "test": 8, "train": 84}
+    assert splits.split(pairs, 0) == splits.split(pairs[::-1], 0) != splits.split(pairs, 1)
+    assert {name: len(chosen) for name, chosen in splits.split(pairs, 0).items()} == {"dev": 8, "test": 8, "train": 84}
 
 
 def test_own_files_and_debian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +91,7 @@ def test_own_files_and_debian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     trained = (tmp_path / "own" / "train.source.txt").read_text(encoding="utf-8").splitlines()
     assert data.PAIRS[3][0] not in trained
 
-    monkeypatch.setitem(sys.modules, "debian", SimpleNamespace(build=lambda language, folder: files))
+    monkeypatch.setattr(debian, "build", lambda language, folder: files)
     assert prepare.main([str(tmp_path / "debian"), "--data", "debian"]) == 0
     assert corpus.load_corpus(tmp_path / "debian").examples == own.examples
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import os
 import shutil
 import signal
@@ -15,7 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from translation_helpers import FOLDER, SMALL, corpus, log_values, options, prepare, start, train, translate
+from translation_helpers import (
+    FOLDER,
+    SMALL,
+    corpus,
+    log_values,
+    options,
+    prepare,
+    program,
+    start,
+    train,
+    translate,
+)
 
 PROGRAMS = ("prepare", "train", "translate", "compare", "study", "study_report", "debian")
 EVERY = ("--evaluate-every", "2", "--checkpoint-every", "2", "--beam-size", "1")
@@ -44,13 +54,12 @@ def refuse(*_: Any, **__: Any) -> Any:
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_help_without_docstrings(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.syspath_prepend(FOLDER)
     if name == "study_report":
         pytest.importorskip("matplotlib")
-    program = importlib.import_module(name)
-    monkeypatch.setattr(program, "__doc__", None)  # as under python -OO
+    module = program(name)
+    monkeypatch.setattr(module, "__doc__", None)  # as under python -OO
     with pytest.raises(SystemExit) as stopped:
-        program.main(["--help"])
+        module.main(["--help"])
     assert not stopped.value.code
     assert "usage:" in capsys.readouterr().out
 

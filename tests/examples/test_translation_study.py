@@ -12,13 +12,19 @@ from typing import Any
 
 import pytest
 import torch
-from translation_helpers import FOLDER, one_line, prepare, training
+from translation_helpers import (
+    FOLDER,
+    one_line,
+    prepare,
+    program,
+    training,
+)
 
 pytest.importorskip("matplotlib")
 sys.path.insert(0, str(FOLDER))
 
-import study
-import study_report
+from study import experiment as study
+from study import report as study_report
 
 sys.path.remove(str(FOLDER))
 
@@ -147,13 +153,13 @@ def test_damaged_files_of_a_study_are_named(content: bytes, finished: tuple[Path
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"runs": 3, "settings": []}'])
 def test_a_damaged_study_is_named(content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "study.json").write_bytes(content)
-    assert "study.json must " in one_line(study_report, [tmp_path, "--docs", tmp_path / "docs"], capsys)
+    assert "study.json must " in one_line(program("study_report"), [tmp_path, "--docs", tmp_path / "docs"], capsys)
     assert not (tmp_path / "docs").exists()
 
 
 def test_the_page_tells_failures_and_defeats(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     output, found = finished
-    assert study_report.main([str(output), "--docs", str(tmp_path)]) == 0
+    assert program("study_report").main([str(output), "--docs", str(tmp_path)]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"study.md", "study.json", "study_gradients.png", "study_learning.png"}
     page = (tmp_path / "study.md").read_text(encoding="utf-8")
     assert page == study_report.markdown(json.loads((tmp_path / "study.json").read_text(encoding="utf-8")))
@@ -182,10 +188,10 @@ def test_the_committed_page_is_that_of_the_committed_results() -> None:
     assert (docs / "study.md").read_text(encoding="utf-8") == study_report.markdown(json.loads((docs / "study.json").read_text("utf-8")))
 
 
-@pytest.mark.parametrize("program", [study, study_report])
-def test_a_missing_folder_is_one_line(program: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--output", str(tmp_path / "out")] if program is study else ["--docs", str(tmp_path / "docs")]
+@pytest.mark.parametrize("name", ["study", "study_report"])
+def test_a_missing_folder_is_one_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--output", str(tmp_path / "out")] if name == "study" else ["--docs", str(tmp_path / "docs")]
     with pytest.raises(SystemExit) as stopped:
-        program.main([str(tmp_path / "nothing"), *options])
+        program(name).main([str(tmp_path / "nothing"), *options])
     assert stopped.value.code == 2
     assert "found no" in capsys.readouterr().err

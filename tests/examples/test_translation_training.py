@@ -13,7 +13,7 @@ import depthlstm_fast as dl
 VOCABULARY = 40
 
 
-def random_examples(count: int = 30) -> list[batches.Example]:
+def random_examples(count: int = 30) -> list[tokenizer.Example]:
     generator = torch.Generator().manual_seed(0)
 
     def ids() -> list[int]:
@@ -23,11 +23,11 @@ def random_examples(count: int = 30) -> list[batches.Example]:
 
 
 @pytest.fixture(scope="module")
-def examples() -> list[batches.Example]:
+def examples() -> list[tokenizer.Example]:
     return random_examples()
 
 
-def test_batch_n_depends_on_seed_and_n_alone(examples: list[batches.Example]) -> None:
+def test_batch_n_depends_on_seed_and_n_alone(examples: list[tokenizer.Example]) -> None:
     order = batches.BatchOrder(examples, 64, seed=3)
     assert order.per_epoch > 3
     straight = [order[index] for index in range(3 * order.per_epoch)]
@@ -39,7 +39,7 @@ def test_batch_n_depends_on_seed_and_n_alone(examples: list[batches.Example]) ->
         assert sorted(row for rows in epoch for row in rows) == sorted(examples)
 
 
-def test_shares_are_a_batch_and_an_empty_one_counts_nothing(examples: list[batches.Example]) -> None:
+def test_shares_are_a_batch_and_an_empty_one_counts_nothing(examples: list[tokenizer.Example]) -> None:
     rows = examples[:5]
     parts = [batches.share(rows, rank, 3) for rank in range(3)]
     assert [len(part.source) for part in parts] == [2, 2, 1]
@@ -58,7 +58,7 @@ def test_learning_rate() -> None:
 
 
 @pytest.mark.parametrize("architecture", architectures.ARCHITECTURES)
-def test_accumulated_batches_are_one_large_batch(architecture: str, examples: list[batches.Example]) -> None:
+def test_accumulated_batches_are_one_large_batch(architecture: str, examples: list[tokenizer.Example]) -> None:
     settings = replace(SMALL, architecture=architecture, dropout=0.0)
     parts = (examples[:3], examples[3:4], examples[4:9])  # of unequal numbers of tokens
     one, several = (training.Trainer(training.build_model(settings, VOCABULARY), settings) for _ in range(2))
@@ -72,7 +72,7 @@ def test_accumulated_batches_are_one_large_batch(architecture: str, examples: li
                 torch.testing.assert_close(second.grad, first.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_steps_in_an_order_take_each_batch_once(examples: list[batches.Example], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_in_an_order_take_each_batch_once(examples: list[tokenizer.Example], monkeypatch: pytest.MonkeyPatch) -> None:
     settings = replace(SMALL, accumulate=2)
     order = batches.BatchOrder(examples, 64, seed=0)
     trainer = training.Trainer(training.build_model(settings, VOCABULARY), settings)
@@ -85,7 +85,7 @@ def test_steps_in_an_order_take_each_batch_once(examples: list[batches.Example],
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("architecture", architectures.ARCHITECTURES)
-def test_every_architecture_learns(architecture: str, dtype: str, examples: list[batches.Example]) -> None:
+def test_every_architecture_learns(architecture: str, dtype: str, examples: list[tokenizer.Example]) -> None:
     settings = replace(SMALL, architecture=architecture, dtype=dtype, dropout=0.0, learning_rate=1e-2)
     trainer = training.Trainer(training.build_model(settings, VOCABULARY), settings)
     batch = batches.collate(examples)
@@ -107,7 +107,7 @@ def test_architectures_have_equally_many_matrix_weights() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["pre-norm", "post-norm"])
-def test_residual_transformer(architecture: str, examples: list[batches.Example]) -> None:
+def test_residual_transformer(architecture: str, examples: list[tokenizer.Example]) -> None:
     model = training.build_model(replace(SMALL, architecture=architecture, layers=2), VOCABULARY).eval()
     batch = batches.collate(examples[:4])
     target = batch.target[:, :-1]

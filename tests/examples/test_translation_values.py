@@ -22,6 +22,7 @@ from translation_helpers import (
     log_values,
     prepare,
     scores,
+    splits,
     tokenizer,
     train,
     training,
@@ -35,7 +36,7 @@ SETTINGS = replace(SMALL, dropout=0.0, learning_rate=0.02, warmup_steps=2, weigh
 
 
 @pytest.fixture(scope="module")
-def examples() -> list[batches.Example]:
+def examples() -> list[tokenizer.Example]:
     """Sentences of unequal lengths."""
     generator = torch.Generator().manual_seed(0)
 
@@ -58,7 +59,7 @@ def run(prepared: Path) -> Path:
     return prepared / "run"
 
 
-def smoothed_loss(model: Any, rows: list[batches.Example], smoothing: float) -> tuple[Tensor, int]:
+def smoothed_loss(model: Any, rows: list[tokenizer.Example], smoothing: float) -> tuple[Tensor, int]:
     """Return the summed loss of ``rows``, one at a time and without padding, and the number of their predicted tokens."""
     total, count = torch.zeros(()), 0
     for source, target in rows:
@@ -70,7 +71,7 @@ def smoothed_loss(model: Any, rows: list[batches.Example], smoothing: float) -> 
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_steps_are_those_of_a_loop_written_out(accumulate: int, examples: list[batches.Example]) -> None:
+def test_steps_are_those_of_a_loop_written_out(accumulate: int, examples: list[tokenizer.Example]) -> None:
     settings = replace(SETTINGS, accumulate=accumulate)
     trainer = training.Trainer(training.build_model(settings, VOCABULARY), settings, "reference")
     model = training.build_model(settings, VOCABULARY)
@@ -120,7 +121,7 @@ def test_what_decays_are_the_matrices() -> None:
     assert {group["betas"] for group in trainer.optimizer.param_groups} == {(0.9, 0.98)}
 
 
-def test_the_dev_loss_has_no_smoothing_and_no_dropout(examples: list[batches.Example]) -> None:
+def test_the_dev_loss_has_no_smoothing_and_no_dropout(examples: list[tokenizer.Example]) -> None:
     settings = replace(SETTINGS, dropout=0.5)
     trainer = training.Trainer(training.build_model(settings, VOCABULARY), settings, "reference")
     trainer.model.train()
@@ -201,7 +202,7 @@ def test_translate_hands_its_options_on(run: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("penalty", [0.0, 2.0])
-def test_the_length_penalty_reaches_the_search(penalty: float, examples: list[batches.Example]) -> None:
+def test_the_length_penalty_reaches_the_search(penalty: float, examples: list[tokenizer.Example]) -> None:
     settings = replace(SMALL, architecture="pre-norm", dropout=0.0)
     model = training.build_model(settings, VOCABULARY).eval()
     source = batches.pad([source for source, _ in examples[:4]])
@@ -216,10 +217,10 @@ def test_the_length_penalty_reaches_the_search(penalty: float, examples: list[ba
 def test_a_split_is_every_pair_once() -> None:
     pairs = [data.Pair(f"source {number}", f"target {number}") for number in range(100)]
     for seed in (0, 1):
-        texts = prepare.split(pairs, seed)
+        texts = splits.split(pairs, seed)
         assert sorted(pair for chosen in texts.values() for pair in chosen) == sorted(pairs)
-    assert {name: len(chosen) for name, chosen in prepare.split(pairs, 0, ["test"]).items()} == {"test": 8, "train": 92}
-    assert len(prepare.split([data.Pair(str(number), "") for number in range(100_000)], 0)["dev"]) == prepare.HELDOUT_MOST
+    assert {name: len(chosen) for name, chosen in splits.split(pairs, 0, ["test"]).items()} == {"test": 8, "train": 92}
+    assert len(splits.split([data.Pair(str(number), "") for number in range(100_000)], 0)["dev"]) == splits.HELDOUT_MOST
 
 
 def test_the_scores_in_the_log_are_those_of_the_test_set(run: Path, prepared: Path) -> None:
@@ -268,7 +269,7 @@ def test_every_seed_is_used(prepared: Path, tmp_path: Path, monkeypatch: pytest.
     weights = [next(training.build_model(replace(SMALL, seed=seed), VOCABULARY).parameters()) for seed in (0, 0, 3)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
-    texts = [prepare.split([data.Pair(*pair) for pair in data.PAIRS], seed)["test"] for seed in (0, 0, 3)]
+    texts = [splits.split([data.Pair(*pair) for pair in data.PAIRS], seed)["test"] for seed in (0, 0, 3)]
     assert texts[0] == texts[1] != texts[2]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -21,18 +22,14 @@ import batches  # noqa: E402
 import checkpoint  # noqa: E402
 import command  # noqa: E402
 import compare  # noqa: E402
-import corpus  # noqa: E402
-import data  # noqa: E402
-import files  # noqa: E402
 import inference  # noqa: E402
-import lines  # noqa: E402
-import placeholders  # noqa: E402
 import prepare  # noqa: E402
 import scores  # noqa: E402
-import tokenizer  # noqa: E402
 import train  # noqa: E402
 import training  # noqa: E402
 import translate  # noqa: E402
+from corpus import data, debian, files, lines, placeholders, splits, tokenizer  # noqa: E402
+from corpus import prepared as corpus  # noqa: E402
 
 sys.path.remove(str(FOLDER))
 
@@ -46,6 +43,7 @@ __all__ = [
     "compare",
     "corpus",
     "data",
+    "debian",
     "files",
     "inference",
     "lines",
@@ -54,7 +52,9 @@ __all__ = [
     "options",
     "placeholders",
     "prepare",
+    "program",
     "scores",
+    "splits",
     "start",
     "tokenizer",
     "train",
@@ -63,6 +63,18 @@ __all__ = [
 ]
 
 SMALL = training.Settings(steps=6, token_budget=128, d_model=16, heads=2, layers=1, dropout=0.1, warmup_steps=4)
+
+
+def program(name: str) -> Any:
+    """Return the program ``name``.py of the example as a module; it may share its name with a folder, which an import would take."""
+    found = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        found.loader.exec_module(module)
+    return module
 
 
 def options(settings: training.Settings) -> list[str]:

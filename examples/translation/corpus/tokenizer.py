@@ -6,9 +6,12 @@ import io
 from collections.abc import Iterable
 from typing import Any
 
-from files import DamagedError
-from lines import visible
-from placeholders import SYMBOLS
+from .data import Pair
+from .files import DamagedError
+from .lines import visible
+from .placeholders import SYMBOLS, hide_pair
+
+Example = tuple[list[int], list[int]]  # ids of a source and of its target
 
 PAD, BOS, EOS, UNKNOWN = 0, 1, 2, 3
 LONGEST_LINE = 4192  # bytes; SentencePiece passes over the longer ones
@@ -74,3 +77,21 @@ def load_tokenizer(model: bytes, name: str = "tokenizer") -> Any:
     if ids != (PAD, BOS, EOS, UNKNOWN) or any(tokenizer.is_unknown(tokenizer.piece_to_id(symbol)) for symbol in SYMBOLS):
         raise DamagedError(f"{name} must have the ids and symbols that prepare.py gives it; found another SentencePiece model")
     return tokenizer
+
+
+def encode_pairs(pairs: Iterable[Pair], tokenizer: Any, longest: int = 256) -> list[Example]:
+    """Return the ids of each pair less the pairs with a side that is blank or of more than ``longest`` ids.
+
+    A source ends with EOS; a target begins with BOS and ends with EOS.
+
+    Raises:
+        ValueError: no pair is left.
+    """
+    examples = []
+    for pair in map(hide_pair, pairs):
+        source, target = tokenizer.encode(pair.source) + [EOS], [BOS] + tokenizer.encode(pair.target) + [EOS]
+        if max(len(source), len(target)) <= longest and len(source) > 1 and len(target) > 2:
+            examples.append((source, target))
+    if not examples:
+        raise ValueError(f"pairs must hold one of at most {longest} tokens a side; found none")
+    return examples

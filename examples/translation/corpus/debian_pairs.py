@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from difflib import SequenceMatcher
 
-from data import Pair
-from debian_text import Block, Row, normalize, word_set
+from .data import Pair
+from .debian_text import Block, Row, normalize, word_set
 
 # Alignment
 

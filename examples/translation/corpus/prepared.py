@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from batches import Example, encode_pairs
-from data import Pair, read_aligned
-from files import DamagedError, check_values, read_json, read_tensors, to_json, write_tensors
-from lines import write_lines
-from tokenizer import load_tokenizer
 from torch import Tensor
+
+from .data import Pair, read_aligned
+from .files import DamagedError, check_values, read_json, read_tensors, to_json, write_tensors
+from .lines import write_lines
+from .tokenizer import Example, encode_pairs, load_tokenizer
 
 TOKENIZER, IDS, META = "tokenizer.model", "ids.safetensors", "meta.json"
 SPLITS = ("train", "dev", "test")

@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from lines import read_lines, same_text, visible
-from sentences import PAIRS
+from .lines import read_lines, same_text, visible
+from .sentences import PAIRS
 
 DJANGO_VERSION = "5.2.19"
 DATASETS = ("auto", "django", "builtin")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from data import PLACEHOLDER, Pair
+from .data import PLACEHOLDER, Pair
 
 SYMBOLS = tuple(f"⟦{number}⟧" for number in range(1, 9))
 

@@ -11,9 +11,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from data import DownloadError
-from debian_text import read_stanzas
-from lines import read_lines
+from .data import DownloadError
+from .debian_text import read_stanzas
+from .lines import read_lines
 
 LANGUAGES = ("de", "fr", "cs")
 APT_SETTINGS = """
