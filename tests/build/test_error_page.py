@@ -84,7 +84,8 @@ def package_files() -> list[Path]:
 
 
 def test_every_quoted_message_is_in_the_source() -> None:
-    sources = {path: list(python_texts(path)) for path in (*package_files(), ROOT / "setup.py", *ROOT.glob("tools/build/*.py"), *ROOT.glob("examples/*/*.py"))}
+    files = (*package_files(), ROOT / "setup.py", *ROOT.glob("tools/build/*.py"), *ROOT.glob("examples/*/*.py"))
+    sources = {path: list(python_texts(path)) for path in files}
     texts = [text for found in sources.values() for text in found]
     texts += [text for path in (ROOT / "csrc").rglob("*.[ch]*") for text in cpp_texts(path)]
     others = inspect.getsource(torch.nn.modules.module)
