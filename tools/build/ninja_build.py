@@ -87,7 +87,7 @@ class NinjaBuild:
 
     def cuda_units(self, nvcc: Nvcc) -> list[Unit]:
         """The kernels for GPUs of every op."""
-        common = [flag for arch in nvcc.archs for flag in gencode(arch)]
+        common = gencode(nvcc.archs)
         if os.environ.get("CXX") and len(self.compiler.split()) == 1:  # nvcc takes no "ccache g++"
             common += ["-ccbin", self.compiler]
         units = []
