@@ -24,16 +24,16 @@ def find_torch() -> tuple[Path, str]:
         candidates += list(spec.submodule_search_locations)
     # Inside pip's isolated build these still point at the target environment.
     candidates += [os.path.join(sysconfig.get_paths()[key], "torch") for key in ("purelib", "platlib")]
-    for folder in map(Path, candidates):
-        if not (folder / "version.py").is_file() or not (folder / "include" / "torch").is_dir():
-            continue
-        found = re.search(r"""__version__ = ['"](.+?)['"]""", (folder / "version.py").read_text(encoding="utf-8"))
-        version = found.group(1) if found else "0.0"
-        numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-        if numbers < TORCH_FLOOR:
-            fail(f"torch {version} in {folder} is too old, 2.11 or newer is needed. Run: {TORCH_INSTALL}")
-        return folder, version
-    fail(f"torch is not installed for {sys.executable}. Run: {TORCH_INSTALL} && pip install --no-build-isolation .")
+    wanted = ("version.py", "include/torch")
+    folder = next((folder for folder in map(Path, candidates) if all((folder / name).exists() for name in wanted)), None)
+    if folder is None:
+        fail(f"torch is not installed for {sys.executable}. Run: {TORCH_INSTALL} && pip install --no-build-isolation .")
+    found = re.search(r"""__version__ = ['"](.+?)['"]""", (folder / "version.py").read_text(encoding="utf-8"))
+    version = found.group(1) if found else "0.0"
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if numbers < TORCH_FLOOR:
+        fail(f"torch {version} in {folder} is too old, 2.11 or newer is needed. Run: {TORCH_INSTALL}")
+    return folder, version
 
 
 def find_compiler() -> tuple[str, str]:
