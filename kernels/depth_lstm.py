@@ -88,7 +88,10 @@ def _gradients(
     FEATURES: tl.constexpr, ACTIVATION: tl.constexpr, FAST: tl.constexpr, GATES: tl.constexpr, MASKED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(da, u, dhidden, dc'): da and u = weight * da of the gates, dhidden with `hidden` only; see cell_backward in csrc/depth_lstm/math.h."""
+    """(da, u, dhidden, dc'): da and u = weight * da of the gates, dhidden with `hidden` only.
+
+    See cell_backward in csrc/depth_lstm/math.h.
+    """
     a = n
     if weight is not None:
         weights, biases = load_affine(weight, bias, column, rows, FEATURES, GATES, MASKED, BLOCK)

@@ -23,10 +23,8 @@ struct GatesKernels {
     void (*reduce)(const GatesCall&, const void* partials, int64_t count, int64_t block_begin, int64_t block_end);
 };
 
-#define DEPTHLSTM_DECLARE(isa)                \
-    namespace isa {                           \
-    extern const GatesKernels gates_kernels;  \
-    }
+#define DEPTHLSTM_DECLARE(isa) \
+    namespace isa { extern const GatesKernels gates_kernels; }
 DEPTHLSTM_ISAS(DEPTHLSTM_DECLARE)
 #undef DEPTHLSTM_DECLARE
 

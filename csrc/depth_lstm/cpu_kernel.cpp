@@ -111,13 +111,20 @@ __attribute__((noinline)) void dropout_factors(const GatesCall& call, int64_t ro
     }
 }
 
+// n = r * scratch + shift, for K gates.
+template <class V, int K>
+struct RowStatistics {
+    V r[K], shift[K];
+};
+
 // Reads a row of z into scratch, adds z_bias, and takes the statistics in two passes: n = r * scratch + shift.
 // Scratch then holds z - mean as far as the mean is known. Where the row is nearly constant, the mean's rounding error is most
 // of what is left, and 1/sqrt(eps) would blow it up (z = 1000.3: h wrong by 0.4): so the second pass takes its mean too.
+// Not inlined: it is the same for every activation, and 112 copies of it took as long to compile as all the rest.
 template <class MZ, int K>
-inline __attribute__((always_inline)) void stage_row(const GatesCall& call, int64_t row, const typename ComputeType<MZ>::type* packed,
-                                                     typename ComputeType<MZ>::type* staged, Vector<typename ComputeType<MZ>::type> (&r)[K],
-                                                     Vector<typename ComputeType<MZ>::type> (&shift)[K]) {
+__attribute__((noinline)) RowStatistics<Vector<typename ComputeType<MZ>::type>, K> stage_row(const GatesCall& call, int64_t row,
+                                                                                             const typename ComputeType<MZ>::type* packed,
+                                                                                             typename ComputeType<MZ>::type* staged) {
     using T = typename ComputeType<MZ>::type;
     using V = Vector<T>;
     constexpr int64_t W = width<T>;
@@ -139,8 +146,9 @@ inline __attribute__((always_inline)) void stage_row(const GatesCall& call, int6
     } else {
         for_blocks<W>(D, [&](auto part, int64_t block) __attribute__((always_inline)) { stage(part, block, std::true_type()); });
     }
-    for (int k = 0; k < K; ++k) r[k] = V(T(1)), shift[k] = V(T(0));
-    if (call.norm == Norm::none) return;
+    RowStatistics<V, K> found;
+    for (int k = 0; k < K; ++k) found.r[k] = V(T(1)), found.shift[k] = V(T(0));
+    if (call.norm == Norm::none) return found;
 
     T mean[K], square[K];
     for (int k = 0; k < K; ++k) mean[k] = xsimd::reduce_add(sum[k]) / T(D);
@@ -172,9 +180,10 @@ inline __attribute__((always_inline)) void stage_row(const GatesCall& call, int6
     for (int k = 0; k < K; ++k) {
         const T variance = square[k] - left[k] * left[k];
         const T factor = T(1) / std::sqrt((variance < T(0) ? T(0) : variance) + T(call.eps));
-        r[k] = V(factor);
-        shift[k] = V(-left[k] * factor);
+        found.r[k] = V(factor);
+        found.shift[k] = V(-left[k] * factor);
     }
+    return found;
 }
 
 struct Given {};  // g comes from `hidden`
@@ -193,8 +202,9 @@ void forward_rows(const GatesCall& call, const void* packed_memory, void* scratc
     const bool dropout = call.dropout_p > 0, stream = call.stream;
 
     for (int64_t row = row_begin; row < row_end; ++row) {
+        const RowStatistics<V, K> of_row = stage_row<MZ, K>(call, row, packed, staged);
         V r[K], shift[K];
-        stage_row<MZ, K>(call, row, packed, staged, r, shift);
+        for (int k = 0; k < K; ++k) r[k] = of_row.r[k], shift[k] = of_row.shift[k];
         if (dropout) dropout_factors(call, row, factor);
         const MC* c_in = row_of<MC>(call.c, row);
         const MZ* hidden = row_of<MZ>(given ? call.hidden : call.z, row);
@@ -235,6 +245,46 @@ void forward_rows(const GatesCall& call, const void* packed_memory, void* scratc
 #endif
 }
 
+// dz of a row from u = gamma da and n, whose sums over the blocks are given. Sums of dz for z_bias go to `partial` where there is one.
+// Not inlined, as stage_row.
+template <class MZ, int K>
+__attribute__((noinline)) void finish_row(const GatesCall& call, int64_t row,
+                                          const RowStatistics<Vector<typename ComputeType<MZ>::type>, K>& statistics,
+                                          const Vector<typename ComputeType<MZ>::type> (&sum_u)[K],
+                                          const Vector<typename ComputeType<MZ>::type> (&sum_un)[K],
+                                          const typename ComputeType<MZ>::type* normalised, const typename ComputeType<MZ>::type* u_row,
+                                          typename ComputeType<MZ>::type* partial) {
+    using T = typename ComputeType<MZ>::type;
+    using V = Vector<T>;
+    constexpr int64_t W = width<T>;
+    const int64_t D = call.features;
+    MZ* dz = row_of<MZ>(call.dz, row);
+    // dz_k = r_k (u - mean(u) - n mean(u n)): in this order a constant row's difference cancels before r_k = 1/sqrt(eps) meets it
+    const bool normalises = call.norm != Norm::none;
+    V mean_u[K], mean_un[K];
+    T total_u = 0, total_un = 0;
+    for (int k = 0; k < K; ++k) total_u += xsimd::reduce_add(sum_u[k]), total_un += xsimd::reduce_add(sum_un[k]);
+    for (int k = 0; k < K; ++k) {
+        const bool joint = call.norm == Norm::joint;
+        mean_u[k] = V(joint ? total_u / T(K * D) : xsimd::reduce_add(sum_u[k]) / T(D));
+        mean_un[k] = V(joint ? total_un / T(K * D) : xsimd::reduce_add(sum_un[k]) / T(D));
+    }
+    for_blocks<W>(D, [&](auto part, int64_t block) __attribute__((always_inline)) {
+        for (int k = 0; k < K; ++k) {
+            V v = V::load_aligned(u_row + (block * K + k) * W);
+            if (normalises) {
+                const V n = V::load_aligned(normalised + (block * K + k) * W);
+                v = statistics.r[k] * xsimd::fnma(n, mean_un[k], v - mean_u[k]);
+            }
+            part.store(dz + k * D + block * W, v, call.stream);
+            if (partial != nullptr) {
+                T* sum = partial + ((3 * block + 2) * K + k) * W;
+                (V::load_aligned(sum) + v).store_aligned(sum);
+            }
+        }
+    });
+}
+
 template <class MZ, class MC, class Act, bool fast>
 void backward_rows(const GatesCall& call, const void* packed_memory, void* scratch, void* partial_memory, int64_t row_begin,
                    int64_t row_end) {
@@ -256,13 +306,14 @@ void backward_rows(const GatesCall& call, const void* packed_memory, void* scrat
     if (partial != nullptr) std::memset(partial, 0, std::size_t(partial_bytes(call)));
 
     for (int64_t row = row_begin; row < row_end; ++row) {
+        const RowStatistics<V, K> of_row = stage_row<MZ, K>(call, row, packed, normalised);
         V r[K], shift[K];
-        stage_row<MZ, K>(call, row, packed, normalised, r, shift);
+        for (int k = 0; k < K; ++k) r[k] = of_row.r[k], shift[k] = of_row.shift[k];
         if (dropout) dropout_factors(call, row, factor);
         const MC *c_in = row_of<MC>(call.c, row), *dc = row_of<MC>(call.dc, row);
         const MZ *dh = row_of<MZ>(call.dh, row), *hidden = row_of<MZ>(given ? call.hidden : call.dh, row);
         MC* dc_in = row_of<MC>(call.dc_in, row);
-        MZ *dz = row_of<MZ>(call.dz, row), *dhidden = row_of<MZ>(given ? call.dhidden : call.dz, row);
+        MZ* dhidden = row_of<MZ>(given ? call.dhidden : call.dz, row);
         const int64_t ahead = row + 1 < row_end ? row + 1 : row;
         const MZ *next_z = row_of<MZ>(call.z, ahead), *next_dh = row_of<MZ>(call.dh, ahead);
         const MC *next_c = row_of<MC>(call.c, ahead), *next_dc = row_of<MC>(call.dc, ahead);
@@ -318,30 +369,7 @@ void backward_rows(const GatesCall& call, const void* packed_memory, void* scrat
             }
         });
 
-        // dz_k = r_k (u - mean(u) - n mean(u n)): in this order a constant row's difference cancels before r_k = 1/sqrt(eps) meets it
-        const bool normalises = call.norm != Norm::none;
-        V mean_u[K], mean_un[K];
-        T total_u = 0, total_un = 0;
-        for (int k = 0; k < K; ++k) total_u += xsimd::reduce_add(sum_u[k]), total_un += xsimd::reduce_add(sum_un[k]);
-        for (int k = 0; k < K; ++k) {
-            const bool joint = call.norm == Norm::joint;
-            mean_u[k] = V(joint ? total_u / T(K * D) : xsimd::reduce_add(sum_u[k]) / T(D));
-            mean_un[k] = V(joint ? total_un / T(K * D) : xsimd::reduce_add(sum_un[k]) / T(D));
-        }
-        for_blocks<W>(D, [&](auto part, int64_t block) __attribute__((always_inline)) {
-            for (int k = 0; k < K; ++k) {
-                V v = V::load_aligned(u_row + (block * K + k) * W);
-                if (normalises) {
-                    const V n = V::load_aligned(normalised + (block * K + k) * W);
-                    v = r[k] * xsimd::fnma(n, mean_un[k], v - mean_u[k]);
-                }
-                part.store(dz + k * D + block * W, v, stream);
-                if (z_bias_gradient) {
-                    T* sum = partial + ((3 * block + 2) * K + k) * W;
-                    (V::load_aligned(sum) + v).store_aligned(sum);
-                }
-            }
-        });
+        finish_row<MZ, K>(call, row, of_row, sum_u, sum_un, normalised, u_row, z_bias_gradient ? partial : nullptr);
     }
 #if defined(__x86_64__)
     if (call.stream) _mm_sfence();
@@ -401,6 +429,14 @@ void with_half(const GatesCall& call, Visitor visit) {
     return with_activation<M, M, true>(call, visit);
 }
 
+// avx512_bf16 differs from avx512 in its stores of bfloat16: it holds kernels for z of that type and hands on every other call.
+#if defined(DEPTHLSTM_ISA_AVX512_BF16)
+bool is_of_avx512(const GatesCall& call) { return call.z_dtype != DType::bfloat16; }
+template <class Visitor>
+void with_types(const GatesCall& call, Visitor visit) {
+    with_half<BFloat16>(call, visit);
+}
+#else
 template <class Visitor>
 void with_types(const GatesCall& call, Visitor visit) {
     switch (call.z_dtype) {
@@ -410,14 +446,21 @@ void with_types(const GatesCall& call, Visitor visit) {
         case DType::float16: return with_half<Float16>(call, visit);
     }
 }
+#endif
 
 void forward(const GatesCall& call, const void* packed, void* scratch, int64_t row_begin, int64_t row_end) {
+#if defined(DEPTHLSTM_ISA_AVX512_BF16)
+    if (is_of_avx512(call)) return avx512::gates_kernels.forward(call, packed, scratch, row_begin, row_end);
+#endif
     with_types(call, [&]<class MZ, class MC, class Act, bool fast>() {
         forward_rows<MZ, MC, Act, fast>(call, packed, scratch, row_begin, row_end);
     });
 }
 
 void backward(const GatesCall& call, const void* packed, void* scratch, void* partial, int64_t row_begin, int64_t row_end) {
+#if defined(DEPTHLSTM_ISA_AVX512_BF16)
+    if (is_of_avx512(call)) return avx512::gates_kernels.backward(call, packed, scratch, partial, row_begin, row_end);
+#endif
     with_types(call, [&]<class MZ, class MC, class Act, bool fast>() {
         backward_rows<MZ, MC, Act, fast>(call, packed, scratch, partial, row_begin, row_end);
     });

@@ -14,7 +14,7 @@ struct Launch;
 // The kernels of one dtype lie in a namespace of its name, so that tools tell them apart.
 #define DEPTHLSTM_Z_NAMESPACE DEPTHLSTM_JOIN(z, DEPTHLSTM_Z)
 
-#define DEPTHLSTM_DECLARE(z)                                             \
+#define DEPTHLSTM_DECLARE(z)                                                \
     cudaError_t forward_##z(const Launch& launch, const GpuDevice& device); \
     cudaError_t backward_##z(Launch& launch, const GpuDevice& device, void* workspace, int64_t* workspace_bytes)
 DEPTHLSTM_DECLARE(float);

@@ -23,7 +23,8 @@ struct Inputs {
         : z{z_in, 0}, c{c_in, 0} {
         STD_TORCH_CHECK(c_in.dim() >= 1 && c_in.size(c_in.dim() - 1) >= 1, "c must have shape (..., D) with D >= 1");
         STD_TORCH_CHECK(norm >= 0 && norm <= int64_t(Norm::none), "norm must be 0, 1 or 2; found ", norm);
-        STD_TORCH_CHECK(activation >= 0 && activation < int64_t(Activation::given), "activation must be the code of one of", activation_names, "; found ", activation);
+        STD_TORCH_CHECK(activation >= 0 && activation < int64_t(Activation::given), "activation must be the code of one of",
+                        activation_names, "; found ", activation);
         STD_TORCH_CHECK(eps >= 0, "eps must not be negative; found ", eps);
         STD_TORCH_CHECK(dropout_p >= 0 && dropout_p < 1, "dropout_p must be in [0, 1); found ", dropout_p);
         const int64_t features = c_in.size(c_in.dim() - 1);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-HELD = ("80", "90", "100", "120-ptx")
+HELD = ("80", "90", "100", "100-ptx")
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_nvcc_is_found_and_asked(build: ModuleType, nvcc: Any) -> None:
 def test_older_nvcc_builds_what_it_knows(build: ModuleType, nvcc: Any, capsys: pytest.CaptureFixture[str]) -> None:
     nvcc("12.4", 50, 80, 90)
     assert build.find_nvcc().archs == ["80", "90"]
-    assert "nvcc 12.4.76 does not know 100, 120-ptx" in capsys.readouterr().out
+    assert "nvcc 12.4.76 does not know 100, 100-ptx" in capsys.readouterr().out
 
 
 def test_too_old_nvcc_is_refused(build: ModuleType, nvcc: Any) -> None:
@@ -105,3 +105,18 @@ def test_architectures_that_cannot_be(build: ModuleType, monkeypatch: pytest.Mon
         build.cuda_archs("13.0", {"sm_80", "compute_120"})
     assert text in str(caught.value)
     assert text in sys.modules["settings"].FAILURE_FILE.read_text()
+
+
+@pytest.mark.parametrize(
+    ("archs", "flags"),
+    [
+        (HELD, ["arch=compute_80,code=[sm_80,sm_90]", "arch=compute_100,code=[sm_100,compute_100]"]),
+        (["120-ptx", "100"], ["arch=compute_120,code=[compute_120]", "arch=compute_100,code=[sm_100]"]),
+        (["90"], ["arch=compute_90,code=[sm_90]"]),
+        (["120-ptx"], ["arch=compute_120,code=[compute_120]"]),
+        (["90", "86", "80-ptx"], ["arch=compute_86,code=[sm_90,sm_86]", "arch=compute_80,code=[compute_80]"]),
+    ],
+)
+def test_ptx_is_made_once_a_generation(build: ModuleType, archs: Iterable[str], flags: list[str]) -> None:
+    """Every architecture gets its code, of PTX that is no newer than itself."""
+    assert build.gencode(list(archs)) == [word for flag in flags for word in ("-gencode", flag)]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import re
 
 import pytest
 import torch
-from helpers import DEVICE, F32, needs_triton
+from helpers import DEVICE, F32, needs_cpp, needs_triton
 from torch import Tensor
 
 import depthlstm_fast as dl
 from depthlstm_fast import checks
 from depthlstm_fast.activations import ACTIVATIONS, FUNCTIONS
 from depthlstm_fast.backends.choice import RECORDS
+from depthlstm_fast.backends.library import LIBRARY
 from depthlstm_fast.ops.depth_lstm import ACTIVATION_CODES, OP, OutputGradients, TensorGradients, Tensors
 from depthlstm_fast.ops.registry import OPERATORS
 
@@ -36,6 +38,23 @@ def test_names_of_tuples() -> None:
 def test_codes_of_activations() -> None:
     assert checks.ACTIVATIONS == ACTIVATIONS == tuple(FUNCTIONS)
     assert list(ACTIVATION_CODES.values()) == list(range(len(FUNCTIONS)))
+
+
+@needs_cpp
+def test_activations_of_the_library() -> None:
+    """The list in csrc/common/activations.h, of which enum, switches and errors are made, has the same words in the same order."""
+    ask = ctypes.CDLL(str(LIBRARY)).depthlstm_activations
+    ask.restype = ctypes.c_char_p
+    assert ask().decode().split() == list(ACTIVATIONS)
+
+
+@needs_cpp
+@pytest.mark.parametrize("code", [-1, len(FUNCTIONS), len(FUNCTIONS) + 1])
+def test_operators_take_no_other_code(code: int) -> None:
+    """One more than the last is the C++ enum's `given`, which stands for `hidden` and has no code of its own."""
+    z, c = torch.randn(2, 32), torch.randn(2, 8)
+    with pytest.raises(RuntimeError, match=f"activation must be the code of one of {' '.join(ACTIVATIONS)}; found {code}"):
+        torch.ops.depthlstm_fast.gates_forward(z, None, None, c, None, None, None, 0, code, 1e-6, 0.0)
 
 
 def test_slopes_of_activations() -> None:

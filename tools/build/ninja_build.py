@@ -1,8 +1,8 @@
 """Writes build.ninja for a target and runs it. A new op is a folder of csrc: its files are found by their names.
 
-    csrc/common/cpu/*.cpp, csrc/<op>/cpu*.cpp      without torch; *_kernel.cpp once for each instruction set
-    csrc/<op>/cuda_*.cu                            by nvcc, without torch; *_kernel.cu once for each dtype
-    csrc/*.cpp, csrc/<op>/*_op.cpp                 over torch's stable ABI; cuda_op.cpp where there is nvcc
+csrc/common/cpu/*.cpp, csrc/<op>/cpu*.cpp      without torch; *_kernel.cpp once for each instruction set
+csrc/<op>/cuda_*.cu                            by nvcc, without torch; *_kernel.cu once for each dtype
+csrc/*.cpp, csrc/<op>/*_op.cpp                 over torch's stable ABI; cuda_op.cpp where there is nvcc
 """
 
 from __future__ import annotations
@@ -87,14 +87,16 @@ class NinjaBuild:
 
     def cuda_units(self, nvcc: Nvcc) -> list[Unit]:
         """The kernels for GPUs of every op."""
-        common = [flag for arch in nvcc.archs for flag in gencode(arch)]
+        common = gencode(nvcc.archs)
         if os.environ.get("CXX") and len(self.compiler.split()) == 1:  # nvcc takes no "ccache g++"
             common += ["-ccbin", self.compiler]
         units = []
         for source in sorted(CSRC.glob("*/cuda_*.cu")):
             stem = f"cuda/{source.parent.name}/{source.stem}"
             if source.stem.endswith("_kernel"):
-                units += [Unit(f"{stem}.{z}.o", source, [*common, f"-DDEPTHLSTM_Z={z}", f"-DDEPTHLSTM_Z_{z.upper()}=1"]) for z in CUDA_DTYPES]
+                units += [
+                    Unit(f"{stem}.{z}.o", source, [*common, f"-DDEPTHLSTM_Z={z}", f"-DDEPTHLSTM_Z_{z.upper()}=1"]) for z in CUDA_DTYPES
+                ]
             else:
                 units.append(Unit(f"{stem}.o", source, common))
         if not units:
@@ -192,13 +194,20 @@ class NinjaBuild:
         command = [self.ninja, "-f", script.name]
         if os.environ.get("MAX_JOBS"):
             command += ["-j", os.environ["MAX_JOBS"]]
+        environment = {"NINJA_STATUS": "[%f/%t, %e s] ", **os.environ}
         import fcntl  # the extension is built on Linux only
 
         lines = []
         # one build at a time in a folder: two would write the same objects
         with open(self.folder / "lock", "w", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            process = subprocess.Popen([*command, target], cwd=self.folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            # ninja names a file when it is done, which may be minutes later
+            planned = subprocess.run([*command, "-n", target], cwd=self.folder, text=True, capture_output=True, check=False).stdout
+            if objects := re.findall(r"^\[\d+/\d+\] compile (\S+)", planned, re.M):
+                print(f"depthlstm_fast: compiling {len(objects)} files: {', '.join(objects)}", flush=True)
+            process = subprocess.Popen(
+                [*command, target], cwd=self.folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
+            )
             for line in process.stdout or ():
                 lines.append(line.rstrip())
                 if "no work to do" not in line:

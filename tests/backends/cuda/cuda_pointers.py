@@ -1,4 +1,7 @@
-"""The C functions of csrc/depth_lstm/cuda.h, simulated, on tensors of which each, outputs as well, may lie anywhere: no operator is between."""
+"""The C functions of csrc/depth_lstm/cuda.h, simulated: no operator is between.
+
+Each tensor, outputs as well, may lie anywhere.
+"""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from depthlstm_fast.ops.depth_lstm_autograd import FEW_ROWS
 from depthlstm_fast.ops.registry import OPERATORS
 
 ROOT = Path(__file__).resolve().parents[3]
-HELD = ("80", "90", "100", "120-ptx")
+HELD = ("80", "90", "100", "100-ptx")
 CUDA_TYPES = [types for types in TYPES if types.z != F64]
 
 

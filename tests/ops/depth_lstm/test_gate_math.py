@@ -1,4 +1,7 @@
-"""The formulas of csrc/common/activations.h and csrc/depth_lstm/math.h: scalar against Python's math, and as vectors of each instruction set against PyTorch in fp64."""
+"""The formulas of csrc/common/activations.h and csrc/depth_lstm/math.h.
+
+Scalar against Python's math, and as vectors of each instruction set against PyTorch in fp64.
+"""
 
 from __future__ import annotations
 
