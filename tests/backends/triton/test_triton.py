@@ -24,8 +24,6 @@ from helpers import (
     F16,
     F32,
     F64,
-    KINDS,
-    NORMS,
     Types,
     assert_bound,
     cotangents,
@@ -63,36 +61,6 @@ pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore::RuntimeWarning:t
 # --- the error bound
 
 
-# A full cross product on purpose: each is a kernel of its own, with the formulas of fp32 and with those of 16-bit results. D = 7 leaves
-# more than half of a tile's columns and rows to the masks.
-@pytest.mark.parametrize("types", [FULL, HALF], ids=str)
-@pytest.mark.parametrize(("norm", "affine"), NORMS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_error_bound(kind: str, norm: str, affine: bool, types: Types) -> None:
-    check(*given(5, 7, types, norm, affine, kind))
-
-
-# Types only decide how memory is read and written, so that every shape of call is enough.
-@pytest.mark.parametrize("types", [types for types in TRITON_TYPES if types not in (FULL, HALF)], ids=str)
-@pytest.mark.parametrize(("norm", "affine", "kind"), CALLS)
-def test_types(norm: str, affine: bool, kind: str, types: Types) -> None:
-    tensors, options = given(3, 7, types, norm, affine, kind)
-    found = check(tensors, {**options, **dropout()})
-    assert (found["h"].dtype, found["c_out"].dtype) == (types.z, types.c)
-
-
-# BLOCK = D and one column beside it (masked and not), one row a tile and several, and rows that are not a power of two. The shape
-# of the call rotates, so that neighbouring sizes differ in it.
-SIZES = [1, 2, 3, 7, 31, 33, 63, 65, 127, 129, 511, 512, 768, 1000, 1024]
-
-
-@pytest.mark.parametrize("types", [FULL, MIXED], ids=str)
-@pytest.mark.parametrize("features", SIZES)
-def test_features(features: int, types: Types) -> None:
-    norm, affine, kind = CALLS[0] if types == FULL else CALLS[SIZES.index(features) % len(CALLS)]
-    check(*given(3, features, types, norm, affine, kind))
-
-
 @pytest.mark.parametrize("features", [16, 256, 512])
 @pytest.mark.parametrize(("norm", "affine", "kind"), CALLS)
 def test_features_that_fill_a_block(norm: str, affine: bool, kind: str, features: int) -> None:
@@ -119,21 +87,6 @@ def test_wide(features: int, norm: str, affine: bool, kind: str, types: Types) -
     check(*given(3, features, types, norm, affine, kind))
 
 
-@pytest.mark.usefixtures("small_wide")
-def test_wide_with_many_rows() -> None:
-    """One program goes through three tiles, the last of them half empty."""
-    check(*given(5, 20, FULL))
-
-
-@pytest.mark.parametrize("features", [1, 33])
-@pytest.mark.parametrize("rows", [0, 1, 2, 3, 17, 40])
-def test_rows(rows: int, features: int) -> None:
-    found = check(*given(rows, features, FULL))
-    if rows == 0:
-        assert not found["dweight"].any()
-        assert not found["dbias"].any()
-
-
 @pytest.mark.parametrize("features", [1, 33])
 @pytest.mark.parametrize("beside", [-1, 0, 1])
 @pytest.mark.parametrize("scheme", ["forward", "backward"])
@@ -141,13 +94,6 @@ def test_rows_that_fill_a_tile(scheme: str, beside: int, features: int) -> None:
     plans = gates.forward_plans(features) if scheme == "forward" else gates.narrow_plans(features, 2, 4)
     assert plans[0].constants["ROWS"] > 1
     check(*given(plans[0].constants["ROWS"] + beside, features, FULL))
-
-
-@pytest.mark.parametrize("shape", [(), (0,), (2, 0, 3), (2, 3), (2, 1, 3)], ids=str)
-@pytest.mark.parametrize(("norm", "affine", "kind"), CALLS[:3:2])
-def test_leading_shapes(norm: str, affine: bool, kind: str, shape: tuple[int, ...]) -> None:
-    found = check(*given(shape, 9, FULL, norm, affine, kind))
-    assert found["h"].shape == found["c_out"].shape == (*shape, 9)
 
 
 # Programs that take several tiles, not all of them the same number; partial sums of one program, and of more than are added at a time
@@ -181,67 +127,7 @@ def test_every_wide_plan(monkeypatch: pytest.MonkeyPatch) -> None:
             check(tensors, options)
 
 
-@pytest.mark.parametrize("eps", [0.0, 0.5, 1e6])
-@pytest.mark.parametrize("norm", ["gate", "joint"])
-@pytest.mark.parametrize("scheme", ["narrow", "wide"])
-def test_eps(scheme: str, norm: str, eps: float, request: pytest.FixtureRequest) -> None:
-    if scheme == "wide":
-        request.getfixturevalue("small_wide")
-    tensors, options = given(3, 40, FULL, norm)
-    check(tensors, {**options, "eps": eps})
-
-
-def test_norms_and_activations_differ() -> None:
-    """A name that ran another's code would pass a comparison with a reference that makes the same mistake."""
-    tensors, _ = given(5, 16, FULL, affine=False)
-    outputs = [fused(**tensors, norm=norm)[0] for norm in dl.checks.NORMS]
-    outputs += [fused(**tensors, activation=activation)[0] for activation in dl.checks.ACTIVATIONS[1:]]
-    for a, b in itertools.combinations(outputs, 2):
-        assert (a - b).abs().max() > 1e-5  # the two GELUs differ by up to 5e-4
-
-
-def test_slope_of_relu_at_zero() -> None:
-    """0, as torch has it: exact zeros are common in what ReLU is given."""
-    tensors, options = given(3, 16, FULL, "none", False, "relu")
-    tensors["z"][:, 48:] = 0
-    assert not check(tensors, options)["dz"][:, 48:].any()
-
-
-@pytest.mark.parametrize("types", [types for types in TRITON_TYPES if types.z != F32 and F32 in types], ids=str)
-@pytest.mark.parametrize("scheme", ["narrow", "wide"])
-def test_fp32_results_beside_16_bit_ones(scheme: str, types: Types, request: pytest.FixtureRequest) -> None:
-    """What is given and returned in fp32 has the accuracy of fp32, which eager's own errors in 16 bits would not ask for."""
-    if scheme == "wide":
-        request.getfixturevalue("small_wide")
-    tensors, options = given(*((2, 20) if scheme == "wide" else (4, 64)), types)
-    grads = cotangents(tensors)
-    exact = results(dl.reference.depth_lstm_gates, double(tensors), (grads[0].double(), grads[1].double()), **options)
-    for key, value in results(fused, tensors, grads, **options).items():
-        if value.dtype == F32:
-            error = (value - exact[key]).abs().max() / exact[key].abs().max()
-            assert error < 1e-5, f"{key}: {error:.2g}"  # a rounding to fp16 is 5e-4, the formulas for 16-bit results are 5e-5
-
-
 # --- the bias of the GEMM
-
-
-@pytest.mark.parametrize("types", [FULL, MIXED], ids=str)
-@pytest.mark.parametrize(("norm", "affine", "kind"), CALLS)
-@pytest.mark.parametrize("scheme", ["narrow", "wide"])
-def test_z_bias(scheme: str, norm: str, affine: bool, kind: str, types: Types, request: pytest.FixtureRequest) -> None:
-    """The operator with z_bias is the function of z + z_bias, and the bias's gradient is the sum of z's over the rows."""
-    if scheme == "wide":
-        request.getfixturevalue("small_wide")
-    check_z_bias(3, 20, types, norm, affine, kind)
-
-
-@pytest.mark.parametrize("norm", ["gate", "joint"])
-@pytest.mark.parametrize("scheme", ["narrow", "wide"])
-def test_large_z_bias(scheme: str, norm: str, request: pytest.FixtureRequest) -> None:
-    """Each pass over a row reads z + z_bias: the shift takes out the rounding error of the mean, not a mean of something else."""
-    if scheme == "wide":
-        request.getfixturevalue("small_wide")
-    check_z_bias(3, 20, FULL, norm, True, "gelu", shift=1e4)
 
 
 @pytest.mark.parametrize("features", [1024, 1025])

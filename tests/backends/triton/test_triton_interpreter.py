@@ -254,11 +254,14 @@ def test_outputs_of_more_than_2_to_the_31_elements(scheme: str, features: int, m
 # --- kernels that are broken on purpose
 
 
+TESTS = Path(__file__).resolve().parents[2]
+
+
 @functools.cache
 def file_of(test: str) -> str:
-    """The file that has this test of the Triton kernels."""
-    files = sorted(Path(__file__).parent.glob("test_triton*.py"))
-    (found,) = (file.name for file in files if f"\ndef {test}(" in file.read_text(encoding="utf-8"))
+    """The file that has this test of the Triton kernels, below tests/."""
+    files = sorted((*Path(__file__).parent.glob("test_triton*.py"), *(TESTS / "conformance").glob("test_*.py")))
+    (found,) = (str(file.relative_to(TESTS)) for file in files if f"\ndef {test}(" in file.read_text(encoding="utf-8"))
     return found
 
 
@@ -280,8 +283,8 @@ class Mutation(NamedTuple):
 
 
 # tests
-SMALL = "test_error_bound[gelu-gate-True-f32-f32-f32]"  # D = 7 in tiles of 16 columns, 5 rows in tiles of 16
-ROW, TILES, WIDE_TILES = "test_rows[1-33]", "test_rows[17-33]", "test_wide_with_many_rows"
+SMALL = "test_error_bound[depth_lstm-triton-narrow-f32-f32-f32-gate-True-gelu]"  # D = 7 in tiles of 16 columns, 5 rows in tiles of 16
+ROW, TILES, WIDE_TILES = (f"test_rows[depth_lstm-triton-{case}]" for case in ("narrow-1-33", "narrow-17-33", "wide-5-20"))
 NOT_THERE = "test_columns_and_rows_that_are_not_there[gate-gelu_tanh]"
 FAR_NARROW, FAR_WIDE = (f"test_rows_more_than_2_to_the_31_elements_apart[{scheme}-gelu]" for scheme in ("narrow", "wide"))
 LONG_NARROW, LONG_WIDE = (f"test_outputs_of_more_than_2_to_the_31_elements[{case}]" for case in ("narrow-33", "wide-20"))
@@ -307,7 +310,9 @@ MUTATIONS = [
     Mutation("depth_lstm.py", INSIDE, ANY_ROW, WIDE_TILES, POISON, 2),
     Mutation("common/tiles.py", "tile = tl.where(inside, tile, 0.0)", "tile = tile", SMALL, BOUND),  # of the statistics
     Mutation("common/tiles.py", "tile = tl.where(inside, tile, 0.0)", "tile = tile", NOT_THERE, POISON, 1),
-    Mutation("depth_lstm.py", "tl.minimum(row, rows - 1)", "row", "test_z_bias[narrow-gate-True-gelu-f32-f32-f32]", POISON),
+    Mutation(
+        "depth_lstm.py", "tl.minimum(row, rows - 1)", "row", "test_z_bias[depth_lstm-triton-narrow-f32-f32-f32-gate-True-gelu]", POISON
+    ),
     # offsets: of the gates, and beyond 2^31
     Mutation("common/tiles.py", "load(at + k * FEATURES", "load(at + (k + 1) * FEATURES", SMALL, POISON),
     Mutation("depth_lstm.py", "+ column, dz_tiles[k]", "+ column, dz_tiles[0]", SMALL, BOUND),
@@ -324,11 +329,25 @@ MUTATIONS = [
     Mutation("depth_lstm.py", "tl.cdiv(rows, ROWS), tl.num_programs(1)", "rows // ROWS, tl.num_programs(1)", WIDE_TILES, POISON),
     Mutation("depth_lstm.py", "tl.range(0, programs, ROWS)", "tl.range(0, ROWS, ROWS)", "test_more_rows_than_programs[18-273-1]", BOUND),
     # mathematics
-    Mutation("common/tiles.py", "-rest[k] * ", "0.0 * rest[k] * ", "test_constant_rows[gate-narrow-f32-f32-f32-41]", BOUND),
+    Mutation(
+        "common/tiles.py", "-rest[k] * ", "0.0 * rest[k] * ", "test_constant_rows[depth_lstm-triton-narrow-gate-f32-f32-f32-41]", BOUND
+    ),
     Mutation("common/tiles.py", " - n[k] * mean_un[k]", "", SMALL, BOUND),
     Mutation("common/tiles.py", "u[k] - mean_u[k]", "u[k]", SMALL, BOUND),
-    Mutation("common/tiles.py", "rsqrt(variance + eps)", "rsqrt(variance + 1e-6)", "test_eps[narrow-gate-0.5]", BOUND),
-    Mutation("common/tiles.py", 'NORM == "joint"', 'NORM == "neither"', "test_error_bound[gelu-joint-True-f32-f32-f32]", BOUND),
+    Mutation(
+        "common/tiles.py",
+        "rsqrt(variance + eps)",
+        "rsqrt(variance + 1e-6)",
+        "test_eps[depth_lstm-triton-narrow-gate-0.5-f32-f32-f32]",
+        BOUND,
+    ),
+    Mutation(
+        "common/tiles.py",
+        'NORM == "joint"',
+        'NORM == "neither"',
+        "test_error_bound[depth_lstm-triton-narrow-f32-f32-f32-joint-True-gelu]",
+        BOUND,
+    ),
     Mutation("depth_lstm.py", "(dweight, dbias) if affine", "(dbias, dweight) if affine", SMALL, BOUND),
     Mutation("depth_lstm.py", "sums[GATES + k] + da[k]", "da[k]", "test_more_rows_than_programs[2-18-33]", BOUND),
     # dropout: order of the words, blocks, rows, scale
@@ -386,9 +405,9 @@ class Plugin:
                 try:
                     import_kernels_from(folder)
                     for item in session.items:
-                        if item.nodeid.split("/")[-1] in chosen:
+                        if item.nodeid.partition("tests/")[2] in chosen:
                             item.ihook.pytest_runtest_protocol(item=item, nextitem=None)
-                            chosen.remove(item.nodeid.split("/")[-1])
+                            chosen.remove(item.nodeid.partition("tests/")[2])
                 except BaseException:
                     self.failures.append(traceback.format_exc())
                 with open(os.path.join(folder, "result.json"), "w") as file:
@@ -418,7 +437,6 @@ def mutate(text: str, mutation: Mutation) -> str:
 @pytest.mark.slow
 def test_mutations_are_caught(tmp_path: Path) -> None:
     """Every mutation by the test that is named for it, in the words of that test's own check; without one, all of them pass."""
-    here = Path(__file__).parent
     tests = sorted({mutation.node() for mutation in MUTATIONS})
     jobs: list[tuple[Path, list[str]]] = []
     for number, mutation in enumerate([None, *MUTATIONS]):
@@ -429,9 +447,9 @@ def test_mutations_are_caught(tmp_path: Path) -> None:
             file.write_text(mutate(file.read_text(encoding="utf-8"), mutation), encoding="utf-8")
         jobs.append((folder, tests if mutation is None else [mutation.node()]))
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    text = json.dumps(([str(here / test) for test in tests], [(str(folder), chosen) for folder, chosen in jobs]))
+    text = json.dumps(([str(TESTS / test) for test in tests], [(str(folder), chosen) for folder, chosen in jobs]))
     command = [sys.executable, "-c", SESSION]
-    run = subprocess.run(command, input=text, capture_output=True, text=True, cwd=here.parent, env=environment, timeout=600, check=False)
+    run = subprocess.run(command, input=text, capture_output=True, text=True, cwd=TESTS.parent, env=environment, timeout=600, check=False)
     survivors = []
     for (folder, _), mutation in zip(jobs, [None, *MUTATIONS], strict=True):
         assert (folder / "result.json").exists(), run.stdout + run.stderr

@@ -83,12 +83,16 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Memory]:
     found.check_guards()
 
 
-@pytest.fixture
-def small_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+def make_small_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """The wide scheme for any D, in blocks of 16 and tiles of two rows: what costs seconds at 2049 features, in less."""
     monkeypatch.setattr(gates, "narrow_plans", lambda *_: [])
     monkeypatch.setattr(gates, "WIDE_PLANS", [launcher.Launch(1, {"ROWS": 2, "BLOCK": 16, "STAGES": 2})])
     monkeypatch.setattr(gates, "ROW_SUMS_PLAN", launcher.Launch(1, {"BLOCK": 16}))
+
+
+@pytest.fixture
+def small_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_small_wide(monkeypatch)
 
 
 def among_nan(x: Tensor, apart: int = 0) -> Tensor:

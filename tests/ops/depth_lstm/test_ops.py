@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BF16, CALLS, F16, F32, F64, MAIN_TYPES, Types, arguments, cotangents, fused, fused_cell, needs_cpp, normal
+from helpers import BF16, CALLS, F16, F32, F64, MAIN_TYPES, Types, arguments, fused, fused_cell, needs_cpp, normal
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -194,37 +194,11 @@ def test_make_fx() -> None:
     torch.testing.assert_close(graph(*tensors.values()), function(*tensors.values()))
 
 
-@pytest.mark.parametrize("kind", ["gelu", "given"])
-def test_double_backward_is_refused_with_a_hint(kind: str) -> None:
-    tensors, options = arguments(5, 8, MAIN_TYPES[1], kind=kind)
-    leaves = [tensor.requires_grad_() for tensor in tensors.values()]
-    outputs = fused(**tensors, **options)
-    gradients = torch.autograd.grad(outputs, leaves, cotangents(tensors), create_graph=True)
-    for gradient in gradients:
-        with pytest.raises(RuntimeError, match=r'no second derivative; use backend="reference"'):
-            torch.autograd.grad(gradient, leaves, torch.randn_like(gradient), retain_graph=True, allow_unused=True)
-    with dl.use_backend("reference"):  # what the hint says works
-        outputs = dl.depth_lstm_gates(**tensors, **options)
-        gradients = torch.autograd.grad(outputs, leaves, cotangents(tensors), create_graph=True)
-        assert torch.autograd.grad(gradients[0].square().sum(), leaves[0])[0].any()
-
-
 def test_double_backward_of_the_cell_is_refused_with_a_hint() -> None:
     x, h, c, w = (normal(*shape).requires_grad_() for shape in ((3, 2), (3, 4), (3, 4), (16, 6)))
     (gradient,) = torch.autograd.grad(fused_cell(x, h, c, w)[0].square().sum(), w, create_graph=True)
     with pytest.raises(RuntimeError, match=r"no second derivative"):
         gradient.sum().backward()
-
-
-def test_gradients_may_be_kept_in_the_graph() -> None:
-    """create_graph=True alone, as some optimisers and hooks use it, changes no gradient."""
-    tensors, options = arguments(5, 8, MAIN_TYPES[1])
-    leaves = [tensor.requires_grad_() for tensor in tensors.values()]
-    grads = cotangents(tensors)
-    plain = torch.autograd.grad(fused(**tensors, **options), leaves, grads)
-    kept = torch.autograd.grad(fused(**tensors, **options), leaves, grads, create_graph=True)
-    for a, e in zip(kept, plain, strict=True):
-        assert torch.equal(a, e)
 
 
 def test_functorch_takes_the_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:

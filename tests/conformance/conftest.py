@@ -1,0 +1,33 @@
+"""The path of a test is made ready before it: simulated CUDA kernels, guards around Triton's memory, its wide scheme at small sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import simulated
+import triton_helpers
+from helpers import DEVICE
+from paths import Path
+
+import depthlstm_fast as dl
+
+
+@pytest.fixture
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    found: Path = request.param
+    if found.backend == "cuda":
+        if DEVICE == "cpu":
+            simulated.use(monkeypatch, simulated.load())
+        elif not dl.backends()["cuda"].available:
+            pytest.skip(dl.backends()["cuda"].detail)
+        yield found
+    elif found.backend == "triton":
+        memory = triton_helpers.Memory()
+        monkeypatch.setattr(triton_helpers.gates, "torch", memory)
+        if found.name == "wide":
+            triton_helpers.make_small_wide(monkeypatch)
+        yield found
+        memory.check_guards()
+    else:
+        yield found
