@@ -15,6 +15,7 @@ import pytest
 import torch
 from ptx_kernels import build_folder
 
+from ptx_simulator import build as builder
 from ptx_simulator import samples
 from ptx_simulator.build import MODES, available, build
 from ptx_simulator.device import copy, empty, load, pointer, run_sanitized
@@ -111,7 +112,8 @@ def scaled(output: Path) -> list[float]:
     return [float(value[31]) for value in values]
 
 
-def test_only_what_has_changed_is_built_again(folder: Path, tmp_path: Path) -> None:
+def test_only_what_has_changed_is_built_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builder, "CACHE", tmp_path / "cache")  # what another run has made would be there at once
     source, header, output = tmp_path / "scale.cu", tmp_path / "include" / "factor.h", folder / "scale.so"
     units = [(source, ["-DNAME=first"]), (source, ["-DNAME=second", "-DTWICE"])]
     header.parent.mkdir()
@@ -131,6 +133,38 @@ def test_only_what_has_changed_is_built_again(folder: Path, tmp_path: Path) -> N
     shutil.copy(output, folder / "scale_2.so")
     build_with(3)
     assert [scaled(folder / "scale_2.so"), scaled(output)] == [[2, 4], [3, 6]]
+
+
+def test_what_another_folder_has_made_is_not_made_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of the same sources; another header, macro or source is made anew."""
+    monkeypatch.setattr(builder, "CACHE", tmp_path / "cache")
+    commands: list[str] = []
+    run = builder.run
+
+    def counted(*command: str | Path) -> str:
+        commands.extend(str(word) for word in command if str(word).endswith((".cu", ".cpp")))
+        return run(*command)
+
+    monkeypatch.setattr(builder, "run", counted)
+
+    def made(name: str, source: str = SCALE, factor: int = 2, defines: tuple[str, ...] = ("NAME=first",)) -> list[str]:
+        here = tmp_path / name
+        here.mkdir()
+        (here / "scale.cu").write_text(source, encoding="utf-8")
+        (here / "factor.h").write_text(f"#define FACTOR {factor}\n", encoding="utf-8")
+        commands.clear()
+        build([here / "scale.cu"], folder / f"scale_{name}.so", defines=defines, include=[here])
+        return [Path(command).name for command in commands if "scale" in command]
+
+    both = ["scale.cu", "scale.kernels.cpp"]
+    assert made("first") == both
+    assert made("copy") == []
+    assert made("header", factor=3) == both
+    assert made("macro", defines=("NAME=first", "TWICE")) == both
+    assert made("source", source=SCALE.replace("*= factor", "+= factor")) == both
+    value = copy(np.ones(32, np.float32))
+    assert load(folder / "scale_copy.so").scale_first(pointer(value)) == 0
+    assert value[31] == 2
 
 
 def test_what_the_compiler_says_is_raised(folder: Path, tmp_path: Path) -> None:
