@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ptx_simulator.build import Lock, available, build
 
 from depthlstm_fast.backends.choice import RECORDS
 from depthlstm_fast.backends.record import Backend
@@ -41,13 +42,13 @@ def _built(name: str, sources: list[Path], flags: list[str], headers: list[Path]
     for path in [*sources, *headers]:
         digest.update(path.read_bytes())
     target = BUILD / f"{name}-{digest.hexdigest()[:16]}.so"
-    if not target.is_file():
-        BUILD.mkdir(parents=True, exist_ok=True)
-        for old in BUILD.glob(f"{name}-*.so"):
-            old.unlink(missing_ok=True)
-        partial = target.with_suffix(f".{os.getpid()}")
-        subprocess.run([*command, "-o", str(partial)], check=True)
-        partial.replace(target)
+    with Lock(BUILD / name):  # another process may be making the same
+        if not target.is_file():
+            for old in BUILD.glob(f"{name}-*.so"):
+                old.unlink(missing_ok=True)
+            partial = target.with_suffix(".partial")
+            subprocess.run([*command, "-o", str(partial)], check=True)
+            partial.replace(target)
     return target
 
 
@@ -68,8 +69,6 @@ def _operators(namespace: str, kernels: Path) -> Operators:
 @functools.cache
 def kernels() -> Path:
     """The CUDA kernels as setup.py compiles them, a source named *_kernel.cu once for each dtype of z, but for the simulator."""
-    from ptx_simulator.build import available, build
-
     reason = available()
     if reason is not None:
         pytest.skip(f"no simulated CUDA kernels: {reason}")
