@@ -131,7 +131,7 @@ def test_a_lowered_budget_fails(gate: types.ModuleType, budget: dict[str, Any], 
     ]
 
 
-# Appended to kernels/gates.py of a copy of the package: what the launcher runs is then compiled as badly.
+# Appended to kernels/depth_lstm.py of a copy of the package: what the launcher runs is then compiled as badly.
 REPLACE_PLAN = """
 rule = narrow_plans
 def narrow_plans(*arguments):
@@ -156,7 +156,7 @@ def test_a_kernel_made_worse_fails(name: str, budget: dict[str, Any], tmp_path: 
     code, fault = BROKEN[name]
     shutil.copytree(ROOT / "depthlstm_fast", tmp_path / "depthlstm_fast", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     shutil.copytree(ROOT / "tools", tmp_path / "tools", ignore=shutil.ignore_patterns("__pycache__"))
-    with (tmp_path / "depthlstm_fast" / "kernels" / "gates.py").open("a", encoding="utf-8") as file:
+    with (tmp_path / "depthlstm_fast" / "kernels" / "depth_lstm.py").open("a", encoding="utf-8") as file:
         file.write(code)
     run = run_gate(*only(KERNEL), root=tmp_path)
     assert run.returncode == 1, run.stdout + run.stderr
