@@ -1,7 +1,7 @@
 """One run as a terminal table, Markdown, CSV and JSON; as a program, puts a run's table into a README.
 
     python -m depthlstm_fast.bench.report benchmarks/results/MACHINE/results.json
-    python -m depthlstm_fast.bench.report --readme README.md benchmarks/results/MACHINE/results.json
+    python -m depthlstm_fast.bench.report --readme docs/benchmarks.md benchmarks/results/MACHINE/results.json
 
 The first prints the Markdown. The second rewrites what stands between <!-- benchmarks:begin --> and
 <!-- benchmarks:end -->, and report.md beside the results.

@@ -172,6 +172,15 @@ def test_checks_are_green_and_ran_on_the_compiled_backend() -> None:
     assert registry.failure(found, "overhead") is None
 
 
+def test_the_registry_finds_every_file_and_all_that_rows_stand_on_has_a_check() -> None:
+    files = {path.stem for path in (ROOT / "benchmarks" / "subjects").glob("*.py")} - {"__init__", "__main__", "registry"}
+    assert registry.SUBJECTS.keys() == files
+    assert all(name == subject.name for name, subject in registry.SUBJECTS.items())
+    needed = registry.checked(list(registry.SUBJECTS))
+    assert [subject.name for subject in needed if subject.check is None] == []
+    assert tuple(registry.SUBJECTS)[: len(registry.FIRST)] == registry.FIRST
+
+
 def test_a_check_on_another_backend_is_red() -> None:
     with dl.use_backend("reference"):
         found = registry.run_checks(["gates"])
