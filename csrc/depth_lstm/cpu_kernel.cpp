@@ -112,19 +112,20 @@ __attribute__((noinline)) void dropout_factors(const GatesCall& call, int64_t ro
 }
 
 // n = r * scratch + shift, for K gates.
-template <class V, int K>
+template <class T, int K>
 struct RowStatistics {
-    V r[K], shift[K];
+    T r[K], shift[K];
 };
 
 // Reads a row of z into scratch, adds z_bias, and takes the statistics in two passes: n = r * scratch + shift.
 // Scratch then holds z - mean as far as the mean is known. Where the row is nearly constant, the mean's rounding error is most
 // of what is left, and 1/sqrt(eps) would blow it up (z = 1000.3: h wrong by 0.4): so the second pass takes its mean too.
-// Not inlined: it is the same for every activation, and 112 copies of it took as long to compile as all the rest.
+// Not inlined: it is the same for every activation, and 112 copies of it took as long to compile as all the rest. The call costs 20 to 40 ns
+// a row: avx2, fp32, D=512 in the cache 1 to 3 % of forward, 1 % of backward; the loops over a row are the same instructions.
 template <class MZ, int K>
-__attribute__((noinline)) RowStatistics<Vector<typename ComputeType<MZ>::type>, K> stage_row(const GatesCall& call, int64_t row,
-                                                                                             const typename ComputeType<MZ>::type* packed,
-                                                                                             typename ComputeType<MZ>::type* staged) {
+__attribute__((noinline)) RowStatistics<typename ComputeType<MZ>::type, K> stage_row(const GatesCall& call, int64_t row,
+                                                                                     const typename ComputeType<MZ>::type* packed,
+                                                                                     typename ComputeType<MZ>::type* staged) {
     using T = typename ComputeType<MZ>::type;
     using V = Vector<T>;
     constexpr int64_t W = width<T>;
@@ -146,8 +147,8 @@ __attribute__((noinline)) RowStatistics<Vector<typename ComputeType<MZ>::type>, 
     } else {
         for_blocks<W>(D, [&](auto part, int64_t block) __attribute__((always_inline)) { stage(part, block, std::true_type()); });
     }
-    RowStatistics<V, K> found;
-    for (int k = 0; k < K; ++k) found.r[k] = V(T(1)), found.shift[k] = V(T(0));
+    RowStatistics<T, K> found;
+    for (int k = 0; k < K; ++k) found.r[k] = T(1), found.shift[k] = T(0);
     if (call.norm == Norm::none) return found;
 
     T mean[K], square[K];
@@ -180,8 +181,8 @@ __attribute__((noinline)) RowStatistics<Vector<typename ComputeType<MZ>::type>, 
     for (int k = 0; k < K; ++k) {
         const T variance = square[k] - left[k] * left[k];
         const T factor = T(1) / std::sqrt((variance < T(0) ? T(0) : variance) + T(call.eps));
-        found.r[k] = V(factor);
-        found.shift[k] = V(-left[k] * factor);
+        found.r[k] = factor;
+        found.shift[k] = -left[k] * factor;
     }
     return found;
 }
@@ -202,9 +203,9 @@ void forward_rows(const GatesCall& call, const void* packed_memory, void* scratc
     const bool dropout = call.dropout_p > 0, stream = call.stream;
 
     for (int64_t row = row_begin; row < row_end; ++row) {
-        const RowStatistics<V, K> of_row = stage_row<MZ, K>(call, row, packed, staged);
+        const RowStatistics<T, K> of_row = stage_row<MZ, K>(call, row, packed, staged);
         V r[K], shift[K];
-        for (int k = 0; k < K; ++k) r[k] = of_row.r[k], shift[k] = of_row.shift[k];
+        for (int k = 0; k < K; ++k) r[k] = V(of_row.r[k]), shift[k] = V(of_row.shift[k]);
         if (dropout) dropout_factors(call, row, factor);
         const MC* c_in = row_of<MC>(call.c, row);
         const MZ* hidden = row_of<MZ>(given ? call.hidden : call.z, row);
@@ -249,7 +250,7 @@ void forward_rows(const GatesCall& call, const void* packed_memory, void* scratc
 // Not inlined, as stage_row.
 template <class MZ, int K>
 __attribute__((noinline)) void finish_row(const GatesCall& call, int64_t row,
-                                          const RowStatistics<Vector<typename ComputeType<MZ>::type>, K>& statistics,
+                                          const RowStatistics<typename ComputeType<MZ>::type, K>& statistics,
                                           const Vector<typename ComputeType<MZ>::type> (&sum_u)[K],
                                           const Vector<typename ComputeType<MZ>::type> (&sum_un)[K],
                                           const typename ComputeType<MZ>::type* normalised, const typename ComputeType<MZ>::type* u_row,
@@ -274,7 +275,7 @@ __attribute__((noinline)) void finish_row(const GatesCall& call, int64_t row,
             V v = V::load_aligned(u_row + (block * K + k) * W);
             if (normalises) {
                 const V n = V::load_aligned(normalised + (block * K + k) * W);
-                v = statistics.r[k] * xsimd::fnma(n, mean_un[k], v - mean_u[k]);
+                v = V(statistics.r[k]) * xsimd::fnma(n, mean_un[k], v - mean_u[k]);
             }
             part.store(dz + k * D + block * W, v, call.stream);
             if (partial != nullptr) {
@@ -306,9 +307,9 @@ void backward_rows(const GatesCall& call, const void* packed_memory, void* scrat
     if (partial != nullptr) std::memset(partial, 0, std::size_t(partial_bytes(call)));
 
     for (int64_t row = row_begin; row < row_end; ++row) {
-        const RowStatistics<V, K> of_row = stage_row<MZ, K>(call, row, packed, normalised);
+        const RowStatistics<T, K> of_row = stage_row<MZ, K>(call, row, packed, normalised);
         V r[K], shift[K];
-        for (int k = 0; k < K; ++k) r[k] = of_row.r[k], shift[k] = of_row.shift[k];
+        for (int k = 0; k < K; ++k) r[k] = V(of_row.r[k]), shift[k] = V(of_row.shift[k]);
         if (dropout) dropout_factors(call, row, factor);
         const MC *c_in = row_of<MC>(call.c, row), *dc = row_of<MC>(call.dc, row);
         const MZ *dh = row_of<MZ>(call.dh, row), *hidden = row_of<MZ>(given ? call.hidden : call.dh, row);
