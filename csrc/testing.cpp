@@ -1,4 +1,5 @@
-// For the tests alone: the scalar formulas, the kernels of each instruction set through depth_lstm/cpu.h, and a dirty stack.
+// For the tests alone: the scalar formulas, the kernels of each instruction set through depth_lstm/cpu.h, and a dirty
+// stack.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -84,7 +85,8 @@ std::unique_ptr<void, Free> memory(int64_t bytes) {
     return std::unique_ptr<void, Free>(std::aligned_alloc(64, std::size_t((bytes + 127) / 64 * 64)));
 }
 
-// The GatesCall at `address` by one instruction set's kernels: forward where h is set, else backward, in chunks of `chunk_rows`.
+// The GatesCall at `address` by one instruction set's kernels: forward where h is set, else backward, in chunks of
+// `chunk_rows`.
 void run(const std::string& isa, uintptr_t address, int64_t chunk_rows) {
     const GatesKernels& kernels = kernels_of(isa);
     const GatesCall& call = *reinterpret_cast<const GatesCall*>(address);
@@ -97,13 +99,15 @@ void run(const std::string& isa, uintptr_t address, int64_t chunk_rows) {
         if (call.h.data != nullptr) {
             kernels.forward(call, packed.get(), scratch.get(), begin, end);
         } else {
-            kernels.backward(call, packed.get(), scratch.get(), static_cast<char*>(partials.get()) + chunk * partial_bytes, begin, end);
+            kernels.backward(call, packed.get(), scratch.get(),
+                             static_cast<char*>(partials.get()) + chunk * partial_bytes, begin, end);
         }
     }
     if (call.h.data == nullptr) kernels.reduce(call, partials.get(), chunks, 0, kernels.feature_blocks(call));
 }
 
-// Leaves `bytes` of the stack below the caller filled with `fill` (0xff is NaN in every type): what a later call finds there.
+// Leaves `bytes` of the stack below the caller filled with `fill` (0xff is NaN in every type): what a later call finds
+// there.
 __attribute__((noinline)) void dirty_stack(std::size_t bytes, int fill) {
     char* room = static_cast<char*>(alloca(bytes));
     std::memset(room, fill, bytes);

@@ -1,10 +1,11 @@
 // The activations and their list, once for scalars and SIMD vectors, host and device.
 //
 // V is a floating-point value or vector; Primitives<V> supplies what differs between them:
-//     Scalar, fma(a, b, c), exp2<fast>(x), reciprocal<fast>(x) for x >= 1, clamp(x, low, high), select_negative(x, yes, no),
-//     abs(x), erfc(x)
-// NaN must pass through every primitive. `fast` is for 16-bit results: errors of about 5e-5, a tenth of an fp16 rounding.
-// The polynomial coefficients are weighted minimax fits made for this file; the largest errors stand beside them.
+//     Scalar, fma(a, b, c), exp2<fast>(x), reciprocal<fast>(x) for x >= 1, clamp(x, low, high), select_negative(x, yes,
+//     no), abs(x), erfc(x)
+// NaN must pass through every primitive. `fast` is for 16-bit results: errors of about 5e-5, a tenth of an fp16
+// rounding. The polynomial coefficients are weighted minimax fits made for this file; the largest errors stand beside
+// them.
 #pragma once
 
 #include <cmath>
@@ -43,7 +44,8 @@ struct Primitives<double> : ScalarPrimitives<double> {};
 
 constexpr double minus_log2_e = -1.4426950408889634;
 
-// sigmoid(a) where x = minus_log2_e * a is at hand: the forward pass scales its affine by that factor instead of every a
+// sigmoid(a) where x = minus_log2_e * a is at hand: the forward pass scales its affine by that factor instead of every
+// a
 template <bool fast, class V>
 DEPTHLSTM_HD V sigmoid_of_scaled(V x) {
     using P = Primitives<V>;
@@ -72,7 +74,8 @@ DEPTHLSTM_HD Normal<V> normal(V a) {
     if constexpr (sizeof(T) == 8) {
         return {V(T(0.5)) * P::erfc(a * V(T(-0.70710678118654752))), pdf};
     } else {
-        // cdf(-|a|) = exp(-a^2 / 2) m(t): Mills' ratio as a polynomial in t, so that the tail keeps its relative accuracy
+        // cdf(-|a|) = exp(-a^2 / 2) m(t): Mills' ratio as a polynomial in t, so that the tail keeps its relative
+        // accuracy
         V m, t;
         if constexpr (fast) {  // 1.5e-5
             t = P::template reciprocal<fast>(P::fma(P::abs(a), V(T(0.33)), V(T(1))));
@@ -197,7 +200,8 @@ struct Sigmoid {
     }
 };
 
-// Every activation: its name, which is the one in depthlstm_fast/activations.py at the same place, and its functions above.
+// Every activation: its name, which is the one in depthlstm_fast/activations.py at the same place, and its functions
+// above.
 #define DEPTHLSTM_ACTIVATIONS(X) \
     X(gelu, Gelu)                \
     X(gelu_tanh, GeluTanh)       \

@@ -1,6 +1,7 @@
 // What the gates kernels of the CPU and of CUDA take and give: plain pointers, no torch, no STL. A row is one token.
 //
-// Source of the mathematics: Xu et al., arXiv 2007.06257; see depthlstm_fast/reference/depth_lstm.py for the same in PyTorch.
+// Source of the mathematics: Xu et al., arXiv 2007.06257; see depthlstm_fast/reference/depth_lstm.py for the same in
+// PyTorch.
 #pragma once
 
 #include "common/activations.h"

@@ -18,7 +18,8 @@ struct GatesKernels {
     void (*pack)(const GatesCall&, void* packed);
     void (*forward)(const GatesCall&, const void* packed, void* scratch, int64_t row_begin, int64_t row_end);
     // partial may be null where no parameter gradient is wanted
-    void (*backward)(const GatesCall&, const void* packed, void* scratch, void* partial, int64_t row_begin, int64_t row_end);
+    void (*backward)(const GatesCall&, const void* packed, void* scratch, void* partial, int64_t row_begin,
+                     int64_t row_end);
     // sums `count` partials, in their order, into dweight, dbias and dz_bias for a range of feature blocks
     void (*reduce)(const GatesCall&, const void* partials, int64_t count, int64_t block_begin, int64_t block_end);
 };

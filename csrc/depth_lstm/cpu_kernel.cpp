@@ -1,9 +1,10 @@
 // Gates of the depth-wise LSTM, forward and backward, for one instruction set: this file is compiled once for each.
 //
-// One pass over memory: a row of z is converted into a scratch row that stays in L1/L2, where the statistics, the gates and,
-// backward, the two LayerNorm means are taken. Scratch, affine and partial sums are stored by blocks of one vector,
-// [block][gate][lane]: rows 2^n bytes apart would fall into the same cache sets, and a block is one stream to prefetch.
-// The lanes beyond D of the last block hold zeros in z, c and the gradients and in gamma, so that they add nothing to sums.
+// One pass over memory: a row of z is converted into a scratch row that stays in L1/L2, where the statistics, the gates
+// and, backward, the two LayerNorm means are taken. Scratch, affine and partial sums are stored by blocks of one
+// vector, [block][gate][lane]: rows 2^n bytes apart would fall into the same cache sets, and a block is one stream to
+// prefetch. The lanes beyond D of the last block hold zeros in z, c and the gradients and in gamma, so that they add
+// nothing to sums.
 #include "common/cpu/rows.h"
 #include "common/philox.h"
 #include "cpu.h"
@@ -91,7 +92,8 @@ void pack(const GatesCall& call, void* packed) {
     }
 }
 
-// factor[d] = 1 / (1 - p) where feature d of the row is kept, else 0; filled to the end of the last block, where 0 * NaN would be NaN
+// factor[d] = 1 / (1 - p) where feature d of the row is kept, else 0; filled to the end of the last block, where 0 *
+// NaN would be NaN
 template <class T>
 __attribute__((noinline)) void dropout_factors(const GatesCall& call, int64_t row, T* factor) {
     const uint32_t threshold = uint32_t(call.dropout_p * 4294967296.0);
@@ -118,14 +120,15 @@ struct RowStatistics {
 };
 
 // Reads a row of z into scratch, adds z_bias, and takes the statistics in two passes: n = r * scratch + shift.
-// Scratch then holds z - mean as far as the mean is known. Where the row is nearly constant, the mean's rounding error is most
-// of what is left, and 1/sqrt(eps) would blow it up (z = 1000.3: h wrong by 0.4): so the second pass takes its mean too.
-// Not inlined: it is the same for every activation, and 112 copies of it took as long to compile as all the rest. The call costs 20 to 40 ns
-// a row: avx2, fp32, D=512 in the cache 1 to 3 % of forward, 1 % of backward; the loops over a row are the same instructions.
+// Scratch then holds z - mean as far as the mean is known. Where the row is nearly constant, the mean's rounding error
+// is most of what is left, and 1/sqrt(eps) would blow it up (z = 1000.3: h wrong by 0.4): so the second pass takes its
+// mean too. Not inlined: it is the same for every activation, and 112 copies of it took as long to compile as all the
+// rest. The call costs 20 to 40 ns a row: avx2, fp32, D=512 in the cache 1 to 3 % of forward, 1 % of backward; the
+// loops over a row are the same instructions.
 template <class MZ, int K>
-__attribute__((noinline)) RowStatistics<typename ComputeType<MZ>::type, K> stage_row(const GatesCall& call, int64_t row,
-                                                                                     const typename ComputeType<MZ>::type* packed,
-                                                                                     typename ComputeType<MZ>::type* staged) {
+__attribute__((noinline)) RowStatistics<typename ComputeType<MZ>::type, K> stage_row(
+    const GatesCall& call, int64_t row, const typename ComputeType<MZ>::type* packed,
+    typename ComputeType<MZ>::type* staged) {
     using T = typename ComputeType<MZ>::type;
     using V = Vector<T>;
     constexpr int64_t W = width<T>;
@@ -143,9 +146,11 @@ __attribute__((noinline)) RowStatistics<typename ComputeType<MZ>::type, K> stage
         }
     };
     if (call.z_bias == nullptr) {
-        for_blocks<W>(D, [&](auto part, int64_t block) __attribute__((always_inline)) { stage(part, block, std::false_type()); });
+        for_blocks<W>(
+            D, [&](auto part, int64_t block) __attribute__((always_inline)) { stage(part, block, std::false_type()); });
     } else {
-        for_blocks<W>(D, [&](auto part, int64_t block) __attribute__((always_inline)) { stage(part, block, std::true_type()); });
+        for_blocks<W>(
+            D, [&](auto part, int64_t block) __attribute__((always_inline)) { stage(part, block, std::true_type()); });
     }
     RowStatistics<T, K> found;
     for (int k = 0; k < K; ++k) found.r[k] = T(1), found.shift[k] = T(0);
@@ -172,7 +177,8 @@ __attribute__((noinline)) RowStatistics<typename ComputeType<MZ>::type, K> stage
         }
     });
     T left[K];
-    for (int k = 0; k < K; ++k) square[k] = xsimd::reduce_add(sum[k]) / T(D), left[k] = xsimd::reduce_add(rest[k]) / T(D);
+    for (int k = 0; k < K; ++k)
+        square[k] = xsimd::reduce_add(sum[k]) / T(D), left[k] = xsimd::reduce_add(rest[k]) / T(D);
     if (call.norm == Norm::joint) {
         T all_square = 0, all_left = 0;
         for (int k = 0; k < K; ++k) all_square += square[k], all_left += left[k];
@@ -246,21 +252,23 @@ void forward_rows(const GatesCall& call, const void* packed_memory, void* scratc
 #endif
 }
 
-// dz of a row from u = gamma da and n, whose sums over the blocks are given. Sums of dz for z_bias go to `partial` where there is one.
-// Not inlined, as stage_row.
+// dz of a row from u = gamma da and n, whose sums over the blocks are given. Sums of dz for z_bias go to `partial`
+// where there is one. Not inlined, as stage_row.
 template <class MZ, int K>
 __attribute__((noinline)) void finish_row(const GatesCall& call, int64_t row,
                                           const RowStatistics<typename ComputeType<MZ>::type, K>& statistics,
                                           const Vector<typename ComputeType<MZ>::type> (&sum_u)[K],
                                           const Vector<typename ComputeType<MZ>::type> (&sum_un)[K],
-                                          const typename ComputeType<MZ>::type* normalised, const typename ComputeType<MZ>::type* u_row,
+                                          const typename ComputeType<MZ>::type* normalised,
+                                          const typename ComputeType<MZ>::type* u_row,
                                           typename ComputeType<MZ>::type* partial) {
     using T = typename ComputeType<MZ>::type;
     using V = Vector<T>;
     constexpr int64_t W = width<T>;
     const int64_t D = call.features;
     MZ* dz = row_of<MZ>(call.dz, row);
-    // dz_k = r_k (u - mean(u) - n mean(u n)): in this order a constant row's difference cancels before r_k = 1/sqrt(eps) meets it
+    // dz_k = r_k (u - mean(u) - n mean(u n)): in this order a constant row's difference cancels before r_k =
+    // 1/sqrt(eps) meets it
     const bool normalises = call.norm != Norm::none;
     V mean_u[K], mean_un[K];
     T total_u = 0, total_un = 0;
@@ -287,8 +295,8 @@ __attribute__((noinline)) void finish_row(const GatesCall& call, int64_t row,
 }
 
 template <class MZ, class MC, class Act, bool fast>
-void backward_rows(const GatesCall& call, const void* packed_memory, void* scratch, void* partial_memory, int64_t row_begin,
-                   int64_t row_end) {
+void backward_rows(const GatesCall& call, const void* packed_memory, void* scratch, void* partial_memory,
+                   int64_t row_begin, int64_t row_end) {
     using T = typename ComputeType<MZ>::type;
     using V = Vector<T>;
     constexpr int64_t W = width<T>;
@@ -345,8 +353,8 @@ void backward_rows(const GatesCall& call, const void* packed_memory, void* scrat
             Group<V, 3> ifo;
             for (int k = 0; k < 3; ++k) ifo.v[k] = a[k];
             ifo = sigmoid<fast>(ifo);
-            const CellGradient<V> gradient =
-                cell_backward(ifo.v[0], ifo.v[1], ifo.v[2], g, part.load(c_in + d), part.load(dh + d), part.load(dc + d));
+            const CellGradient<V> gradient = cell_backward(ifo.v[0], ifo.v[1], ifo.v[2], g, part.load(c_in + d),
+                                                           part.load(dh + d), part.load(dc + d));
             part.store(dc_in + d, gradient.dc_in, stream);
             V da[K];
             da[0] = gradient.da_i, da[1] = gradient.da_f, da[2] = gradient.da_o;
@@ -387,7 +395,8 @@ void reduce_as(const GatesCall& call, const T* partials, int64_t count, int64_t 
             void* out = j < gates ? call.dweight : j < 2 * gates ? call.dbias : call.dz_bias;
             if (out == nullptr) continue;
             Vector<T> sum(T(0));
-            for (int64_t p = 0; p < count; ++p) sum += Vector<T>::load_aligned(partials + p * stride + (block * 3 * gates + j) * width<T>);
+            for (int64_t p = 0; p < count; ++p)
+                sum += Vector<T>::load_aligned(partials + p * stride + (block * 3 * gates + j) * width<T>);
             const int64_t d = block * width<T>;
             const DType dtype = j < 2 * gates ? call.affine_dtype : call.z_bias_dtype;
             write_as<T>(dtype, out, (j % gates) * D + d, sum, D - d < width<T> ? D - d : width<T>);
@@ -405,7 +414,8 @@ void reduce(const GatesCall& call, const void* partials, int64_t count, int64_t 
 
 template <class MZ, class MC, bool fast, class Visitor>
 void with_activation(const GatesCall& call, Visitor visit) {
-#if defined(DEPTHLSTM_SANITIZED)  // the sanitizers take minutes to compile all seven, which differ in their formulas alone
+#if defined( \
+    DEPTHLSTM_SANITIZED)  // the sanitizers take minutes to compile all seven, which differ in their formulas alone
     if (call.activation == Activation::given) return visit.template operator()<MZ, MC, Given, fast>();
     return visit.template operator()<MZ, MC, Gelu, fast>();
 #else
@@ -430,7 +440,8 @@ void with_half(const GatesCall& call, Visitor visit) {
     return with_activation<M, M, true>(call, visit);
 }
 
-// avx512_bf16 differs from avx512 in its stores of bfloat16: it holds kernels for z of that type and hands on every other call.
+// avx512_bf16 differs from avx512 in its stores of bfloat16: it holds kernels for z of that type and hands on every
+// other call.
 #if defined(DEPTHLSTM_ISA_AVX512_BF16)
 bool is_of_avx512(const GatesCall& call) { return call.z_dtype != DType::bfloat16; }
 template <class Visitor>
@@ -458,7 +469,8 @@ void forward(const GatesCall& call, const void* packed, void* scratch, int64_t r
     });
 }
 
-void backward(const GatesCall& call, const void* packed, void* scratch, void* partial, int64_t row_begin, int64_t row_end) {
+void backward(const GatesCall& call, const void* packed, void* scratch, void* partial, int64_t row_begin,
+              int64_t row_end) {
 #if defined(DEPTHLSTM_ISA_AVX512_BF16)
     if (is_of_avx512(call)) return avx512::gates_kernels.backward(call, packed, scratch, partial, row_begin, row_end);
 #endif
@@ -471,7 +483,14 @@ void backward(const GatesCall& call, const void* packed, void* scratch, void* pa
 
 #define DEPTHLSTM_STRING(x) #x
 #define DEPTHLSTM_NAME(x) DEPTHLSTM_STRING(x)
-const GatesKernels gates_kernels{
-    DEPTHLSTM_NAME(DEPTHLSTM_ISA), packed_bytes, scratch_bytes, partial_bytes, feature_blocks, pack, forward, backward, reduce};
+const GatesKernels gates_kernels{DEPTHLSTM_NAME(DEPTHLSTM_ISA),
+                                 packed_bytes,
+                                 scratch_bytes,
+                                 partial_bytes,
+                                 feature_blocks,
+                                 pack,
+                                 forward,
+                                 backward,
+                                 reduce};
 
 }  // namespace depthlstm::DEPTHLSTM_ISA

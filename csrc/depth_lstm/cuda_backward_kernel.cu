@@ -1,9 +1,11 @@
-// The gates backward: dz, c' gradient and parameter gradients from dh, dc and what forward read. Compiled once for each dtype of z.
+// The gates backward: dz, c' gradient and parameter gradients from dh, dc and what forward read. Compiled once for each
+// dtype of z.
 //
-// narrow  D up to 2048 in whole 16-byte vectors: a row in a block, 8 features a thread, 12D elements of memory traffic a row. Blocks stay
-//         and loop over rows, so that the sums of the parameter gradients live in registers; each leaves one partial sum.
-// wide    all other rows, 19D elements, in two kernels: `row_statistics` takes what needs the whole row, `wide_backward` gives a thread one
-//         feature and a block 256, and loops over rows.
+// narrow  D up to 2048 in whole 16-byte vectors: a row in a block, 8 features a thread, 12D elements of memory traffic
+//         a row. Blocks stay and loop over rows, so that the sums of the parameter gradients live in registers; each
+//         leaves one partial sum.
+// wide    all other rows, 19D elements, in two kernels: `row_statistics` takes what needs the whole row,
+//         `wide_backward` gives a thread one feature and a block 256, and loops over rows.
 //
 // sum_partials in launch.cu adds the partial sums in a fixed order: no atomics, the same bits every time.
 #include "cuda_gates.cuh"
@@ -25,8 +27,8 @@ struct Gradients {
 };
 
 template <int K>
-__device__ __forceinline__ Gradients<K> gradients(float a_i, float a_f, float a_o, float g, float slope, float factor, float c_in, float dh,
-                                                  float dc) {
+__device__ __forceinline__ Gradients<K> gradients(float a_i, float a_f, float a_o, float g, float slope, float factor,
+                                                  float c_in, float dh, float dc) {
     const CellGradient<float> cell = cell_backward(sigmoid<short_polynomials>(a_i), sigmoid<short_polynomials>(a_f),
                                                    sigmoid<short_polynomials>(a_o), g * factor, c_in, dh, dc);
     Gradients<K> result;
@@ -56,7 +58,8 @@ __global__ void __launch_bounds__(narrow_threads) narrow_backward(const __grid_c
             if (!inside[v]) continue;
             const int column = (v * blockDim.x + threadIdx.x) * W;
 #pragma unroll
-            for (int k = 0; k < K; ++k) raw[k][v] = load_raw<W>(row_of<Z>(call.z, row) + int64_t(k) * features + column);
+            for (int k = 0; k < K; ++k)
+                raw[k][v] = load_raw<W>(row_of<Z>(call.z, row) + int64_t(k) * features + column);
             raw_c[v] = load_raw<W>(row_of<C>(call.c, row) + column);
             if (call.dh.data != nullptr) raw_dh[v] = load_raw<W>(row_of<Z>(call.dh, row) + column);
             if (call.dc.data != nullptr) raw_dc[v] = load_raw<W>(row_of<C>(call.dc, row) + column);
@@ -103,7 +106,8 @@ __global__ void __launch_bounds__(narrow_threads) narrow_backward(const __grid_c
 #pragma unroll
             for (int j = 0; j < W; ++j) {
                 const int e = v * W + j;
-                const Gradients<K> found = gradients<K>(a[0][j], a[1][j], a[2][j], a[3][j], slope[j], factor[j], c_in[j], dh[j], dc[j]);
+                const Gradients<K> found =
+                    gradients<K>(a[0][j], a[1][j], a[2][j], a[3][j], slope[j], factor[j], c_in[j], dh[j], dc[j]);
                 dhidden[j] = found.dg;
                 dc_in[j] = found.dc_in;
 #pragma unroll
@@ -145,7 +149,8 @@ __global__ void __launch_bounds__(narrow_threads) narrow_backward(const __grid_c
                     values[j] = u[k][v * W + j];
                     if constexpr (z_bias_gradient) dz_bias[k][v * W + j] += values[j];
                 }
-                store(row_of<Z>(call.dz, row) + int64_t(k) * features + int64_t(v * blockDim.x + threadIdx.x) * W, values);
+                store(row_of<Z>(call.dz, row) + int64_t(k) * features + int64_t(v * blockDim.x + threadIdx.x) * W,
+                      values);
             }
         }
     }
@@ -244,7 +249,8 @@ __global__ void __launch_bounds__(any_threads) row_statistics(const __grid_const
             float* at = launch.statistics + row * statistics_of_a_row;
 #pragma unroll
             for (int k = 0; k < K; ++k) {
-                at[k] = mean[k], at[4 + k] = r[k], at[8 + k] = shift[k], at[12 + k] = means[k], at[16 + k] = means[4 + k];
+                at[k] = mean[k], at[4 + k] = r[k], at[8 + k] = shift[k], at[12 + k] = means[k],
+                at[16 + k] = means[4 + k];
             }
         }
     }
@@ -287,7 +293,8 @@ __global__ void __launch_bounds__(any_threads) wide_backward(const __grid_consta
     }
     const bool affine_gradient = call.dweight != nullptr, z_bias_gradient = call.dz_bias != nullptr;
     const int64_t width = int64_t(K) * features;
-    float* partial = launch.partial + blockIdx.y * ((affine_gradient ? 2 : 0) + (z_bias_gradient ? 1 : 0)) * width + column;
+    float* partial =
+        launch.partial + blockIdx.y * ((affine_gradient ? 2 : 0) + (z_bias_gradient ? 1 : 0)) * width + column;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
         if (affine_gradient) {
@@ -302,24 +309,28 @@ __global__ void __launch_bounds__(any_threads) wide_backward(const __grid_consta
 template <class C, int K>
 cudaError_t backward(Launch& launch, const GpuDevice& device, void* workspace, int64_t* workspace_bytes) {
     const GatesCall& call = launch.call;
-    const int64_t sums = (call.dweight != nullptr ? 2 : 0) + (call.dz_bias != nullptr ? 1 : 0), width = K * call.features;
+    const int64_t sums = (call.dweight != nullptr ? 2 : 0) + (call.dz_bias != nullptr ? 1 : 0),
+                  width = K * call.features;
     const auto constant = [](const Rows& rows) { return ConstRows{rows.data, rows.stride}; };
-    const bool aligned = is_aligned<Z>({call.z, call.hidden, call.dh, constant(call.dz), constant(call.dhidden)}, call.features, W) &&
-                         is_aligned<C>({call.c, call.dc, constant(call.dc_in)}, call.features, W) && is_aligned_affine(call);
+    const bool aligned =
+        is_aligned<Z>({call.z, call.hidden, call.dh, constant(call.dz), constant(call.dhidden)}, call.features, W) &&
+        is_aligned<C>({call.c, call.dc, constant(call.dc_in)}, call.features, W) && is_aligned_affine(call);
     const bool narrow = aligned && call.features <= narrow_features;
     const int threads = narrow ? int(round_up(call.features / W, 32 * V) / V) : any_threads;
     const int64_t column_blocks = narrow ? 1 : (call.features + any_threads - 1) / any_threads;
     const bool z_bias_gradient = call.dz_bias != nullptr;
     int resident = 0;
-    const cudaError_t error = !narrow           ? resident_blocks<wide_backward<C, K>>(device, threads, &resident)
-                              : z_bias_gradient ? resident_blocks<narrow_backward<C, K, true>>(device, threads, &resident)
-                                                : resident_blocks<narrow_backward<C, K, false>>(device, threads, &resident);
+    const cudaError_t error = !narrow ? resident_blocks<wide_backward<C, K>>(device, threads, &resident)
+                              : z_bias_gradient
+                                  ? resident_blocks<narrow_backward<C, K, true>>(device, threads, &resident)
+                                  : resident_blocks<narrow_backward<C, K, false>>(device, threads, &resident);
     if (error != cudaSuccess) return error;
     const int64_t programs = std::min<int64_t>(call.rows, std::max<int64_t>(1, resident / column_blocks));
     const int64_t partial_bytes = round_up(programs * sums * width * int64_t(sizeof(float)), 256);
     const bool needs_statistics = !narrow && call.norm != Norm::none;
     if (workspace_bytes != nullptr) {
-        *workspace_bytes = partial_bytes + (needs_statistics ? call.rows * statistics_of_a_row * int64_t(sizeof(float)) : 0);
+        *workspace_bytes =
+            partial_bytes + (needs_statistics ? call.rows * statistics_of_a_row * int64_t(sizeof(float)) : 0);
         return cudaSuccess;
     }
     launch.partial = static_cast<float*>(workspace);
@@ -344,7 +355,8 @@ cudaError_t backward(Launch& launch, const GpuDevice& device, void* workspace, i
 }  // namespace
 }  // namespace DEPTHLSTM_Z_NAMESPACE
 
-cudaError_t DEPTHLSTM_Z_FUNCTION(backward)(Launch& launch, const GpuDevice& device, void* workspace, int64_t* workspace_bytes) {
+cudaError_t DEPTHLSTM_Z_FUNCTION(backward)(Launch& launch, const GpuDevice& device, void* workspace,
+                                           int64_t* workspace_bytes) {
     const bool own = launch.call.c_dtype == launch.call.z_dtype, given = launch.call.hidden.data != nullptr;
     if (given)
         return own ? DEPTHLSTM_Z_NAMESPACE::backward<DEPTHLSTM_Z, 3>(launch, device, workspace, workspace_bytes)

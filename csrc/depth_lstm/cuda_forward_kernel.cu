@@ -1,10 +1,12 @@
-// The gates forward: h and c from z, c' and the affine, 7D elements of memory traffic a row. Compiled once for each dtype of z.
+// The gates forward: h and c from z, c' and the affine, 7D elements of memory traffic a row. Compiled once for each
+// dtype of z.
 //
-// warp    a row in a warp, D up to 1024, in fp32 up to 512: no barrier. The affine lies in shared memory, in fp32, for all rows that a block takes.
-// block   a row in a block, D up to 8192, and any D up to there for few rows: short latency instead of few instructions. Takes a second
-//         partial product, `z_more`.
-// any     rows that are not whole 16-byte vectors, or longer: a row in a block, one feature of a thread at a time, three passes over the
-//         row, which the caches keep.
+// warp    a row in a warp, D up to 1024, in fp32 up to 512: no barrier. The affine lies in shared memory, in fp32, for
+//         all rows that a block takes.
+// block   a row in a block, D up to 8192, and any D up to there for few rows: short latency instead of few
+//         instructions. Takes a second partial product, `z_more`.
+// any     rows that are not whole 16-byte vectors, or longer: a row in a block, one feature of a thread at a time,
+//         three passes over the row, which the caches keep.
 //
 // A thread holds its part of all gates in registers, as V vectors of W features: 16 bytes of z each.
 #include "cuda_gates.cuh"
@@ -18,7 +20,8 @@ using Z = DEPTHLSTM_Z;
 constexpr int W = 16 / sizeof(Z);
 constexpr int warp_threads = 128;   // four rows at a time share an affine
 constexpr int block_threads = 512;  // at most, so that a thread may have 128 registers
-// Where the gates take all registers, c and hidden are fetched into L2 at first and loaded when the statistics are known.
+// Where the gates take all registers, c and hidden are fetched into L2 at first and loaded when the statistics are
+// known.
 template <int E, int registers>
 constexpr bool late = 4 * E >= registers / 2;
 
@@ -39,16 +42,19 @@ struct State {
             if constexpr (K == 3) hidden[v] = load_raw<W>(hidden_at);
         }
     }
-    __device__ __forceinline__ void get(const GatesCall& call, int64_t row, int column, int v, float (&c_in)[W], float (&g)[W]) const {
+    __device__ __forceinline__ void get(const GatesCall& call, int64_t row, int column, int v, float (&c_in)[W],
+                                        float (&g)[W]) const {
         convert(is_late ? load_raw<W>(row_of<C>(call.c, row) + column) : c[v], c_in);
         if constexpr (K == 3) convert(is_late ? load_raw<W>(row_of<Z>(call.hidden, row) + column) : hidden[v], g);
     }
 };
 
-// The new state of W features; a holds the gates' pre-activations, those of sigmoids times minus_log2_e, and is overwritten.
+// The new state of W features; a holds the gates' pre-activations, those of sigmoids times minus_log2_e, and is
+// overwritten.
 template <int K>
-__device__ __forceinline__ void gates(float (&i)[W], float (&f)[W], float (&o)[W], float (&g)[W], const float (&c_in)[W],
-                                      const Launch& launch, int64_t row, int first, float (&h)[W], float (&c)[W]) {
+__device__ __forceinline__ void gates(float (&i)[W], float (&f)[W], float (&o)[W], float (&g)[W],
+                                      const float (&c_in)[W], const Launch& launch, int64_t row, int first,
+                                      float (&h)[W], float (&c)[W]) {
     if constexpr (K == 4) activate(launch.call.activation, g);
     if (launch.seed != nullptr) {
         float factors[W];
@@ -74,7 +80,8 @@ __device__ __forceinline__ void affine(float* a, float4 w, float4 b) {
 template <class C, int K, int V>
 __global__ void __launch_bounds__(warp_threads, V* W <= 8               ? 4
                                                 : V * W <= 16 && W == 8 ? 3
-                                                                        : 2) forward_warp(const __grid_constant__ Launch launch) {
+                                                                        : 2)
+    forward_warp(const __grid_constant__ Launch launch) {
     constexpr int vectors = 32 * V, quarters = W / 4;
     // by halves of a vector, [gate][quarter][vector]: lanes then read 16 bytes side by side and meet no bank conflict
     constexpr int slots = K * quarters * vectors;
@@ -101,7 +108,8 @@ __global__ void __launch_bounds__(warp_threads, V* W <= 8               ? 4
 #pragma unroll
     for (int v = 0; v < V; ++v) inside[v] = v * 32 + lane < count;
     constexpr int rows_at_once = warp_threads / 32;
-    for (int64_t row = int64_t(blockIdx.x) * rows_at_once + threadIdx.x / 32; row < call.rows; row += int64_t(gridDim.x) * rows_at_once) {
+    for (int64_t row = int64_t(blockIdx.x) * rows_at_once + threadIdx.x / 32; row < call.rows;
+         row += int64_t(gridDim.x) * rows_at_once) {
         Raw<Z, W> raw[K][V];
         State<C, K, V, late<V * W, 255>> state;
         const Z* z_row = row_of<Z>(call.z, row);
@@ -210,7 +218,8 @@ __global__ void __launch_bounds__(block_threads) forward_block(const __grid_cons
 #pragma unroll
                 for (int j = 0; j < W; ++j) a[k][j] = z[k][v * W + j];
             }
-            apply_affine<K, W, Z>(a, call, column, {float(minus_log2_e), float(minus_log2_e), float(minus_log2_e), 1.f});
+            apply_affine<K, W, Z>(a, call, column,
+                                  {float(minus_log2_e), float(minus_log2_e), float(minus_log2_e), 1.f});
             float c_in[W], h[W], c[W];
             state.get(call, row, column, v, c_in, a[3]);
             gates<K>(a[0], a[1], a[2], a[3], c_in, launch, row, column, h, c);
@@ -253,8 +262,8 @@ __global__ void __launch_bounds__(any_threads, 4) forward_any(const __grid_const
             if constexpr (K == 4) activate(call.activation, g);
             if (launch.seed != nullptr) g[0] *= dropout_factor(launch, *launch.seed, row, column);
             float h, c;
-            cell_forward(sigmoid<short_polynomials>(a[0]), sigmoid<short_polynomials>(a[1]), sigmoid<short_polynomials>(a[2]), g[0],
-                         to_float(row_of<C>(call.c, row)[column]), c, h);
+            cell_forward(sigmoid<short_polynomials>(a[0]), sigmoid<short_polynomials>(a[1]),
+                         sigmoid<short_polynomials>(a[2]), g[0], to_float(row_of<C>(call.c, row)[column]), c, h);
             row_of<Z>(call.h, row)[column] = from_float<Z>(h);
             row_of<C>(call.c_out, row)[column] = from_float<C>(c);
         }
@@ -264,8 +273,9 @@ __global__ void __launch_bounds__(any_threads, 4) forward_any(const __grid_const
 template <class C, int K>
 cudaError_t forward(const Launch& launch, const GpuDevice& device) {
     const GatesCall& call = launch.call;
-    const bool aligned = is_aligned<Z>({call.z, call.hidden, launch.z_more, {call.h.data, call.h.stride}}, call.features, W) &&
-                         is_aligned<C>({call.c, {call.c_out.data, call.c_out.stride}}, call.features, W) && is_aligned_affine(call);
+    const bool aligned =
+        is_aligned<Z>({call.z, call.hidden, launch.z_more, {call.h.data, call.h.stride}}, call.features, W) &&
+        is_aligned<C>({call.c, {call.c_out.data, call.c_out.stride}}, call.features, W) && is_aligned_affine(call);
     const int64_t vectors = call.features / W;
     if (!aligned || call.features > 8192) {
         const int threads = int(std::min<int64_t>(any_threads, round_up(call.features, 32)));
@@ -292,7 +302,8 @@ cudaError_t DEPTHLSTM_Z_FUNCTION(forward)(const Launch& launch, const GpuDevice&
     if (launch.call.hidden.data != nullptr)
         return own ? DEPTHLSTM_Z_NAMESPACE::forward<DEPTHLSTM_Z, 3>(launch, device)
                    : DEPTHLSTM_Z_NAMESPACE::forward<float, 3>(launch, device);
-    return own ? DEPTHLSTM_Z_NAMESPACE::forward<DEPTHLSTM_Z, 4>(launch, device) : DEPTHLSTM_Z_NAMESPACE::forward<float, 4>(launch, device);
+    return own ? DEPTHLSTM_Z_NAMESPACE::forward<DEPTHLSTM_Z, 4>(launch, device)
+               : DEPTHLSTM_Z_NAMESPACE::forward<float, 4>(launch, device);
 }
 
 }  // namespace depthlstm

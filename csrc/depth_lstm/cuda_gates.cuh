@@ -1,4 +1,5 @@
-// What the forward and the backward kernels compute alike: the statistics of a row, the activations, dropout. K gates: 4, or 3 with `hidden`.
+// What the forward and the backward kernels compute alike: the statistics of a row, the activations, dropout. K gates:
+// 4, or 3 with `hidden`.
 #pragma once
 
 #include "common/cuda/launch.cuh"
@@ -25,14 +26,16 @@ struct Launch {
 constexpr int64_t few_rows = 4;
 
 inline bool is_aligned_affine(const GatesCall& call) {
-    return (reinterpret_cast<uintptr_t>(call.weight) | reinterpret_cast<uintptr_t>(call.bias) | reinterpret_cast<uintptr_t>(call.z_bias)) %
+    return (reinterpret_cast<uintptr_t>(call.weight) | reinterpret_cast<uintptr_t>(call.bias) |
+            reinterpret_cast<uintptr_t>(call.z_bias)) %
                16 ==
            0;
 }
 
 // a = n w + b in place for W features from `column` on; without an affine a = n. scale[k] is multiplied into all of it.
 template <int K, int W, class Z>
-__device__ __forceinline__ void apply_affine(float (&a)[4][W], const GatesCall& call, int column, const float (&scale)[4]) {
+__device__ __forceinline__ void apply_affine(float (&a)[4][W], const GatesCall& call, int column,
+                                             const float (&scale)[4]) {
     const Parameter<Z> weight{call.weight, call.affine_dtype == DType::float32};
 #pragma unroll
     for (int k = 0; k < K; ++k) {
@@ -92,7 +95,8 @@ struct Division {
     }
 };
 
-// A row's means over D of a gate, or over all K D when joint, of the threads' sums in groups of four, of which K are in use.
+// A row's means over D of a gate, or over all K D when joint, of the threads' sums in groups of four, of which K are in
+// use.
 template <int K, int N, class Row>
 __device__ __forceinline__ void row_means(float (&v)[N], int number, const GatesCall& call, const Row& row) {
     const bool joint = call.norm == Norm::joint;
@@ -110,8 +114,9 @@ __device__ __forceinline__ void row_means(float (&v)[N], int number, const Gates
     }
 }
 
-// n = (z - mean) r + shift, from `rest`, the means of z - mean and of its square. The shift takes out the rounding error of the mean: on a
-// nearly constant row it is most of what is left of z - mean, and r = 1 / sqrt(eps) would blow it up.
+// n = (z - mean) r + shift, from `rest`, the means of z - mean and of its square. The shift takes out the rounding
+// error of the mean: on a nearly constant row it is most of what is left of z - mean, and r = 1 / sqrt(eps) would blow
+// it up.
 template <int K>
 __device__ __forceinline__ void scale_and_shift(const float (&rest)[8], float eps, float (&r)[K], float (&shift)[K]) {
 #pragma unroll
@@ -123,10 +128,11 @@ __device__ __forceinline__ void scale_and_shift(const float (&rest)[8], float ep
     }
 }
 
-// z becomes n in place, both 0 in vectors that are not `inside`; the statistics take two passes over registers. Uses sums number 0 and 1.
+// z becomes n in place, both 0 in vectors that are not `inside`; the statistics take two passes over registers. Uses
+// sums number 0 and 1.
 template <int K, int V, int W, class Row>
-__device__ __forceinline__ void normalise(float (&z)[K][V * W], const bool (&inside)[V], const Launch& launch, const Row& row,
-                                          float (&r)[K]) {
+__device__ __forceinline__ void normalise(float (&z)[K][V * W], const bool (&inside)[V], const Launch& launch,
+                                          const Row& row, float (&r)[K]) {
     if (launch.call.norm == Norm::none) {
 #pragma unroll
         for (int k = 0; k < K; ++k) r[k] = 1.f;
@@ -167,10 +173,11 @@ __device__ __forceinline__ void normalise(float (&z)[K][V * W], const bool (&ins
     }
 }
 
-// The same for a row of any length, whose z a thread gets by `z_at(gate, column)`: columns blockDim.x apart, two passes over memory.
+// The same for a row of any length, whose z a thread gets by `z_at(gate, column)`: columns blockDim.x apart, two passes
+// over memory.
 template <int K, class ZAt, class Row>
-__device__ __forceinline__ void statistics(const Launch& launch, const ZAt& z_at, const Row& row, float (&mean)[4], float (&r)[K],
-                                           float (&shift)[K]) {
+__device__ __forceinline__ void statistics(const Launch& launch, const ZAt& z_at, const Row& row, float (&mean)[4],
+                                           float (&r)[K], float (&shift)[K]) {
     if (launch.call.norm == Norm::none) {
 #pragma unroll
         for (int k = 0; k < K; ++k) mean[k] = 0.f, r[k] = 1.f, shift[k] = 0.f;
@@ -212,7 +219,8 @@ __device__ __forceinline__ void apply(float (&a)[W], float (&slope)[W]) {
     }
 }
 
-// g = act(a) in place; with a second array the slopes, too. One branch for W elements: the activation is the same for all threads.
+// g = act(a) in place; with a second array the slopes, too. One branch for W elements: the activation is the same for
+// all threads.
 template <class... Arrays>
 __device__ __forceinline__ void activate(Activation activation, Arrays&... arrays) {
     switch (activation) {
@@ -227,7 +235,8 @@ __device__ __forceinline__ void activate(Activation activation, Arrays&... array
 
 // Factors of g for the features first .. first + W - 1 of a row; first is a multiple of 4.
 template <int W>
-__device__ __forceinline__ void dropout_factors(const Launch& launch, uint64_t seed, int64_t row, int first, float (&factors)[W]) {
+__device__ __forceinline__ void dropout_factors(const Launch& launch, uint64_t seed, int64_t row, int first,
+                                                float (&factors)[W]) {
 #pragma unroll
     for (int j = 0; j < W; j += 4) {
         uint32_t words[4];
@@ -239,7 +248,8 @@ __device__ __forceinline__ void dropout_factors(const Launch& launch, uint64_t s
 __device__ __forceinline__ float dropout_factor(const Launch& launch, uint64_t seed, int64_t row, int column) {
     uint32_t words[4];
     philox(seed, uint64_t(row), uint32_t(column) / 4, words);
-    const uint32_t low = column & 1 ? words[1] : words[0], high = column & 1 ? words[3] : words[2];  // an index would need local memory
+    const uint32_t low = column & 1 ? words[1] : words[0],
+                   high = column & 1 ? words[3] : words[2];  // an index would need local memory
     return (column & 2 ? high : low) >= launch.dropout_threshold ? launch.dropout_scale : 0.f;
 }
 

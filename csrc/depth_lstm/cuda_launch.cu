@@ -1,4 +1,5 @@
-// The C functions of cuda.h: from a call to the kernels of its dtype, on its device; and the sums of the parameter gradients.
+// The C functions of cuda.h: from a call to the kernels of its dtype, on its device; and the sums of the parameter
+// gradients.
 #include "cuda_gates.cuh"
 #include "cuda_kernels.h"
 
@@ -21,16 +22,19 @@ __device__ __forceinline__ void store_as(void* data, DType dtype, int64_t index,
     }
 }
 
-// partial (programs, columns) summed over the programs: a thread adds every 16th, then one thread a column adds the 16, in their order.
-__global__ void __launch_bounds__(sum_columns* sum_groups) sums_kernel(const float* __restrict__ partial, int64_t programs, int64_t columns,
-                                                                       int64_t width, const __grid_constant__ SumsOutput output) {
+// partial (programs, columns) summed over the programs: a thread adds every 16th, then one thread a column adds the 16,
+// in their order.
+__global__ void __launch_bounds__(sum_columns* sum_groups)
+    sums_kernel(const float* __restrict__ partial, int64_t programs, int64_t columns, int64_t width,
+                const __grid_constant__ SumsOutput output) {
     __shared__ float sums[sum_groups][sum_columns];
     const int lane = threadIdx.x % sum_columns, group = threadIdx.x / sum_columns;
     const int64_t column = int64_t(blockIdx.x) * sum_columns + lane;
     float sum = 0.f;
     if (column < columns) {
 #pragma unroll 8
-        for (int64_t program = group; program < programs; program += sum_groups) sum += partial[program * columns + column];
+        for (int64_t program = group; program < programs; program += sum_groups)
+            sum += partial[program * columns + column];
     }
     sums[group][lane] = sum;
     __syncthreads();
@@ -108,7 +112,9 @@ extern "C" int depthlstm_cuda_gates_forward(const depthlstm::CudaCall* call) {
     });
 }
 
-extern "C" int depthlstm_cuda_gates_backward(const depthlstm::CudaCall* call) { return depthlstm::backward(*call, nullptr); }
+extern "C" int depthlstm_cuda_gates_backward(const depthlstm::CudaCall* call) {
+    return depthlstm::backward(*call, nullptr);
+}
 
 extern "C" int64_t depthlstm_cuda_workspace_bytes(const depthlstm::CudaCall* call) {
     int64_t bytes = 0;

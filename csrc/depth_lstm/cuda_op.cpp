@@ -1,7 +1,8 @@
-// The CUDA operators torch sees, over libtorch's stable ABI: memory, the current stream, errors; the kernels are in cuda_*_kernel.cu.
+// The CUDA operators torch sees, over libtorch's stable ABI: memory, the current stream, errors; the kernels are in
+// cuda_*_kernel.cu.
 //
-// With DEPTHLSTM_SIMULATED=<namespace> the same operators take CPU tensors, in that namespace: the tests link them to kernels that are
-// simulated on a CPU.
+// With DEPTHLSTM_SIMULATED=<namespace> the same operators take CPU tensors, in that namespace: the tests link them to
+// kernels that are simulated on a CPU.
 #if !defined(DEPTHLSTM_SIMULATED)
 #include <dlfcn.h>
 #endif
@@ -23,14 +24,17 @@ void* current_stream(int32_t) { return nullptr; }
 #else
 bool is_ours(const Tensor& tensor) { return tensor.is_cuda(); }
 
-// libtorch_cuda.so is looked up where torch has loaded it: a library that names it would not load on a torch without CUDA.
+// libtorch_cuda.so is looked up where torch has loaded it: a library that names it would not load on a torch without
+// CUDA.
 void* current_stream(int32_t device) {
     using Function = AOTITorchError (*)(int32_t, void**);
     static const auto ask = [] {
         void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
-        return library == nullptr ? nullptr : reinterpret_cast<Function>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+        return library == nullptr ? nullptr
+                                  : reinterpret_cast<Function>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
     }();
-    STD_TORCH_CHECK(ask != nullptr, "this torch has no libtorch_cuda.so with aoti_torch_get_current_cuda_stream: it is no CUDA build");
+    STD_TORCH_CHECK(ask != nullptr,
+                    "this torch has no libtorch_cuda.so with aoti_torch_get_current_cuda_stream: it is no CUDA build");
     void* stream;
     STABLE_TORCH_ERROR_CODE_CHECK(ask(device, &stream));
     return stream;
@@ -42,7 +46,8 @@ void check_error(int error, const char* what) {
     const bool no_code = error == invalid_device_function || error == no_kernel_image || error == unsupported_ptx;
     STD_TORCH_CHECK(!no_code, what, ": ", depthlstm_cuda_error(error), " (CUDA error ", error,
                     "). This library holds code for " DEPTHLSTM_CUDA_ARCHS
-                    "; for another GPU, or a driver too old for its PTX, build it from source with DEPTHLSTM_CUDA_ARCHS set to the GPU's "
+                    "; for another GPU, or a driver too old for its PTX, build it from source with "
+                    "DEPTHLSTM_CUDA_ARCHS set to the GPU's "
                     "compute capability, as in DEPTHLSTM_CUDA_ARCHS=86");
     STD_TORCH_CHECK(false, what, ": ", depthlstm_cuda_error(error), " (CUDA error ", error, ")");
 }
@@ -50,17 +55,19 @@ void check_error(int error, const char* what) {
 struct CudaInputs : Inputs {
     CudaCall cuda;
 
-    CudaInputs(const Tensor& z, const OptionalTensor& z_bias, const OptionalTensor& hidden, const Tensor& c, const OptionalTensor& weight,
-               const OptionalTensor& bias, const OptionalTensor& seed, int64_t norm, int64_t activation, double eps, double dropout_p)
+    CudaInputs(const Tensor& z, const OptionalTensor& z_bias, const OptionalTensor& hidden, const Tensor& c,
+               const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& seed, int64_t norm,
+               int64_t activation, double eps, double dropout_p)
         : Inputs(z, z_bias, hidden, c, weight, bias, seed, norm, activation, eps, dropout_p) {
         STD_TORCH_CHECK(is_ours(c), "c must be a CUDA tensor, as every tensor beside it");
-        STD_TORCH_CHECK(call.z_dtype != DType::float64, "z must be float32, bfloat16 or float16: the CUDA kernels have no float64");
+        STD_TORCH_CHECK(call.z_dtype != DType::float64,
+                        "z must be float32, bfloat16 or float16: the CUDA kernels have no float64");
         if (seed) cuda.seed = static_cast<const uint64_t*>(seed->const_data_ptr());
         cuda.device = std::max(0, device_of(c).index);  // a CPU has none, -1
     }
 
-    // The finished call. Tensors that live until it returns may be freed then: the allocator gives their memory to later work on this
-    // stream only.
+    // The finished call. Tensors that live until it returns may be freed then: the allocator gives their memory to
+    // later work on this stream only.
     const CudaCall* finish() {
         cuda.gates = call;
         cuda.stream = current_stream(cuda.device);
@@ -77,9 +84,10 @@ Tensor forward_into(CudaInputs& inputs, const Tensor& c, Rows h) {
     return c_out;
 }
 
-std::tuple<Tensor, Tensor> gates_forward(const Tensor& z, const OptionalTensor& z_bias, const OptionalTensor& hidden, const Tensor& c,
-                                         const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& seed, int64_t norm,
-                                         int64_t activation, double eps, double dropout_p) {
+std::tuple<Tensor, Tensor> gates_forward(const Tensor& z, const OptionalTensor& z_bias, const OptionalTensor& hidden,
+                                         const Tensor& c, const OptionalTensor& weight, const OptionalTensor& bias,
+                                         const OptionalTensor& seed, int64_t norm, int64_t activation, double eps,
+                                         double dropout_p) {
     CudaInputs inputs(z, z_bias, hidden, c, weight, bias, seed, norm, activation, eps, dropout_p);
     Tensor h = empty_as(c, dtype_code(z));
     Tensor c_out = forward_into(inputs, c, {h.mutable_data_ptr(), inputs.call.features});
@@ -88,8 +96,9 @@ std::tuple<Tensor, Tensor> gates_forward(const Tensor& z, const OptionalTensor& 
 
 // z + z_more in the place of z, where z_more is given; h is written into a tensor whose rows lie one stride apart.
 Tensor gates_forward_into(const Tensor& z, const OptionalTensor& z_bias, const OptionalTensor& hidden, const Tensor& c,
-                          const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& seed, int64_t norm,
-                          int64_t activation, double eps, double dropout_p, const OptionalTensor& z_more, Tensor h) {
+                          const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& seed,
+                          int64_t norm, int64_t activation, double eps, double dropout_p, const OptionalTensor& z_more,
+                          Tensor h) {
     CudaInputs inputs(z, z_bias, hidden, c, weight, bias, seed, norm, activation, eps, dropout_p);
     const GatesCall& call = inputs.call;
     std::optional<RowView> more;
@@ -106,9 +115,10 @@ Tensor gates_forward_into(const Tensor& z, const OptionalTensor& z_bias, const O
 
 // dh or dc may be None for zeros.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gates_backward(
-    const OptionalTensor& dh, const OptionalTensor& dc, const Tensor& z, const OptionalTensor& z_bias, const OptionalTensor& hidden,
-    const Tensor& c, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& seed, int64_t norm, int64_t activation,
-    double eps, double dropout_p, bool affine_gradient, bool z_bias_gradient) {
+    const OptionalTensor& dh, const OptionalTensor& dc, const Tensor& z, const OptionalTensor& z_bias,
+    const OptionalTensor& hidden, const Tensor& c, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& seed, int64_t norm, int64_t activation, double eps, double dropout_p, bool affine_gradient,
+    bool z_bias_gradient) {
     CudaInputs inputs(z, z_bias, hidden, c, weight, bias, seed, norm, activation, eps, dropout_p);
     Gradients gradients(inputs.call, dh, dc, z, z_bias, hidden, c, weight, bias, affine_gradient, z_bias_gradient);
     if (inputs.call.rows == 0) {  // sums of nothing
@@ -121,7 +131,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gates_backward(
     const int64_t size = bytes + int64_t(workspace_alignment);
     const Tensor workspace = empty(&size, 1, aoti_torch_dtype_uint8(), device_of(c));
     const uintptr_t place = reinterpret_cast<uintptr_t>(workspace.data_ptr());
-    inputs.cuda.workspace = reinterpret_cast<void*>((place + workspace_alignment - 1) / workspace_alignment * workspace_alignment);
+    inputs.cuda.workspace =
+        reinterpret_cast<void*>((place + workspace_alignment - 1) / workspace_alignment * workspace_alignment);
     check_error(depthlstm_cuda_gates_backward(&inputs.cuda), "cuda_gates_backward");
     return gradients.outputs();
 }
@@ -137,8 +148,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gates_backward(
 #define DEPTHLSTM_KEY CUDA
 #endif
 
-#define DEPTHLSTM_INPUTS                                                                                                         \
-    "Tensor z, Tensor? z_bias, Tensor? hidden, Tensor c, Tensor? weight, Tensor? bias, Tensor? seed, int norm, int activation, " \
+#define DEPTHLSTM_INPUTS                                                                                             \
+    "Tensor z, Tensor? z_bias, Tensor? hidden, Tensor c, Tensor? weight, Tensor? bias, Tensor? seed, int norm, int " \
+    "activation, "                                                                                                   \
     "float eps, float dropout_p"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(DEPTHLSTM_NAMESPACE, m) {

@@ -9,7 +9,8 @@
 
 namespace depthlstm {
 
-// What forward and backward read alike, with the tensors that keep it alive. The seed's value is left to the device's own code.
+// What forward and backward read alike, with the tensors that keep it alive. The seed's value is left to the device's
+// own code.
 struct Inputs {
     GatesCall call;
     RowView z, c;
@@ -18,13 +19,13 @@ struct Inputs {
     int64_t z_width = 0;
 
     Inputs(const Tensor& z_in, const OptionalTensor& z_bias_in, const OptionalTensor& hidden_in, const Tensor& c_in,
-           const OptionalTensor& weight_in, const OptionalTensor& bias_in, const OptionalTensor& seed, int64_t norm, int64_t activation,
-           double eps, double dropout_p)
+           const OptionalTensor& weight_in, const OptionalTensor& bias_in, const OptionalTensor& seed, int64_t norm,
+           int64_t activation, double eps, double dropout_p)
         : z{z_in, 0}, c{c_in, 0} {
         STD_TORCH_CHECK(c_in.dim() >= 1 && c_in.size(c_in.dim() - 1) >= 1, "c must have shape (..., D) with D >= 1");
         STD_TORCH_CHECK(norm >= 0 && norm <= int64_t(Norm::none), "norm must be 0, 1 or 2; found ", norm);
-        STD_TORCH_CHECK(activation >= 0 && activation < int64_t(Activation::given), "activation must be the code of one of",
-                        activation_names, "; found ", activation);
+        STD_TORCH_CHECK(activation >= 0 && activation < int64_t(Activation::given),
+                        "activation must be the code of one of", activation_names, "; found ", activation);
         STD_TORCH_CHECK(eps >= 0, "eps must not be negative; found ", eps);
         STD_TORCH_CHECK(dropout_p >= 0 && dropout_p < 1, "dropout_p must be in [0, 1); found ", dropout_p);
         const int64_t features = c_in.size(c_in.dim() - 1);
@@ -34,13 +35,15 @@ struct Inputs {
         call.features = features;
         call.z_dtype = dtype_of(z_in, "z");
         call.c_dtype = dtype_of(c_in, "c");
-        STD_TORCH_CHECK(call.c_dtype == call.z_dtype || (call.c_dtype == DType::float32 && call.z_dtype != DType::float64),
-                        "c must have the dtype of z, or float32 beside a 16-bit z");
+        STD_TORCH_CHECK(
+            call.c_dtype == call.z_dtype || (call.c_dtype == DType::float32 && call.z_dtype != DType::float64),
+            "c must have the dtype of z, or float32 beside a 16-bit z");
         call.norm = Norm(norm);
         call.activation = hidden_in ? Activation::given : Activation(activation);
         call.eps = eps;
         if (seed) {
-            STD_TORCH_CHECK(device_of(*seed) == device_of(c_in) && seed->numel() == 1 && dtype_code(*seed) == aoti_torch_dtype_int64(),
+            STD_TORCH_CHECK(device_of(*seed) == device_of(c_in) && seed->numel() == 1 &&
+                                dtype_code(*seed) == aoti_torch_dtype_int64(),
                             "seed must be an int64 tensor of one element on the device of c");
             call.dropout_p = dropout_p;
         }
@@ -57,7 +60,8 @@ struct Inputs {
             call.z_bias = z_bias->const_data_ptr();
             call.z_bias_dtype = dtype_of(*z_bias, "z_bias");
         }
-        STD_TORCH_CHECK(weight_in.has_value() == bias_in.has_value(), "weight and bias must both be given or both be None");
+        STD_TORCH_CHECK(weight_in.has_value() == bias_in.has_value(),
+                        "weight and bias must both be given or both be None");
         if (weight_in) {
             STD_TORCH_CHECK(call.norm != Norm::none, "weight and bias must be None with norm none");
             weight = parameter(*weight_in, z_width, "weight", c_in, call.z_dtype);
@@ -70,16 +74,16 @@ struct Inputs {
     }
 };
 
-// The backward pass's own operands: the gradients that come in, null where None, and those that go out, with no elements where they
-// were not asked for or have no input.
+// The backward pass's own operands: the gradients that come in, null where None, and those that go out, with no
+// elements where they were not asked for or have no input.
 struct Gradients {
     std::optional<RowView> dh, dc;
     Tensor dz, dhidden, dc_in, dweight, dbias, dz_bias;
     bool affine, z_bias;
 
-    Gradients(GatesCall& call, const OptionalTensor& dh_in, const OptionalTensor& dc_out, const Tensor& z, const OptionalTensor& z_bias_in,
-              const OptionalTensor& hidden, const Tensor& c, const OptionalTensor& weight, const OptionalTensor& bias, bool affine_gradient,
-              bool z_bias_gradient)
+    Gradients(GatesCall& call, const OptionalTensor& dh_in, const OptionalTensor& dc_out, const Tensor& z,
+              const OptionalTensor& z_bias_in, const OptionalTensor& hidden, const Tensor& c,
+              const OptionalTensor& weight, const OptionalTensor& bias, bool affine_gradient, bool z_bias_gradient)
         : dz(empty_as(z)),
           dhidden(hidden ? empty_as(*hidden) : absent(z)),
           dc_in(empty_as(c)),
@@ -103,7 +107,9 @@ struct Gradients {
         if (z_bias) call.dz_bias = dz_bias.mutable_data_ptr();
     }
 
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> outputs() const { return {dz, dhidden, dc_in, dweight, dbias, dz_bias}; }
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> outputs() const {
+        return {dz, dhidden, dc_in, dweight, dbias, dz_bias};
+    }
 };
 
 }  // namespace depthlstm

@@ -1,4 +1,5 @@
-// The CPU kernels without Python and torch: small sizes, every type, norm and activation, against plain loops in double.
+// The CPU kernels without Python and torch: small sizes, every type, norm and activation, against plain loops in
+// double.
 //
 // Every buffer has exactly the size the interface promises and lies against a page that may not be touched.
 // Also run under an emulated old CPU, where Python and torch would take minutes. Exit status 1 on any wrong value.
@@ -41,8 +42,8 @@ float half_to_float(uint16_t bits) {
     return bits & 0x8000 ? -magnitude : magnitude;
 }
 
-// Memory between two pages that may not be touched. It ends where the second begins, or starts where the first ends: one element
-// too many is a crash at the very instruction, for every instruction set and at full speed.
+// Memory between two pages that may not be touched. It ends where the second begins, or starts where the first ends:
+// one element too many is a crash at the very instruction, for every instruction set and at full speed.
 bool at_the_end = true;
 
 class Guarded {
@@ -52,7 +53,8 @@ public:
         const size_t inside = (size_t(bytes) + page - 1) / page * page;
         total_ = inside + 2 * page;
         base_ = static_cast<char*>(mmap(nullptr, total_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-        if (base_ == MAP_FAILED || mprotect(base_, page, PROT_NONE) != 0 || mprotect(base_ + page + inside, page, PROT_NONE) != 0)
+        if (base_ == MAP_FAILED || mprotect(base_, page, PROT_NONE) != 0 ||
+            mprotect(base_ + page + inside, page, PROT_NONE) != 0)
             std::abort();
         const size_t slack = at_the_end ? (inside - size_t(bytes)) / size_t(alignment) * size_t(alignment) : 0;
         data = base_ + page + slack;
@@ -73,7 +75,8 @@ struct Buffer : Guarded {
     DType type;
     int64_t count;
 
-    Buffer(DType type, int64_t count) : Guarded(count * int64_t(size_of(type)), int64_t(size_of(type))), type(type), count(count) {}
+    Buffer(DType type, int64_t count)
+        : Guarded(count * int64_t(size_of(type)), int64_t(size_of(type))), type(type), count(count) {}
 
     double get(int64_t i) const {
         if (type == DType::float64) return reinterpret_cast<const double*>(data)[i];
@@ -99,7 +102,9 @@ struct Buffer : Guarded {
             uint16_t bits = uint16_t(wide >> 16);
             if (type == DType::float16) {
                 const int exponent = int((wide >> 23) & 255) - 127;
-                bits = single == 0 ? 0 : uint16_t(((wide >> 16) & 0x8000) | ((exponent + 15) << 10) | ((wide >> 13) & 1023));
+                bits = single == 0
+                           ? 0
+                           : uint16_t(((wide >> 16) & 0x8000) | ((exponent + 15) << 10) | ((wide >> 13) & 1023));
             }
             reinterpret_cast<uint16_t*>(data)[i] = bits;
         }
@@ -151,7 +156,8 @@ int checks = 0;
 void compare(const Case& test, const char* name, const Buffer& found, const std::vector<double>& wanted) {
     double largest = 0;
     for (double value : wanted) largest = std::fmax(largest, std::fabs(value));
-    // A short type anywhere may stand for shorter arithmetic everywhere: each output is held to the shortest type in the call.
+    // A short type anywhere may stand for shorter arithmetic everywhere: each output is held to the shortest type in
+    // the call.
     double relative = 0;
     for (DType type : {found.type, test.z, test.c, test.affine}) {
         relative = std::fmax(relative, type == DType::float64   ? 1e-8
@@ -165,18 +171,20 @@ void compare(const Case& test, const char* name, const Buffer& found, const std:
         const bool finite_only = test.dropout_p > 0;  // the mask is the kernel's own: only finiteness is known here
         if (finite_only ? std::isfinite(value) : std::fabs(value - wanted[i]) <= relative * (1 + largest)) continue;
         std::printf(
-            "wrong %s[%lld]: found %.9g, wanted %.9g (z type %d, c type %d, norm %d, activation %d, D %lld, affine %d, z_bias %d, dropout "
+            "wrong %s[%lld]: found %.9g, wanted %.9g (z type %d, c type %d, norm %d, activation %d, D %lld, affine %d, "
+            "z_bias %d, dropout "
             "%g)\n",
-            name, (long long)i, value, wanted[i], int(test.z), int(test.c), int(test.norm), int(test.activation), (long long)test.features,
-            test.has_affine, test.has_z_bias, test.dropout_p);
+            name, (long long)i, value, wanted[i], int(test.z), int(test.c), int(test.norm), int(test.activation),
+            (long long)test.features, test.has_affine, test.has_z_bias, test.dropout_p);
         ++failures;
         return;
     }
 }
 
 // Gates of one row, forward and backward, in double.
-void expect_row(const Case& test, int64_t gates, int64_t row, const Buffer& z, const Buffer& z_bias, const Buffer& hidden, const Buffer& c,
-                const Buffer& weight, const Buffer& bias, const Buffer& dh, const Buffer& dc, double eps, Expected& out) {
+void expect_row(const Case& test, int64_t gates, int64_t row, const Buffer& z, const Buffer& z_bias,
+                const Buffer& hidden, const Buffer& c, const Buffer& weight, const Buffer& bias, const Buffer& dh,
+                const Buffer& dc, double eps, Expected& out) {
     const int64_t D = test.features, width = gates * D;
     std::vector<double> n(width), a(width), r(gates, 1.0), da(width), u(width);
     const int64_t span = test.norm == Norm::joint ? width : D;
@@ -236,7 +244,8 @@ void run(const GatesKernels& kernels, const Case& test) {
     Buffer z(test.z, kRows * width), hidden(test.z, kRows * D), c(test.c, kRows * D), z_bias(test.affine, width);
     Buffer weight(test.affine, width), bias(test.affine, width), dh(test.z, kRows * D), dc(test.c, kRows * D);
     for (Buffer* input : {&z, &hidden, &c, &z_bias, &weight, &bias, &dh, &dc}) input->randomise();
-    Buffer h(test.z, kRows * D), c_out(test.c, kRows * D), dz(test.z, kRows * width), dhidden(test.z, kRows * D), dc_in(test.c, kRows * D);
+    Buffer h(test.z, kRows * D), c_out(test.c, kRows * D), dz(test.z, kRows * width), dhidden(test.z, kRows * D),
+        dc_in(test.c, kRows * D);
     Buffer dweight(test.affine, width), dbias(test.affine, width), dz_bias(test.affine, width);
 
     GatesCall call;
@@ -283,7 +292,8 @@ void run(const GatesKernels& kernels, const Case& test) {
     if (test.has_z_bias) backward.dz_bias = dz_bias.data;
     {
         const int64_t chunks = 2, partial_bytes = kernels.partial_bytes(backward);
-        Scratch packed(kernels.packed_bytes(backward)), scratch(kernels.scratch_bytes(backward)), partials(chunks * partial_bytes);
+        Scratch packed(kernels.packed_bytes(backward)), scratch(kernels.scratch_bytes(backward)),
+            partials(chunks * partial_bytes);
         kernels.pack(backward, packed.data);
         kernels.backward(backward, packed.data, scratch.data, partials.data, 0, 1);
         kernels.backward(backward, packed.data, scratch.data, partials.data + partial_bytes, 1, kRows);
@@ -296,7 +306,8 @@ void run(const GatesKernels& kernels, const Case& test) {
     wanted.dz.resize(kRows * width);
     wanted.dweight.resize(width);
     wanted.dbias = wanted.dz_bias = wanted.dweight;
-    for (int64_t row = 0; row < kRows; ++row) expect_row(test, gates, row, z, z_bias, hidden, c, weight, bias, dh, dc, call.eps, wanted);
+    for (int64_t row = 0; row < kRows; ++row)
+        expect_row(test, gates, row, z, z_bias, hidden, c, weight, bias, dh, dc, call.eps, wanted);
     compare(test, "h", h, wanted.h);
     compare(test, "c", c_out, wanted.c_out);
     compare(test, "dz", dz, wanted.dz);
@@ -315,10 +326,11 @@ int main() {
         std::printf("smoke: DEPTHLSTM_CPU_ISA names an instruction set that this CPU lacks\n");
         return 1;
     }
-    const DType types[][3] = {{DType::float32, DType::float32, DType::float32},    {DType::float64, DType::float64, DType::float64},
-                              {DType::bfloat16, DType::bfloat16, DType::float32},  {DType::float16, DType::float16, DType::float32},
-                              {DType::bfloat16, DType::float32, DType::float32},   {DType::float16, DType::float32, DType::float32},
-                              {DType::bfloat16, DType::bfloat16, DType::bfloat16}, {DType::float16, DType::float16, DType::float16}};
+    const DType types[][3] = {
+        {DType::float32, DType::float32, DType::float32},    {DType::float64, DType::float64, DType::float64},
+        {DType::bfloat16, DType::bfloat16, DType::float32},  {DType::float16, DType::float16, DType::float32},
+        {DType::bfloat16, DType::float32, DType::float32},   {DType::float16, DType::float32, DType::float32},
+        {DType::bfloat16, DType::bfloat16, DType::bfloat16}, {DType::float16, DType::float16, DType::float16}};
     for (const auto& type : types) {
         for (int norm = 0; norm < 3; ++norm) {
             for (int activation = 0; activation < 7; ++activation) {
@@ -326,13 +338,16 @@ int main() {
                 if (Activation(activation) != Activation::gelu && Activation(activation) != Activation::given) continue;
 #endif
                 for (int64_t features : {1, 2, 3, 7, 15, 16, 17, 31, 33, 64, 65, 130}) {
-                    // Which options go together varies with the size, so that all pairs occur without running the whole product.
+                    // Which options go together varies with the size, so that all pairs occur without running the whole
+                    // product.
                     const bool affine = norm != 2 && features % 3 != 0;
                     const bool z_bias = (features + activation) % 2 == 0;
                     at_the_end = (features + activation + norm) % 4 != 0;
-                    run(*kernels, {type[0], type[1], type[2], Norm(norm), Activation(activation), features, affine, z_bias, 0.0});
+                    run(*kernels,
+                        {type[0], type[1], type[2], Norm(norm), Activation(activation), features, affine, z_bias, 0.0});
                     if (features % 16 == 1)
-                        run(*kernels, {type[0], type[1], type[2], Norm(norm), Activation(activation), features, affine, z_bias, 0.3});
+                        run(*kernels, {type[0], type[1], type[2], Norm(norm), Activation(activation), features, affine,
+                                       z_bias, 0.3});
                 }
             }
         }

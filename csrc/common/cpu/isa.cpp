@@ -8,9 +8,11 @@ namespace depthlstm {
 bool has_isa(Isa isa) {
 #if defined(__x86_64__) && !defined(DEPTHLSTM_SANITIZED)
     __builtin_cpu_init();
-    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool has_avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512cd") &&
-                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                            __builtin_cpu_supports("avx512vl");
     if (isa == Isa::avx512_bf16) return has_avx512 && __builtin_cpu_supports("avx512bf16");
     if (isa == Isa::avx512) return has_avx512;
     if (isa == Isa::avx2) return has_avx2;

@@ -17,14 +17,15 @@ enum class Isa : int { DEPTHLSTM_ISAS(DEPTHLSTM_ENUMERATOR) none };
 // Whether this CPU runs it.
 bool has_isa(Isa isa);
 
-// The widest set this CPU has, or the one DEPTHLSTM_CPU_ISA names; none where that one cannot run here. Decided at the first call.
+// The widest set this CPU has, or the one DEPTHLSTM_CPU_ISA names; none where that one cannot run here. Decided at the
+// first call.
 Isa chosen_isa();
 
 // Its name; empty for none.
 const char* isa_name(Isa isa);
 
-// The chosen one of an op's tables of kernels, which stand in the order of the list; null where none can run. Static: the linker must not
-// take the copy of a file that is compiled for a wider set.
+// The chosen one of an op's tables of kernels, which stand in the order of the list; null where none can run. Static:
+// the linker must not take the copy of a file that is compiled for a wider set.
 template <class Kernels, int count>
 static const Kernels* chosen_kernels(const Kernels* const (&tables)[count]) {
     static_assert(count == int(Isa::none), "a table for each instruction set");

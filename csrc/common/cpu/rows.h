@@ -25,8 +25,8 @@ M* row_of(const Rows& rows, int64_t row) {
     return static_cast<M*>(rows.data) + row * rows.stride;
 }
 
-// One vector of a row: whole, or its last `count` lanes. Loops over whole blocks must call nothing, a call in them would
-// spill every accumulator; so their bodies are written once over a Part and instantiated for both.
+// One vector of a row: whole, or its last `count` lanes. Loops over whole blocks must call nothing, a call in them
+// would spill every accumulator; so their bodies are written once over a Part and instantiated for both.
 struct Whole {
     template <class M>
     inline __attribute__((always_inline)) auto load(const M* p) const {

@@ -1,4 +1,5 @@
-// Vectors of float or double for the instruction set this file is compiled for: xsimd's arithmetic, our own conversions.
+// Vectors of float or double for the instruction set this file is compiled for: xsimd's arithmetic, our own
+// conversions.
 #pragma once
 
 #include <cstring>
@@ -124,7 +125,8 @@ struct Memory<BFloat16> {
         const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
         const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
         const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-        return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)), 16));
+        return _mm512_cvtepi32_epi16(
+            _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)), 16));
 #endif
     }
 #endif
@@ -170,9 +172,11 @@ struct Memory<Float16> {
     }
     static inline __attribute__((always_inline)) void store(Float16* p, V v) {
 #if defined(__AVX512F__)
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                            _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__F16C__)
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                         _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
         alignas(64) float wide[V::size];
         v.store_aligned(wide);
@@ -181,7 +185,8 @@ struct Memory<Float16> {
     }
     static inline __attribute__((always_inline)) void stream(Float16* p, V v) {
 #if defined(__AVX512F__)
-        _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(p),
+                            _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
         store(p, v);
 #endif
@@ -284,8 +289,8 @@ struct Primitives<xsimd::batch<T, A>> {
 #endif
 };
 
-// Several vectors that take each step of a formula together: their dependency chains then overlap in the processor's window,
-// which does not reach from the end of one sigmoid to the start of the next.
+// Several vectors that take each step of a formula together: their dependency chains then overlap in the processor's
+// window, which does not reach from the end of one sigmoid to the start of the next.
 template <class Vector, int n>
 struct Group {
     Vector v[n];

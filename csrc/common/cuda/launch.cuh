@@ -1,4 +1,5 @@
-// How kernels are launched: on which device, which rows are whole 16-byte vectors, how many blocks the GPU holds at a time.
+// How kernels are launched: on which device, which rows are whole 16-byte vectors, how many blocks the GPU holds at a
+// time.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -61,7 +62,8 @@ template <class T>
 bool is_aligned(std::initializer_list<ConstRows> operands, int64_t features, int64_t width) {
     bool aligned = features % width == 0;
     for (const ConstRows& rows : operands) {
-        aligned = aligned && reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.stride * int64_t(sizeof(T)) % 16 == 0;
+        aligned =
+            aligned && reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.stride * int64_t(sizeof(T)) % 16 == 0;
     }
     return aligned;
 }
@@ -82,7 +84,8 @@ cudaError_t resident_blocks(const GpuDevice& device, int threads, int* blocks) {
 
 // One block for `rows_at_once` rows, as many blocks as the GPU holds at a time; they go on with the rows that are left.
 template <auto kernel, class Launch>
-cudaError_t launch_rows(const Launch& launch, int64_t rows, const GpuDevice& device, int threads, int64_t rows_at_once) {
+cudaError_t launch_rows(const Launch& launch, int64_t rows, const GpuDevice& device, int threads,
+                        int64_t rows_at_once) {
     int resident = 0;
     const cudaError_t error = resident_blocks<kernel>(device, threads, &resident);
     if (error != cudaSuccess) return error;

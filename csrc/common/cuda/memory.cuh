@@ -1,4 +1,5 @@
-// Rows in a GPU's memory: 16-byte accesses to W features of a thread at a time, their conversion to fp32, small parameters.
+// Rows in a GPU's memory: 16-byte accesses to W features of a thread at a time, their conversion to fp32, small
+// parameters.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +19,8 @@ __device__ __forceinline__ T* row_of(const Rows& rows, int64_t row) {
     return static_cast<T*>(rows.data) + row * rows.stride;
 }
 
-// W consecutive elements as they lie in memory. Loads are issued as Raw and converted later, so that none waits for another.
+// W consecutive elements as they lie in memory. Loads are issued as Raw and converted later, so that none waits for
+// another.
 template <class T, int W>
 struct Raw {
     static constexpr int words = W * int(sizeof(T)) / 16;
@@ -26,7 +28,8 @@ struct Raw {
     uint4 word[words];
 };
 
-// A tensor's row is read once: it is marked to leave the caches first, so that parameters, which every row needs, stay in them.
+// A tensor's row is read once: it is marked to leave the caches first, so that parameters, which every row needs, stay
+// in them.
 enum class Reading { once, often };
 
 template <int W, Reading reading = Reading::once, class T>
@@ -109,7 +112,8 @@ struct Parameter {
     }
 };
 
-// Calls `body` with the parameters' elements as they are typed, if there are any: one branch for all loads in it, none of which then waits.
+// Calls `body` with the parameters' elements as they are typed, if there are any: one branch for all loads in it, none
+// of which then waits.
 template <class Z, class Body>
 __device__ __forceinline__ void with_type(const Parameter<Z>& parameter, const Body& body) {
     if (parameter.data == nullptr) return;

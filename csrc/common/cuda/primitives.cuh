@@ -26,8 +26,8 @@ struct Primitives<float> {
     static __device__ __forceinline__ float reciprocal(float x) {
         float y;
 #if defined(DEPTHLSTM_Z_FLOAT)
-        // One step of Newton's method: an error of 1 ulp, the instruction's own, is more than the bound of fp32 results has room for in
-        // s (1 - s). At infinity it would make NaN of 0.
+        // One step of Newton's method: an error of 1 ulp, the instruction's own, is more than the bound of fp32 results
+        // has room for in s (1 - s). At infinity it would make NaN of 0.
         asm("min.NaN.f32 %0, %0, 0f7E967699;" : "+f"(x));  // 1e38; NaN stays
         asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
         return __fmaf_rn(y, __fmaf_rn(-x, y, 1.f), y);
@@ -40,7 +40,8 @@ struct Primitives<float> {
     static __device__ __forceinline__ float abs(float x) { return ::fabsf(x); }
 };
 
-// Every operand here is computed in fp32 with the full polynomials: the short ones of 16-bit types save 4 of 85 instructions an element.
+// Every operand here is computed in fp32 with the full polynomials: the short ones of 16-bit types save 4 of 85
+// instructions an element.
 constexpr bool short_polynomials = false;
 
 __device__ __forceinline__ float to_float(float x) { return x; }

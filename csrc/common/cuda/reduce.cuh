@@ -1,10 +1,11 @@
-// Sums over a row, which lies in one warp or in all warps of a block. Every thread gets the sums, always added in the same order.
+// Sums over a row, which lies in one warp or in all warps of a block. Every thread gets the sums, always added in the
+// same order.
 #pragma once
 
 namespace depthlstm {
 
-// The sum over the warp of v[lane / (32 / N)]: half of the values go to the other half of the lanes, and so on. 9 shuffles for 8 values
-// where one butterfly a value takes 40.
+// The sum over the warp of v[lane / (32 / N)]: half of the values go to the other half of the lanes, and so on. 9
+// shuffles for 8 values where one butterfly a value takes 40.
 template <int N>
 __device__ __forceinline__ float scattered_warp_sum(float (&v)[N], int lane) {
     int offset = 16;
@@ -42,7 +43,8 @@ __device__ __forceinline__ void block_sums(float (&v)[N], float* slots, const Fi
     const float sum = scattered_warp_sum(v, lane);
     if (lane % (32 / N) == 0) slots[threadIdx.x / 32 * N + lane / (32 / N)] = sum;
     __syncthreads();
-    // every warp adds the sums of all: a lane those of value lane % N of every (32 / N)-th warp, and then the lanes with each other
+    // every warp adds the sums of all: a lane those of value lane % N of every (32 / N)-th warp, and then the lanes
+    // with each other
     float total = 0.f;
     for (int i = lane; i < int(blockDim.x / 32) * N; i += 32) total += slots[i];
 #pragma unroll
@@ -60,8 +62,8 @@ struct WarpRow {
     }
 };
 
-// A row in a block of at most `warps` warps. Sums are numbered, and each number has slots of its own: between two sums of one number
-// there must be one of another. (With two numbers in turn one barrier a sum is enough.)
+// A row in a block of at most `warps` warps. Sums are numbered, and each number has slots of its own: between two sums
+// of one number there must be one of another. (With two numbers in turn one barrier a sum is enough.)
 template <int warps, int numbers>
 struct BlockRow {
     float (*slots)[warps * 8];  // shared memory

@@ -25,7 +25,9 @@ struct Chunks {
     int64_t rows, chunk_rows, count;
 
     explicit Chunks(int64_t rows)
-        : rows(rows), chunk_rows(std::max(least_rows, (rows + most - 1) / most)), count((rows + chunk_rows - 1) / chunk_rows) {}
+        : rows(rows),
+          chunk_rows(std::max(least_rows, (rows + most - 1) / most)),
+          count((rows + chunk_rows - 1) / chunk_rows) {}
     int64_t begin(int64_t chunk) const { return chunk * chunk_rows; }
     int64_t end(int64_t chunk) const { return std::min(rows, (chunk + 1) * chunk_rows); }
 };

@@ -13,8 +13,9 @@ class Scratch {
 public:
     explicit Scratch(int64_t bytes) {
         if (bytes <= int64_t(sizeof local_)) return;
-        // Pages of its own, and one more, to keep two threads' scratch apart: where they lay side by side a stand-alone bf16 forward
-        // took 1.9 ms instead of 1.4 ms. The hardware prefetcher is the suspect, not shown; through torch no gain was measured.
+        // Pages of its own, and one more, to keep two threads' scratch apart: where they lay side by side a stand-alone
+        // bf16 forward took 1.9 ms instead of 1.4 ms. The hardware prefetcher is the suspect, not shown; through torch
+        // no gain was measured.
         constexpr int64_t page = 4096;
         heap_ = std::aligned_alloc(page, std::size_t((bytes + page - 1) / page + 1) * page);
         STD_TORCH_CHECK(heap_ != nullptr, "out of memory: ", bytes, " bytes of scratch");

@@ -32,8 +32,8 @@ inline int32_t dtype_code(const Tensor& tensor) {
 }
 
 inline DType dtype_of(const Tensor& tensor, const char* argument) {
-    static const int32_t float32 = aoti_torch_dtype_float32(), float64 = aoti_torch_dtype_float64(), bfloat16 = aoti_torch_dtype_bfloat16(),
-                         float16 = aoti_torch_dtype_float16();
+    static const int32_t float32 = aoti_torch_dtype_float32(), float64 = aoti_torch_dtype_float64(),
+                         bfloat16 = aoti_torch_dtype_bfloat16(), float16 = aoti_torch_dtype_float16();
     const int32_t code = dtype_code(tensor);
     if (code == float32) return DType::float32;
     if (code == float64) return DType::float64;
@@ -56,8 +56,9 @@ inline TensorDevice device_of(const Tensor& tensor) {
     return device;
 }
 
-// Fresh outputs of this size come from mmap on a CPU, and their page faults cost more than the kernel: huge pages make them few.
-// (N=4096, D=512, fp32 backward, noisy host: 16.5 ms before, 4.8 ms with torch's own THP_MEM_ALLOC_ENABLE=1, 5 to 13 ms with this.)
+// Fresh outputs of this size come from mmap on a CPU, and their page faults cost more than the kernel: huge pages make
+// them few. (N=4096, D=512, fp32 backward, noisy host: 16.5 ms before, 4.8 ms with torch's own THP_MEM_ALLOC_ENABLE=1,
+// 5 to 13 ms with this.)
 constexpr int64_t huge_bytes = int64_t(4) << 20;
 
 inline void use_huge_pages([[maybe_unused]] const Tensor& tensor, [[maybe_unused]] int64_t bytes) {
@@ -80,7 +81,8 @@ inline Tensor empty(const int64_t* sizes, int64_t dims, int32_t dtype, TensorDev
         stride *= std::max<int64_t>(sizes[i], 1);
     }
     AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, device.type, device.index, &handle));
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(dims, sizes, strides, dtype, device.type, device.index, &handle));
     return Tensor(handle);
 }
 

@@ -1,4 +1,5 @@
-// What nvcc makes of common CUDA: library functions, conversions, constant, local and dynamic shared memory, parameters by index.
+// What nvcc makes of common CUDA: library functions, conversions, constant, local and dynamic shared memory, parameters
+// by index.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -47,7 +48,8 @@ __global__ void functions(const __grid_constant__ Call call, int which) {
     if (i < call.count) call.output[i] = function(which, call.input[i]);
 }
 
-// output[i] = the weighted sum of the four inputs that end at i within the block, plus an offset chosen by i, by way of every kind of memory.
+// output[i] = the weighted sum of the four inputs that end at i within the block, plus an offset chosen by i, by way of
+// every kind of memory.
 __global__ void memories(const __grid_constant__ Call call, int* positive, int* all_done) {
     extern __shared__ float4 dynamic[];
     float* values = reinterpret_cast<float*>(dynamic);
@@ -79,7 +81,8 @@ extern "C" int run_functions(int which, const float* input, float* output, int c
     functions<<<(count + 63) / 64, 64, 0, stream>>>(call_of(input, output, count), which);
     return cudaGetLastError();
 }
-extern "C" int run_memories(const float* input, float* output, int* positive, int* total, int count, cudaStream_t stream) {
+extern "C" int run_memories(const float* input, float* output, int* positive, int* total, int count,
+                            cudaStream_t stream) {
     memories<<<count / 64, 64, 64 * sizeof(float), stream>>>(call_of(input, output, count), positive, total);
     return cudaGetLastError();
 }

@@ -31,7 +31,8 @@ __device__ float warp_sum(float value) {
 
 // The sum of each row, a block a row: warps reduce in registers, then through shared memory. rows_done counts them.
 template <Fault fault>
-__global__ void __launch_bounds__(block_size) sum_rows_kernel(const float* input, float* output, int* rows_done, int columns) {
+__global__ void __launch_bounds__(block_size)
+    sum_rows_kernel(const float* input, float* output, int* rows_done, int columns) {
     __shared__ float partial[warps];
     __shared__ float neighbour[block_size];
     const int warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
@@ -82,7 +83,8 @@ __global__ void __launch_bounds__(256) copy_rows_kernel(const __grid_constant__ 
     __nv_bfloat16* target = call.target + row * call.target_stride;
     const int whole = call.columns / vector * vector;
     for (int column = threadIdx.x * vector; column < whole; column += warp_size * vector) {
-        const uint4 values = __ldg(reinterpret_cast<const uint4*>(source + column - (fault == misaligned && column > 0 ? 1 : 0)));
+        const uint4 values =
+            __ldg(reinterpret_cast<const uint4*>(source + column - (fault == misaligned && column > 0 ? 1 : 0)));
         __stcs(reinterpret_cast<uint4*>(target + column), values);
     }
     for (int column = whole + threadIdx.x; column < call.columns; column += warp_size) target[column] = source[column];
@@ -109,11 +111,15 @@ int sum_rows(int fault, const float* input, float* output, int* rows_done, int r
     sum_kernels[fault]<<<rows, block_size, 0, stream>>>(input, output, rows_done, columns);
     return cudaGetLastError();
 }
-int copy_rows(int fault, const void* source, void* target, long long source_stride, long long target_stride, int rows, int columns,
-              cudaStream_t stream) {
+int copy_rows(int fault, const void* source, void* target, long long source_stride, long long target_stride, int rows,
+              int columns, cudaStream_t stream) {
     const dim3 block(warp_size, 8);
-    const Rows call = {
-        static_cast<const __nv_bfloat16*>(source), static_cast<__nv_bfloat16*>(target), source_stride, target_stride, rows, columns};
+    const Rows call = {static_cast<const __nv_bfloat16*>(source),
+                       static_cast<__nv_bfloat16*>(target),
+                       source_stride,
+                       target_stride,
+                       rows,
+                       columns};
     const auto kernel = fault == misaligned ? copy_rows_kernel<misaligned> : copy_rows_kernel<none>;
     kernel<<<(rows + block.y - 1) / block.y, block, 0, stream>>>(call);
     return cudaGetLastError();

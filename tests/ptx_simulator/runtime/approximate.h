@@ -1,6 +1,6 @@
-// The `approx` instructions. What hardware returns is not specified, only an error that it keeps to; here the exact result is moved by an
-// error up to that bound, which a hash of the operands chooses: tests meet errors of that size, the same ones in each run.
-// A result that the type holds exactly (0, infinity, 2^3, 1/4) is returned as it is.
+// The `approx` instructions. What hardware returns is not specified, only an error that it keeps to; here the exact
+// result is moved by an error up to that bound, which a hash of the operands chooses: tests meet errors of that size,
+// the same ones in each run. A result that the type holds exactly (0, infinity, 2^3, 1/4) is returned as it is.
 #pragma once
 #include "arithmetic.h"
 
@@ -61,7 +61,8 @@ inline T tanh_approximate(T a) {
 }
 inline f32 log2_approximate(f32 a) {
     const double exact = std::log2(double(a));
-    return a > 0.5f && a < 2 ? perturbed_absolute(exact, log2_error, a, 3) : perturbed_relative(exact, log2_error, a, 3);
+    return a > 0.5f && a < 2 ? perturbed_absolute(exact, log2_error, a, 3)
+                             : perturbed_relative(exact, log2_error, a, 3);
 }
 inline f32 reciprocal_approximate(f32 a) { return perturbed_ulp(1 / double(a), 1, raw(a), 4); }
 inline f32 rsqrt_approximate(f32 a) { return perturbed_relative(1 / std::sqrt(double(a)), rsqrt_error, a, 5); }

@@ -1,4 +1,5 @@
-// What the arithmetic, logic and conversion instructions of PTX compute. Integers wrap; floating point is IEEE's, in any direction.
+// What the arithmetic, logic and conversion instructions of PTX compute. Integers wrap; floating point is IEEE's, in
+// any direction.
 #pragma once
 #include <cfenv>
 #include <limits>
@@ -104,7 +105,8 @@ inline T extract_bits(T a, u32 start, u32 length) {
     constexpr u32 width = 8 * sizeof(T);
     start &= 0xff;
     length &= 0xff;
-    const bool negative = std::is_signed_v<T> && length > 0 && shift_right(a, std::min(start + length - 1, width - 1)) & 1;
+    const bool negative =
+        std::is_signed_v<T> && length > 0 && shift_right(a, std::min(start + length - 1, width - 1)) & 1;
     T result = 0;
     for (u32 i = 0; i < width; i++) {
         const bool bit = i >= length || start + i >= width ? negative : shift_right(a, start + i) & 1;
@@ -153,7 +155,9 @@ template <Floating T>
 INLINE T flush_subnormal(T a) {
     using Code = Raw<T>;
     constexpr Code sign = Code(1) << (8 * sizeof(T) - 1);
-    constexpr int fraction_bits = std::same_as<T, f16> ? 10 : std::same_as<T, bf16> ? 7 : std::numeric_limits<T>::digits - 1;
+    constexpr int fraction_bits = std::same_as<T, f16>    ? 10
+                                  : std::same_as<T, bf16> ? 7
+                                                          : std::numeric_limits<T>::digits - 1;
     const Code code = std::bit_cast<Code>(a);
     return (code & ~sign) >> fraction_bits ? a : std::bit_cast<T>(static_cast<Code>(code & sign));
 }
@@ -217,7 +221,8 @@ inline double add_to_odd(double a, double b) {
     const double part = sum - a;
     const double error = (a - (sum - part)) + (b - part);
     if (error == 0 || std::bit_cast<u64>(sum) & 1) return sum;
-    return std::nextafter(sum, error > 0 ? std::numeric_limits<double>::infinity() : -std::numeric_limits<double>::infinity());
+    return std::nextafter(
+        sum, error > 0 ? std::numeric_limits<double>::infinity() : -std::numeric_limits<double>::infinity());
 }
 template <int Direction = FE_TONEAREST, Floating T>
 INLINE T fused_multiply_add(T a, T b, T c) {
@@ -284,7 +289,8 @@ INLINE To convert_to_float(From a) {
         return rounded<To>(Direction, [](From value) { return To(value); }, a);
     }
 }
-// Numbers beyond the integers become the nearest one; a NaN becomes 0, or the top bit alone where either type has 64 bits.
+// Numbers beyond the integers become the nearest one; a NaN becomes 0, or the top bit alone where either type has 64
+// bits.
 template <int Direction, std::integral To, Floating From>
 inline To convert_to_integer(From a) {
     const double value = wide(a);

@@ -64,7 +64,8 @@ void** __cudaRegisterFatBinary(void*) {
 }
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
-void __cudaRegisterFunction(void**, const char* host_function, char*, const char* name, int, void*, void*, void*, void*, int*) {
+void __cudaRegisterFunction(void**, const char* host_function, char*, const char* name, int, void*, void*, void*, void*,
+                            int*) {
     functions()[host_function].name = name;
 }
 void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
@@ -80,7 +81,8 @@ cudaError_t __cudaPopCallConfiguration(Size* grid, Size* block, size_t* shared, 
     *static_cast<cudaStream_t*>(stream) = configuration.stream;
     return ptx::success;
 }
-cudaError_t cudaLaunchKernel(const void* host_function, Size grid, Size block, void** arguments, size_t shared, cudaStream_t) {
+cudaError_t cudaLaunchKernel(const void* host_function, Size grid, Size block, void** arguments, size_t shared,
+                             cudaStream_t) {
     const auto found = functions().find(host_function);
     if (found == functions().end()) return remember(ptx::invalid_device_function);
     const Function& function = found->second;
@@ -93,7 +95,8 @@ cudaError_t __cudaGetKernel(void** kernel, const void* host_function) {
     *kernel = const_cast<void*>(host_function);
     return ptx::success;
 }
-cudaError_t __cudaLaunchKernel(void* kernel, Size grid, Size block, void** arguments, size_t shared, cudaStream_t stream) {
+cudaError_t __cudaLaunchKernel(void* kernel, Size grid, Size block, void** arguments, size_t shared,
+                               cudaStream_t stream) {
     return cudaLaunchKernel(kernel, grid, block, arguments, shared, stream);
 }
 struct LaunchConfiguration {  // CUDA's cudaLaunchConfig_t
@@ -115,7 +118,8 @@ cudaError_t cudaGetLastError() { return std::exchange(last, ptx::success); }
 cudaError_t cudaPeekAtLastError() { return last; }
 const char* cudaGetErrorName(cudaError_t error) { return name_of(error); }
 const char* cudaGetErrorString(cudaError_t error) {
-    const bool of_launch = error == ptx::launch_failure || error == ptx::invalid_configuration || error == ptx::invalid_device_function;
+    const bool of_launch =
+        error == ptx::launch_failure || error == ptx::invalid_configuration || error == ptx::invalid_device_function;
     return of_launch ? ptx::error_of_last_launch().c_str() : error == ptx::success ? "no error" : name_of(error);
 }
 
@@ -170,7 +174,8 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, 
     *blocks = occupancy;
     return ptx::success;
 }
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function, int threads, size_t shared) {
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function, int threads,
+                                                          size_t shared) {
     return cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, function, threads, shared, 0);
 }
 cudaError_t cudaFuncSetAttribute(const void* host_function, int attribute, int value) {
@@ -205,7 +210,9 @@ cudaError_t cudaMemset(void* target, int value, size_t size) {
     memset(target, value, size);
     return ptx::success;
 }
-cudaError_t cudaMemsetAsync(void* target, int value, size_t size, cudaStream_t) { return cudaMemset(target, value, size); }
+cudaError_t cudaMemsetAsync(void* target, int value, size_t size, cudaStream_t) {
+    return cudaMemset(target, value, size);
+}
 cudaError_t cudaDeviceSynchronize() { return ptx::success; }
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return ptx::success; }
 }

@@ -108,7 +108,8 @@ void Fiber::resume() {
 }
 
 void Fiber::enter() {
-    if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
+    if (__sanitizer_finish_switch_fiber)
+        __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
 }
 
 void Fiber::leave(bool for_good) {

@@ -1,4 +1,5 @@
-// A CUDA thread runs as a fiber: a stack of its own, and switches between it and the scheduler that the sanitizers are told of.
+// A CUDA thread runs as a fiber: a stack of its own, and switches between it and the scheduler that the sanitizers are
+// told of.
 #pragma once
 #include <cstddef>
 
@@ -58,8 +59,8 @@ private:
     static inline int depth = 0;  // no fiber is suspended within such a scope
 };
 
-// Memory that is mapped without a sanitizer's knowledge: to ThreadSanitizer a mapping is a write to all of it, which takes time and may
-// race with what comes later. `flags` beside those of private anonymous memory.
+// Memory that is mapped without a sanitizer's knowledge: to ThreadSanitizer a mapping is a write to all of it, which
+// takes time and may race with what comes later. `flags` beside those of private anonymous memory.
 void* map_memory(size_t size, int flags = 0);
 
 // To ThreadSanitizer each is a thread: what they do is unordered but for acquire() and release().

@@ -41,7 +41,8 @@ u8* shared_arena() {
 const char* refused(const Kernel& kernel, const LaunchSize& size) {
     const u64 threads = size.block.count();
     if (threads == 0 || threads > 1024 || size.block.z > 64) return "a block has 1 to 1024 threads, 64 in z";
-    if (size.grid.count() == 0 || size.grid.x > 0x7fffffff || size.grid.y > 65535 || size.grid.z > 65535) return "the grid's size";
+    if (size.grid.count() == 0 || size.grid.x > 0x7fffffff || size.grid.y > 65535 || size.grid.z > 65535)
+        return "the grid's size";
     if (kernel.largest_block && threads > kernel.largest_block) return "more threads than __launch_bounds__";
     if (kernel.exact_block && threads != kernel.largest_block) return "not the threads that the kernel requires";
     if (kernel.shared_used + size.dynamic_shared > largest_shared_memory) return "too much shared memory";
@@ -77,7 +78,8 @@ void prepare_shared_memory(const Kernel& kernel, size_t dynamic_shared, u32 plac
 int launch(const std::string& name, LaunchSize size, void** arguments) {
     const Kernel* kernel = find_kernel(name);
     if (!kernel) {
-        last_error = (kernels().count(name) ? "several translation units define the kernel " : "there is no kernel ") + name;
+        last_error =
+            (kernels().count(name) ? "several translation units define the kernel " : "there is no kernel ") + name;
         return invalid_device_function;
     }
     if (const char* reason = refused(*kernel, size)) {
@@ -108,8 +110,9 @@ const std::string& error_of_last_launch() { return last_error; }
 }  // namespace ptx
 
 extern "C" {
-[[gnu::visibility("default")]] int ptx_launch(const char* name, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
-                                              unsigned block_y, unsigned block_z, size_t dynamic_shared, void** arguments) {
+[[gnu::visibility("default")]] int ptx_launch(const char* name, unsigned grid_x, unsigned grid_y, unsigned grid_z,
+                                              unsigned block_x, unsigned block_y, unsigned block_z,
+                                              size_t dynamic_shared, void** arguments) {
     return ptx::launch(name, {{grid_x, grid_y, grid_z}, {block_x, block_y, block_z}, dynamic_shared}, arguments);
 }
 // What went wrong in the last launch that failed.
@@ -122,7 +125,8 @@ extern "C" {
     return names.c_str();
 }
 [[gnu::visibility("default")]] void ptx_seed(uint64_t seed) { ptx::order_seed = seed; }
-// From now on blocks are numbered from here, along the last axis that has several: the end of a grid that nobody could wait for.
+// From now on blocks are numbered from here, along the last axis that has several: the end of a grid that nobody could
+// wait for.
 [[gnu::visibility("default")]] void ptx_first_block(unsigned first) { ptx::first_block = first; }
 // Names of the kernels that were launched since the last call, a line each.
 [[gnu::visibility("default")]] const char* ptx_launched() {

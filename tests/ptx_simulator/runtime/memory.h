@@ -7,7 +7,8 @@ namespace ptx {
 template <class T>
 INLINE T* pointer(u64 address, size_t alignment, const Location& at) {
     if (address % alignment) [[unlikely]] {
-        fail(at, "misaligned access of %zu bytes at address 0x%llx", alignment, static_cast<unsigned long long>(address));
+        fail(at, "misaligned access of %zu bytes at address 0x%llx", alignment,
+             static_cast<unsigned long long>(address));
     }
     return reinterpret_cast<T*>(address);
 }
@@ -51,8 +52,8 @@ template <class T, class Update>
 INLINE Raw<T> atomic(u64 address, const Location& at, Update update) {
     Raw<T>* target = pointer<Raw<T>>(address, sizeof(T), at);
     Raw<T> old = __atomic_load_n(target, __ATOMIC_RELAXED);
-    while (!__atomic_compare_exchange_n(target, &old, std::bit_cast<Raw<T>>(T(update(std::bit_cast<T>(old)))), false, __ATOMIC_RELAXED,
-                                        __ATOMIC_RELAXED)) {
+    while (!__atomic_compare_exchange_n(target, &old, std::bit_cast<Raw<T>>(T(update(std::bit_cast<T>(old)))), false,
+                                        __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
     }
     return old;
 }

@@ -54,7 +54,8 @@ struct Meeting {
 };
 
 const char* const operation_names[] = {
-    "bar.warp.sync", "shfl.sync.up", "shfl.sync.down", "shfl.sync.bfly", "shfl.sync.idx", "vote.sync", "redux.sync", "ldmatrix", "stmatrix",
+    "bar.warp.sync", "shfl.sync.up", "shfl.sync.down", "shfl.sync.bfly", "shfl.sync.idx",
+    "vote.sync",     "redux.sync",   "ldmatrix",       "stmatrix",
 };
 
 std::vector<std::unique_ptr<Thread>> made;  // kept from launch to launch
@@ -72,7 +73,8 @@ char launch_order, end_order, fence_order;  // addresses that acquire() and rele
 char order_pool[1 << 16];
 u32 next_order;
 
-// Each barrier and each __syncwarp orders by an address of its own: a late thread does not acquire what the next one released.
+// Each barrier and each __syncwarp orders by an address of its own: a late thread does not acquire what the next one
+// released.
 void* new_order() { return &order_pool[next_order++ % sizeof(order_pool)]; }
 
 u32 random_below(u32 bound) {
@@ -95,13 +97,18 @@ std::string text(const char* format, ...) {
     va_end(arguments);
     return buffer;
 }
-std::string text_of(const char* what, const Dimensions& index) { return text("%s (%u,%u,%u)", what, index.x, index.y, index.z); }
+std::string text_of(const char* what, const Dimensions& index) {
+    return text("%s (%u,%u,%u)", what, index.x, index.y, index.z);
+}
 std::string text_of(const Location& at) { return text("%s:%d", at.file, at.line); }
 
-std::string text_of(WarpOperation operation, u32 mask) { return text("%s with mask 0x%08x", operation_names[int(operation)], mask); }
+std::string text_of(WarpOperation operation, u32 mask) {
+    return text("%s with mask 0x%08x", operation_names[int(operation)], mask);
+}
 
 Thread& running() {
-    return *threads[current->thread.x + current->block_size.x * (current->thread.y + current->block_size.y * current->thread.z)];
+    return *threads[current->thread.x +
+                    current->block_size.x * (current->thread.y + current->block_size.y * current->thread.z)];
 }
 
 void wait(Thread& thread) {
@@ -142,14 +149,17 @@ void arrive(u32 identifier, u32 count, bool vote, const Location& at, Thread* wa
         barrier.at = &at;
         barrier.order = new_order();
     } else if (barrier.expected != expected) {
-        fail(at, "barrier %u for %u threads here, for %u at %s", identifier, expected, barrier.expected, text_of(*barrier.at).c_str());
+        fail(at, "barrier %u for %u threads here, for %u at %s", identifier, expected, barrier.expected,
+             text_of(*barrier.at).c_str());
     } else if (count == all_threads && barrier.at != &at) {
-        fail(at, "__syncthreads here, while other threads of the block wait in the one at %s", text_of(*barrier.at).c_str());
+        fail(at, "__syncthreads here, while other threads of the block wait in the one at %s",
+             text_of(*barrier.at).c_str());
     }
     if (waiting) {
         const Location*& warp_at = barrier.warp_at[waiting->context.warp];
         if (warp_at && warp_at != &at) {
-            fail(at, "barrier %u here, while other threads of the warp wait in the one at %s", identifier, text_of(*warp_at).c_str());
+            fail(at, "barrier %u here, while other threads of the warp wait in the one at %s", identifier,
+                 text_of(*warp_at).c_str());
         }
         warp_at = &at;
     }
@@ -196,8 +206,8 @@ std::string deadlock(const Dimensions& block) {
         if (thread.state == State::finished) {
             ended++;
         } else {
-            const std::string place =
-                thread.state == State::at_barrier ? text("barrier %u", thread.waits_for) : text_of(thread.operation, thread.waits_for);
+            const std::string place = thread.state == State::at_barrier ? text("barrier %u", thread.waits_for)
+                                                                        : text_of(thread.operation, thread.waits_for);
             auto& group = groups[text_of(*thread.at) + " in " + place];
             if (group.first++ == 0) group.second = &thread;
         }
@@ -205,7 +215,8 @@ std::string deadlock(const Dimensions& block) {
     std::string report = text("%s %s: deadlock: ", kernel->name, text_of("block", block).c_str());
     report += text("%u threads have ended", ended);
     for (const auto& [place, group] : groups) {
-        report += text("; %u wait at %s, first %s", group.first, place.c_str(), text_of("thread", group.second->context.thread).c_str());
+        report += text("; %u wait at %s, first %s", group.first, place.c_str(),
+                       text_of("thread", group.second->context.thread).c_str());
     }
     return report;
 }
@@ -243,8 +254,8 @@ void fail(const Location& at, const char* format, ...) {
         vsnprintf(message, sizeof(message), format, arguments);
         va_end(arguments);
         if (error.empty()) {
-            error = std::string(kernel->name) + " " + text_of("block", current->block) + " " + text_of("thread", current->thread) + ": " +
-                    text_of(at) + ": " + message;
+            error = std::string(kernel->name) + " " + text_of("block", current->block) + " " +
+                    text_of("thread", current->thread) + ": " + text_of(at) + ": " + message;
         }
         end_launch();
     }
@@ -253,7 +264,9 @@ void fail(const Location& at, const char* format, ...) {
     running().fiber.finish();
 }
 
-void barrier(u32 identifier, u32 count, const Location& at) { barrier_reduce(identifier, count, Reduction::any, false, at); }
+void barrier(u32 identifier, u32 count, const Location& at) {
+    barrier_reduce(identifier, count, Reduction::any, false, at);
+}
 
 u32 barrier_reduce(u32 identifier, u32 count, Reduction reduction, bool value, const Location& at) {
     Thread& thread = running();
@@ -281,14 +294,19 @@ void exchange(u32 mask, WarpOperation operation, u32 value, const Location& at, 
     const u32 lane = thread.context.lane, warp = thread.context.warp;
     {
         NotChecked scope;
-        if (!(mask >> lane & 1)) fail(at, "lane %u calls %s, which leaves it out", lane, text_of(operation, mask).c_str());
+        if (!(mask >> lane & 1))
+            fail(at, "lane %u calls %s, which leaves it out", lane, text_of(operation, mask).c_str());
         const bool orders = operation == WarpOperation::synchronize;
         std::vector<Meeting>& open = meetings[warp];
         auto meeting = std::find_if(open.begin(), open.end(), [&](const Meeting& other) {
             return other.mask == mask && other.operation == operation && (orders || other.at == &at);
         });
         if (meeting == open.end()) {
-            open.push_back({.mask = mask, .operation = operation, .at = &at, .order = orders ? new_order() : nullptr, .values = {}});
+            open.push_back({.mask = mask,
+                            .operation = operation,
+                            .at = &at,
+                            .order = orders ? new_order() : nullptr,
+                            .values = {}});
             meeting = open.end() - 1;
         }
         meeting->values[lane] = value;
@@ -334,7 +352,8 @@ void commit_copies() {
 void wait_for_copies(u32 groups_left) {
     Thread& thread = running();
     while (thread.copy_groups.size() > groups_left) {
-        for (const Copy& copy : thread.copy_groups.front()) finish_copy(copy.target, copy.source, copy.size, copy.source_size);
+        for (const Copy& copy : thread.copy_groups.front())
+            finish_copy(copy.target, copy.source, copy.size, copy.source_size);
         NotChecked scope;
         thread.copy_groups.pop_front();
     }
@@ -353,7 +372,8 @@ std::string run_grid(const Kernel& launched, const LaunchSize& size, const u8* c
 
     // one batch happens before the next
     const u32 batch = races_are_checked() ? std::clamp(most_sanitizer_threads / block_threads, 1u, largest_batch) : 1;
-    while (made.size() < std::min<size_t>(batch, order.size()) * block_threads) made.push_back(std::make_unique<Thread>());
+    while (made.size() < std::min<size_t>(batch, order.size()) * block_threads)
+        made.push_back(std::make_unique<Thread>());
     release(&launch_order);
     for (u32 i = 0; i < order.size() && error.empty(); i++) {
         if (i > 0 && i % batch == 0) {

@@ -1,4 +1,5 @@
-// The types of PTX instructions. A register holds raw bits; as<T>() reads it as a value of an instruction's type, raw() goes back.
+// The types of PTX instructions. A register holds raw bits; as<T>() reads it as a value of an instruction's type, raw()
+// goes back.
 #pragma once
 #include <algorithm>
 #include <bit>
@@ -61,8 +62,11 @@ struct SmallFloat {
         const u64 sign = u64(code & 0x8000) << 48;
         const int exponent = (code & 0x7fff) >> FractionBits;
         const u64 fraction = code & ((1 << FractionBits) - 1);
-        if ((code & 0x7fff) >= infinity) return std::bit_cast<double>(sign | u64(0x7ff) << 52 | fraction << (52 - FractionBits));
-        if (exponent == 0) return std::bit_cast<double>(sign | std::bit_cast<u64>(std::ldexp(double(fraction), 1 - bias - FractionBits)));
+        if ((code & 0x7fff) >= infinity)
+            return std::bit_cast<double>(sign | u64(0x7ff) << 52 | fraction << (52 - FractionBits));
+        if (exponent == 0)
+            return std::bit_cast<double>(sign |
+                                         std::bit_cast<u64>(std::ldexp(double(fraction), 1 - bias - FractionBits)));
         return std::bit_cast<double>(sign | u64(exponent - bias + 1023) << 52 | fraction << (52 - FractionBits));
     }
 };

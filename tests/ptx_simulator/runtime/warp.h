@@ -42,7 +42,8 @@ inline T reduce_warp(T value, u32 mask, const Location& at, Operation operation)
     return result;
 }
 
-// Lane 8 m + r names row r of matrix m. A lane holds two elements of each matrix: of row lane / 4 or, transposed, of that column.
+// Lane 8 m + r names row r of matrix m. A lane holds two elements of each matrix: of row lane / 4 or, transposed, of
+// that column.
 template <int Count>
 INLINE void matrix_rows(u64 address, WarpOperation operation, const Location& at, u32 (&rows)[32]) {
     exchange(~0u, operation, u32(address), at, rows);
@@ -70,7 +71,8 @@ inline void store_matrix(u64 address, Vector<u32, Count> value, const Location& 
     matrix_rows<Count>(address, WarpOperation::store_matrix, at, rows);
     for (int m = 0; m < Count; m++) {
         for (int half = 0; half < 2; half++) {
-            store<u16>(matrix_element<Transposed>(rows, m, half), static_cast<u16>(value.element[m] >> (16 * half)), at);
+            store<u16>(matrix_element<Transposed>(rows, m, half), static_cast<u16>(value.element[m] >> (16 * half)),
+                       at);
         }
     }
 }
