@@ -1,19 +1,19 @@
 """Builds depthlstm_fast/_C.abi3.so with the C++ compiler, nvcc where there is one, and ninja.
 
-The library uses PyTorch's stable ABI only and is loaded by torch.ops.load_library: it is no Python extension module, so one
-binary serves every Python and every torch from 2.11 on, CUDA's run-time library inside. Kernel sources (csrc/cpu, csrc/cuda) see
-neither torch nor Python; a source named *_kernel.cpp is compiled once per instruction set, one named *_kernel.cu once per dtype of z.
-ninja makes rebuilds incremental (the objects stay in build/).
+The library uses PyTorch's stable ABI only and is loaded by torch.ops.load_library: it is no Python extension module, so
+one binary serves every Python and every torch from 2.11 on, CUDA's run-time library inside. Kernel sources (csrc/cpu,
+csrc/cuda) see neither torch nor Python; a source named *_kernel.cpp is compiled once per instruction set, one named
+*_kernel.cu once per dtype of z. ninja makes rebuilds incremental (the objects stay in build/).
 
     python setup.py build_ext --inplace    the library, into depthlstm_fast/
     python setup.py build_internals        tests/_internals.*.so: csrc/testing.cpp, a pybind11 module for the tests only
     python setup.py build_smoke            build/*/smoke: tests/cpp/smoke.cpp, the kernels without Python and torch
 
-Environment: CXX, MAX_JOBS, DEPTHLSTM_SANITIZE=address,undefined (own build folder, no CUDA), DEPTHLSTM_TESTING=1 (build_ext builds
-the internals too), DEPTHLSTM_NO_EXTENSION=1 (install the pure PyTorch part only), CUDA_HOME (else nvcc of PATH, else /usr/local/cuda),
-DEPTHLSTM_CUDA=0 (no CUDA kernels), DEPTHLSTM_CUDA_ARCHS="80;90;120-ptx" (machine code for GPUs of compute capability 8.0 and 9.0, PTX
-for 12.0 and what comes after it).
-"""
+Environment: CXX, MAX_JOBS, DEPTHLSTM_SANITIZE=address,undefined (own build folder, no CUDA), DEPTHLSTM_TESTING=1
+    (build_ext builds
+the internals too), DEPTHLSTM_NO_EXTENSION=1 (install the pure PyTorch part only), CUDA_HOME (else nvcc of PATH, else
+/usr/local/cuda), DEPTHLSTM_CUDA=0 (no CUDA kernels), DEPTHLSTM_CUDA_ARCHS="80;90;120-ptx" (machine code for GPUs of
+compute capability 8.0 and 9.0, PTX for 12.0 and what comes after it)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ class BuildExtension(build_ext):
         FAILURE_FILE.unlink(missing_ok=True)
         if builder.changed:
             if isinstance(builder.nvcc, Nvcc):
-                print(f"depthlstm_fast: CUDA C++ kernels for {', '.join(builder.nvcc.archs)} by nvcc {builder.nvcc.version}")
+                print(
+                    f"depthlstm_fast: CUDA C++ kernels for {', '.join(builder.nvcc.archs)} by nvcc {builder.nvcc.version}"
+                )
             else:
                 print(f"depthlstm_fast: CUDA C++ kernels are not part of this build: {builder.nvcc}")
         if os.environ.get("DEPTHLSTM_TESTING") == "1":
@@ -89,7 +91,9 @@ def extensions() -> list[Extension]:
     if os.environ.get("DEPTHLSTM_NO_EXTENSION") == "1":
         return []
     if not sys.platform.startswith("linux"):
-        print(f"depthlstm_fast: the compiled kernels are built on Linux only; on {sys.platform} the reference backend is installed alone")
+        print(
+            f"depthlstm_fast: the compiled kernels are built on Linux only; on {sys.platform} the reference backend is installed alone"
+        )
         return []
     return [Extension("depthlstm_fast._C", sources=[], py_limited_api=True)]
 

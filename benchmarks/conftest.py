@@ -45,7 +45,9 @@ def compiled_backend() -> Iterator[None]:
     """A call that would fall back raises instead of being timed."""
     status = dl.backends()[registry.BACKEND]
     if not status.available:
-        pytest.fail(f"nothing to measure, the {registry.BACKEND} backend is not available: {status.detail}", pytrace=False)
+        pytest.fail(
+            f"nothing to measure, the {registry.BACKEND} backend is not available: {status.detail}", pytrace=False
+        )
     torch.manual_seed(0)
     with dl.use_backend(registry.BACKEND):
         yield

@@ -48,12 +48,22 @@ class Bar:
 
     def __init__(self, subjects: list[str], settings: Settings) -> None:
         # one for each repetition, as many as a subject makes at least
-        self.ticks = {"checks": sum(len(subject.dtypes) for subject in checked(subjects)), "compile": len(COMPILE_DTYPES)}
+        self.ticks = {
+            "checks": sum(len(subject.dtypes) for subject in checked(subjects)),
+            "compile": len(COMPILE_DTYPES),
+        }
         self.ticks |= {name: SUBJECTS[name].ticks_in(settings) for name in subjects}
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+        )
         # redrawn by hand: a thread that redraws would be timed with the rest
         console = Console(stderr=True)
-        self.progress = Progress(*columns, console=console, disable=not console.is_terminal, auto_refresh=False, transient=True)
+        self.progress = Progress(
+            *columns, console=console, disable=not console.is_terminal, auto_refresh=False, transient=True
+        )
         self.task = self.progress.add_task("", total=sum(self.ticks.values()))
         self.before, self.stage, self.count = 0, "", 0
         self.seconds: dict[str, float] = {}
@@ -79,10 +89,18 @@ class Bar:
 
 
 def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m depthlstm_fast.bench", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="no torch.compile, three repetitions, few translation steps: not to be quoted")
+    parser = argparse.ArgumentParser(
+        prog="python -m depthlstm_fast.bench", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="no torch.compile, three repetitions, few translation steps: not to be quoted",
+    )
     parser.add_argument("--no-translation", action="store_true", help="leave out the translation example")
-    parser.add_argument("--only", action="append", choices=NAMES, metavar="SUBJECT", help=f"one of {', '.join(NAMES)}; may be repeated")
+    parser.add_argument(
+        "--only", action="append", choices=NAMES, metavar="SUBJECT", help=f"one of {', '.join(NAMES)}; may be repeated"
+    )
     parser.add_argument("--output", type=Path, default=default_output(), help="folder for JSON, CSV, Markdown and PNG")
     return parser
 
@@ -166,7 +184,11 @@ def show(run: dict[str, Any], folder: Path) -> None:
         console.print(f"translation losses over {result['steps']} steps: {losses}")
         console.print(f"held-out sentences after so few steps ({result['dataset']}), as they are:")
         for source, target, text in result["examples"]:
-            console.print(f"  source     {source}\n  reference  {target}\n  model      {text or '(nothing)'}", markup=False, soft_wrap=True)
+            console.print(
+                f"  source     {source}\n  reference  {target}\n  model      {text or '(nothing)'}",
+                markup=False,
+                soft_wrap=True,
+            )
     reached, targets = tables.tally(run)
     summary = f"{reached} of {targets} targets met; {run['elapsed_seconds']:.0f} s; results in {folder}"
     console.print(summary, markup=False, soft_wrap=True)
@@ -179,7 +201,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     status = dl.backends()[registry.BACKEND]
     if not status.available:
-        print(f"benchmarks: nothing to measure, the {registry.BACKEND} backend is not available: {status.detail}", file=sys.stderr)
+        print(
+            f"benchmarks: nothing to measure, the {registry.BACKEND} backend is not available: {status.detail}",
+            file=sys.stderr,
+        )
         return 2
     subjects = [name for name in NAMES if not options.only or name in options.only]
     if options.no_translation:

@@ -28,7 +28,8 @@ ROWS = {name: subject.problems for name, subject in registry.SUBJECTS.items()}
 
 
 @pytest.mark.parametrize(
-    ("subject", "name"), [pytest.param(subject, name, id=f"{subject}: {name}") for subject in ROWS for name in ROWS[subject]]
+    ("subject", "name"),
+    [pytest.param(subject, name, id=f"{subject}: {name}") for subject in ROWS for name in ROWS[subject]],
 )
 def test_row(
     subject: str,

@@ -57,7 +57,9 @@ def cpu_info() -> dict[str, str]:
 
 
 def cpu_model() -> str:
-    return f"{cpu_info().get('model name') or platform.processor() or platform.machine()}, {os.cpu_count()} logical cores"
+    return (
+        f"{cpu_info().get('model name') or platform.processor() or platform.machine()}, {os.cpu_count()} logical cores"
+    )
 
 
 def cpu_isas() -> str:
@@ -135,7 +137,10 @@ def backend_lines() -> list[tuple[str, str]]:
     from depthlstm_fast.backends import backends
 
     found = backends().items()
-    return [(f"backend {name}", f"{'available' if status.available else 'not available'}: {status.detail}") for name, status in found]
+    return [
+        (f"backend {name}", f"{'available' if status.available else 'not available'}: {status.detail}")
+        for name, status in found
+    ]
 
 
 SECTIONS: list[tuple[str, Callable[[], str]]] = [

@@ -1,4 +1,5 @@
-"""The activations: every name with its function and derivative in PyTorch. csrc/common/activations.h and kernels/common/formulas.py follow.
+"""The activations: every name with its function and derivative in PyTorch. csrc/common/activations.h and
+    kernels/common/formulas.py follow.
 
 The order gives the operators' codes.
 """

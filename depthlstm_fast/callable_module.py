@@ -1,7 +1,8 @@
-"""Modules that share their name with a function of the package: ``dl.swap(model)`` and ``import depthlstm_fast.swap`` are both right.
+"""Modules that share their name with a function of the package: ``dl.swap(model)`` and ``import depthlstm_fast.swap``
+are both right.
 
-``import depthlstm_fast.swap as module`` reads the attribute of the package, where the function alone would stand in the module's place.
-"""
+``import depthlstm_fast.swap as module`` reads the attribute of the package, where the function alone would stand in the
+module's place."""
 
 from __future__ import annotations
 

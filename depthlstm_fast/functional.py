@@ -60,7 +60,17 @@ def depth_lstm_gates(
     chosen = choose(backend, z, NAME, c.shape[-1])
     if chosen == "reference":
         return reference.depth_lstm_gates(
-            z, c, weight, bias, hidden=hidden, norm=norm, activation=activation, eps=eps, dropout_p=dropout_p, training=training, seed=seed
+            z,
+            c,
+            weight,
+            bias,
+            hidden=hidden,
+            norm=norm,
+            activation=activation,
+            eps=eps,
+            dropout_p=dropout_p,
+            training=training,
+            seed=seed,
         )
     key = _key(seed, z) if drops else None
     options = Options(NORM_CODES[norm], ACTIVATION_CODES[activation], eps, dropout_p if drops else 0.0)
@@ -88,17 +98,17 @@ def depth_lstm_cell(
 ) -> tuple[Tensor, Tensor]:
     """One step of the depth-wise LSTM: z = w [x ; h] + b, then :func:`depth_lstm_gates`, as one autograd node.
 
-    [x ; h] is not built (but for the few rows of a decoding step without gradients, where that is faster; on CUDA two products are made
-    then, and the gates add them up), and between the product and the outputs nothing is kept but z.
+    [x ; h] is not built (but for the few rows of a decoding step without gradients, where that is faster; on CUDA two
+    products are made then, and the gates add them up), and between the product and the outputs nothing is kept but z.
 
     Args:
         x: (..., I), or a tuple of tensors (..., I_1), (..., I_2), ... that stand for their concatenation.
         h, c: (..., D), output and cell of the layer below.
         w: (4D, I + D), or (3D, I + D) with ``hidden``; rows in the order i, f, o, g, columns x first.
         b: (4D), (3D) with ``hidden``, or None.
-        left: a hint: the width of the next cell's input. Where the backend can (Triton and CUDA, in eager), h becomes the right part of
-            a buffer (..., left + D) whose left part is free, so that x can be written beside it and the next product reads [x ; h] in
-            place. h is then not contiguous.
+        left: a hint: the width of the next cell's input. Where the backend can (Triton and CUDA, in eager), h becomes
+            the right part of a buffer (..., left + D) whose left part is free, so that x can be written beside it and
+            the next product reads [x ; h] in place. h is then not contiguous.
 
     x, h, w and hidden share one dtype (under autocast they are cast to its dtype); b, c, weight and bias may be float32
     beside a 16-bit one. The other arguments, returns and errors are those of :func:`depth_lstm_gates`.

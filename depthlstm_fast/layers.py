@@ -1,12 +1,12 @@
-"""The layers of :mod:`depthlstm_fast.reference` with their cells fused; parameters keep their names, so state_dicts interchange.
+"""The layers of :mod:`depthlstm_fast.reference` with their cells fused; parameters keep their names, so state_dicts
+interchange.
 
-What is fused: everything of the cell after its matrix product (:func:`depth_lstm_gates`); [x ; h'] is never concatenated, x and h' are
-K-slices of the product (:func:`depth_lstm_cell`); with ``merge="add"`` the output projection of the cross-attention accumulates onto s.
-Where the backend can write h beside free columns, what comes before the next cell writes its input there, and the product reads both at
-once (:mod:`depthlstm_fast.ops.shared_buffer`).
-A submodule that is no longer a plain nn.Linear (LoRA, quantised, hooked, parametrised) is called as a module, and what follows it
-stays fused.
-"""
+What is fused: everything of the cell after its matrix product (:func:`depth_lstm_gates`); [x ; h'] is never
+    concatenated, x and h' are
+K-slices of the product (:func:`depth_lstm_cell`); with ``merge="add"`` the output projection of the cross-attention
+accumulates onto s. Where the backend can write h beside free columns, what comes before the next cell writes its input
+there, and the product reads both at once (:mod:`depthlstm_fast.ops.shared_buffer`). A submodule that is no longer a
+plain nn.Linear (LoRA, quantised, hooked, parametrised) is called as a module, and what follows it stays fused."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def _is_plain_attention(module: nn.Module) -> bool:
 
 
 def _accumulate(base: Tensor, x: Tensor, weight: Tensor, fresh: bool) -> Tensor:
-    """base + x W^T for matrices, the product accumulating onto base: in place where ``fresh`` says that base is nobody else's.
+    """base + x W^T for matrices, the product accumulating onto base: in place where ``fresh`` says that base is nobody
+    else's.
 
     A fresh base must not be a view: autograd would copy it back and forth.
     """
@@ -49,7 +50,9 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def linear_slices(inputs: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None) -> Tensor:
-    """W [inputs] + b without the concatenation; inputs (..., I_j) with the I_j adding to the columns of weight (R, I) -> (..., R)."""
+    """W [inputs] + b without the concatenation; inputs (..., I_j) with the I_j adding to the columns of weight (R, I)
+    -> (..., R).
+    """
     if is_jit_traced():  # the exporter to ONNX takes the sizes of the view below for constants
         return F.linear(torch.cat(inputs, dim=-1), weight, bias)
     # one split: its backward writes the weight's gradient once, where a slice each would write zeros and add
@@ -74,7 +77,11 @@ def _linear_into(buffer: Tensor | None, first: int, linear: Any, x: Tensor, base
 
 
 def _attend_into(
-    buffer: Tensor | None, first: int, attention: SelfAttention | CrossAttention, arguments: tuple, options: dict[str, Any]
+    buffer: Tensor | None,
+    first: int,
+    attention: SelfAttention | CrossAttention,
+    arguments: tuple,
+    options: dict[str, Any],
 ) -> Tensor:
     """The attention's output, written into ``buffer`` from column ``first`` on where that can be."""
     if buffer is None or not _is_plain_attention(attention):
@@ -84,9 +91,12 @@ def _attend_into(
 
 class DepthLSTMCell(reference.DepthLSTMCell):
     __doc__ = reference.DepthLSTMCell.__doc__
-    left = 0  # the width of the next cell's input, which the layer or the stack that holds the two sets; see depth_lstm_cell
+    # the width of the next cell's input, which the layer or the stack that holds the two sets; see depth_lstm_cell
+    left = 0
 
-    def forward(self, input: Tensor | tuple[Tensor, ...], state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, input: Tensor | tuple[Tensor, ...], state: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See :meth:`depthlstm_fast.reference.DepthLSTMCell.forward`."""
         inputs, h, c = self._unpack(input, state)
         hidden = None
@@ -101,11 +111,19 @@ class DepthLSTMCell(reference.DepthLSTMCell):
         return depth_lstm_gates(self.gates(torch.cat((*inputs, h), dim=-1)), c, **self._options(c, hidden))
 
     def _step(
-        self, inputs: tuple[Tensor, ...], h: Tensor, c: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor | None
+        self,
+        inputs: tuple[Tensor, ...],
+        h: Tensor,
+        c: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        hidden: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         return depth_lstm_cell(inputs, h, c, weight, bias, left=self.left, **self._options(c, hidden))
 
-    def _folded_step(self, inputs: tuple[Tensor, ...], state: tuple[Tensor, Tensor], fold: Fold) -> tuple[Tensor, Tensor]:
+    def _folded_step(
+        self, inputs: tuple[Tensor, ...], state: tuple[Tensor, Tensor], fold: Fold
+    ) -> tuple[Tensor, Tensor]:
         """:meth:`forward` with the weights of ``fold``, the last of inputs being the attention's context."""
         inputs, h, c = self._unpack(inputs, state)
         hidden = None
@@ -124,9 +142,17 @@ class Fold(NamedTuple):
     ffn_bias: Tensor | None
 
 
-def _fold_linear(linear: nn.Linear, projection: nn.Linear, first: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """``linear`` with ``projection`` folded into the columns from ``first`` on: computed in fp64 (fp32 for half types), rounded once."""
-    exact = torch.float64 if linear.weight.dtype in (torch.float32, torch.float64) and linear.weight.device.type != "mps" else torch.float32
+def _fold_linear(
+    linear: nn.Linear, projection: nn.Linear, first: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """``linear`` with ``projection`` folded into the columns from ``first`` on: computed in fp64 (fp32 for half types),
+    rounded once.
+    """
+    exact = (
+        torch.float64
+        if linear.weight.dtype in (torch.float32, torch.float64) and linear.weight.device.type != "mps"
+        else torch.float32
+    )
     weight, inner = linear.weight.to(exact, copy=True), projection.weight.to(exact)
     columns = weight[:, first : first + inner.shape[0]].clone()
     weight[:, first : first + inner.shape[0]] = columns @ inner
@@ -138,7 +164,9 @@ def _fold_linear(linear: nn.Linear, projection: nn.Linear, first: int, dtype: to
 
 
 class _FusedLayer(nn.Module):
-    """What the fused layers share: projections that write beside h, and folding of output projections into the cell, for inference."""
+    """What the fused layers share: projections that write beside h, and folding of output projections into the cell,
+    for inference.
+    """
 
     d_model: int
     sublayer: bool
@@ -148,15 +176,15 @@ class _FusedLayer(nn.Module):
     _trusted: set[str] | None = None  # inside trusted_folds(): the folds that have been compared with their sources
 
     def fold_output_projection(self, enabled: bool = True) -> None:
-        """Use W_x W_o, computed once, in place of W_o and then W_x: one D x D product less for each attention that is folded.
+        """Use W_x W_o, computed once, in place of W_o and then W_x: one D x D product less for each attention that is
+        folded.
 
-        Only in eval mode with gradients off, outside torch.compile, and where it saves work: in encoder layers; in decoder layers with
-        ``merge="cells"`` both attentions, with ``"concat"`` the cross-attention; not with ``"add"``, where s is needed anyway and the
-        D x D product would become a 4D x D one. Results differ by rounding. The folded weights are made on the first call and again when
-        a source weight has changed, whatever changed it: their sources are kept, and compared value by value at each call, in
-        ``generate()`` once. So a fold keeps twice the numbers of the cell, and outside ``generate()`` it pays from some hundred tokens
-        a call on.
-        """
+        Only in eval mode with gradients off, outside torch.compile, and where it saves work: in encoder layers; in
+        decoder layers with ``merge="cells"`` both attentions, with ``"concat"`` the cross-attention; not with
+        ``"add"``, where s is needed anyway and the D x D product would become a 4D x D one. Results differ by rounding.
+        The folded weights are made on the first call and again when a source weight has changed, whatever changed it:
+        their sources are kept, and compared value by value at each call, in ``generate()`` once. So a fold keeps twice
+        the numbers of the cell, and outside ``generate()`` it pays from some hundred tokens a call on."""
         self.folds_output_projection, self._folds = enabled, None
 
     def train(self, mode: bool = True) -> _FusedLayer:
@@ -171,16 +199,30 @@ class _FusedLayer(nn.Module):
         return {**self.__dict__, "_folds": None, "_trusted": None}
 
     def _fold(self, name: str, attention: SelfAttention | CrossAttention, cell: nn.Module, first: int) -> Fold | None:
-        """The folded weights of ``cell`` for ``attention``, whose context takes the columns from ``first`` on; None where not to fold."""
-        if not self.folds_output_projection or self.training or torch.is_grad_enabled() or is_traced() or is_transformed():
+        """The folded weights of ``cell`` for ``attention``, whose context takes the columns from ``first`` on; None
+        where not to fold.
+        """
+        if (
+            not self.folds_output_projection
+            or self.training
+            or torch.is_grad_enabled()
+            or is_traced()
+            or is_transformed()
+        ):
             return None
-        if cell.training or attention.training or not (_is_plain_attention(attention) and is_plain(cell, DepthLSTMCell)):
+        if (
+            cell.training
+            or attention.training
+            or not (_is_plain_attention(attention) and is_plain(cell, DepthLSTMCell))
+        ):
             return None
         projection = attention.out_proj
         linears: list[Any] = [cell.gates, cell.ffn_in] if cell.hidden == "ffn" else [cell.gates]
         if not is_plain_linear(projection) or not all(is_plain_linear(linear) for linear in linears):
             return None
-        sources = [t for module in (projection, *linears) for t in (module.weight, module.bias) if isinstance(t, Tensor)]
+        sources = [
+            t for module in (projection, *linears) for t in (module.weight, module.bias) if isinstance(t, Tensor)
+        ]
         if any(t.is_meta for t in sources):
             return None
         dtype = autocast_dtype(sources[0].device.type) or sources[0].dtype
@@ -205,7 +247,10 @@ class _FusedLayer(nn.Module):
             return True
         if len(fold.sources) != len(sources):
             return False
-        return all(a.dtype == b.dtype and a.device == b.device and torch.equal(a, b) for a, b in zip(fold.sources, sources, strict=True))
+        return all(
+            a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+            for a, b in zip(fold.sources, sources, strict=True)
+        )
 
     def _attend_and_step(
         self,
@@ -257,7 +302,9 @@ class DepthLSTMDecoderLayer(_FusedLayer, reference.DepthLSTMDecoderLayer):
     __doc__ = reference.DepthLSTMDecoderLayer.__doc__
     cell_class = DepthLSTMCell
 
-    def _run(self, h: Tensor, c: Tensor, self_options: dict[str, Any], cross_options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _run(
+        self, h: Tensor, c: Tensor, self_options: dict[str, Any], cross_options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
         if self.merge == "cells":
             h, c = self._attend_and_step(self.self_attn, (h,), self_options, "cell", (h, c))
             return self._attend_and_step(self.cross_attn, (h,), cross_options, "cross_cell", (h, c))
@@ -283,7 +330,12 @@ class DepthLSTMDecoderLayer(_FusedLayer, reference.DepthLSTMDecoderLayer):
 
 def _connect(layers: Iterable[nn.Module]) -> None:
     """Tell each cell the width of the next one's input."""
-    cells = [getattr(layer, name) for layer in layers for name in CELLS if isinstance(getattr(layer, name, None), DepthLSTMCell)]
+    cells = [
+        getattr(layer, name)
+        for layer in layers
+        for name in CELLS
+        if isinstance(getattr(layer, name, None), DepthLSTMCell)
+    ]
     for cell, following in itertools.pairwise(cells):
         cell.left = following.input_size
 
@@ -304,8 +356,12 @@ class DepthLSTMDecoder(reference.DepthLSTMDecoder):
 
 @contextlib.contextmanager
 def trusted_folds(model: nn.Module) -> Iterator[None]:
-    """Compare each fold in ``model`` with its sources once, not at every call: nothing changes the weights inside the block."""
-    layers = [module for module in model.modules() if isinstance(module, _FusedLayer) and module.folds_output_projection]
+    """Compare each fold in ``model`` with its sources once, not at every call: nothing changes the weights inside the
+    block.
+    """
+    layers = [
+        module for module in model.modules() if isinstance(module, _FusedLayer) and module.folds_output_projection
+    ]
     for layer in layers:
         layer._trusted = set()
     try:

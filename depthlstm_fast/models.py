@@ -32,8 +32,9 @@ NORMS = (reference.GateNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.
 def param_groups(model: nn.Module, weight_decay: float = 0.01) -> list[dict[str, Any]]:
     """Two groups for an optimiser: parameters that decay, and those that must not.
 
-    No decay for everything with fewer than two dimensions (biases, learned initial states) and for the parameters of normalisations,
-    of which the gates' are two-dimensional, (4, D). Frozen parameters are left out; shared ones come once.
+    No decay for everything with fewer than two dimensions (biases, learned initial states) and for the parameters of
+    normalisations, of which the gates' are two-dimensional, (4, D). Frozen parameters are left out; shared ones come
+    once.
 
     Returns:
         [{"params": [...], "weight_decay": weight_decay}, {"params": [...], "weight_decay": 0.0}], usable as
@@ -49,9 +50,13 @@ def param_groups(model: nn.Module, weight_decay: float = 0.01) -> list[dict[str,
     if not 0.0 <= weight_decay < math.inf:
         raise ValueError(f"weight_decay must be finite and not negative; found {weight_decay}")
     # those of a parametrisation or an adapter inside a normalisation, too
-    normalising = {parameter for module in model.modules() if isinstance(module, NORMS) for parameter in module.parameters()}
+    normalising = {
+        parameter for module in model.modules() if isinstance(module, NORMS) for parameter in module.parameters()
+    }
     decays = {
-        parameter: parameter.dim() > 1 and parameter not in normalising for parameter in model.parameters() if parameter.requires_grad
+        parameter: parameter.dim() > 1 and parameter not in normalising
+        for parameter in model.parameters()
+        if parameter.requires_grad
     }
     return [
         {"params": [parameter for parameter, decay in decays.items() if decay], "weight_decay": weight_decay},

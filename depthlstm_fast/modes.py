@@ -10,7 +10,9 @@ from .torch_private import is_jit_tracing
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype that autocast casts products to on devices of this type; None where it is off, or unknown to autocast as "meta" is."""
+    """The dtype that autocast casts products to on devices of this type; None where it is off, or unknown to autocast
+    as "meta" is.
+    """
     if device_type not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device_type):
         return None
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
@@ -27,7 +29,9 @@ def is_jit_traced() -> bool:
 
 
 def constant(size: int) -> int:
-    """A size that no call changes: torch.jit.trace would record it as one that may vary, which ONNX takes for no number of features."""
+    """A size that no call changes: torch.jit.trace would record it as one that may vary, which ONNX takes for no number
+    of features.
+    """
     return int(size) if is_jit_traced() else size
 
 
@@ -37,11 +41,11 @@ def is_direct(tensor: Tensor) -> bool:
 
 
 def is_watched() -> bool:
-    """Whether results may be kept by something that no version counter protects, so that no product may be written in place.
+    """Whether results may be kept by something that no version counter protects, so that no product may be written in
+    place.
 
-    Selective activation checkpointing keeps results of operators by a dispatch mode, and plain checkpointing what is saved for backward by
-    hooks. torch.jit.trace records the operators themselves, and ONNX has none with ``out=``.
-    """
+    Selective activation checkpointing keeps results of operators by a dispatch mode, and plain checkpointing what is
+    saved for backward by hooks. torch.jit.trace records the operators themselves, and ONNX has none with ``out=``."""
     if torch_private.dispatch_modes() > 0 or is_jit_tracing():
         return True
     return torch.is_grad_enabled() and torch_private.has_saved_tensor_hooks()

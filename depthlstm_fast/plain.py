@@ -1,7 +1,7 @@
 """Whether a module does no more than its class says, so that its parameters may be used without calling it.
 
-Hooks, wrappers, adapters and quantisers act when a module is called. Fused code that reads parameters past a module asks here first.
-"""
+Hooks, wrappers, adapters and quantisers act when a module is called. Fused code that reads parameters past a module
+asks here first."""
 
 from __future__ import annotations
 
@@ -24,5 +24,7 @@ def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether ``module(x)`` is ``F.linear(x, module.weight, module.bias)`` and nothing else, so that its weight may be used directly."""
+    """Whether ``module(x)`` is ``F.linear(x, module.weight, module.bias)`` and nothing else, so that its weight may be
+    used directly.
+    """
     return is_plain(module, nn.Linear) and type(module.weight) in (nn.Parameter, Tensor)

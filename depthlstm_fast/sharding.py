@@ -32,11 +32,11 @@ def replicated(tensor: Tensor, like: Tensor, source_rank: int | None = None) -> 
 
 
 class Layout(NamedTuple):
-    """How an operator's arguments and outputs lie, one letter each: "r" rows, "f" features, "s" a sum over rows, "-" no tensor.
+    """How an operator's arguments and outputs lie, one letter each: "r" rows, "f" features, "s" a sum over rows, "-" no
+    tensor.
 
-    "f" is the same on every rank. ``numbered`` says, of an operator's arguments, whether rows are numbered, as dropout does: then they
-    are not sharded.
-    """
+    "f" is the same on every rank. ``numbered`` says, of an operator's arguments, whether rows are numbered, as dropout
+    does: then they are not sharded."""
 
     arguments: str
     outputs: Callable[[tuple[Any, ...]], str]
@@ -52,7 +52,9 @@ def add_operator(operator: Any, layout: Layout) -> None:
 
 
 def why_not(tensor: Tensor) -> str | None:
-    """Why the operators cannot take ``tensor``, for a DTensor of a torch that registers no sharding; None where they can."""
+    """Why the operators cannot take ``tensor``, for a DTensor of a torch that registers no sharding; None where they
+    can.
+    """
     return _register() if is_dtensor(tensor) else None
 
 
@@ -67,12 +69,16 @@ def _register() -> str | None:
 
     def strategy_of(layout: Layout) -> Callable[..., list[Any]]:
         def strategy(*inputs: Any) -> list[Any]:
-            rows_of = next(x for x, letter in zip(inputs, layout.arguments, strict=True) if letter == "r" and x is not None)
+            rows_of = next(
+                x for x, letter in zip(inputs, layout.arguments, strict=True) if letter == "r" and x is not None
+            )
             dims = () if layout.numbered(inputs) else range(rows_of.ndim - 1)
             one, found = Replicate(), []
             for rows, sums in [(one, one), *((Shard(dim), Partial()) for dim in dims)]:
                 place = {"r": rows, "f": one, "s": sums, "-": None}
-                wanted = [None if x is None else place[letter] for x, letter in zip(inputs, layout.arguments, strict=True)]
+                wanted = [
+                    None if x is None else place[letter] for x, letter in zip(inputs, layout.arguments, strict=True)
+                ]
                 found.append(([place[letter] for letter in layout.outputs(inputs)], wanted))
             return found
 

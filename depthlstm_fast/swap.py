@@ -1,9 +1,9 @@
 """Fusing the depth-wise LSTM cells of a model that already exists, in place, and undoing it.
 
-A module is changed by giving it another class where that suffices: the object, its parameters, buffers, hooks and names stay, so that
-optimisers, state_dicts and references to it keep working, wherever it sits, at the root of the model too. What the fused class
-does not cover at a call (a hook on a submodule, an argument of its own) is run by the original class's ``forward``.
-"""
+A module is changed by giving it another class where that suffices: the object, its parameters, buffers, hooks and names
+stay, so that optimisers, state_dicts and references to it keep working, wherever it sits, at the root of the model too.
+What the fused class does not cover at a call (a hook on a submodule, an argument of its own) is run by the original
+class's ``forward``."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ class Left(NamedTuple):
 
 @dataclass
 class SwapReport:
-    """What :func:`swap` or :func:`unswap` did: the modules it changed, those it left, and the names of those that were fused before."""
+    """What :func:`swap` or :func:`unswap` did: the modules it changed, those it left, and the names of those that were
+    fused before.
+    """
 
     changed: list[Swapped] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
@@ -62,7 +64,9 @@ class SwapReport:
         lines = [f"{len(self.changed)} changed, {len(self.left)} left, {len(self.already)} fused before"]
         names = [entry.name for entry in self.changed] + [entry.name for entry in self.left]
         width = max((len(name or "(model)") for name in names), default=0)
-        lines += [f"  changed  {entry.name or '(model)':{width}}  {entry.before} -> {entry.after}" for entry in self.changed]
+        lines += [
+            f"  changed  {entry.name or '(model)':{width}}  {entry.before} -> {entry.after}" for entry in self.changed
+        ]
         lines += [f"  left     {entry.name or '(model)':{width}}  {entry.kind}: {entry.reason}" for entry in self.left]
         return "\n".join(lines)
 
@@ -165,7 +169,9 @@ def _change_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
 @torch.no_grad()
 def _computes_another(module: nn.Module, fused: type[nn.Module], parts: _Parts) -> str | None:
-    """A reason if ``module`` gives something else than the fused class on random numbers: attributes alone do not show a formula."""
+    """A reason if ``module`` gives something else than the fused class on random numbers: attributes alone do not show
+    a formula.
+    """
     weight: Tensor = getattr(module, parts.projection).weight
     if weight.is_meta:
         return None
@@ -190,15 +196,27 @@ def _computes_another(module: nn.Module, fused: type[nn.Module], parts: _Parts) 
         for inner in training:
             inner.training = True
     tolerance = 1e-9 if weight.dtype == torch.float64 else 1e-3 if weight.dtype == torch.float32 else 5e-2
-    if isinstance(wanted, tuple) and len(wanted) == 2 and all(isinstance(w, Tensor) and w.shape == h.shape for w in wanted):
-        if all(torch.allclose(f.float(), w.float(), rtol=tolerance, atol=tolerance) for f, w in zip(found, wanted, strict=True)):
+    if (
+        isinstance(wanted, tuple)
+        and len(wanted) == 2
+        and all(isinstance(w, Tensor) and w.shape == h.shape for w in wanted)
+    ):
+        if all(
+            torch.allclose(f.float(), w.float(), rtol=tolerance, atol=tolerance)
+            for f, w in zip(found, wanted, strict=True)
+        ):
             return None
         return "it has the attributes of the cell but computes something else"
     return "forward(input, (h, c)) does not return (h, c)"
 
 
 def swap_rnmt_cell(
-    module: nn.Module, *, projection: str = "trans", norm: str = "normer", activation: str = "act", dropout: str = "drop"
+    module: nn.Module,
+    *,
+    projection: str = "trans",
+    norm: str = "normer",
+    activation: str = "act",
+    dropout: str = "drop",
 ) -> nn.Module:
     """Fuse one cell of the ``LSTMCell4RNMT`` shape in place; a rule for :func:`swap` where attributes have other names.
 
@@ -206,8 +224,8 @@ def swap_rnmt_cell(
         i, f, o, g = norm(z as (..., 4, D))      nn.LayerNorm((4, D)): statistics over all four (``norm="joint"`` here)
         c = sigmoid(f) c' + sigmoid(i) dropout(activation(g)),    h = sigmoid(o) c
 
-    forward(x, (h', c')) -> (h, c). That ``module`` computes this is tried on three rows of random numbers. Dropout keeps its
-    probability, but draws its masks from a counter-based generator seeded by torch's.
+    forward(x, (h', c')) -> (h, c). That ``module`` computes this is tried on three rows of random numbers. Dropout
+    keeps its probability, but draws its masks from a counter-based generator seeded by torch's.
 
     Args:
         module: the cell; projection, norm, activation, dropout: the names of its attributes.
@@ -232,12 +250,16 @@ def swap_rnmt_cell(
 
 
 def _fuse(module: nn.Module, rules: Rules) -> nn.Module | None:
-    """The fused form of ``module``, itself if changed in place; None where it is no candidate; ValueError with a reason to leave it."""
+    """The fused form of ``module``, itself if changed in place; None where it is no candidate; ValueError with a reason
+    to leave it.
+    """
     for match, build in rules.items():
         if isinstance(module, match) if isinstance(match, type) else match(module):
             built = build(module)
             if not isinstance(built, nn.Module):
-                raise TypeError(f"the rule for {type(module).__name__} must return a torch.nn.Module; found {type(built).__name__}")
+                raise TypeError(
+                    f"the rule for {type(module).__name__} must return a torch.nn.Module; found {type(built).__name__}"
+                )
             return built
     cls = type(module)
     if cls in _FUSED:
@@ -258,15 +280,16 @@ def _is_fused(module: nn.Module) -> bool:
 def swap(model: nn.Module, rules: Rules | None = None) -> SwapReport:
     """Replace the depth-wise LSTM cells and layers in ``model`` by fused ones, in place.
 
-    Modules of :mod:`depthlstm_fast.reference` become their fused twins, and cells of the ``LSTMCell4RNMT`` shape, recognised by
-    their attributes and by what they compute, are fused as :func:`swap_rnmt_cell` says. Parameters are shared: the same objects under
-    the same names. A module used in several places is changed once. A second call changes nothing.
+    Modules of :mod:`depthlstm_fast.reference` become their fused twins, and cells of the ``LSTMCell4RNMT`` shape,
+    recognised by their attributes and by what they compute, are fused as :func:`swap_rnmt_cell` says. Parameters are
+    shared: the same objects under the same names. A module used in several places is changed once. A second call
+    changes nothing.
 
     Args:
         model: any module; it may itself be what is swapped.
-        rules: tried before the rules above: from a module class, or a predicate of a module, to a function that takes such a module
-            and returns the module to put in its place (or the same one, changed in place), with the parameters of the given
-            one. A ValueError that it raises is a reason to leave the module.
+        rules: tried before the rules above: from a module class, or a predicate of a module, to a function that takes
+            such a module and returns the module to put in its place (or the same one, changed in place), with the
+            parameters of the given one. A ValueError that it raises is a reason to leave the module.
 
     Returns:
         A :class:`SwapReport`; print it.
@@ -278,7 +301,9 @@ def swap(model: nn.Module, rules: Rules | None = None) -> SwapReport:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; found {type(model).__name__}")
     if rules is not None and not isinstance(rules, Mapping):
-        raise TypeError(f"rules must be a dict from classes or predicates to functions, or None; found {type(rules).__name__}")
+        raise TypeError(
+            f"rules must be a dict from classes or predicates to functions, or None; found {type(rules).__name__}"
+        )
     report = SwapReport()
     done: dict[nn.Module, nn.Module] = {}
 
@@ -301,7 +326,9 @@ def swap(model: nn.Module, rules: Rules | None = None) -> SwapReport:
             report.changed.append(Swapped(name, before, type(result).__name__))
             if result is not module:
                 if module is model:
-                    raise ValueError(f"model itself is a {before} that its rule replaces by another object; call the rule on it instead")
+                    raise ValueError(
+                        f"model itself is a {before} that its rule replaces by another object; call the rule on it instead"
+                    )
                 result.train(module.training)
                 result.__dict__[_ORIGINAL] = (module,)  # in a tuple, so that it is no submodule
                 done[module] = done[result] = result
@@ -319,7 +346,8 @@ def swap(model: nn.Module, rules: Rules | None = None) -> SwapReport:
 
 
 def unswap(model: nn.Module) -> SwapReport:
-    """Undo :func:`swap`: every module gets back its class, or its place. Parameters keep their values. Returns what was changed.
+    """Undo :func:`swap`: every module gets back its class, or its place. Parameters keep their values. Returns what was
+        changed.
 
     Raises:
         TypeError: ``model`` is no module.

@@ -1,7 +1,8 @@
-"""Private names of torch, each with the reason, the versions it was seen in, and what runs where a torch has it no more.
+"""Private names of torch, each with the reason, the versions it was seen in, and what runs where a torch has it no
+more.
 
-Every other module of the package takes them from here; tests/build/test_torch_private.py looks each of them up in the torch that runs.
-"""
+Every other module of the package takes them from here; tests/build/test_torch_private.py looks each of them up in the
+torch that runs."""
 
 from __future__ import annotations
 
@@ -35,20 +36,26 @@ NAMES = (
     "autograd.forward_ad._current_level",
 )
 
-# Whether torch.jit.trace records: torch.jit.is_tracing without its two Python calls, 0.5 us of the 20 us of a gates call.
+# Whether torch.jit.trace records: torch.jit.is_tracing without its two Python calls, 0.5 us of the 20 us of a gates
+#     call.
 is_jit_tracing: Callable[[], bool] = _find("_C._is_tracing", torch.jit.is_tracing)
 
-# Whether a torch.func transform (vmap, grad, ...) is active. torch has no public question; without this one, none is seen.
+# Whether a torch.func transform (vmap, grad, ...) is active. torch has no public question; without this one, none is
+# seen.
 is_transformed: Callable[[], bool] = _find("_C._are_functorch_transforms_active", lambda: False)
 
-# How many dispatch modes look on (FlopCounterMode, selective checkpointing). Without the name every call counts as watched.
+# How many dispatch modes look on (FlopCounterMode, selective checkpointing). Without the name every call counts as
+# watched.
 dispatch_modes: Callable[[], int] = _find("_C._len_torch_dispatch_stack", lambda: 1)
 
-# The hooks of torch.autograd.graph.saved_tensors_hooks, None where there are none. Without the name there always seem to be some.
-_saved_tensor_hooks: Callable[[bool], Any] = _find("_C._autograd._top_saved_tensors_default_hooks", lambda ignore_fx: ())
+# The hooks of torch.autograd.graph.saved_tensors_hooks, None where there are none. Without the name there always seem
+# to be some.
+_saved_tensor_hooks: Callable[[bool], Any] = _find(
+    "_C._autograd._top_saved_tensors_default_hooks", lambda ignore_fx: ()
+)
 
-# Calls operators below the dispatcher's autograd key, in an autograd.Function: a third of the cost of torch.library's own autograd.
-# Without the name the operators' registered autograd runs, without gradients, inside the Function.
+# Calls operators below the dispatcher's autograd key, in an autograd.Function: a third of the cost of torch.library's
+# own autograd. Without the name the operators' registered autograd runs, without gradients, inside the Function.
 below_autograd: Callable[[], Any] = _find("_C._AutoDispatchBelowAutograd", contextlib.nullcontext)
 
 
@@ -87,6 +94,8 @@ class _DelayedError(torch.autograd.Function):
 
 
 def delayed_error(message: str, tensors: list[Tensor]) -> tuple[Tensor, ...]:
-    """The tensors, with ``message`` raised where a derivative of them is asked for: torch's once_differentiable is built on it."""
+    """The tensors, with ``message`` raised where a derivative of them is asked for: torch's once_differentiable is
+    built on it.
+    """
     error = _find("_C._functions.DelayedError", None)
     return _DelayedError.apply(message, *tensors) if error is None else error(message.encode(), len(tensors))(*tensors)

@@ -1,16 +1,17 @@
 """The gates of the depth-wise LSTM on a GPU, in Triton: one forward kernel, and two schemes of backward.
 
 forward   a program takes a tile of rows, all gates of them in registers: one pass over memory, 7D elements a row.
-narrow    backward for rows that fit the registers beside the sums of the parameter gradients: 12D elements a row. Programs stay on the
-          GPU and loop over tiles of rows, so that each leaves one partial sum of the parameter gradients.
-wide      backward for longer rows, in two kernels and 19D elements a row: `row_sums` takes the statistics and the two LayerNorm means
-          of every row; `wide_backward` then works on tiles of a few features, in which no row is long.
+narrow    backward for rows that fit the registers beside the sums of the parameter gradients: 12D elements a row.
+          Programs stay on the GPU and loop over tiles of rows, so that each leaves one partial sum of the parameter
+          gradients.
+wide      backward for longer rows, in two kernels and 19D elements a row: `row_sums` takes the statistics and the two
+          LayerNorm means of every row; `wide_backward` then works on tiles of a few features, in which no row is long.
 sums      adds the partial sums in a fixed order: no atomics, the same bits every time.
 
-A tile is (ROWS, BLOCK). What belongs to the gates i, f, o, g is a tuple of four tiles, or of three where `hidden` gives g; the sums of
-all of them go through one reduction, which shares its barriers. An argument that is None is a compile-time constant. Everything is
-computed in fp32. Row numbers are int64, row strides are in elements, features are dense.
-"""
+A tile is (ROWS, BLOCK). What belongs to the gates i, f, o, g is a tuple of four tiles, or of three where `hidden` gives
+g; the sums of all of them go through one reduction, which shares its barriers. An argument that is None is a
+compile-time constant. Everything is computed in fp32. Row numbers are int64, row strides are in elements, features are
+dense."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ from .common.tiles import (
 
 @triton.jit
 def forward_kernel(
-    z, z_bias, hidden, c, weight, bias, seed,  # (rows, GATES D), (GATES D), (rows, D), (rows, D), (GATES, D), (GATES, D), (1,)
+    # (rows, GATES D), (GATES D), (rows, D), (rows, D), (GATES, D), (GATES, D), (1,)
+    z, z_bias, hidden, c, weight, bias, seed,
     h, c_out,  # (rows, D), written
     rows, z_stride, hidden_stride, c_stride, h_stride,
     eps, threshold, scale,  # dropout keeps an element whose random word is at least `threshold`, times `scale`
@@ -144,7 +146,9 @@ def _accumulate_z_bias(sums, dz, GATES: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _store_states(dhidden_tile, dc_tile, dhidden, dc_in, row, column, inside, FEATURES: tl.constexpr, MASKED: tl.constexpr):
+def _store_states(
+    dhidden_tile, dc_tile, dhidden, dc_in, row, column, inside, FEATURES: tl.constexpr, MASKED: tl.constexpr
+):
     store(dc_in + row * FEATURES + column, dc_tile, inside, MASKED)
     if dhidden is not None:
         store(dhidden + row * FEATURES + column, dhidden_tile, inside, MASKED)
@@ -185,7 +189,9 @@ def narrow_backward_kernel(
         row = (tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
         inside = (row < rows) & (column < FEATURES)
         z_row = row
-        if ROWS > 1:  # a row that is not there repeats the last one: of zeros, r would be infinite with eps = 0, and NaN the sums
+        if (
+            ROWS > 1
+        ):  # a row that is not there repeats the last one: of zeros, r would be infinite with eps = 0, and NaN the sums
             z_row = tl.minimum(row, rows - 1)
         n = load_z(z, z_bias, z_stride, z_row, column, column < FEATURES, rows, FEATURES, GATES, MASKED, BLOCK)
         if NORM != "none":
@@ -197,7 +203,9 @@ def narrow_backward_kernel(
         )  # fmt: skip
         if AFFINE_GRADIENT:  # here, not at the end: da need not live through the reduction
             sums = _accumulate_affine(sums, da, n, GATES)
-        _store_states(dg, dc_tile, dhidden, dc_in, row, column, inside, FEATURES, MASKED)  # now: the reduction waits, and needs registers
+        _store_states(
+            dg, dc_tile, dhidden, dc_in, row, column, inside, FEATURES, MASKED
+        )  # now: the reduction waits, and needs registers
         if NORM != "none":
             means = row_means(dz_tiles + products(dz_tiles, n, GATES), 2, FEATURES, NORM, GATES)
             dz_tiles = layer_norm_backward(dz_tiles, n, r, means[:GATES], means[GATES:], GATES)
@@ -225,13 +233,17 @@ def row_sums_kernel(
     sums = zeros(GATES, 1, BLOCK)
     for first in tl.range(0, FEATURES, BLOCK):
         column = (first + tl.arange(0, BLOCK))[None, :]
-        sums = add_tiles(sums, load_z(z, z_bias, z_stride, row, column, column < FEATURES, 1, FEATURES, GATES, True, BLOCK), GATES)
+        sums = add_tiles(
+            sums, load_z(z, z_bias, z_stride, row, column, column < FEATURES, 1, FEATURES, GATES, True, BLOCK), GATES
+        )
     mean = row_means(sums, 1, FEATURES, NORM, GATES)
     sums = zeros(2 * GATES, 1, BLOCK)
     for first in tl.range(0, FEATURES, BLOCK):
         column = (first + tl.arange(0, BLOCK))[None, :]
         inside = column < FEATURES
-        centred = centre(load_z(z, z_bias, z_stride, row, column, inside, 1, FEATURES, GATES, True, BLOCK), mean, inside, GATES, True)
+        centred = centre(
+            load_z(z, z_bias, z_stride, row, column, inside, 1, FEATURES, GATES, True, BLOCK), mean, inside, GATES, True
+        )
         sums = add_tiles(sums, centred + products(centred, centred, GATES), 2 * GATES)
     r, shift = scale_and_shift(row_means(sums, 2, FEATURES, NORM, GATES), eps, GATES)
     sums = zeros(2 * GATES, 1, BLOCK)
@@ -239,7 +251,13 @@ def row_sums_kernel(
         column = (first + tl.arange(0, BLOCK))[None, :]
         inside = column < FEATURES
         n = normalise(
-            load_z(z, z_bias, z_stride, row, column, inside, 1, FEATURES, GATES, True, BLOCK), mean, r, shift, inside, GATES, True
+            load_z(z, z_bias, z_stride, row, column, inside, 1, FEATURES, GATES, True, BLOCK),
+            mean,
+            r,
+            shift,
+            inside,
+            GATES,
+            True,
         )
         _, u, _, _ = _gradients(
             n, dh, dc, hidden, c, weight, bias, key, 1, row, column, first, inside, dh_stride, dc_stride, hidden_stride, c_stride,
@@ -275,7 +293,9 @@ def wide_backward_kernel(
             found = ()
             for k in tl.static_range(5 * GATES):
                 found = found + (tl.load(statistics + row * STATISTICS + k, mask=row < rows, other=0.0),)
-            n = normalise(n, found[:GATES], found[GATES : 2 * GATES], found[2 * GATES : 3 * GATES], inside, GATES, False)
+            n = normalise(
+                n, found[:GATES], found[GATES : 2 * GATES], found[2 * GATES : 3 * GATES], inside, GATES, False
+            )
         da, dz_tiles, dg, dc_tile = _gradients(
             n, dh, dc, hidden, c, weight, bias, key, rows, row, column, first, inside, dh_stride, dc_stride, hidden_stride, c_stride,
             threshold, scale, FEATURES, ACTIVATION, FAST, GATES, True, ROWS, BLOCK,
@@ -283,7 +303,9 @@ def wide_backward_kernel(
         if AFFINE_GRADIENT:
             sums = _accumulate_affine(sums, da, n, GATES)
         if NORM != "none":
-            dz_tiles = layer_norm_backward(dz_tiles, n, found[GATES : 2 * GATES], found[3 * GATES : 4 * GATES], found[4 * GATES :], GATES)
+            dz_tiles = layer_norm_backward(
+                dz_tiles, n, found[GATES : 2 * GATES], found[3 * GATES : 4 * GATES], found[4 * GATES :], GATES
+            )
         _store_states(dg, dc_tile, dhidden, dc_in, row, column, inside, FEATURES, True)
         _store_dz(dz_tiles, dz, row, column, inside, FEATURES, GATES, True)
         if Z_BIAS_GRADIENT:
@@ -303,34 +325,43 @@ def sums_kernel(
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for first in tl.range(0, programs, ROWS):
         program = (tl.cast(first, tl.int64) + tl.arange(0, ROWS))[:, None]
-        total += tl.load(partial + program * columns + column, mask=(program < programs) & (column < columns), other=0.0)
+        total += tl.load(
+            partial + program * columns + column, mask=(program < programs) & (column < columns), other=0.0
+        )
     total = tl.sum(total, 0, keep_dims=True)
     if dweight is not None:
         tl.store(dweight + column, total.to(dweight.dtype.element_ty), mask=column < width)
-        tl.store(dbias + column - width, total.to(dbias.dtype.element_ty), mask=(column >= width) & (column < 2 * width))
+        tl.store(
+            dbias + column - width, total.to(dbias.dtype.element_ty), mask=(column >= width) & (column < 2 * width)
+        )
     if dz_bias is not None:
         column -= columns - width
         tl.store(dz_bias + column, total.to(dz_bias.dtype.element_ty), mask=(column >= 0) & (column < width))
 
 
 def tile_plan(features: int, elements: int, **more: int) -> Launch:
-    """Rows of ``features`` at ``elements`` a thread: several rows to a warp where they are short, several warps to a row where long."""
+    """Rows of ``features`` at ``elements`` a thread: several rows to a warp where they are short, several warps to a
+    row where long.
+    """
     block = max(16, triton.next_power_of_2(features))
     return Launch(max(1, block // (32 * elements)), {"ROWS": max(1, 32 * elements // block), "BLOCK": block, **more})
 
 
 @functools.cache
 def forward_plans(features: int) -> list[Launch]:
-    """By rule (the first) 16 elements a thread: 80 instructions an element of D=512 in bf16 on sm_90, where 8 take 107 and 4 take 154."""
+    """By rule (the first) 16 elements a thread: 80 instructions an element of D=512 in bf16 on sm_90, where 8 take 107
+    and 4 take 154.
+    """
     return [tile_plan(features, elements) for elements in (16, 8, 4) if features <= 4096 or elements > 4]
 
 
 @functools.cache
 def narrow_plans(features: int, sums: int, itemsize: int) -> list[Launch]:
-    """By rule 8 elements a thread beside the sums of dweight and dbias, 4 for fp32 and beside those of dz_bias: the most without spills.
+    """By rule 8 elements a thread beside the sums of dweight and dbias, 4 for fp32 and beside those of dz_bias: the
+    most without spills.
 
-    Two stages fetch the next row while one is computed. Rows too long for any of it get no plan: they take the wide scheme.
-    """
+    Two stages fetch the next row while one is computed. Rows too long for any of it get no plan: they take the wide
+    scheme."""
     if features > (2048 if sums <= 2 else 1024):
         return []
     rule = (8 if sums <= 2 and (features > 1024 or (features > 128 and itemsize == 2)) else 4, 2)
@@ -339,7 +370,10 @@ def narrow_plans(features: int, sums: int, itemsize: int) -> list[Launch]:
 
 
 ROW_SUMS_PLAN = Launch(8, {"BLOCK": 1024})
-WIDE_PLANS = [Launch(warps, {"ROWS": 1, "BLOCK": 128 * warps, "STAGES": stages}) for warps, stages in ((4, 2), (4, 1), (2, 2), (8, 2))]
+WIDE_PLANS = [
+    Launch(warps, {"ROWS": 1, "BLOCK": 128 * warps, "STAGES": stages})
+    for warps, stages in ((4, 2), (4, 1), (2, 2), (8, 2))
+]
 SUMS_PLAN = Launch(4, {"ROWS": 16, "BLOCK": 128})
 WARPS = 8  # resident on a multiprocessor at 255 registers a thread
 
@@ -405,7 +439,11 @@ def gates_backward(
         return make(shape, dtype=z.dtype if like is None else like.dtype, device=device)
 
     dz, dhidden, dc_in = result(z), result(hidden), result(c)
-    dweight, dbias, dz_bias = result(weight, affine_gradient), result(bias, affine_gradient), result(z_bias, z_bias_gradient)
+    dweight, dbias, dz_bias = (
+        result(weight, affine_gradient),
+        result(bias, affine_gradient),
+        result(z_bias, z_bias_gradient),
+    )
     if rows == 0:
         return dz, dhidden, dc_in, dweight, dbias, dz_bias
     (dh, dh_stride), (dc, dc_stride), (z, z_stride) = as_rows(dh), as_rows(dc), as_rows(z)
@@ -428,7 +466,9 @@ def gates_backward(
 
     def run(plan: Launch) -> None:
         blocks = 1 if narrow else cdiv(features, plan.constants["BLOCK"])
-        programs = min(cdiv(rows, plan.constants["ROWS"]), max(1, multiprocessors(device) * WARPS // (plan.warps * blocks)))
+        programs = min(
+            cdiv(rows, plan.constants["ROWS"]), max(1, multiprocessors(device) * WARPS // (plan.warps * blocks))
+        )
         partial = torch.empty((programs, count * width), dtype=torch.float32, device=device) if count else None
         if narrow:
             arguments = (*inputs, seed, *outputs, partial, rows, *steps, float(eps), threshold, scale)

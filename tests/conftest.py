@@ -1,4 +1,6 @@
-"""Fixtures and markers shared by all tests; poisoned memory: whatever nobody wrote is NaN; Triton's interpreter where there is no GPU."""
+"""Fixtures and markers shared by all tests; poisoned memory: whatever nobody wrote is NaN; Triton's interpreter where
+there is no GPU.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,13 @@ import sys
 import pytest
 import torch
 
-# Triton decides once, when it is imported, whether it compiles kernels or interprets them, and nothing has imported it yet.
+# Triton decides once, when it is imported, whether it compiles kernels or interprets them, and nothing has imported it
+# yet.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Arguments that are drawn while test modules are imported, and the names of tests made of them, are the same in every process.
+# Arguments that are drawn while test modules are imported, and the names of tests made of them, are the same in every
+# process.
 torch.manual_seed(0)
 
 M_PERTURB = -6  # glibc's malloc.h
@@ -21,10 +25,11 @@ POISON = 0x100  # malloc fills with the complement of its low byte: 0xff, which 
 
 
 def poison_malloc(value: int = POISON) -> bool:
-    """Make glibc fill what malloc gives with NaN, or with the complement of ``value``; returns whether there is a glibc that does.
+    """Make glibc fill what malloc gives with NaN, or with the complement of ``value``; returns whether there is a glibc
+    that does.
 
-    torch's own filling of uninitialised memory reaches neither outputs allocated over the stable ABI nor the kernels' scratch.
-    """
+    torch's own filling of uninitialised memory reaches neither outputs allocated over the stable ABI nor the kernels'
+    scratch."""
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

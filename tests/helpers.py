@@ -1,12 +1,13 @@
 """What the tests of kernels and operators share: random arguments, results with gradients, and the error bound.
 
-The bound: err(fused) <= 2 err(eager PyTorch, same dtypes) + tiny, both the largest absolute difference from the fp64 reference.
-tiny = TINY eps max|exact| with the eps of the output's dtype. 16-bit results hardly need it: they are rounded once, eager's several
-times. In fp32 eager's largest error over a few dozen elements can be luckily small; the most that the kernels were seen to need is 3.7 eps.
-In fp64 eager is the reference itself, so that tiny is all there is: a few ulp of exp2 and erfc through some ten operations (9 eps
-seen), and absolute, because with D=2 a LayerNorm's gradient is what is left of terms of order 1 that cancel.
-A wrong formula is off by a share of the value itself; ``test_reference.py`` shows that the bound rejects such mutants.
-"""
+The bound: err(fused) <= 2 err(eager PyTorch, same dtypes) + tiny, both the largest absolute difference from the fp64
+    reference.
+tiny = TINY eps max|exact| with the eps of the output's dtype. 16-bit results hardly need it: they are rounded once,
+eager's several times. In fp32 eager's largest error over a few dozen elements can be luckily small; the most that the
+kernels were seen to need is 3.7 eps. In fp64 eager is the reference itself, so that tiny is all there is: a few ulp of
+exp2 and erfc through some ten operations (9 eps seen), and absolute, because with D=2 a LayerNorm's gradient is what is
+left of terms of order 1 that cancel. A wrong formula is off by a share of the value itself; ``test_reference.py`` shows
+that the bound rejects such mutants."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ from depthlstm_fast.checks import ACTIVATIONS
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of tests that run on either; Triton's kernels are interpreted on the CPU
+DEVICE = (
+    "cuda" if torch.cuda.is_available() else "cpu"
+)  # of tests that run on either; Triton's kernels are interpreted on the CPU
 
 
 def _absence(backend: str) -> str | None:
@@ -57,12 +60,24 @@ class Types(NamedTuple):
 TYPES = [Types(F32, F32, F32), Types(F64, F64, F64)]
 TYPES += [Types(z, c, affine) for z in (BF16, F16) for c in (z, F32) for affine in (z, F32)]
 # one for each type of memory, and the mixture that autocast makes
-MAIN_TYPES = [Types(F32, F32, F32), Types(F64, F64, F64), Types(BF16, BF16, BF16), Types(F16, F16, F16), Types(BF16, F32, F32)]
+MAIN_TYPES = [
+    Types(F32, F32, F32),
+    Types(F64, F64, F64),
+    Types(BF16, BF16, BF16),
+    Types(F16, F16, F16),
+    Types(BF16, F32, F32),
+]
 
 NORMS = [("gate", True), ("gate", False), ("joint", True), ("joint", False), ("none", False)]  # norm, affine
 KINDS = [*ACTIVATIONS, "given"]  # "given": hidden instead of an activation
 # every shape of call once: what differs between them in the Python above the kernels
-CALLS = [("gate", True, "gelu"), ("gate", False, "given"), ("joint", True, "given"), ("joint", False, "tanh"), ("none", False, "silu")]
+CALLS = [
+    ("gate", True, "gelu"),
+    ("gate", False, "given"),
+    ("joint", True, "given"),
+    ("joint", False, "tanh"),
+    ("none", False, "silu"),
+]
 
 
 def normal(*shape: int, dtype: torch.dtype = F64, scale: float = 1.0, shift: float = 0.0) -> Tensor:
@@ -91,7 +106,10 @@ def arguments(
         tensors["bias"] = normal(gates, features, dtype=types.affine, scale=0.5)
     if kind == "given":
         tensors["hidden"] = normal(*leading, features, dtype=types.z)
-    return {name: tensor.to(device) for name, tensor in tensors.items()}, {"norm": norm, "activation": "gelu" if kind == "given" else kind}
+    return {name: tensor.to(device) for name, tensor in tensors.items()}, {
+        "norm": norm,
+        "activation": "gelu" if kind == "given" else kind,
+    }
 
 
 def cotangents(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -101,13 +119,20 @@ def cotangents(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def results(
-    function: Callable[..., tuple[Tensor, Tensor]], tensors: dict[str, Tensor], grads: tuple[Tensor, Tensor], **options: Any
+    function: Callable[..., tuple[Tensor, Tensor]],
+    tensors: dict[str, Tensor],
+    grads: tuple[Tensor, Tensor],
+    **options: Any,
 ) -> dict[str, Tensor]:
     """h, c_out and the gradient of every tensor ("dz", "dc", ...) under the cotangents."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
     h, c = function(**leaves, **options)
     found = torch.autograd.grad((h, c), list(leaves.values()), grads)
-    return {"h": h.detach(), "c_out": c.detach(), **{f"d{name}": gradient for name, gradient in zip(leaves, found, strict=True)}}
+    return {
+        "h": h.detach(),
+        "c_out": c.detach(),
+        **{f"d{name}": gradient for name, gradient in zip(leaves, found, strict=True)},
+    }
 
 
 def fused(*positional: Any, backend: str = "cpp", **named: Any) -> tuple[Tensor, Tensor]:
@@ -131,19 +156,22 @@ def double(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def excess(found: Tensor, eager: Tensor, exact: Tensor, condition: float = 0.0) -> tuple[float, float]:
     """(the error of ``found``, what the bound allows); the largest absolute differences from ``exact``.
 
-    ``condition`` is mean / standard deviation of a LayerNorm's rows: rounding their mean alone moves the results by condition * eps / 2.
-    """
+    ``condition`` is mean / standard deviation of a LayerNorm's rows: rounding their mean alone moves the results by
+    condition * eps / 2."""
     if exact.numel() == 0:
         return 0.0, 0.0
     error = (found.double() - exact).abs().max().item()
     scale = max(exact.abs().max().item(), 1.0 if found.dtype == F64 else 0.0)
     allowed = (
-        2 * (eager.double() - exact).abs().max().item() + TINY[found.dtype] * (1 + condition / 8) * torch.finfo(found.dtype).eps * scale
+        2 * (eager.double() - exact).abs().max().item()
+        + TINY[found.dtype] * (1 + condition / 8) * torch.finfo(found.dtype).eps * scale
     )
     return error, allowed
 
 
-def assert_bound(found: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor], condition: float = 0.0) -> None:
+def assert_bound(
+    found: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor], condition: float = 0.0
+) -> None:
     """Each result has the type and shape of eager's and keeps the bound."""
     assert found.keys() == eager.keys() == exact.keys()
     for name in found:
@@ -167,7 +195,11 @@ def check_gates(
 
 
 def check_results(
-    found: dict[str, Tensor], tensors: dict[str, Tensor], options: dict[str, Any], grads: tuple[Tensor, Tensor], condition: float = 0.0
+    found: dict[str, Tensor],
+    tensors: dict[str, Tensor],
+    options: dict[str, Any],
+    grads: tuple[Tensor, Tensor],
+    condition: float = 0.0,
 ) -> None:
     """Hold ``found``, results of some gates on these arguments, to the bound."""
     eager = results(dl.reference.depth_lstm_gates, tensors, grads, **options)
@@ -179,4 +211,6 @@ def assert_identical(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> Non
     """Bit for bit, NaN equal to NaN."""
     assert found.keys() == wanted.keys()
     for name in found:
-        torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=0, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name], wanted[name], rtol=0, atol=0, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
+        )

@@ -1,12 +1,12 @@
 """Reads the CUDA C++ kernels out of the built library, without a GPU, and holds them to tools/cuda_budget.json.
 
-python tools/check_cuda.py             every kernel and architecture in depthlstm_fast/_C.abi3.so; exit 1 and a line a fault
-python tools/check_cuda.py --update    rewrites the budget of this nvcc, and docs/cuda_budget.md
+python tools/check_cuda.py             every kernel and architecture in depthlstm_fast/_C.abi3.so; exit 1 and a line a
+fault python tools/check_cuda.py --update    rewrites the budget of this nvcc, and docs/cuda_budget.md
 
-A fault is any spill or stack, more registers or shared memory than the budget, or fewer 128-bit loads and stores and more narrow ones.
-Another minor version of nvcc is another assembler: one that has no budget is held to the spills alone. cuobjdump comes with the CUDA
-toolkit; where that has none, Triton's wheel brings one. It must not be older than nvcc.
-"""
+A fault is any spill or stack, more registers or shared memory than the budget, or fewer 128-bit loads and stores and
+more narrow ones. Another minor version of nvcc is another assembler: one that has no budget is held to the spills
+alone. cuobjdump comes with the CUDA toolkit; where that has none, Triton's wheel brings one. It must not be older than
+nvcc."""
 
 from __future__ import annotations
 
@@ -197,12 +197,25 @@ def markdown(budgets: dict[str, Any]) -> str:
         table: Budget = budget["kernels"]
         lines += ["", f"## nvcc {version}"]
         for architecture in sorted({name.split()[0] for name in table}, key=lambda text: int(re.sub(r"\D", "", text))):
-            mine = {name.split(" ", 1)[1]: figures for name, figures in table.items() if name.startswith(architecture + " ")}
-            most = {key: max(figures[key] for figures in mine.values()) for key in ("registers", "stack", "spills", "shared")}
-            lines += ["", f"{architecture}: {len(mine)} kernels, at most {most['registers']} registers, {most['stack']} bytes of stack,"]
+            mine = {
+                name.split(" ", 1)[1]: figures for name, figures in table.items() if name.startswith(architecture + " ")
+            }
+            most = {
+                key: max(figures[key] for figures in mine.values())
+                for key in ("registers", "stack", "spills", "shared")
+            }
+            lines += [
+                "",
+                f"{architecture}: {len(mine)} kernels, at most {most['registers']} registers, {most['stack']} bytes of stack,",
+            ]
             lines += [f"{most['spills']} spills, {most['shared']} bytes of shared memory."]
             if architecture == "sm_90":
-                lines += ["With z in bfloat16:", "", "| " + " | ".join(HEADINGS) + " |", "|---|" + "---:|" * (len(HEADINGS) - 1)]
+                lines += [
+                    "With z in bfloat16:",
+                    "",
+                    "| " + " | ".join(HEADINGS) + " |",
+                    "|---|" + "---:|" * (len(HEADINGS) - 1),
+                ]
                 main = [name for name in mine if "z=bfloat16" in name or "z=" not in name]
                 lines += ["| " + " | ".join(cells(name.replace(" z=bfloat16", ""), mine[name])) + " |" for name in main]
     return "\n".join(lines) + "\n"
@@ -212,7 +225,9 @@ def dump(budgets: dict[str, Any]) -> str:
     """The budget as JSON with one line a kernel, so that a diff reads well."""
     parts = []
     for version, budget in sorted(budgets.items()):
-        rows = ",\n".join(f"   {json.dumps(name)}: {json.dumps(figures)}" for name, figures in budget["kernels"].items())
+        rows = ",\n".join(
+            f"   {json.dumps(name)}: {json.dumps(figures)}" for name, figures in budget["kernels"].items()
+        )
         parts.append(f' {json.dumps(version)}: {{\n  "kernels": {{\n{rows}\n  }}\n }}')
     return "{\n" + ",\n".join(parts) + "\n}\n"
 

@@ -1,12 +1,12 @@
 """Compiles every Triton kernel as the launcher would run it, without a GPU, and holds it to tools/kernel_budget.json.
 
-python tools/check_kernels.py            all cases for sm_80, sm_90, sm_100, gfx942: 5 minutes of CPU time; exit 1 and a line a fault
-python tools/check_kernels.py --quick    what matters most, nearly all on sm_90: half a minute
-python tools/check_kernels.py --update   rewrites the budget of this Triton, and docs/triton_budget.md
+python tools/check_kernels.py            all cases for sm_80, sm_90, sm_100, gfx942: 5 minutes of CPU time; exit 1 and a
+line a fault python tools/check_kernels.py --quick    what matters most, nearly all on sm_90: half a minute python
+tools/check_kernels.py --update   rewrites the budget of this Triton, and docs/triton_budget.md
 
-A fault is any spill, more registers or shared memory than the budget, or narrower loads and stores. Every version of Triton brings its
-own assembler, so each has a budget of its own; one that has none is held to the spills alone. Plans are those by rule, not by timing.
-"""
+A fault is any spill, more registers or shared memory than the budget, or narrower loads and stores. Every version of
+Triton brings its own assembler, so each has a budget of its own; one that has none is held to the spills alone. Plans
+are those by rule, not by timing."""
 
 from __future__ import annotations
 
@@ -105,7 +105,14 @@ def cases() -> Iterator[Case]:
         for word in ("joint", "none", "hidden", "dropout"):
             yield Case("sm_90", features, types, (word,), quick=word == "dropout" and features == 4096)
     # tiles of several rows, masked columns, and rows that are not aligned
-    odd = {1: ("fp32",), 33: ("bf16", "fp16"), 64: ("bf16", "fp32"), 128: ("bf16",), 1000: ("fp32", "bf16"), 1023: ("bf16",)}
+    odd = {
+        1: ("fp32",),
+        33: ("bf16", "fp16"),
+        64: ("bf16", "fp32"),
+        128: ("bf16",),
+        1000: ("fp32", "bf16"),
+        1023: ("bf16",),
+    }
     odd |= {1600: ("autocast",), 2047: ("bf16", "fp32"), 3000: ("bf16",), 4099: ("fp32",), 5120: ("bf16",)}
     for features, names in odd.items():
         for types in names:
@@ -137,7 +144,10 @@ def record(case: Case) -> Iterator[Compilation]:
     dc = tensor(2, case.features, dtype=c_type, wanted="no dc" not in case.options)
 
     launches: list[tuple[Any, ...]] = []
-    with mock.patch.object(gates, "launch", lambda *arguments: launches.append(arguments)), mock.patch.object(tune, "ENABLED", False):
+    with (
+        mock.patch.object(gates, "launch", lambda *arguments: launches.append(arguments)),
+        mock.patch.object(tune, "ENABLED", False),
+    ):
         gates.gates_forward(*inputs)  # type: ignore[arg-type]
         gates.gates_backward(dh, dc, *inputs, "frozen affine" not in case.options, z_bias is not None)  # type: ignore[arg-type]
     for kernel, _, arguments, constants, plan, aligned in launches:
@@ -161,11 +171,15 @@ def compilations() -> list[Compilation]:
 
 
 def _tool(name: str, *arguments: str) -> str:
-    return subprocess.run([getattr(triton.knobs.nvidia, name).path, *arguments], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        [getattr(triton.knobs.nvidia, name).path, *arguments], check=True, capture_output=True, text=True
+    ).stdout
 
 
 def _width(modifiers: list[str]) -> str:
-    """Bits a thread moves with an instruction LDG.E.128 and the like; no number means 32, U16 and the signed forms say so."""
+    """Bits a thread moves with an instruction LDG.E.128 and the like; no number means 32, U16 and the signed forms say
+    so.
+    """
     return next((word.lstrip("US") for word in modifiers if re.fullmatch(r"[US]?(8|16|64|128|256)", word)), "32")
 
 
@@ -189,7 +203,13 @@ def nvidia_figures(cubin: bytes) -> Figures:
             stores[_width(modifiers)] += 1
     by_width = ({width: counts[width] for width in sorted(counts, key=int, reverse=True)} for counts in (loads, stores))
     figures = dict(zip(("loads", "stores"), by_width, strict=True))
-    return {"registers": int(usage[1]), "stack": int(usage[2]), "spills": spills, **figures, "instructions": instructions}
+    return {
+        "registers": int(usage[1]),
+        "stack": int(usage[2]),
+        "spills": spills,
+        **figures,
+        "instructions": instructions,
+    }
 
 
 def amd_figures(assembly: str) -> Figures:
@@ -213,7 +233,12 @@ def amd_figures(assembly: str) -> Figures:
 def measure(asked: Compilation) -> Figures:
     """Compile one kernel, and read its figures."""
     compiled = launch.compile_kernel(
-        getattr(gates, asked.kernel), asked.types, dict(asked.constants), asked.warps, asked.aligned, target=TARGETS[asked.target]
+        getattr(gates, asked.kernel),
+        asked.types,
+        dict(asked.constants),
+        asked.warps,
+        asked.aligned,
+        target=TARGETS[asked.target],
     )
     found = nvidia_figures(compiled.asm["cubin"]) if "cubin" in compiled.asm else amd_figures(compiled.asm["amdgcn"])
     return {"warps": asked.warps, "shared": compiled.metadata.shared, **found}
@@ -285,7 +310,9 @@ of compiled code, not timings. `python tools/check_kernels.py` holds the kernels
 Registers are those of a thread; stack (bytes) and spills (instructions) are 0, or the check fails; shared memory is bytes a program;
 loads and stores are those of global memory in the code, as number x bits a thread. On gfx942 registers are VGPRs, and widths are not read.
 """
-SUMMARY = "All cases by target and kernel: their largest figure, and the narrowest of their widest loads and stores in bits:"
+SUMMARY = (
+    "All cases by target and kernel: their largest figure, and the narrowest of their widest loads and stores in bits:"
+)
 
 
 def markdown(budgets: dict[str, Any]) -> str:
@@ -294,13 +321,22 @@ def markdown(budgets: dict[str, Any]) -> str:
     lines = PAGE_HEAD.splitlines()
     for name in versions:
         table: Budget = budgets[name]["kernels"]
-        main = [key for key in table if re.fullmatch(rf"sm_90 \w+( D=({'|'.join(map(str, SIZES))}))? bf16( z_bias)?", key)]
+        main = [
+            key for key in table if re.fullmatch(rf"sm_90 \w+( D=({'|'.join(map(str, SIZES))}))? bf16( z_bias)?", key)
+        ]
         lines += ["", f"## Triton {name}", "", f"Triton {budgets[name]['triton']} with {budgets[name]['assemblers']}."]
-        lines += ["", "sm_90, z and c in bf16, an fp32 affine; with z_bias, which the cell's bias is, also its gradient:", ""]
+        lines += [
+            "",
+            "sm_90, z and c in bf16, an fp32 affine; with z_bias, which the cell's bias is, also its gradient:",
+            "",
+        ]
         lines += ["| " + " | ".join(HEADINGS) + " |", "|---|" + "---:|" * (len(HEADINGS) - 1)]
         lines += ["| " + " | ".join(cells(key.removeprefix("sm_90 "), table[key])) + " |" for key in main]
         lines += ["", SUMMARY, ""]
-        lines += ["| target | kernel | cases | D | registers | stack | spills | shared | loads | stores |", "|---|---|" + "---:|" * 8]
+        lines += [
+            "| target | kernel | cases | D | registers | stack | spills | shared | loads | stores |",
+            "|---|---|" + "---:|" * 8,
+        ]
         groups: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
         for key in table:
             target, kernel = key.split()[:2]
@@ -308,7 +344,9 @@ def markdown(budgets: dict[str, Any]) -> str:
         for (target, kernel), keys in groups.items():
             sizes = [int(size) for key in keys for size in re.findall(r" D=(\d+)", key)]
             span = f"{min(sizes)} to {max(sizes)}" if sizes else "any"
-            most = [str(max(table[key][figure] for key in keys)) for figure in ("registers", "stack", "spills", "shared")]
+            most = [
+                str(max(table[key][figure] for key in keys)) for figure in ("registers", "stack", "spills", "shared")
+            ]
             least = [str(min(widest(table[key][figure]) for key in keys) or "-") for figure in ("loads", "stores")]
             lines.append("| " + " | ".join((target, kernel, str(len(keys)), span, *most, *least)) + " |")
     return "\n".join(lines) + "\n"
@@ -332,7 +370,9 @@ def measure_all(wanted: Iterable[Compilation], jobs: int) -> Iterator[tuple[str,
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Compile the Triton kernels without a GPU and hold them to their budget.")
+    parser = argparse.ArgumentParser(
+        description="Compile the Triton kernels without a GPU and hold them to their budget."
+    )
     parser.add_argument("--quick", action="store_true", help="fewer cases")
     parser.add_argument("--only", metavar="REGEX", help="cases whose name matches, such as 'sm_90 forward D=512 bf16$'")
     parser.add_argument("--update", action="store_true", help="rewrite this Triton's budget and docs/triton_budget.md")
@@ -347,7 +387,11 @@ def main(arguments: list[str] | None = None) -> int:
     budgets = json.loads(options.budget.read_text(encoding="utf-8")) if options.budget.exists() else {}
     known = budgets.get(version()) if not options.update else None
     everything = compilations()
-    wanted = [asked for asked in everything if (asked.quick or not options.quick) and re.search(options.only or "", asked.name)]
+    wanted = [
+        asked
+        for asked in everything
+        if (asked.quick or not options.quick) and re.search(options.only or "", asked.name)
+    ]
     print(FORMAT.format(*HEADINGS))
     found: Budget = {}
     for name, figures in measure_all(wanted, options.jobs):

@@ -56,13 +56,19 @@ def pair_lines(run: Run) -> list[list[str]]:
         row = pair.cuda
         texts = [f"{side['values']['fused']['median']:.4g} {side['unit']}" for side in pair]
         winner = {"triton": "Triton", "cuda": "CUDA C++", None: "within the spread"}[pair.winner]
-        table.append([", ".join(filter(None, (row["name"], row["dtype"], row["size"]))), *texts, f"{pair.ratio:.2f}x", winner])
+        table.append(
+            [", ".join(filter(None, (row["name"], row["dtype"], row["size"]))), *texts, f"{pair.ratio:.2f}x", winner]
+        )
     return table if len(table) > 1 else []
 
 
 def red(run: Run, dtype: str, features: int) -> bool:
     """Whether a check of the gates of that dtype and width is red, of either backend."""
-    sizes = [(check, check["size"].split()) for check in run["checks"] if check["subject"] == "gates" and check["dtype"] == dtype]
+    sizes = [
+        (check, check["size"].split())
+        for check in run["checks"]
+        if check["subject"] == "gates" and check["dtype"] == dtype
+    ]
     return any(not check["passed"] and f"D={features}" in words for check, words in sizes)
 
 
@@ -77,7 +83,8 @@ def fastest_entries(run: Run) -> list[str]:
         features = next(int(word.removeprefix("D=")) for word in row["size"].split() if word.startswith("D="))
         if not red(run, row["dtype"], features):
             times = " and ".join(
-                f"{name} {side['values']['fused']['median']:.4g} ms" for name, side in zip(("triton", "cuda"), pair, strict=True)
+                f"{name} {side['values']['fused']['median']:.4g} ms"
+                for name, side in zip(("triton", "cuda"), pair, strict=True)
             )
             key = f'("depth_lstm", "{gpu}", {features}, {TORCH_NAMES[row["dtype"]]})'
             lines += [f"    # benchmarks/results/{place}: {times}", f'    {key}: "{winner}",']

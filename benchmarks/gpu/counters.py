@@ -22,7 +22,17 @@ from .programs import Outcome
 
 BYTES, SECONDS = "dram__bytes.sum", "gpu__time_duration.sum"
 SHARE = "dram__throughput.avg.pct_of_peak_sustained_elapsed"
-SCALES = {"byte": 1.0, "ns": 1e-9, "nsecond": 1e-9, "us": 1e-6, "usecond": 1e-6, "ms": 1e-3, "msecond": 1e-3, "s": 1.0, "second": 1.0}
+SCALES = {
+    "byte": 1.0,
+    "ns": 1e-9,
+    "nsecond": 1e-9,
+    "us": 1e-6,
+    "usecond": 1e-6,
+    "ms": 1e-3,
+    "msecond": 1e-3,
+    "s": 1.0,
+    "second": 1.0,
+}
 SCALES |= {"Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "%": 0.01}
 Size = tuple[int, int]  # D, rows
 
@@ -32,7 +42,17 @@ def command(tool: str, backend: str, dtype: str, sizes: Sequence[Size]) -> list[
     flags = ["--csv", "--print-units", "base", "--clock-control", "none", "--print-kernel-base", "function"]
     flags += ["--profile-from-start", "off", "--metrics"]
     words = [str(number) for size in sizes for number in size]
-    return [tool, *flags, ",".join((BYTES, SECONDS, SHARE)), sys.executable, "-m", f"{__package__}.counters", backend, dtype, *words]
+    return [
+        tool,
+        *flags,
+        ",".join((BYTES, SECONDS, SHARE)),
+        sys.executable,
+        "-m",
+        f"{__package__}.counters",
+        backend,
+        dtype,
+        *words,
+    ]
 
 
 def short_name(kernel: str) -> str:
@@ -62,7 +82,12 @@ def parse(output: str, sizes: Sequence[Size]) -> list[dict[str, Any]]:
         index += "forward" in short_name(name)
         if {BYTES, SECONDS} <= metrics.keys() and metrics[SECONDS] > 0 and 0 <= index < len(sizes):
             features, rows = sizes[index]
-            entry = {"kernel": short_name(name), "features": features, "rows": rows, "microseconds": metrics[SECONDS] * 1e6}
+            entry = {
+                "kernel": short_name(name),
+                "features": features,
+                "rows": rows,
+                "microseconds": metrics[SECONDS] * 1e6,
+            }
             entry |= {"gb_per_s": metrics[BYTES] / metrics[SECONDS] / 1e9, "megabytes": metrics[BYTES] / 1e6}
             found.append(entry | {"share_of_peak": metrics.get(SHARE)})
     return found

@@ -82,7 +82,9 @@ class Recorder:
 
     def note(self, job: str, stage: str, status: str, seconds: float = 0.0, detail: str = "") -> None:
         """How a job ended: "done", "failed", "skipped", "crashed" or "hung"."""
-        self.add("jobs", {"name": job, "stage": stage, "status": status, "seconds": round(seconds, 1), "detail": detail})
+        self.add(
+            "jobs", {"name": job, "stage": stage, "status": status, "seconds": round(seconds, 1), "detail": detail}
+        )
 
     def attempted(self) -> set[str]:
         return {job["name"] for job in self.run["jobs"]}

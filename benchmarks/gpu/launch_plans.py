@@ -60,7 +60,12 @@ def power_of_two(number: int) -> int:
 def _tiles(features: int, elements: Sequence[int], rows: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     """(warps, rows, block) of tiles with so many elements a thread."""
     block = power_of_two(features)
-    found = {(block * count // (32 * each), count, block) for each in elements for count in rows if block * count % (32 * each) == 0}
+    found = {
+        (block * count // (32 * each), count, block)
+        for each in elements
+        for count in rows
+        if block * count % (32 * each) == 0
+    }
     yield from sorted(tile for tile in found if tile[0] in WARPS)
 
 
@@ -96,7 +101,9 @@ def candidates(module: Any, kind: str, features: int) -> list[Candidate]:
     elif kind == "narrow":
         default = by_rule(module.narrow_plans, features)[0]
         add(default.warps, dict(default.constants), module.WARPS, True, {})
-        for (warps, rows, block), stages, resident in itertools.product(_tiles(features, (4, 8, 16), (1, 2)), (1, 2, 3), (8, 12, 16)):
+        for (warps, rows, block), stages, resident in itertools.product(
+            _tiles(features, (4, 8, 16), (1, 2)), (1, 2, 3), (8, 12, 16)
+        ):
             constants = {**default.constants, "ROWS": rows, "BLOCK": block, "STAGES": stages}
             add(warps, constants, resident, False, patched("narrow_plans", launch(warps, constants), resident))
     elif kind == "wide":
@@ -152,7 +159,9 @@ class KernelCall:
         z, c, weight, bias = self.z, self.c, self.weight, self.bias
         if self.kind == "forward":
             return self.module.gates_forward(z, None, None, c, weight, bias, None, 0, 0, 1e-6, 0.0)
-        return self.module.gates_backward(self.dh, self.dc, z, None, None, c, weight, bias, None, 0, 0, 1e-6, 0.0, True, False)
+        return self.module.gates_backward(
+            self.dh, self.dc, z, None, None, c, weight, bias, None, 0, 0, 1e-6, 0.0, True, False
+        )
 
     def call_with(self, patches: Patches, values: dict[str, Any]) -> tuple[Tensor, ...]:
         patches.apply(values)
@@ -199,7 +208,9 @@ def mismatch(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> str | None:
     return None
 
 
-def explore(bench: Bench, kind: str, features: int, seconds: float = 2.0, most: int | None = None) -> list[dict[str, Any]]:
+def explore(
+    bench: Bench, kind: str, features: int, seconds: float = 2.0, most: int | None = None
+) -> list[dict[str, Any]]:
     """One entry for each candidate: its plan, its time or why there is none, its resources."""
     bench.reset()
     kernel = KernelCall(kind, features, bench.device)
@@ -213,7 +224,13 @@ def explore(bench: Bench, kind: str, features: int, seconds: float = 2.0, most: 
         wanted = kernel.call()
         for index, one in enumerate(ones):
             entry: dict[str, Any] = {"kind": kind, "features": features, "rows": kernel.rows, "warps": one.warps}
-            entry |= {"constants": one.constants, "resident": one.resident, "default": one.default, "failure": None, "ms": 0.0}
+            entry |= {
+                "constants": one.constants,
+                "resident": one.resident,
+                "default": one.default,
+                "failure": None,
+                "ms": 0.0,
+            }
             entries.append(entry)
             patches.apply(one.patches)
             try:
@@ -234,13 +251,22 @@ def explore(bench: Bench, kind: str, features: int, seconds: float = 2.0, most: 
             runs["copy"] = kernel.copy()
             minimum = bench.settings.minimum
             samples = interleave(
-                runs, seconds=seconds * bench.settings.seconds, minimum=minimum, maximum=100, stopwatch=bench.watch("work")
+                runs,
+                seconds=seconds * bench.settings.seconds,
+                minimum=minimum,
+                maximum=100,
+                stopwatch=bench.watch("work"),
             )
             floor = spread(samples["copy"], 1e3).median
             for index, entry in enumerate(entries):
                 if str(index) in samples:
                     found_times = spread(samples[str(index)], 1e3)
-                    entry |= {"ms": found_times.median, "p10": found_times.p10, "p90": found_times.p90, "share": floor / found_times.median}
+                    entry |= {
+                        "ms": found_times.median,
+                        "p10": found_times.p10,
+                        "p90": found_times.p90,
+                        "share": floor / found_times.median,
+                    }
     finally:
         patches.apply({})
     return entries

@@ -78,7 +78,9 @@ def prepare_few(features: int, rows: int, device: torch.device) -> None:
 
 def gates_tasks(sizes: Sizes) -> list[list[str]]:
     """The arguments of the tasks that the gates need."""
-    return [["gates", str(features), str(rows), str(dtype).removeprefix("torch.")] for features, rows, dtype in sizes.gates]
+    return [
+        ["gates", str(features), str(rows), str(dtype).removeprefix("torch.")] for features, rows, dtype in sizes.gates
+    ]
 
 
 def layer_tasks(sizes: Sizes) -> list[list[str]]:

@@ -39,14 +39,22 @@ class Outcome:
     output: str
 
 
-def start(command: Sequence[str], output: IO[bytes] | None, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+def start(
+    command: Sequence[str], output: IO[bytes] | None, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
     """Start a program in the repository's root, in a process group of its own.
 
     With ``output`` None it prints where this one does.
     """
     variables = {**os.environ, **(environment or {})}
     return subprocess.Popen(
-        list(command), cwd=ROOT, env=variables, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        list(command),
+        cwd=ROOT,
+        env=variables,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
 
 
@@ -158,7 +166,12 @@ def append_suite(suites: Path, report: Path) -> ET.Element | None:
 
 
 def run_tests(
-    path: str, suites: Path, limit: float, workers: int, extra: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    path: str,
+    suites: Path,
+    limit: float,
+    workers: int,
+    extra: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """One test file: how it ended, in words and in numbers, and the end of its output."""
     entry: dict[str, Any] = {"name": path, "status": "absent", "counts": {}, "failing": [], "seconds": 0.0, "tail": ""}
@@ -169,7 +182,9 @@ def run_tests(
         report = Path(folder) / "junit.xml"
         outcome = run_all({path: pytest_command(path, report, workers, extra)}, limit, variables)[path]
         if workers > 1 and "Different tests were collected" in outcome.output:  # some name a test after random numbers
-            outcome = run_all({path: pytest_command(path, report, 1, extra)}, max(10.0, limit - outcome.seconds), variables)[path]
+            outcome = run_all(
+                {path: pytest_command(path, report, 1, extra)}, max(10.0, limit - outcome.seconds), variables
+            )[path]
         suite = append_suite(suites, report)
     status = {None: "time was up", 0: "passed", 5: "no test was selected"}.get(outcome.code, "failed")
     found = {} if suite is None else counts(suite)
@@ -177,7 +192,13 @@ def run_tests(
         status = "all skipped"
     lines = [] if suite is None else failing(suite)
     tail = outcome.output[-TAIL_CHARACTERS:]
-    return entry | {"status": status, "counts": found, "failing": lines, "seconds": round(outcome.seconds, 1), "tail": tail}
+    return entry | {
+        "status": status,
+        "counts": found,
+        "failing": lines,
+        "seconds": round(outcome.seconds, 1),
+        "tail": tail,
+    }
 
 
 def find_tool(name: str) -> str | None:
@@ -197,12 +218,24 @@ def sanitizer_commands(tool: str, backend: str) -> dict[str, list[str]]:
 
 def verdict(check: str, backend: str, said: str, seconds: float = 0.0) -> dict[str, Any]:
     """The entry of a check that nothing was counted by."""
-    return {"check": check, "backend": backend, "verdict": said, "ours": 0, "total": None, "seconds": round(seconds, 1), "output": ""}
+    return {
+        "check": check,
+        "backend": backend,
+        "verdict": said,
+        "ours": 0,
+        "total": None,
+        "seconds": round(seconds, 1),
+        "output": "",
+    }
 
 
 def judge(check: str, outcome: Outcome, backend: str = "") -> dict[str, Any]:
     """The verdict on one check: faults that name a kernel of ours, and all that it counted."""
-    ours = sum(1 for line in outcome.output.splitlines() if re.search(r"\bat\b|\bin\b", line) and any(name in line for name in KERNELS))
+    ours = sum(
+        1
+        for line in outcome.output.splitlines()
+        if re.search(r"\bat\b|\bin\b", line) and any(name in line for name in KERNELS)
+    )
     summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", outcome.output)
     total = int(summary.group(1)) if summary else None
     finished = "sanitize: done" in outcome.output
@@ -217,5 +250,7 @@ def judge(check: str, outcome: Outcome, backend: str = "") -> dict[str, Any]:
     else:
         said = "clean"
     # what stands at the end is the summary; the first faults are what tells
-    output = outcome.output if len(outcome.output) < 4000 else outcome.output[:2500] + "\n[...]\n" + outcome.output[-1500:]
+    output = (
+        outcome.output if len(outcome.output) < 4000 else outcome.output[:2500] + "\n[...]\n" + outcome.output[-1500:]
+    )
     return verdict(check, backend, said, outcome.seconds) | {"ours": ours, "total": total, "output": output}

@@ -17,7 +17,18 @@ from ..report.tables import figure_text, value_text
 from . import compare
 from .jobs import Run, write_text
 
-HEADINGS = ("what", "fused", "eager", "compiled", "floor or rival", "over eager", "over compiled", "against", "GB/s", "error (eager's)")
+HEADINGS = (
+    "what",
+    "fused",
+    "eager",
+    "compiled",
+    "floor or rival",
+    "over eager",
+    "over compiled",
+    "against",
+    "GB/s",
+    "error (eager's)",
+)
 SHOWN_PLANS = 3
 TAIL_LINES = 25
 ALL_WELL = ("done",)
@@ -32,7 +43,11 @@ def machine_text(run: Run) -> str:
     """GPU, versions, commit and date in one sentence."""
     machine = run["machine"]
     commit = (machine.get("commit") or "unknown commit")[:14] + (" with changes" if machine.get("dirty") else "")
-    gpu = f"{machine['gpu']}, driver {machine['driver']}, CUDA {machine['cuda']}" if machine.get("gpu") else f"no GPU: {machine['cpu']}"
+    gpu = (
+        f"{machine['gpu']}, driver {machine['driver']}, CUDA {machine['cuda']}"
+        if machine.get("gpu")
+        else f"no GPU: {machine['cpu']}"
+    )
     text = f"{gpu}; Python {machine['python']}, torch {machine['torch']}, triton {machine.get('triton')}, depthlstm_fast at {commit}"
     ceilings = run.get("ceilings")
     if ceilings:
@@ -60,7 +75,15 @@ def cells(row: dict[str, Any], several: bool) -> list[str]:
     error = f"{numbers['error']:.1e} ({numbers['eager_error']:.1e})" if "error" in numbers else ""
     figures = [judged(*figure_text(row, column)) for column in ("eager", "compile", "against")]
     columns = [value_text(row, column) for column in ("eager", "compile")]
-    return [label(row, several), fused, *columns, against if against == "-" else f"{against}, {row['against']}", *figures, rate, error]
+    return [
+        label(row, several),
+        fused,
+        *columns,
+        against if against == "-" else f"{against}, {row['against']}",
+        *figures,
+        rate,
+        error,
+    ]
 
 
 def several_backends(run: Run) -> bool:
@@ -104,7 +127,10 @@ def plan_groups(run: Run) -> dict[str, list[dict[str, Any]]]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for plan in run["plans"]:
         groups.setdefault(f"{plan['kind']} D={plan['features']}", []).append(plan)
-    return {name: sorted(plans, key=lambda plan: (plan["failure"] is not None, plan["ms"])) for name, plans in groups.items()}
+    return {
+        name: sorted(plans, key=lambda plan: (plan["failure"] is not None, plan["ms"]))
+        for name, plans in groups.items()
+    }
 
 
 def plan_text(plan: dict[str, Any]) -> str:
@@ -119,7 +145,9 @@ def plan_lines(run: Run) -> list[str]:
         if plans[0]["failure"] is not None:
             lines.append(f"{name}: no plan could be timed: {plans[0]['failure'][:100]}")
             continue
-        default = next((f"{plan['ms']:.4f} ms" for plan in plans if plan["default"] and plan["failure"] is None), "no time")
+        default = next(
+            (f"{plan['ms']:.4f} ms" for plan in plans if plan["default"] and plan["failure"] is None), "no time"
+        )
         best = "; ".join(f"{plan['ms']:.4f} ms {plan_text(plan)}" for plan in plans[:SHOWN_PLANS])
         lines.append(f"{name}: default {default}; fastest {best}")
     return lines
@@ -208,11 +236,17 @@ def markdown(run: Run) -> str:
     lines += [line.replace("short)", "**short**)") for line in table]
     reached, targets = tally(run)
     green = sum(check["passed"] for check in run["checks"])
-    lines += ["", f"{reached} of {targets} targets met; {green} of {len(run['checks'])} checks against fp64 green. {METHOD}"]
+    lines += [
+        "",
+        f"{reached} of {targets} targets met; {green} of {len(run['checks'])} checks against fp64 green. {METHOD}",
+    ]
     lines += ["", *(f"- {line}" for line in troubles(run)), ""]
     if compare.pairs(run):
         lines += ["## Side by side", "", *table_lines(compare.pair_lines(run)), ""]
-        lines += ["Faster is what took less time at its p90 than the other at its p10; both took turns in one process.", ""]
+        lines += [
+            "Faster is what took less time at its p90 than the other at its p10; both took turns in one process.",
+            "",
+        ]
         lines += [f"{compare.FASTEST_FILE}:", "", *fenced(compare.fastest_text(run))]
     if run["tests"]:
         lines += ["## Tests", ""]
@@ -220,7 +254,12 @@ def markdown(run: Run) -> str:
             lines += [f"- {test_line(entry)}", *(f"  - {line}" for line in entry["failing"])]
         for entry in run["tests"]:
             if entry["status"] not in ("passed", "absent"):
-                lines += ["", f"End of {entry['name']}:", "", *fenced("\n".join(entry["tail"].splitlines()[-TAIL_LINES:]))]
+                lines += [
+                    "",
+                    f"End of {entry['name']}:",
+                    "",
+                    *fenced("\n".join(entry["tail"].splitlines()[-TAIL_LINES:])),
+                ]
         lines.append("")
     if run["sanitizer"]:
         lines += ["## compute-sanitizer", ""]
@@ -267,7 +306,9 @@ def render(run: Run, folder: Path) -> None:
     if compare.pairs(run):
         write_text(folder / compare.FASTEST_FILE, compare.fastest_text(run))
     if run["plans"]:
-        write_text(folder / "plans.json", json.dumps({"machine": run["machine"], "plans": plan_groups(run)}, indent=1) + "\n")
+        write_text(
+            folder / "plans.json", json.dumps({"machine": run["machine"], "plans": plan_groups(run)}, indent=1) + "\n"
+        )
         write_text(folder / "plans.md", plans_markdown(run))
 
 

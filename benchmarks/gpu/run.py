@@ -42,19 +42,27 @@ NO_GPU, LOST = 2, 70
 
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--minutes", type=float, default=8.5, help="the budget of time; what does not fit is skipped and listed")
+    parser.add_argument(
+        "--minutes", type=float, default=8.5, help="the budget of time; what does not fit is skipped and listed"
+    )
     parser.add_argument("--started", type=float, help="when the budget began, in seconds since 1970; default: now")
-    parser.add_argument("--output", type=Path, help="the folder for the results; default: OUT, else benchmarks/results/MACHINE")
+    parser.add_argument(
+        "--output", type=Path, help="the folder for the results; default: OUT, else benchmarks/results/MACHINE"
+    )
     stages = {"action": "append", "default": [], "choices": STAGES, "metavar": "STAGE"}
     parser.add_argument("--only", **stages, help=f"one of {', '.join(STAGES)}; may be repeated")  # type: ignore[arg-type]
     parser.add_argument("--skip", **stages, help="leave out a stage; may be repeated")  # type: ignore[arg-type]
-    parser.add_argument("--backend", action="append", choices=BACKENDS, help="under test; default: every one of these that is available")
+    parser.add_argument(
+        "--backend", action="append", choices=BACKENDS, help="under test; default: every one of these that is available"
+    )
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
         help="torch.compile as a rival; default: yes, in a rehearsal no (it takes minutes)",
     )
-    parser.add_argument("--rehearse", action="store_true", help="on the CPU, interpreted, tiny: every path, no measurement")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="on the CPU, interpreted, tiny: every path, no measurement"
+    )
     parser.add_argument("--probe", action="store_true", help="only say whether there is a GPU: exit status 0 or 2")
     parser.add_argument("--worker", type=Path, metavar="STATE", help=argparse.SUPPRESS)
     return parser
@@ -119,7 +127,10 @@ def work(options: argparse.Namespace) -> int:
 
     backends, absent = backends_under_test(options.backend, options.rehearse)
     if not backends:
-        print(f"make gpu: nothing to measure: {'; '.join(f'{name}: {reason}' for name, reason in absent.items())}", file=sys.stderr)
+        print(
+            f"make gpu: nothing to measure: {'; '.join(f'{name}: {reason}' for name, reason in absent.items())}",
+            file=sys.stderr,
+        )
         return NO_GPU
     on = torch.device("cpu") if options.rehearse else torch.device("cuda", torch.cuda.current_device())
     about = machine.describe_gpu(on)
@@ -130,7 +141,14 @@ def work(options: argparse.Namespace) -> int:
         for name in FILES:
             (folder / name).unlink(missing_ok=True)
         date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-        run = {"schema": 1, "kind": "gpu", "date": date, "rehearsal": options.rehearse, "quick": False, "machine": about}
+        run = {
+            "schema": 1,
+            "kind": "gpu",
+            "date": date,
+            "rehearsal": options.rehearse,
+            "quick": False,
+            "machine": about,
+        }
         run |= {"backends": list(backends), "absent": absent, "counters": []}
         for name, reason in absent.items():
             print(f"make gpu: without {name}: {reason}", flush=True)

@@ -28,12 +28,25 @@ from depthlstm_fast.ops.registry import OPERATORS
 Case = tuple[int, int, dict[str, Any]]  # D, rows, options
 DROPOUT = {"dropout_p": 0.3, "training": True}
 CASES: dict[str, list[Case]] = {
-    "triton": [(512, 37, {}), (100, 5, DROPOUT), (1000, 3, {"norm": "joint"}), (4096, 3, DROPOUT), (64, 7, {"norm": "none"})],
+    "triton": [
+        (512, 37, {}),
+        (100, 5, DROPOUT),
+        (1000, 3, {"norm": "joint"}),
+        (4096, 3, DROPOUT),
+        (64, 7, {"norm": "none"}),
+    ],
     # forward: a row by block for few rows, up to 1, 2 and 4 vectors a thread; `any` for 33, 100 in 16 bits and 8200;
     # then a row by warp, for more than 4 rows a multiprocessor. Backward: narrow up to 2048 in whole vectors, else
     # wide.
     "cuda": [
-        *((512, 37, DROPOUT), (100, 5, {}), (1000, 3, {"norm": "joint"}), (2048, 3, {}), (4096, 3, DROPOUT), (33, 7, {"norm": "none"})),
+        *(
+            (512, 37, DROPOUT),
+            (100, 5, {}),
+            (1000, 3, {"norm": "joint"}),
+            (2048, 3, {}),
+            (4096, 3, DROPOUT),
+            (33, 7, {"norm": "none"}),
+        ),
         *((8192, 2, {}), (8200, 2, {"norm": "joint"}), (33, 5, DROPOUT)),
         *((40, 0, DROPOUT), (264, 0, {}), (512, 0, {"norm": "joint"}), (1024, 0, {})),
     ],
@@ -47,7 +60,11 @@ MANY_ROWS = 5  # for each multiprocessor, in the cases of 0 rows
 def rows_of(rows: int, device: str) -> int:
     if rows:
         return rows
-    return MANY_ROWS * torch.cuda.get_device_properties(device).multi_processor_count + 1 if device == "cuda" else MANY_ROWS
+    return (
+        MANY_ROWS * torch.cuda.get_device_properties(device).multi_processor_count + 1
+        if device == "cuda"
+        else MANY_ROWS
+    )
 
 
 def normal(shape: Sequence[int], dtype: torch.dtype, device: str) -> Tensor:
@@ -66,7 +83,10 @@ def inputs_of(
 
 
 def with_gradients(outputs: tuple[Tensor, ...], leaves: Sequence[Tensor], device: str) -> tuple[Tensor, ...]:
-    return (*outputs, *torch.autograd.grad(outputs, leaves, [normal(output.shape, output.dtype, device) for output in outputs]))
+    return (
+        *outputs,
+        *torch.autograd.grad(outputs, leaves, [normal(output.shape, output.dtype, device) for output in outputs]),
+    )
 
 
 def with_z_bias(backend: str, tensors: dict[str, Tensor], device: str) -> tuple[Tensor, ...]:

@@ -41,7 +41,15 @@ class Stages:
 
     def jobs(self) -> list[Job]:
         stages = (
-            *(self.report, self.prepare, self.main_gates, self.prepare_layers, self.checks, self.wait_for_layers, self.gates),
+            *(
+                self.report,
+                self.prepare,
+                self.main_gates,
+                self.prepare_layers,
+                self.checks,
+                self.wait_for_layers,
+                self.gates,
+            ),
             *(self.cell, self.layer, self.memory, self.host, self.pictures),
             *(self.tests, self.sanitizer, self.counters, self.older_tests, self.plans, self.autotune),
         )
@@ -65,7 +73,11 @@ class Stages:
         yield Job("report", "report", run, need=0)
 
     def _start_compilers(self, tasks: list[list[str]]) -> None:
-        flags = ["--rehearse"] * self.rehearse + ["--no-compile"] * (not self.compile) + [f"--{name}" for name in self.bench.backends]
+        flags = (
+            ["--rehearse"] * self.rehearse
+            + ["--no-compile"] * (not self.compile)
+            + [f"--{name}" for name in self.bench.backends]
+        )
         # torch.compile needs Triton, too
         if programs.has("triton") and (self.compile or "triton" in self.bench.backends):
             self.pool = prepare.Pool(tasks[-1:] if self.rehearse else tasks, self.cores - 2, flags)
@@ -85,12 +97,18 @@ class Stages:
 
     def prepare_layers(self) -> Iterable[Job]:
         if self.compile:
-            yield Job("start compilers of layers", "prepare", lambda: self._start_compilers(prepare.layer_tasks(self.bench.sizes)))
+            yield Job(
+                "start compilers of layers",
+                "prepare",
+                lambda: self._start_compilers(prepare.layer_tasks(self.bench.sizes)),
+            )
 
     def wait_for_layers(self) -> Iterable[Job]:
         def ceilings() -> None:
             sizes = self.bench.sizes
-            self.recorder.run["ceilings"] = found = gpu_timing.ceilings(self.bench.device, sizes.copied_bytes, sizes.matrix)
+            self.recorder.run["ceilings"] = found = gpu_timing.ceilings(
+                self.bench.device, sizes.copied_bytes, sizes.matrix
+            )
             print("   " + ", ".join(f"{name} {value:,.0f}" for name, value in found.items()), flush=True)
 
         if self.compile:
@@ -163,7 +181,10 @@ class Stages:
         workers = max(1, min(6, self.cores // 2))
         entry = programs.run_tests(path, self.recorder.folder / "tests.xml", limit, workers, extra, variables)
         self.recorder.add("tests", entry)
-        print("\n".join(["   " + gpu_report.test_line(entry), *(f"     {line}" for line in entry["failing"][:20])]), flush=True)
+        print(
+            "\n".join(["   " + gpu_report.test_line(entry), *(f"     {line}" for line in entry["failing"][:20])]),
+            flush=True,
+        )
 
     def tests(self) -> Iterable[Job]:
         if self.rehearse:
@@ -203,12 +224,20 @@ class Stages:
         def wait() -> None:
             self._compile_plans()
             if self.plan_pool is not None:
-                print("   " + self.plan_pool.wait(max(1.0, min(PLANS_SECONDS, self.budget.left() - 30))).splitlines()[0][:200], flush=True)
+                print(
+                    "   "
+                    + self.plan_pool.wait(max(1.0, min(PLANS_SECONDS, self.budget.left() - 30))).splitlines()[0][:200],
+                    flush=True,
+                )
 
         def run(kind: str, features: int) -> None:
-            self.recorder.run["plans"] += launch_plans.explore(self.bench, kind, features, most=3 if self.rehearse else None)
+            self.recorder.run["plans"] += launch_plans.explore(
+                self.bench, kind, features, most=3 if self.rehearse else None
+            )
             self.recorder.save()
-            lines = [line for line in gpu_report.plan_lines(self.recorder.run) if line.startswith(f"{kind} D={features}:")]
+            lines = [
+                line for line in gpu_report.plan_lines(self.recorder.run) if line.startswith(f"{kind} D={features}:")
+            ]
             print("\n".join("   " + line for line in lines), flush=True)
 
         if "triton" not in self.bench.backends:
@@ -234,7 +263,9 @@ class Stages:
             gpu_timing.release(self.bench.device)
             limit = min(SANITIZER_SECONDS, max(10.0, self.budget.left()))
             commands = programs.sanitizer_commands(tool, backend)
-            programs.run_all(commands, limit, on_end=lambda check, outcome: record(programs.judge(check, outcome, backend)))
+            programs.run_all(
+                commands, limit, on_end=lambda check, outcome: record(programs.judge(check, outcome, backend))
+            )
 
         # the CUDA kernels come first: nothing else checks them at run time
         for backend in sorted(self.bench.backends):

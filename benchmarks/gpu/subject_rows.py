@@ -14,7 +14,9 @@ from .bench import BF16, FP32, Bench
 AUTOTUNE = "max-autotune-no-cudagraphs"  # with CUDA graphs every call would copy its inputs first
 
 
-def gates_rows(bench: Bench, features: int, rows: int, dtype: torch.dtype, compile: bool = True, mode: str | None = None) -> Iterator[Row]:
+def gates_rows(
+    bench: Bench, features: int, rows: int, dtype: torch.dtype, compile: bool = True, mode: str | None = None
+) -> Iterator[Row]:
     """Forward, then forward + backward with every gradient.
 
     With a ``mode`` of torch.compile that alone is the rival.
@@ -30,13 +32,17 @@ def cell_rows(bench: Bench, features: int, rows: int, beside: bool, dtype: torch
     yield from bench.rows(maker, ("cell beside" if beside else "cell", dtype, features))
 
 
-def layer_rows(bench: Bench, features: int, heads: int, batch: int, length: int, compile: bool, dtype: torch.dtype = BF16) -> Iterator[Row]:
+def layer_rows(
+    bench: Bench, features: int, heads: int, batch: int, length: int, compile: bool, dtype: torch.dtype = BF16
+) -> Iterator[Row]:
     """A training step of an encoder layer; with ``compile`` all contestants are compiled."""
     maker = partial(layer.training, dtype=dtype, features=features, heads=heads, batch=batch, length=length)
     yield from bench.rows(partial(maker, all_compiled=compile), ("layer", dtype, features))
 
 
-def stack_rows(bench: Bench, features: int, heads: int, batch: int, length: int, layers: int, dtype: torch.dtype = BF16) -> Iterator[Row]:
+def stack_rows(
+    bench: Bench, features: int, heads: int, batch: int, length: int, layers: int, dtype: torch.dtype = BF16
+) -> Iterator[Row]:
     """A training step of a whole encoder."""
     maker = partial(layer.stack, dtype=dtype, features=features, heads=heads, batch=batch, length=length)
     yield from bench.rows(partial(maker, layers=layers), ("layer", dtype, features))

@@ -65,7 +65,9 @@ def watch(process: subprocess.Popen[bytes], state: Path, latest: float) -> bool:
     return True
 
 
-def supervise(command: Sequence[str], deadline: float, final: int, render: Render, restarts: int = RESTARTS) -> tuple[int, Path | None]:
+def supervise(
+    command: Sequence[str], deadline: float, final: int, render: Render, restarts: int = RESTARTS
+) -> tuple[int, Path | None]:
     """Run the worker to its end, again where it crashes or hangs: (its last exit status, the folder of its results).
 
     ``command`` gets one more argument, --worker=FILE. ``final`` is the exit status after which there is nothing to
@@ -85,7 +87,9 @@ def supervise(command: Sequence[str], deadline: float, final: int, render: Rende
                 if ended and process.returncode in (0, final):
                     break
                 status = "crashed" if ended else "hung"
-                detail = f"the process ended with status {process.returncode}" if ended else "stopped when its time was up"
+                detail = (
+                    f"the process ended with status {process.returncode}" if ended else "stopped when its time was up"
+                )
                 if folder is None or not blame(folder, state, status, detail, render) or time.time() > deadline:
                     break
                 print(f"   {status.upper()}: {detail}; starting again behind this job", flush=True)

@@ -25,7 +25,9 @@ class Compiled:
         """What a row says about a compiled contestant that is not there."""
         return {} if self.reason is None else {"compile": self.reason}
 
-    def get(self, function: Callable[..., Any], first_call: Callable[[Callable[..., Any]], object]) -> Callable[..., Any] | None:
+    def get(
+        self, function: Callable[..., Any], first_call: Callable[[Callable[..., Any]], object]
+    ) -> Callable[..., Any] | None:
         """``function`` compiled, with ``first_call`` made on it so that nothing is left to compile.
 
         None where that fails.

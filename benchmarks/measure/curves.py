@@ -35,7 +35,15 @@ def fit(xs: Sequence[float], times: Sequence[float]) -> tuple[float, float, list
 
 def curve(name: str, axis: str, fixed: str, against: str, points: list[dict[str, Any]], unit: str = "ms") -> Curve:
     """A curve, fit for JSON, with the line through each contestant that is there at all points."""
-    found: Curve = {"name": name, "axis": axis, "fixed": fixed, "unit": unit, "against": against, "points": points, "lines": {}}
+    found: Curve = {
+        "name": name,
+        "axis": axis,
+        "fixed": fixed,
+        "unit": unit,
+        "against": against,
+        "points": points,
+        "lines": {},
+    }
     for side in points[0]["values"]:
         chosen = [point for point in points if side in point["values"]]
         if len(chosen) > 2 and axis != "threads":

@@ -45,7 +45,9 @@ def _git(*arguments: str) -> str | None:
     if CHECKOUT is None:
         return None
     try:
-        return subprocess.run(["git", *arguments], cwd=CHECKOUT, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], cwd=CHECKOUT, capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -31,7 +31,9 @@ def training_flops(products: Sequence[Product]) -> int:
     return sum(3 * 2 * batch * rows * inner * columns for batch, rows, inner, columns in products)
 
 
-def training_run(products: Sequence[Product], dtype: torch.dtype, device: torch.device | str = "cpu") -> Callable[[], object]:
+def training_run(
+    products: Sequence[Product], dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Callable[[], object]:
     """Every product y = x w^T, dx = dy w and dw = dy^T x on contiguous random inputs; outputs are allocated afresh."""
 
     def operands(product: Product) -> list[torch.Tensor]:

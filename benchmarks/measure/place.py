@@ -36,7 +36,9 @@ class Place:
 
     def functions(self, function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
         """``function`` (it has a parameter ``backend``) on each backend under test, by the contestant's name."""
-        return {name or FUSED: functools.partial(function, backend=name) if name else function for name in self.backends}
+        return {
+            name or FUSED: functools.partial(function, backend=name) if name else function for name in self.backends
+        }
 
     def fused(self, run: Callable[[], object]) -> Runs:
         """``run`` on each backend under test, by the contestant's name: for modules, which take the backend in use."""

@@ -19,7 +19,10 @@ def spoil_free_memory(device: torch.device) -> None:
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        sizes = [FREE_BYTES, *[SMALL_BYTES] * (FREE_SMALL_BYTES // SMALL_BYTES)]  # the allocator keeps small blocks apart
+        sizes = [
+            FREE_BYTES,
+            *[SMALL_BYTES] * (FREE_SMALL_BYTES // SMALL_BYTES),
+        ]  # the allocator keeps small blocks apart
         blocks = [torch.full((size,), 0xFF, dtype=torch.uint8, device=device) for size in sizes]
         del blocks
 

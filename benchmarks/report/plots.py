@@ -69,7 +69,13 @@ def _bar(axes: Any, y: float, figure: dict[str, Any], scale: float, colour: str,
     end = max(value, scale * figure["p90"], scale * (figure["target"] or 0))
     axes.annotate(text, (end, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9, color=INK)
     if figure["target"] is not None:
-        axes.plot([scale * figure["target"]] * 2, [y - BAR / 2, y + BAR / 2], color=INK, linewidth=2, linestyle=(0, (1.2, 0.8)))
+        axes.plot(
+            [scale * figure["target"]] * 2,
+            [y - BAR / 2, y + BAR / 2],
+            color=INK,
+            linewidth=2,
+            linestyle=(0, (1.2, 0.8)),
+        )
 
 
 def _inverted(figure: dict[str, Any]) -> dict[str, Any]:

@@ -48,7 +48,15 @@ def write(run: dict[str, Any], folder: Path) -> list[Path]:
     for row in rows:
         numbers = row["numbers"]
         x, y = numbers["flops"] / numbers["bytes"], numbers["gflop_per_s"]
-        axes.plot(x, y, MARKERS[row["name"]], color=COLOURS[row["dtype"]], markersize=8, markeredgecolor=INK, markeredgewidth=0.6)
+        axes.plot(
+            x,
+            y,
+            MARKERS[row["name"]],
+            color=COLOURS[row["dtype"]],
+            markersize=8,
+            markeredgecolor=INK,
+            markeredgewidth=0.6,
+        )
     for name, marker in MARKERS.items():
         axes.plot([], [], marker, color="white", markeredgecolor=INK, markersize=8, label=name)
     axes.set_xscale("log")
@@ -58,7 +66,14 @@ def write(run: dict[str, Any], folder: Path) -> list[Path]:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9, loc="lower right")
-    figure.suptitle("Fused depth-wise LSTM under this machine's roofs", x=0.012, ha="left", fontsize=13, fontweight="bold", color=INK)
+    figure.suptitle(
+        "Fused depth-wise LSTM under this machine's roofs",
+        x=0.012,
+        ha="left",
+        fontsize=13,
+        fontweight="bold",
+        color=INK,
+    )
     figure.text(0.012, 0.012, caption(run), fontsize=9, color="#555555")
     figure.savefig(folder / "roofline.png", dpi=160)
     plt.close(figure)

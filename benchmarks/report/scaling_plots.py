@@ -36,7 +36,9 @@ def _draw(axes: Any, curve: dict[str, Any]) -> None:
         xs = [point["x"] for point in points]
         values = [point["values"][side] for point in points]
         axes.plot(xs, [value["median"] for value in values], markersize=5, **style)
-        axes.fill_between(xs, [v["p10"] for v in values], [v["p90"] for v in values], color=style["color"], alpha=0.18, linewidth=0)
+        axes.fill_between(
+            xs, [v["p10"] for v in values], [v["p90"] for v in values], color=style["color"], alpha=0.18, linewidth=0
+        )
     line = curve["lines"].get("fused")
     if line is not None:
         xs = [point["x"] for point in curve["points"]]
@@ -44,7 +46,9 @@ def _draw(axes: Any, curve: dict[str, Any]) -> None:
         axes.plot(xs, [line["fixed"] + line["slope"] * x for x in xs], color=INK, linewidth=0.8, label=label, zorder=4)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(xs, [f"{x:,}" for x in xs], rotation=30 if max(xs) > 1000 else 0, ha="right" if max(xs) > 1000 else "center")
+    axes.set_xticks(
+        xs, [f"{x:,}" for x in xs], rotation=30 if max(xs) > 1000 else 0, ha="right" if max(xs) > 1000 else "center"
+    )
     axes.minorticks_off()
     axes.set_xlabel(AXES[curve["axis"]])
     axes.set_ylabel({"ms": "ms", "MB": "MB kept for backward"}[curve["unit"]])
@@ -72,8 +76,14 @@ def write_all(run: dict[str, Any], folder: Path) -> list[Path]:
     """scaling.png and depth.png in ``folder``, those that the run has curves for."""
     curves = run.get("scaling") or []
     pictures = {
-        "scaling.png": ([curve for curve in curves if curve["axis"] in ("tokens", "width")], "Gates: cost against tokens and width"),
-        "depth.png": ([curve for curve in curves if curve["axis"] == "layers"], "Encoder: cost and memory against depth"),
+        "scaling.png": (
+            [curve for curve in curves if curve["axis"] in ("tokens", "width")],
+            "Gates: cost against tokens and width",
+        ),
+        "depth.png": (
+            [curve for curve in curves if curve["axis"] == "layers"],
+            "Encoder: cost and memory against depth",
+        ),
     }
     written = []
     for name, (chosen, title) in pictures.items():

@@ -10,7 +10,9 @@ from ..measure.curves import BEND, Curve
 
 def number(value: float) -> str:
     """Three significant digits, never an exponent."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}" if value else "0"
+    return (
+        f"{value:,.0f}" if value >= 100 else f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}" if value else "0"
+    )
 
 
 def markdown(curves: Sequence[Curve]) -> str:
@@ -21,7 +23,10 @@ def markdown(curves: Sequence[Curve]) -> str:
         sides = [side for side in ("fused", "against", "eager") if side in found["points"][0]["values"]]
         heads = [f"{names.get(side, found['against'])}, {found['unit']}" for side in sides]
         lines = [f"#### {found['name']} over {found['axis']} ({found['fixed']})", ""]
-        lines += ["| " + " | ".join([found["axis"], *heads, "fused in units of the rival"]) + " |", "|" + "---:|" * (len(sides) + 2)]
+        lines += [
+            "| " + " | ".join([found["axis"], *heads, "fused in units of the rival"]) + " |",
+            "|" + "---:|" * (len(sides) + 2),
+        ]
         for entry in found["points"]:
             values = {side: entry["values"][side]["median"] for side in sides if side in entry["values"]}
             cells = [f"{entry['x']:,}", *(number(values[side]) if side in values else "-" for side in sides)]

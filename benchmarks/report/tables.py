@@ -60,7 +60,9 @@ def target_text(figure: dict[str, Any], unit: str) -> str:
     if figure["target"] is None:
         return ""
     sign = "≥" if figure["sense"] == "at least" else "≤"
-    number = {"share": f"{figure['target']:.0%}", "value": f"{figure['target']:g} {unit}"}.get(figure["kind"], f"{figure['target']:g}x")
+    number = {"share": f"{figure['target']:.0%}", "value": f"{figure['target']:g} {unit}"}.get(
+        figure["kind"], f"{figure['target']:g}x"
+    )
     return f"{sign}{number} {'met' if figure['reached'] else 'short'}"
 
 
@@ -85,7 +87,13 @@ def label_of(row: RowData) -> str:
 
 def tally(run: Run) -> tuple[int, int]:
     """How many targets were reached, and how many there are among the rows that may be shown."""
-    judged = [f["reached"] for row in run["rows"] if row["failure"] is None for f in row["figures"] if f["reached"] is not None]
+    judged = [
+        f["reached"]
+        for row in run["rows"]
+        if row["failure"] is None
+        for f in row["figures"]
+        if f["reached"] is not None
+    ]
     return sum(judged), len(judged)
 
 
@@ -156,7 +164,16 @@ def machine_text(run: Run) -> str:
 
 def markdown(run: Run) -> str:
     """The run as a Markdown table with the machine above it."""
-    headings = ("", "eager", "compiled", "fused", "floor or rival", "fused over eager", "over compiled", "against floor or rival")
+    headings = (
+        "",
+        "eager",
+        "compiled",
+        "fused",
+        "floor or rival",
+        "fused over eager",
+        "over compiled",
+        "against floor or rival",
+    )
     lines = [f"Measured on {machine_text(run)}.", ""]
     lines += ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]
 
@@ -180,7 +197,10 @@ def markdown(run: Run) -> str:
         )
         lines.append("| " + " | ".join(cells) + " |")
     reached, targets = tally(run)
-    lines += ["", f"{reached} of {targets} targets met. Times are medians, contestants timed in turn; ratios are of medians."]
+    lines += [
+        "",
+        f"{reached} of {targets} targets met. Times are medians, contestants timed in turn; ratios are of medians.",
+    ]
     if run["quick"]:
         lines.append("A quick run: fewer repetitions than a figure to quote needs.")
     lines += ["", *(f"- {line}" for line in footnotes(run))] if footnotes(run) else []
@@ -195,7 +215,16 @@ def details(run: Run) -> str:
     rows = [row for row in run["rows"] if row["failure"] is None and row.get("numbers")]
     if not rows:
         return ""
-    headings = ("", "fused, p10 to p90", "of its floor", "rate", "operator calls, eager", "peak MB, eager", "error, eager", "of its bound")
+    headings = (
+        "",
+        "fused, p10 to p90",
+        "of its floor",
+        "rate",
+        "operator calls, eager",
+        "peak MB, eager",
+        "error, eager",
+        "of its bound",
+    )
     lines = ["", "| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]
     lines += ["| " + " | ".join(detail_cells(row)) + " |" for row in rows]
     lines += [
@@ -211,9 +240,16 @@ def detail_cells(row: RowData) -> list[str]:
     numbers, fused = row["numbers"], row["values"]["fused"]
 
     def both(name: str, form: Callable[[float], str]) -> str:
-        return ", ".join(form(numbers[f"{side}_{name}"]) for side in ("fused", "eager") if f"{side}_{name}" in numbers) or "-"
+        return (
+            ", ".join(form(numbers[f"{side}_{name}"]) for side in ("fused", "eager") if f"{side}_{name}" in numbers)
+            or "-"
+        )
 
-    rates = [f"{numbers[name]:.3g} {unit}" for name, unit in (("gb_per_s", "GB/s"), ("gflop_per_s", "GFLOP/s")) if name in numbers]
+    rates = [
+        f"{numbers[name]:.3g} {unit}"
+        for name, unit in (("gb_per_s", "GB/s"), ("gflop_per_s", "GFLOP/s"))
+        if name in numbers
+    ]
     return [
         label_of(row),
         f"{significant(fused['p10'])} to {significant(fused['p90'])} {row['unit']}",
@@ -236,7 +272,21 @@ def full_markdown(run: Run) -> str:
 
 def write_csv(run: Run, path: Path) -> None:
     """One line a number: every contestant and every figure of every row."""
-    fields = ("subject", "name", "dtype", "size", "quantity", "unit", "median", "p10", "p90", "repetitions", "target", "reached", "failure")
+    fields = (
+        "subject",
+        "name",
+        "dtype",
+        "size",
+        "quantity",
+        "unit",
+        "median",
+        "p10",
+        "p90",
+        "repetitions",
+        "target",
+        "reached",
+        "failure",
+    )
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(fields)
@@ -248,10 +298,23 @@ def write_csv(run: Run, path: Path) -> None:
             for column, found in row["values"].items():
                 quantity = row["against"] if column == "against" else row.get("others", {}).get(column, column)
                 writer.writerow(
-                    [*common, quantity, row["unit"], found["median"], found["p10"], found["p90"], row["repetitions"], "", "", ""]
+                    [
+                        *common,
+                        quantity,
+                        row["unit"],
+                        found["median"],
+                        found["p10"],
+                        found["p90"],
+                        row["repetitions"],
+                        "",
+                        "",
+                        "",
+                    ]
                 )
             for figure in row["figures"]:
-                quantity = f"fused {figure['kind']} to {row['against'] if figure['column'] == 'against' else figure['column']}"
+                quantity = (
+                    f"fused {figure['kind']} to {row['against'] if figure['column'] == 'against' else figure['column']}"
+                )
                 numbers = [figure["value"], figure["p10"], figure["p90"], row["repetitions"]]
                 target = ["" if figure[name] is None else figure[name] for name in ("target", "reached")]
                 writer.writerow([*common, quantity, figure["kind"], *numbers, *target, ""])

@@ -29,7 +29,9 @@ def reference_cell(*inputs: Tensor) -> tuple[Tensor, Tensor]:
     return dl.reference.depth_lstm_cell(*inputs)
 
 
-def make_inputs(rows: int, features: int, dtype: torch.dtype, device: torch.device | str = "cpu", beside: bool = False) -> list[Tensor]:
+def make_inputs(
+    rows: int, features: int, dtype: torch.dtype, device: torch.device | str = "cpu", beside: bool = False
+) -> list[Tensor]:
     """x, h, c (rows, D), w (4D, 2D), b (4D), weight and bias (4, D), random, of the scale that initialisation gives.
 
     With ``beside`` x and h are the halves of one matrix, as between the layers of a stack.
@@ -44,7 +46,9 @@ def make_inputs(rows: int, features: int, dtype: torch.dtype, device: torch.devi
     return [tensor.to(dtype).detach() for tensor in tensors]
 
 
-def bare_gemms(rows: int, features: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Callable[[], object]:
+def bare_gemms(
+    rows: int, features: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Callable[[], object]:
     """The products that no cell can do without: z = xh W^T, dxh = dz W, dW = dz^T xh.
 
     Contiguous inputs, outputs allocated afresh.
@@ -78,7 +82,9 @@ def lstm_cell(rows: int, features: int, dtype: torch.dtype) -> Callable[[], obje
     return run
 
 
-def training(place: Place, dtype: torch.dtype = torch.float32, rows: int = ROWS, features: int = FEATURES, beside: bool = False) -> Problem:
+def training(
+    place: Place, dtype: torch.dtype = torch.float32, rows: int = ROWS, features: int = FEATURES, beside: bool = False
+) -> Problem:
     """Forward and backward with the gradients of all inputs and weights."""
     leaves = [tensor.requires_grad_() for tensor in make_inputs(rows, features, dtype, place.device, beside)]
     cotangents = [torch.randn(rows, features, device=place.device).to(dtype) for _ in range(2)]
@@ -100,7 +106,10 @@ def training(place: Place, dtype: torch.dtype = torch.float32, rows: int = ROWS,
         row.others = {"lstm_cell": "nn.LSTMCell (no LayerNorm)"}
     units = GPU_GEMM_UNITS.get(features) if place.gpu else GEMM_UNITS[dtype]
     targets = [Target("eager", "speedup"), Target("compile", "speedup"), Target("against", "ratio", units)]
-    flops, size = matrix_products.training_flops(matrix_products.cell(rows, features)), moved_bytes(rows, features, dtype)
+    flops, size = (
+        matrix_products.training_flops(matrix_products.cell(rows, features)),
+        moved_bytes(rows, features, dtype),
+    )
     seconds = 1.0 if place.gpu else 5.0
     return Problem(row, runs, targets, seconds, moved_bytes=size, flops=flops, floor="against", place=place)
 
@@ -122,7 +131,9 @@ def check_at(
     """Forward and every gradient at one size."""
     (fused,) = Place(backends=(backend,)).functions(dl.depth_lstm_cell).values()
     inputs = make_inputs(rows, features, dtype, device, beside)
-    return accuracy.function_check("cell beside" if beside else "cell", reference_cell, fused, inputs, INPUTS, dtype, roundings)
+    return accuracy.function_check(
+        "cell beside" if beside else "cell", reference_cell, fused, inputs, INPUTS, dtype, roundings
+    )
 
 
 def check(dtype: torch.dtype) -> Iterator[accuracy.Check]:

@@ -130,7 +130,9 @@ def last_rows(backend: str, inputs: list[Tensor]) -> accuracy.Check:
         fused = [tensor[-count:] for tensor in dl.depth_lstm_gates(*inputs, backend=backend)]
         eager = reference_gates(z[-count:], c[-count:], *affine)
         exact = reference_gates(*(tensor.double() for tensor in (z[-count:], c[-count:], *affine)))
-    made = accuracy.compare("gates", z.dtype, ("last h", "last c"), exact, eager, fused, accuracy.GPU_ROUNDINGS[z.dtype])
+    made = accuracy.compare(
+        "gates", z.dtype, ("last h", "last c"), exact, eager, fused, accuracy.GPU_ROUNDINGS[z.dtype]
+    )
     return replace(made, size=f"N={z.shape[0]} D={c.shape[1]}")
 
 
@@ -138,7 +140,9 @@ def problem(place: Place, inputs: list[Tensor], runs: Runs, seconds: float, back
     """A problem about the forward, or about forward and backward, without its floor."""
     rows, features = inputs[1].shape
     dtype, elements = inputs[0].dtype, FORWARD_ELEMENTS + (BACKWARD_ELEMENTS if backward else 0)
-    name = ("gates forward + backward" if backward else "gates forward") + (", max-autotune" if place.compiled.mode else "")
+    name = ("gates forward + backward" if backward else "gates forward") + (
+        ", max-autotune" if place.compiled.mode else ""
+    )
     row = Row("gates", name, name_of(dtype), f"N={rows} D={features}", "ms", against=f"copy of {elements}D")
     row.missing, size = place.compiled.missing(), moved_bytes(rows, features, dtype, elements)
     row.note = f"{size / 1e6:.1f} MB moved"
@@ -193,7 +197,12 @@ def compile_all(compiled: Compiled, dtype: torch.dtype) -> None:
 
 
 def check_at(
-    dtype: torch.dtype, rows: int, features: int, backend: str = "", device: torch.device | str = "cpu", roundings: float = 1
+    dtype: torch.dtype,
+    rows: int,
+    features: int,
+    backend: str = "",
+    device: torch.device | str = "cpu",
+    roundings: float = 1,
 ) -> accuracy.Check:
     """Forward and every gradient at one size."""
     (fused,) = Place(backends=(backend,)).functions(dl.depth_lstm_gates).values()

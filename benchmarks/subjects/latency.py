@@ -36,7 +36,9 @@ def few_rows(place: Place, dtype: torch.dtype, rows: int, features: int) -> Prob
     if compiled is not None:
         runs["compile"] = lambda: compiled(*inputs)
     name = "few rows, CUDA graph" if graphs else "few rows, plain call"
-    row = Row("latency", name, name_of(dtype), f"N={rows} D={features}", "us", note="from the call until the GPU is done")
+    row = Row(
+        "latency", name, name_of(dtype), f"N={rows} D={features}", "us", note="from the call until the GPU is done"
+    )
     row.missing = place.compiled.missing()
     targets = [Target("eager", "speedup"), Target("compile", "speedup")]
     return Problem(row, runs, targets, 0.3, grad=False, place=place, clock="latency")

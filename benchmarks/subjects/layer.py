@@ -31,7 +31,15 @@ def residual_layer(
 ) -> nn.TransformerEncoderLayer:
     """torch's pre-norm layer; its matrices have 12 D^2 entries, as ours have."""
     return nn.TransformerEncoderLayer(
-        features, heads, 4 * features, dropout=0.0, activation="gelu", batch_first=True, norm_first=True, dtype=dtype, device=device
+        features,
+        heads,
+        4 * features,
+        dropout=0.0,
+        activation="gelu",
+        batch_first=True,
+        norm_first=True,
+        dtype=dtype,
+        device=device,
     )
 
 
@@ -39,7 +47,9 @@ def depth_lstm_layers(
     features: int = FEATURES, heads: int = HEADS, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> dict[str, nn.Module]:
     """The reference layer and the fused one with the same parameters."""
-    eager = dl.reference.DepthLSTMEncoderLayer(features, heads, dropout=0.0, batch_first=True, dtype=dtype, device=device)
+    eager = dl.reference.DepthLSTMEncoderLayer(
+        features, heads, dropout=0.0, batch_first=True, dtype=dtype, device=device
+    )
     fused = dl.DepthLSTMEncoderLayer(features, heads, dropout=0.0, batch_first=True, dtype=dtype, device=device)
     fused.load_state_dict(eager.state_dict())
     return {"eager": eager, "fused": fused}
@@ -100,7 +110,9 @@ def training(
         plain = on_backend(backend, lambda: depth_lstm_step(layers["fused"], h, c, cotangents))()
         error = difference(on_backend(backend, fused)(), plain)  # type: ignore[arg-type]
         passed = error <= COMPILED_DIFFERENCE
-        return accuracy.Check("layer", name_of(dtype), passed, "compiled against eager:", error, 0.0, 0.0, backend, size)
+        return accuracy.Check(
+            "layer", name_of(dtype), passed, "compiled against eager:", error, 0.0, 0.0, backend, size
+        )
 
     targets = [Target("eager", "speedup"), Target("compile", "speedup"), Target("against", "ratio", RATIO)]
     return Problem(
@@ -121,7 +133,9 @@ def stack(place: Place, dtype: torch.dtype, features: int, heads: int, batch: in
     eager = dl.reference.DepthLSTMEncoder(modules["eager"], layers)  # type: ignore[arg-type]
     fused = dl.DepthLSTMEncoder(modules["fused"], layers)  # type: ignore[arg-type]
     fused.load_state_dict(eager.state_dict())
-    residual = nn.TransformerEncoder(residual_layer(features, heads, dtype, place.device), layers, enable_nested_tensor=False)
+    residual = nn.TransformerEncoder(
+        residual_layer(features, heads, dtype, place.device), layers, enable_nested_tensor=False
+    )
     source = torch.randn(batch, length, features, device=place.device).to(dtype).requires_grad_()
     cotangent = torch.randn_like(source)
 

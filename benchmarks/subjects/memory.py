@@ -48,7 +48,9 @@ def layer_memory(
     length: int = layer.LENGTH,
 ) -> KeptProblem:
     """Forward calls of the reference layer, the fused one and torch's residual one."""
-    h, c = (torch.randn(batch, length, features, dtype=dtype, device=place.device, requires_grad=True) for _ in range(2))
+    h, c = (
+        torch.randn(batch, length, features, dtype=dtype, device=place.device, requires_grad=True) for _ in range(2)
+    )
     layers = layer.depth_lstm_layers(features, heads, dtype, place.device)
     residual = layer.residual_layer(features, heads, dtype, place.device)
     runs: Runs = {"eager": lambda: layers["eager"](h, c), **place.fused(lambda: layers["fused"](h, c))}
@@ -60,4 +62,6 @@ def layer_memory(
     return KeptProblem(row, runs, kept=kept, share=("against", LAYER_SHARE), place=place)
 
 
-SUBJECT = Subject("memory", {"cell": cell_memory, "layer": layer_memory}, needs=("cell", "layer"), ticks=lambda settings: 2)
+SUBJECT = Subject(
+    "memory", {"cell": cell_memory, "layer": layer_memory}, needs=("cell", "layer"), ticks=lambda settings: 2
+)

@@ -36,7 +36,10 @@ class ResidualTransformer(nn.Module):
     def __init__(self, vocabulary: int, features: int, heads: int, layers: int, positions: Tensor) -> None:
         super().__init__()
         sizes: dict[str, Any] = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
-        self.source_embedding, self.target_embedding = nn.Embedding(vocabulary, features), nn.Embedding(vocabulary, features)
+        self.source_embedding, self.target_embedding = (
+            nn.Embedding(vocabulary, features),
+            nn.Embedding(vocabulary, features),
+        )
         self.register_buffer("positions", positions)
         encoder = nn.TransformerEncoderLayer(features, heads, 4 * features, **sizes)
         decoder = nn.TransformerDecoderLayer(features, heads, 4 * features, **sizes)
@@ -57,7 +60,9 @@ class ResidualTransformer(nn.Module):
         return F.linear(states, self.target_embedding.weight)
 
 
-def build(features: int = FEATURES, heads: int = HEADS, layers: int = LAYERS, vocabulary: int = VOCABULARY) -> dict[str, nn.Module]:
+def build(
+    features: int = FEATURES, heads: int = HEADS, layers: int = LAYERS, vocabulary: int = VOCABULARY
+) -> dict[str, nn.Module]:
     """The reference model, the fused one with the same parameters, and the residual one with as many matrix entries.
 
     Raises:
@@ -66,12 +71,17 @@ def build(features: int = FEATURES, heads: int = HEADS, layers: int = LAYERS, vo
     sizes: dict[str, Any] = {
         "d_model": features, "nhead": heads, "num_encoder_layers": layers, "num_decoder_layers": layers, "dropout": 0.0,
     }  # fmt: skip
-    eager, fused = (module(vocabulary, vocabulary, **sizes) for module in (dl.reference.DepthLSTMTransformer, dl.DepthLSTMTransformer))
+    eager, fused = (
+        module(vocabulary, vocabulary, **sizes)
+        for module in (dl.reference.DepthLSTMTransformer, dl.DepthLSTMTransformer)
+    )
     fused.load_state_dict(eager.state_dict())
     # any fixed table costs the same
     residual = ResidualTransformer(vocabulary, features, heads, layers, torch.randn(LENGTH, features))
     if matrix_entries(residual) != matrix_entries(fused):
-        raise ValueError(f"models of unequal size: {matrix_entries(residual)} and {matrix_entries(fused)} matrix entries")
+        raise ValueError(
+            f"models of unequal size: {matrix_entries(residual)} and {matrix_entries(fused)} matrix entries"
+        )
     return {"eager": eager, "fused": fused, "against": residual}
 
 
@@ -92,14 +102,18 @@ def needed_products(batch: int, length: int, features: int, heads: int, layers: 
 def training(place: Place) -> Problem:
     """All three models on the same batch."""
     models = {name: module.to(place.device) for name, module in build().items()}
-    source, target = (torch.randint(3, VOCABULARY, (BATCH, length), device=place.device) for length in (LENGTH, LENGTH + 1))
+    source, target = (
+        torch.randint(3, VOCABULARY, (BATCH, length), device=place.device) for length in (LENGTH, LENGTH + 1)
+    )
     needed = needed_products(BATCH, LENGTH, FEATURES, HEADS, LAYERS, VOCABULARY)
     runs: Runs = {"eager": lambda: step(models["eager"], source, target)}
     runs |= place.fused(lambda: step(models["fused"], source, target))
     runs["against"] = lambda: step(models["against"], source, target)
     runs["floor"] = matrix_products.training_run(needed, torch.float32, place.device)
     size = f"{BATCH}x{LENGTH} d={FEATURES} {LAYERS}+{LAYERS} layers"
-    row = Row("model", "model training step", "fp32", size, "ms", against=RESIDUAL, others={"floor": "its bare products"})
+    row = Row(
+        "model", "model training step", "fp32", size, "ms", against=RESIDUAL, others={"floor": "its bare products"}
+    )
     row.note = f"{matrix_entries(models['fused']) / 1e6:.2f}M matrix entries in each model, vocabulary {VOCABULARY}"
     targets = [Target("eager", "speedup"), Target("against", "ratio")]
     return Problem(row, runs, targets, 5.0, flops=matrix_products.training_flops(needed), floor="floor", place=place)

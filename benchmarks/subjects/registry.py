@@ -25,7 +25,9 @@ FIRST = ("gates", "cell", "layer", "model", "decoding", "memory", "overhead")
 def find() -> dict[str, Subject]:
     """The subjects of the files in this folder."""
     names = [entry.name for entry in pkgutil.iter_modules([str(Path(__file__).parent)])]
-    modules = [importlib.import_module(f".{name}", __package__) for name in names if name not in ("__main__", "registry")]
+    modules = [
+        importlib.import_module(f".{name}", __package__) for name in names if name not in ("__main__", "registry")
+    ]
     found = {module.SUBJECT.name: module.SUBJECT for module in modules}
     return {name: found[name] for name in (*FIRST, *sorted(found.keys() - set(FIRST)))}
 

@@ -53,7 +53,9 @@ def gates_curve(axis: str, backward: bool, sizes: Iterable[int], settings: Setti
         elements = gates.FORWARD_ELEMENTS + (gates.BACKWARD_ELEMENTS if backward else 0)
         points[-1]["bytes"] = gates.moved_bytes(rows, features, torch.float32, elements)
     name = "gates forward + backward" if backward else "gates forward"
-    return curve(name, axis, f"fp32, {f'D={FEATURES}' if axis == 'tokens' else f'N={ROWS}'}", "copy of the same bytes", points)
+    return curve(
+        name, axis, f"fp32, {f'D={FEATURES}' if axis == 'tokens' else f'N={ROWS}'}", "copy of the same bytes", points
+    )
 
 
 def thread_counts() -> list[int]:
@@ -72,7 +74,9 @@ def threads_curve(settings: Settings, tick: Callable[[], None]) -> Curve:
             points.append(point(threads, {name: runs[name] for name in ("fused", "against")}, settings, tick))
     finally:
         torch.set_num_threads(before)
-    return curve("gates forward + backward", "threads", f"fp32, N={ROWS} D={FEATURES}", "copy of the same bytes", points)
+    return curve(
+        "gates forward + backward", "threads", f"fp32, N={ROWS} D={FEATURES}", "copy of the same bytes", points
+    )
 
 
 def encoders(depth: int) -> dict[str, nn.Module]:
@@ -81,13 +85,19 @@ def encoders(depth: int) -> dict[str, nn.Module]:
     They are the fused one, its plain PyTorch twin, and torch's residual one.
     """
     width: dict[str, Any] = {"dropout": 0.0, "batch_first": True}
-    eager = dl.reference.DepthLSTMEncoder(dl.reference.DepthLSTMEncoderLayer(LAYER_FEATURES, LAYER_HEADS, **width), depth)
+    eager = dl.reference.DepthLSTMEncoder(
+        dl.reference.DepthLSTMEncoderLayer(LAYER_FEATURES, LAYER_HEADS, **width), depth
+    )
     fused = dl.DepthLSTMEncoder(dl.DepthLSTMEncoderLayer(LAYER_FEATURES, LAYER_HEADS, **width), depth)
     fused.load_state_dict(eager.state_dict())
-    residual = nn.TransformerEncoderLayer(LAYER_FEATURES, LAYER_HEADS, 4 * LAYER_FEATURES, activation="gelu", norm_first=True, **width)
+    residual = nn.TransformerEncoderLayer(
+        LAYER_FEATURES, LAYER_HEADS, 4 * LAYER_FEATURES, activation="gelu", norm_first=True, **width
+    )
     return {
         "fused": fused,
-        "against": nn.TransformerEncoder(residual, depth, norm=nn.LayerNorm(LAYER_FEATURES), enable_nested_tensor=False),
+        "against": nn.TransformerEncoder(
+            residual, depth, norm=nn.LayerNorm(LAYER_FEATURES), enable_nested_tensor=False
+        ),
         "eager": eager,
     }
 
@@ -100,11 +110,18 @@ def encoder_step(module: nn.Module, x: Tensor, cotangent: Tensor) -> tuple[Tenso
 def depth_curves(depths: Iterable[int], settings: Settings, tick: Callable[[], None]) -> tuple[Curve, Curve]:
     """A training step of an encoder over its layers, and the bytes that it keeps for backward."""
     times, kept = [], []
-    x, cotangent = torch.randn(BATCH, LENGTH, LAYER_FEATURES, requires_grad=True), torch.randn(BATCH, LENGTH, LAYER_FEATURES)
+    x, cotangent = (
+        torch.randn(BATCH, LENGTH, LAYER_FEATURES, requires_grad=True),
+        torch.randn(BATCH, LENGTH, LAYER_FEATURES),
+    )
     for depth in depths:
         stacks = encoders(depth)
-        found = {name: kept_bytes(functools.partial(module, x), module.parameters()) / 1e6 for name, module in stacks.items()}
-        kept.append({"x": depth, "values": {name: {"median": size, "p10": size, "p90": size} for name, size in found.items()}})
+        found = {
+            name: kept_bytes(functools.partial(module, x), module.parameters()) / 1e6 for name, module in stacks.items()
+        }
+        kept.append(
+            {"x": depth, "values": {name: {"median": size, "p10": size, "p90": size} for name, size in found.items()}}
+        )
         runs: Runs = {name: functools.partial(encoder_step, module, x, cotangent) for name, module in stacks.items()}
         times.append(point(depth, runs, settings, tick, seconds=1.0))
     fixed = f"fp32, {BATCH}x{LENGTH} tokens, D={LAYER_FEATURES}"
@@ -131,7 +148,9 @@ def measure_curves(settings: Settings, tick: Callable[[], None] = lambda: None) 
 
 def gates_problem(place: Place, rows: int = ROWS, features: int = FEATURES) -> Problem:
     """One point of the curves as a row of its own, for pytest: gates forward + backward."""
-    row = Row("scaling", "gates forward + backward", "fp32", f"N={rows} D={features}", "ms", against="copy of the same bytes")
+    row = Row(
+        "scaling", "gates forward + backward", "fp32", f"N={rows} D={features}", "ms", against="copy of the same bytes"
+    )
     size = gates.moved_bytes(rows, features, torch.float32, gates.FORWARD_ELEMENTS + gates.BACKWARD_ELEMENTS)
     runs, flops = gates_runs(rows, features, backward=True), gates.operations(rows, features, backward=True)
     targets = [Target("eager", "speedup"), Target("against", "share")]
@@ -140,11 +159,18 @@ def gates_problem(place: Place, rows: int = ROWS, features: int = FEATURES) -> P
 
 def depth_problem(place: Place, layers: int) -> Problem:
     """One point of the curves as a row of its own, for pytest: the training step of an encoder."""
-    x, cotangent = torch.randn(BATCH, LENGTH, LAYER_FEATURES, requires_grad=True), torch.randn(BATCH, LENGTH, LAYER_FEATURES)
+    x, cotangent = (
+        torch.randn(BATCH, LENGTH, LAYER_FEATURES, requires_grad=True),
+        torch.randn(BATCH, LENGTH, LAYER_FEATURES),
+    )
     size = f"{layers} layers, {BATCH}x{LENGTH} D={LAYER_FEATURES}"
     row = Row("scaling", "encoder training step", "fp32", size, "ms", against=RESIDUAL)
-    runs: Runs = {name: functools.partial(encoder_step, module, x, cotangent) for name, module in encoders(layers).items()}
-    flops = layers * matrix_products.training_flops(matrix_products.encoder_layer(BATCH, LENGTH, LAYER_FEATURES, LAYER_HEADS))
+    runs: Runs = {
+        name: functools.partial(encoder_step, module, x, cotangent) for name, module in encoders(layers).items()
+    }
+    flops = layers * matrix_products.training_flops(
+        matrix_products.encoder_layer(BATCH, LENGTH, LAYER_FEATURES, LAYER_HEADS)
+    )
     return Problem(row, runs, [Target("eager", "speedup"), Target("against", "ratio")], 1.0, flops=flops, place=place)
 
 

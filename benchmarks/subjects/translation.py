@@ -41,7 +41,9 @@ def row(result: dict[str, Any]) -> Row:
     """The table's last row: tokens a second of both, shown only where the losses agree."""
     size = f"d={result['d_model']} {result['encoder_layers']}+{result['decoder_layers']} layers"
     found = Row("translation", "translation training", "fp32", size, "tokens/s", repetitions=result["steps"])
-    difference = f"losses differ by {result['max_relative_loss_difference']:.1e} at most, {result['tolerance']:.0e} allowed"
+    difference = (
+        f"losses differ by {result['max_relative_loss_difference']:.1e} at most, {result['tolerance']:.0e} allowed"
+    )
     found.note = f"{result['dataset']}, {result['pairs']} pairs; {result['steps']} steps; {difference}"
     if not result["losses_agree"]:
         found.failure = f"losses disagree: {difference}"

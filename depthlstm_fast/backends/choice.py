@@ -28,7 +28,9 @@ logger = logging.getLogger("depthlstm_fast")
 _strict = os.environ.get("DEPTHLSTM_STRICT", "0") not in ("", "0")
 _default = os.environ.get("DEPTHLSTM_BACKEND") or "auto"
 _scoped: ContextVar[str | None] = ContextVar("depthlstm_fast.backend", default=None)
-_scoped_for_tracers: str | None = None  # _scoped once more: torch.compile reads no ContextVar, and has guards for globals only
+_scoped_for_tracers: str | None = (
+    None  # _scoped once more: torch.compile reads no ContextVar, and has guards for globals only
+)
 _last: str | None = None
 _logged: set[str] = set()
 
@@ -54,8 +56,8 @@ def set_backend(name: str) -> None:
 def use_backend(name: str) -> Iterator[None]:
     """Use ``name`` instead of what :func:`set_backend` set, until the end of the ``with`` block.
 
-    It holds for the block's thread or asyncio task alone. torch.compile has no such notion: what it traces meanwhile, in any thread,
-    takes ``name``, too. A backward pass outside the block runs on the backend of its forward pass.
+    It holds for the block's thread or asyncio task alone. torch.compile has no such notion: what it traces meanwhile,
+    in any thread, takes ``name``, too. A backward pass outside the block runs on the backend of its forward pass.
 
     Raises:
         ValueError: as :func:`set_backend`.
@@ -77,7 +79,8 @@ def last_backend() -> str | None:
 
 
 def choose(requested: str | None, tensor: Tensor, op: str, features: int) -> str:
-    """The backend that runs ``op`` on ``tensor`` with D = ``features``: the requested one, else the default, else the fastest that can.
+    """The backend that runs ``op`` on ``tensor`` with D = ``features``: the requested one, else the default, else the
+    fastest that can.
 
     Raises:
         ValueError: the requested backend is unknown, or cannot run this call.

@@ -44,7 +44,8 @@ def _known_gpu_limit(index: int | None) -> str | None:
 
 
 def architecture_limit(capability: tuple[int, int], architectures: tuple[str, ...]) -> str | None:
-    """Why a GPU of this compute capability runs none of ``architectures``, as in ("80", "120-ptx"); None where it runs one.
+    """Why a GPU of this compute capability runs none of ``architectures``, as in ("80", "120-ptx"); None where it runs
+    one.
 
     Machine code runs on GPUs of the same major number and at least its minor one, PTX on every later GPU, too.
     """

@@ -1,8 +1,8 @@
 """Which backend is the fastest on which GPU, as far as that was measured: what "auto" takes there.
 
 The table is EMPTY: no kernel has been timed on a GPU yet, so "auto" takes Triton wherever Triton can run.
-An entry names the op, the GPU as torch.cuda.get_device_name() has it, D and the dtype of z. Its value is the winner of forward + backward,
-timed in turn in one process. A comment beside it names the run in benchmarks/results:
+An entry names the op, the GPU as torch.cuda.get_device_name() has it, D and the dtype of z. Its value is the winner of
+forward + backward, timed in turn in one process. A comment beside it names the run in benchmarks/results:
 
     ("depth_lstm", "NVIDIA H100 80GB HBM3", 512, torch.bfloat16): "cuda",  # benchmarks/results/<folder>
 

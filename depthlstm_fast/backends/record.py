@@ -1,4 +1,6 @@
-"""What a backend is: one record that names its tensors, its limits and its kernels. docs/kernels.md says what a new one needs."""
+"""What a backend is: one record that names its tensors, its limits and its kernels. docs/kernels.md says what a new one
+needs.
+"""
 
 from __future__ import annotations
 

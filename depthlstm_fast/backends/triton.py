@@ -20,7 +20,9 @@ VERSION_FLOOR = (3, 6)
 
 
 def _find_triton() -> str | None:
-    """Look for Triton without importing it, which takes half a second. Returns None, or the reason why it cannot be used."""
+    """Look for Triton without importing it, which takes half a second. Returns None, or the reason why it cannot be
+    used.
+    """
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     try:

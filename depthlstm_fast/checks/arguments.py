@@ -24,7 +24,9 @@ def check_float_tensor(argument: str, found: Any) -> None:
     if found.dtype not in FLOATS:
         raise TypeError(f"{argument} must be float32, float64, bfloat16 or float16; found {found.dtype}")
     if found.layout != torch.strided or found.is_nested:
-        raise ValueError(f"{argument} must be a dense tensor; found {'a nested one' if found.is_nested else found.layout}")
+        raise ValueError(
+            f"{argument} must be a dense tensor; found {'a nested one' if found.is_nested else found.layout}"
+        )
 
 
 def check_probability(argument: str, found: Any) -> None:
@@ -69,11 +71,15 @@ def check_companion(argument: str, found: Any, beside: str, other: Tensor, mixed
     Beside a bfloat16 or float16 ``other`` float32 is accepted too when ``mixed``: what eager autocast produces.
     """
     check_float_tensor(argument, found)
-    if found.dtype != other.dtype and not (mixed and found.dtype == torch.float32 and other.dtype in (torch.bfloat16, torch.float16)):
+    if found.dtype != other.dtype and not (
+        mixed and found.dtype == torch.float32 and other.dtype in (torch.bfloat16, torch.float16)
+    ):
         wanted = dtype_name(other.dtype)
         if mixed and other.dtype in (torch.bfloat16, torch.float16):
             wanted += " or float32"
-        raise TypeError(f"{argument} must be {wanted} beside a {dtype_name(other.dtype)} {beside}; found {dtype_name(found.dtype)}")
+        raise TypeError(
+            f"{argument} must be {wanted} beside a {dtype_name(other.dtype)} {beside}; found {dtype_name(found.dtype)}"
+        )
     if found.device != other.device:
         raise ValueError(f"{argument} must be on the device of {beside}, {other.device}; found {found.device}")
 

@@ -57,7 +57,9 @@ def _check_state(
             check_companion(argument, parameter, z_name, z)
             check_shape(argument, parameter, (4 if hidden is None else 3, features))
         if weight.dtype != bias.dtype:
-            raise TypeError(f"bias must have the dtype of weight, {dtype_name(weight.dtype)}; found {dtype_name(bias.dtype)}")
+            raise TypeError(
+                f"bias must have the dtype of weight, {dtype_name(weight.dtype)}; found {dtype_name(bias.dtype)}"
+            )
     if seed is not None:
         if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
             raise TypeError(f"seed must be an int64 tensor; found {getattr(seed, 'dtype', type(seed).__name__)}")

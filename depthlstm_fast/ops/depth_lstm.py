@@ -76,7 +76,10 @@ def split(arguments: tuple[Any, ...]) -> tuple[Tensors, Options]:
 
 
 def _sizes_like(*tensors: Tensor | None, like: Tensor) -> list[Tensor]:
-    return [like.new_empty(0) if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
+    return [
+        like.new_empty(0) if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        for tensor in tensors
+    ]
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -100,7 +103,10 @@ def _backward_fake(dh: Tensor | None, dc: Tensor | None, *arguments: Any) -> tup
 
 def _check(backend: Backend, *arguments: Any) -> None:
     (z, z_bias, hidden, c, weight, bias, seed), options = split(arguments)
-    for argument, code, names in (("norm", options.norm, checks.NORMS), ("activation", options.activation, checks.ACTIVATIONS)):
+    for argument, code, names in (
+        ("norm", options.norm, checks.NORMS),
+        ("activation", options.activation, checks.ACTIVATIONS),
+    ):
         if not 0 <= code < len(names):
             raise ValueError(f"{argument} must be 0 to {len(names) - 1}; found {code}")
     checks.check_eps("eps", options.eps)
@@ -162,14 +168,18 @@ def tensor_gradients(
     )
 
 
-def _gradients(ctx: Any, saved: tuple[Any, ...], kernels: Kernels, dh: Tensor | None, dc: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(
+    ctx: Any, saved: tuple[Any, ...], kernels: Kernels, dh: Tensor | None, dc: Tensor | None
+) -> tuple[Tensor | None, ...]:
     needs = TensorGradients(*ctx.needs_input_grad[: len(Tensors._fields)])
     found = tensor_gradients(kernels, Tensors(*saved), ctx.options, needs, dh, dc)
     return (*found, *(None for _ in Options._fields))
 
 
 def _direct(traced: Kernels, namespace: Any, stem: str) -> Kernels | None:
-    """Where the library can write into a buffer: a forward that takes h and ``z_more``, too, as csrc/depth_lstm/cuda_op.cpp has them."""
+    """Where the library can write into a buffer: a forward that takes h and ``z_more``, too, as
+    csrc/depth_lstm/cuda_op.cpp has them.
+    """
     if not hasattr(namespace, f"{stem}_forward_into"):
         return None
     into = getattr(namespace, f"{stem}_forward_into").default
@@ -199,14 +209,19 @@ _OPTIONS = "-" * len(Options._fields)
 OP = Op(
     name=NAME,
     operator="gates",
-    schemas=(registry.schema([Tensors, Options], Outputs), registry.schema([OutputGradients, Tensors, Options, Wanted], Gradients)),
+    schemas=(
+        registry.schema([Tensors, Options], Outputs),
+        registry.schema([OutputGradients, Tensors, Options, Wanted], Gradients),
+    ),
     fakes={"forward": _forward_fake, "forward_into": _forward_into_fake, "backward": _backward_fake},
     checks=(_check, _check_backward),
     save=save,
     gradients=_gradients,
     layouts=(
         Layout(_TENSORS + _OPTIONS, lambda inputs: "rr", lambda inputs: split(inputs)[1].dropout_p != 0),
-        Layout("rr" + _TENSORS + _OPTIONS + "--", _gradient_letters, lambda inputs: split(inputs[2:])[1].dropout_p != 0),
+        Layout(
+            "rr" + _TENSORS + _OPTIONS + "--", _gradient_letters, lambda inputs: split(inputs[2:])[1].dropout_p != 0
+        ),
     ),
     direct=_direct,
 )

@@ -1,7 +1,7 @@
 """The gates and the cell of the depth-wise LSTM with autograd, for eager; tracers see the operators themselves.
 
-In eager an autograd.Function calls the operators below the dispatcher's autograd key: torch.library's own autograd costs three times that.
-"""
+In eager an autograd.Function calls the operators below the dispatcher's autograd key: torch.library's own autograd
+costs three times that."""
 
 from __future__ import annotations
 
@@ -63,14 +63,18 @@ class CellArguments(NamedTuple):
 class CellFunction(torch.autograd.Function):
     """(*CellArguments, *slices) -> (h, c)
 
-    ``slices`` are the parts of [x ; h'], each (N, width). W is applied to them at once where they lie side by side in memory, else to one
+    ``slices`` are the parts of [x ; h'], each (N, width). W is applied to them at once where they lie side by side in
+    memory, else to one
     after the other: nothing is concatenated. z is kept as it leaves the GEMM; the gates kernel adds its bias.
     """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         count = len(CellArguments._fields)
-        (w, b, hidden, c, weight, bias, seed, options, backend, out), slices = arguments[:count], list(arguments[count:])
+        (w, b, hidden, c, weight, bias, seed, options, backend, out), slices = (
+            arguments[:count],
+            list(arguments[count:]),
+        )
         with below_autograd():
             z = project(slices, w)
             tensors = Tensors(z, b, hidden, c, weight, bias, seed)

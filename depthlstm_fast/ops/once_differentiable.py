@@ -18,7 +18,9 @@ _SECOND_DERIVATIVE = (
 
 
 def once_differentiable(backward: Callable[..., Grads]) -> Callable[..., Grads]:
-    """torch's decorator of this name for ``backward(ctx, saved_tensors, *grads)``, with an error that says what to do instead."""
+    """torch's decorator of this name for ``backward(ctx, saved_tensors, *grads)``, with an error that says what to do
+    instead.
+    """
 
     def wrapper(ctx: Any, *grads: Tensor | None) -> Grads:
         saved = ctx.saved_tensors
@@ -29,7 +31,9 @@ def once_differentiable(backward: Callable[..., Grads]) -> Callable[..., Grads]:
         present = [output for output in outputs if output is not None]
         # the error hangs on what the gradients depend on: torch.autograd.grad runs only what leads to its inputs
         sources = [tensor for tensor in (*grads, *saved) if tensor is not None and tensor.requires_grad]
-        marked = iter(delayed_error(_SECOND_DERIVATIVE, [*(output.detach().requires_grad_() for output in present), *sources]))
+        marked = iter(
+            delayed_error(_SECOND_DERIVATIVE, [*(output.detach().requires_grad_() for output in present), *sources])
+        )
         return tuple(None if output is None else next(marked) for output in outputs)
 
     return wrapper

@@ -1,8 +1,7 @@
 """The operators of every op on every backend: OPERATORS[op][backend].
 
-A backend's operators of one op share the op's schema. The compiled library defines its own; those of kernels in Python are defined here.
-A tracer sees the operators, with the autograd that is registered here.
-"""
+A backend's operators of one op share the op's schema. The compiled library defines its own; those of kernels in Python
+are defined here. A tracer sees the operators, with the autograd that is registered here."""
 
 from __future__ import annotations
 
@@ -55,15 +54,18 @@ class Op(NamedTuple):
 
     Attributes:
         name: its name in OPERATORS and in the folders of kernels.
-        operator: what its operators are called after the backend's prefix: "gates" for cuda_gates_forward and cuda_gates_backward.
+        operator: what its operators are called after the backend's prefix: "gates" for cuda_gates_forward and
+            cuda_gates_backward.
         schemas: of forward and backward.
         fakes: shapes for tracers, by the operator's suffix.
-        checks: raise on arguments that would be wrong memory accesses, of forward and backward: operators can be called past
-            the public functions.
+        checks: raise on arguments that would be wrong memory accesses, of forward and backward: operators can be called
+            past the public functions.
         save: (ctx, forward arguments): keeps what ``gradients`` needs.
-        gradients: (ctx, saved tensors, kernels, *output gradients) -> the gradients of the forward operator's arguments.
+        gradients: (ctx, saved tensors, kernels, *output gradients) -> the gradients of the forward operator's
+            arguments.
         layouts: how DTensor shards forward and backward.
-        direct: (operators, torch.ops namespace, prefix) -> what eager calls on a library's operators; None for the operators alone.
+        direct: (operators, torch.ops namespace, prefix) -> what eager calls on a library's operators; None for the
+            operators alone.
     """
 
     name: str
@@ -82,7 +84,9 @@ _definitions: list[torch.library.Library] = []  # a library's operators go with 
 
 
 def _define(op: Op, backend: Backend) -> None:
-    """Define the operators of kernels in Python, one implementation for every device; the kernels are imported when one first runs."""
+    """Define the operators of kernels in Python, one implementation for every device; the kernels are imported when one
+    first runs.
+    """
     fragment = torch.library.Library(LIBRARY, "FRAGMENT")
     for suffix, text, check in zip(("forward", "backward"), op.schemas, op.checks, strict=True):
 
@@ -122,7 +126,9 @@ def add_backend(op: Op, backend: Backend, library: str = LIBRARY) -> Operators |
 
 
 class _Lazy:
-    """The Kernels of a backend in Python, imported when one first runs: past the dispatcher, which takes longer than a launch."""
+    """The Kernels of a backend in Python, imported when one first runs: past the dispatcher, which takes longer than a
+    launch.
+    """
 
     def __init__(self, op: Op, backend: Backend) -> None:
         self._op, self._backend = op, backend

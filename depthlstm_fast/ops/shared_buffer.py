@@ -1,12 +1,14 @@
-"""[x | h]: buffers in which the input and the state of a cell lie side by side, so that one product reads both and nothing is concatenated.
+"""[x | h]: buffers in which the input and the state of a cell lie side by side, so that one product reads both and
+    nothing is concatenated.
 
-A cell that knows the width of the next cell's input makes a buffer (rows, width + D) and its gates kernel writes h into the right
-part (``reserve``); the projection before the next cell writes x into the left part (``linear_into``); the product then finds the two
-beside each other (``side_by_side``). Two slices of W in their stead, the second accumulating, read and write z once more: 8D elements a
-token, where everything after the product moves 7D.
+A cell that knows the width of the next cell's input makes a buffer (rows, width + D) and its gates kernel writes h into
+the right part (``reserve``); the projection before the next cell writes x into the left part (``linear_into``); the
+product then finds the two beside each other (``side_by_side``). Two slices of W in their stead, the second
+accumulating, read and write z once more: 8D elements a token, where everything after the product moves 7D.
 
-Which buffer an h belongs to is an attribute of that very tensor object, taken by the first who writes. Whatever makes a new tensor of h
-(a hook, a wrapper, a residual of the user's own) loses it, which costs speed and nothing else. The parts are tensors of their own over
+Which buffer an h belongs to is an attribute of that very tensor object, taken by the first who writes. Whatever makes a
+new tensor of h (a hook, a wrapper, a residual of the user's own) loses it, which costs speed and nothing else. The
+parts are tensors of their own over
 one storage, not views: writing x must not look like a change of h, which attention has saved for its backward pass.
 """
 
@@ -24,7 +26,9 @@ _ATTRIBUTE = "_depthlstm_buffer"
 
 
 def part(buffer: Tensor, first: int, width: int) -> Tensor:
-    """Columns first .. first + width - 1 of a contiguous matrix, as a tensor that shares no version counter with other parts."""
+    """Columns first .. first + width - 1 of a contiguous matrix, as a tensor that shares no version counter with other
+    parts.
+    """
     empty = torch.empty(0, dtype=buffer.dtype, device=buffer.device)
     return empty.set_(buffer.untyped_storage(), first, (buffer.shape[0], width), (buffer.shape[1], 1))
 
@@ -43,17 +47,23 @@ def mark(h: Tensor, buffer: Tensor) -> None:
 def pass_on(source: Tensor, view: Tensor) -> Tensor:
     """``view``, with the free columns of ``source`` where it is a view of all of it; they are then source's no more."""
     buffer = getattr(source, _ATTRIBUTE, None)
-    if buffer is not None and view is not source and view.data_ptr() == source.data_ptr() and view.numel() == source.numel():
+    if (
+        buffer is not None
+        and view is not source
+        and view.data_ptr() == source.data_ptr()
+        and view.numel() == source.numel()
+    ):
         delattr(source, _ATTRIBUTE)
         mark(view, buffer)
     return view
 
 
 def take(h: Tensor, left: int) -> Tensor | None:
-    """The buffer of h, if ``left`` columns beside it are free, which then they are no more: two users of one h must not write to one place.
+    """The buffer of h, if ``left`` columns beside it are free, which then they are no more: two users of one h must not
+    write to one place.
 
-    None where something watches, see :func:`is_watched`: recomputed by activation checkpointing, h would have no free columns.
-    """
+    None where something watches, see :func:`is_watched`: recomputed by activation checkpointing, h would have no free
+    columns."""
     buffer = getattr(h, _ATTRIBUTE, None)
     if buffer is None or buffer.shape != (h.numel() // h.shape[-1], left + h.shape[-1]):
         return None
@@ -64,7 +74,8 @@ def take(h: Tensor, left: int) -> Tensor | None:
 
 
 def side_by_side(slices: list[Tensor]) -> list[Tensor]:
-    """The slices (rows, width) as one matrix where each begins in memory where the one before it ends, else as they are.
+    """The slices (rows, width) as one matrix where each begins in memory where the one before it ends, else as they
+    are.
 
     A subclass of Tensor has no memory of its own to look at.
     """
@@ -80,10 +91,14 @@ def side_by_side(slices: list[Tensor]) -> list[Tensor]:
 
 
 class LinearInto(torch.autograd.Function):
-    """(x, weight, bias, base, (out,)) -> base + x W^T + b, for matrices, written into ``out``; bias and base may be None."""
+    """(x, weight, bias, base, (out,)) -> base + x W^T + b, for matrices, written into ``out``; bias and base may be
+    None.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, base: Tensor | None, holder: tuple[Tensor]) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, base: Tensor | None, holder: tuple[Tensor]
+    ) -> Tensor:
         (out,) = holder  # in a tuple autograd does not see it: what it held before has no gradient
         if base is not None:
             if bias is not None:
@@ -112,7 +127,9 @@ class LinearInto(torch.autograd.Function):
         )
 
 
-def linear_into(buffer: Tensor, first: int, x: Tensor, weight: Tensor, bias: Tensor | None, base: Tensor | None = None) -> Tensor:
+def linear_into(
+    buffer: Tensor, first: int, x: Tensor, weight: Tensor, bias: Tensor | None, base: Tensor | None = None
+) -> Tensor:
     """base + x W^T + b in columns ``first`` and following of ``buffer``; x (..., I), base and the result (..., R)."""
     out = part(buffer, first, weight.shape[0])
     bases = None if base is None else base.reshape(out.shape)

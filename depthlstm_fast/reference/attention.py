@@ -1,4 +1,6 @@
-"""Multi-head attention with its heads split and merged by layout, the masks of ``torch.nn.Transformer*``, and the decoding cache."""
+"""Multi-head attention with its heads split and merged by layout, the masks of ``torch.nn.Transformer*``, and the
+decoding cache.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ INITS = ("lipschitz", "glorot")
 
 @torch.no_grad()
 def draw_uniform(parameter: Tensor, bound: float) -> None:
-    """Draw ``parameter`` from U(+-bound); a sharded one takes its part of a whole draw, which for one seed is that of one process.
+    """Draw ``parameter`` from U(+-bound); a sharded one takes its part of a whole draw, which for one seed is that of
+    one process.
 
     DTensor's own draw on the CPU gives every rank the same numbers, so that the shards would be copies of each other.
     """
@@ -31,8 +34,8 @@ def initialise_linear(linear: nn.Module, init: str, matrices: int = 1) -> None:
     """Draw the weight of ``linear`` anew and set its bias to zero.
 
     ``init="lipschitz"`` draws from U(+-1/sqrt(fan_in)); ``"glorot"`` is Xavier's uniform for each of the ``matrices``
-    logical matrices stacked in the weight. A module with no plain ``weight`` that stands where an nn.Linear was is left alone.
-    """
+    logical matrices stacked in the weight. A module with no plain ``weight`` that stands where an nn.Linear was is left
+    alone."""
     if not isinstance(linear, nn.Linear):
         return
     fan_out, fan_in = linear.weight.shape
@@ -74,7 +77,8 @@ def attention_mask(
         arguments: names of the two masks for the error messages.
 
     Returns:
-        (mask, is_causal) for ``scaled_dot_product_attention``: bool with True for "attend", or floating point, broadcastable to
+        (mask, is_causal) for ``scaled_dot_product_attention``: bool with True for "attend", or floating point,
+            broadcastable to
         (batch, nhead, L, S); never both a mask and ``is_causal``.
 
     Raises:
@@ -92,7 +96,9 @@ def attention_mask(
         attention = torch.ones(queries, keys, dtype=torch.bool, device=device).triu(1)
     masks = []
     if attention is not None:
-        masks.append(attention.view(1, 1, queries, keys) if attention.dim() == 2 else attention.unflatten(0, (batch, nhead)))
+        masks.append(
+            attention.view(1, 1, queries, keys) if attention.dim() == 2 else attention.unflatten(0, (batch, nhead))
+        )
     if key_padding is not None:
         masks.append(key_padding[:, None, None, :])
     if not masks:
@@ -108,11 +114,10 @@ def attention_mask(
 class DecoderCache:
     """What one decoder layer keeps between the steps of incremental decoding.
 
-    ``memory`` is the encoder's output, (batch, S, D). The cross-attention makes its keys and values, (batch, nhead, S, D / nhead), at the
-    first step, and the self-attention appends to its own, (rows, nhead, capacity, D / nhead) of which the first ``length`` positions are
-    in use. ``rows`` is ``batch`` times the number of beams. There is no cell state to keep: the depth-wise LSTM's state runs over the
-    layers of one token and starts afresh with the next.
-    """
+    ``memory`` is the encoder's output, (batch, S, D). The cross-attention makes its keys and values, (batch, nhead, S,
+    D / nhead), at the first step, and the self-attention appends to its own, (rows, nhead, capacity, D / nhead) of
+    which the first ``length`` positions are in use. ``rows`` is ``batch`` times the number of beams. There is no cell
+    state to keep: the depth-wise LSTM's state runs over the layers of one token and starts afresh with the next."""
 
     memory: Tensor
     memory_mask: Tensor | None = None
@@ -196,7 +201,8 @@ class _Attention(nn.Module):
 class SelfAttention(_Attention):
     """Multi-head self-attention.
 
-    Parameters: ``in_proj`` (D -> 3D: queries, keys, values) and ``out_proj`` (D -> D), both nn.Linear. Dropout acts on the attention
+    Parameters: ``in_proj`` (D -> 3D: queries, keys, values) and ``out_proj`` (D -> D), both nn.Linear. Dropout acts on
+        the attention
     probabilities.
 
     Raises:
@@ -223,19 +229,24 @@ class SelfAttention(_Attention):
         initialise_linear(self.in_proj, self.init, 3)
         initialise_linear(self.out_proj, self.init)
 
-    def context(self, x: Tensor, mask: Tensor | None = None, is_causal: bool = False, cache: DecoderCache | None = None) -> Tensor:
+    def context(
+        self, x: Tensor, mask: Tensor | None = None, is_causal: bool = False, cache: DecoderCache | None = None
+    ) -> Tensor:
         """All of :meth:`forward` but the output projection."""
         query, keys, values = self._split(self._project(self.in_proj, x), 3)
         if cache is not None:
             keys, values = cache.append(keys, values)
         return self._attend(query, keys, values, mask, is_causal)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, is_causal: bool = False, cache: DecoderCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, is_causal: bool = False, cache: DecoderCache | None = None
+    ) -> Tensor:
         """Attend; x (batch, L, D) -> (batch, L, D).
 
         Args:
             x: (batch, L, D); with ``cache`` L is 1.
-            mask, is_causal: as returned by :func:`attention_mask`. A row that may attend to nothing gets zeros before ``out_proj``.
+            mask, is_causal: as returned by :func:`attention_mask`. A row that may attend to nothing gets zeros before
+                ``out_proj``.
             cache: keys and values of earlier positions; those of x are appended.
         """
         return self.out_proj(self.context(x, mask, is_causal, cache))
@@ -244,7 +255,8 @@ class SelfAttention(_Attention):
 class CrossAttention(_Attention):
     """Multi-head attention to an encoder's output.
 
-    Parameters: ``q_proj`` (D -> D), ``kv_proj`` (D -> 2D: keys, values) and ``out_proj`` (D -> D), all nn.Linear. Dropout acts on the
+    Parameters: ``q_proj`` (D -> D), ``kv_proj`` (D -> 2D: keys, values) and ``out_proj`` (D -> D), all nn.Linear.
+        Dropout acts on the
     attention probabilities.
 
     Raises:
@@ -308,9 +320,11 @@ class CrossAttention(_Attention):
         """Attend; x (batch, L, D) -> (batch, L, D).
 
         Args:
-            x: (batch, L, D), or in incremental decoding (batch * beams, 1, D): beams are then queries of their common source.
+            x: (batch, L, D), or in incremental decoding (batch * beams, 1, D): beams are then queries of their common
+                source.
             memory: (batch, S, D), or what :meth:`keys_values` made of it.
-            mask, is_causal: as returned by :func:`attention_mask`. A row that may attend to nothing gets zeros before ``out_proj``.
+            mask, is_causal: as returned by :func:`attention_mask`. A row that may attend to nothing gets zeros before
+                ``out_proj``.
             cache: keeps the keys and values of memory from its first use on.
         """
         return self.out_proj(self.context(x, memory, mask, is_causal, cache))

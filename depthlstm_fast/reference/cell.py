@@ -16,15 +16,17 @@ HIDDENS = ("linear", "ffn")
 
 
 class GateNorm(nn.Module):
-    """The affine of the gates' normalisation: ``weight`` and ``bias``, (4, D) or (3, D), one row a gate in the order i, f, o, g.
+    """The affine of the gates' normalisation: ``weight`` and ``bias``, (4, D) or (3, D), one row a gate in the order i,
+    f, o, g.
 
-    It holds the parameters; the gates function applies them. A module of its own, so that what sorts parameters by module (weight
-    decay, initialisation loops) can tell these two-dimensional parameters from matrices.
-    The cell reads the parameters of a plain GateNorm directly, and calls any other: one with hooks, pruned, parametrised or wrapped by an
-    adapter.
-    """
+    It holds the parameters; the gates function applies them. A module of its own, so that what sorts parameters by
+    module (weight decay, initialisation loops) can tell these two-dimensional parameters from matrices. The cell reads
+    the parameters of a plain GateNorm directly, and calls any other: one with hooks, pruned, parametrised or wrapped by
+    an adapter."""
 
-    def __init__(self, gates: int, features: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, gates: int, features: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(gates, features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(gates, features, device=device, dtype=dtype))
@@ -36,7 +38,8 @@ class GateNorm(nn.Module):
         _set_forget_bias(self.bias, 1, 2, forget_bias)
 
     def forward(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(weight, bias), each (4, D) or (3, D), as tensors of their own: a hook may free the parameters when this call ends.
+        """(weight, bias), each (4, D) or (3, D), as tensors of their own: a hook may free the parameters when this call
+        ends.
 
         Args:
             x: not used. Wrappers of normalisation layers pass the layer's input on.
@@ -77,10 +80,12 @@ class DepthLSTMCell(nn.Module):
         eps: added to the variance.
         dropout: probability with which elements of g (and of the network's inner layer) are dropped in training.
         bias: whether ``gates``, ``ffn_in`` and ``ffn_out`` have a bias. The normalisation's bias is always there.
-        forget_bias: initial value of the forget gate's bias: of its row of ``norm.bias``, or with ``norm="none"`` of ``gates.bias``.
+        forget_bias: initial value of the forget gate's bias: of its row of ``norm.bias``, or with ``norm="none"`` of
+            ``gates.bias``.
         init: "lipschitz" or "glorot", see :func:`initialise_linear`.
 
-    Parameters: ``gates.weight`` (4D, I + D), ``gates.bias`` (4D,), ``norm.weight`` and ``norm.bias`` (4, D); with ``hidden="ffn"`` 3 in
+    Parameters: ``gates.weight`` (4D, I + D), ``gates.bias`` (4D,), ``norm.weight`` and ``norm.bias`` (4, D); with
+        ``hidden="ffn"`` 3 in
     place of 4, and ``ffn_in`` (I + D -> F), ``ffn_norm`` (F), ``ffn_out`` (F -> D).
 
     Raises:
@@ -120,10 +125,18 @@ class DepthLSTMCell(nn.Module):
         if ffn_size is not None:
             checks.check_size("ffn_size", ffn_size)
         if norm == "none" and not bias and forget_bias != 0:
-            raise ValueError(f'forget_bias must be 0 with norm="none" and bias=False, which leave no bias to set; found {forget_bias}')
+            raise ValueError(
+                f'forget_bias must be 0 with norm="none" and bias=False, which leave no bias to set; found {forget_bias}'
+            )
         self.input_size, self.hidden_size, self.hidden, self.norm_kind = input_size, hidden_size, hidden, norm
         self.ffn_size = (4 * hidden_size if ffn_size is None else ffn_size) if hidden == "ffn" else None
-        self.activation, self.eps, self.dropout, self.forget_bias, self.init = activation, eps, dropout, forget_bias, init
+        self.activation, self.eps, self.dropout, self.forget_bias, self.init = (
+            activation,
+            eps,
+            dropout,
+            forget_bias,
+            init,
+        )
         width, rows = input_size + hidden_size, 4 if hidden == "linear" else 3
         self.gates: nn.Module = nn.Linear(width, rows * hidden_size, bias, device, dtype)
         self.norm: nn.Module | None = GateNorm(rows, hidden_size, device, dtype) if norm != "none" else None
@@ -153,7 +166,9 @@ class DepthLSTMCell(nn.Module):
             f"activation={self.activation!r}, eps={self.eps}, dropout={self.dropout}"
         )
 
-    def _unpack(self, input: Tensor | tuple[Tensor, ...], state: tuple[Tensor, Tensor] | None) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    def _unpack(
+        self, input: Tensor | tuple[Tensor, ...], state: tuple[Tensor, Tensor] | None
+    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
         """The K-slices of x, h' and c', checked."""
         inputs = input if isinstance(input, tuple) else (input,)
         if not inputs:
@@ -161,7 +176,9 @@ class DepthLSTMCell(nn.Module):
         for part in inputs:
             checks.check_float_tensor("input", part)
             if part.dim() == 0 or part.shape[:-1] != inputs[0].shape[:-1]:
-                raise ValueError(f"input must have shapes (..., I) with one leading shape; found {[tuple(part.shape) for part in inputs]}")
+                raise ValueError(
+                    f"input must have shapes (..., I) with one leading shape; found {[tuple(part.shape) for part in inputs]}"
+                )
         leading, size = inputs[0].shape[:-1], sum(part.shape[-1] for part in inputs)
         if size != self.input_size:
             raise ValueError(f"input must have {self.input_size} features; found {size}")
@@ -181,7 +198,9 @@ class DepthLSTMCell(nn.Module):
         inner = activate(self.ffn_norm(inner), self.activation)
         return self.ffn_out(F.dropout(inner, self.dropout, self.training))
 
-    def forward(self, input: Tensor | tuple[Tensor, ...], state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, input: Tensor | tuple[Tensor, ...], state: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """One step over depth.
 
         Args:
@@ -209,7 +228,9 @@ class DepthLSTMCell(nn.Module):
         # detached: a backward hook waits for the gradient of the input, and this one has none
         affine = norm(c.detach())
         if not isinstance(affine, tuple) or len(affine) != 2:
-            raise TypeError(f"norm must be a GateNorm, or wrap one, and return (weight, bias); found {type(norm).__name__}")
+            raise TypeError(
+                f"norm must be a GateNorm, or wrap one, and return (weight, bias); found {type(norm).__name__}"
+            )
         return affine
 
     def _options(self, c: Tensor, hidden: Tensor | None) -> dict:

@@ -37,7 +37,12 @@ def dropout_mask(seed: Tensor, rows: int, features: int, p: float) -> Tensor:
     key0, key1 = seed & low, (seed >> 32) & low
     for _ in range(10):
         product0, product1 = x0 * 0xD2511F53, x2 * 0xCD9E8D57  # wraps in int64; the low 64 bits are right
-        x0, x1, x2, x3 = ((product1 >> 32) & low) ^ x1 ^ key0, product1 & low, ((product0 >> 32) & low) ^ x3 ^ key1, product0 & low
+        x0, x1, x2, x3 = (
+            ((product1 >> 32) & low) ^ x1 ^ key0,
+            product1 & low,
+            ((product0 >> 32) & low) ^ x3 ^ key1,
+            product0 & low,
+        )
         key0, key1 = (key0 + 0x9E3779B9) & low, (key1 + 0xBB67AE85) & low
     words = torch.stack((x0, x1, x2, x3), dim=-1).flatten(1)[:, :features]
     return words >= int(p * 2**32)
@@ -166,5 +171,15 @@ def depth_lstm_cell(
         checks.check_float_tensor("hidden", hidden)
         hidden = hidden.to(z.dtype)
     return depth_lstm_gates(
-        z, c, weight, bias, hidden=hidden, norm=norm, activation=activation, eps=eps, dropout_p=dropout_p, training=training, seed=seed
+        z,
+        c,
+        weight,
+        bias,
+        hidden=hidden,
+        norm=norm,
+        activation=activation,
+        eps=eps,
+        dropout_p=dropout_p,
+        training=training,
+        seed=seed,
     )

@@ -37,7 +37,8 @@ def log_probabilities(logits: Tensor) -> Tensor:
 
 
 def best(scores: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """The ``number`` largest of each row of scores (rows, n) in falling order, and their indices; of equal ones the first comes first.
+    """The ``number`` largest of each row of scores (rows, n) in falling order, and their indices; of equal ones the
+    first comes first.
 
     torch.topk leaves the order of equal scores open; argmax does not.
     """
@@ -88,20 +89,23 @@ def _check_and_ask(scores: Tensor, done: Tensor, length: int) -> bool:
     stop, failed = torch.stack((done, invalid.any())).tolist()
     if failed:
         source = int(invalid.view(invalid.shape[0], -1).any(1).nonzero()[0])
-        raise ValueError(f"logits must be numbers; found NaN for source {source} at token {length}: look for NaN in the weights")
+        raise ValueError(
+            f"logits must be numbers; found NaN for source {source} at token {length}: look for NaN in the weights"
+        )
     return bool(stop)
 
 
 def beam_search(next_logits: NextLogits, reorder: Reorder, settings: Settings) -> tuple[Tensor, Tensor]:
     """The best of the hypotheses that ``beams`` beams a source find.
 
-    At every step the best 2 * beams continuations are looked at. Those among the first ``beams`` that end in eos_id are hypotheses;
-    the first ``beams`` that do not end go on. At max_length the first ``beams`` are hypotheses whether they end or not. A source
-    is finished with ``beams`` hypotheses.
+    At every step the best 2 * beams continuations are looked at. Those among the first ``beams`` that end in eos_id are
+    hypotheses; the first ``beams`` that do not end go on. At max_length the first ``beams`` are hypotheses whether they
+    end or not. A source is finished with ``beams`` hypotheses.
 
     Args:
         next_logits: ids (batch * beams, n) int64 that start with bos_id -> (batch * beams, vocab).
-        reorder: called with rows (batch * beams,) int64 before the next step: row i goes on from what row ``rows[i]`` has seen.
+        reorder: called with rows (batch * beams,) int64 before the next step: row i goes on from what row ``rows[i]``
+            has seen.
         settings: see :class:`Settings`.
 
     Returns:
@@ -124,7 +128,9 @@ def beam_search(next_logits: NextLogits, reorder: Reorder, settings: Settings) -
         extended = torch.cat((ids[rows], token[..., None]), -1)
 
         ends, done = token == settings.eos_id, found >= beams
-        complete = (ends | (length == settings.max_length))[:, :beams] & ~done[:, None] & (candidates[:, :beams] > -torch.inf)
+        complete = (
+            (ends | (length == settings.max_length))[:, :beams] & ~done[:, None] & (candidates[:, :beams] > -torch.inf)
+        )
         new = (candidates[:, :beams] / penalty(length, settings.length_penalty)).masked_fill(~complete, -torch.inf)
         padded = F.pad(extended[:, :beams, 1:], (0, settings.max_length - length), value=settings.pad_id)
         scores, kept = torch.cat((scores.to(new.dtype), new), 1).sort(dim=1, descending=True, stable=True)
@@ -132,7 +138,10 @@ def beam_search(next_logits: NextLogits, reorder: Reorder, settings: Settings) -
         lengths = torch.cat((lengths, torch.full_like(lengths, length)), 1).gather(1, kept)
         hypotheses = torch.cat((hypotheses, padded), 1).gather(1, kept[..., None].expand(-1, -1, settings.max_length))
         found = found + complete.sum(1)
-        if _check_and_ask(candidates.masked_fill(done[:, None], 0), (found >= beams).all(), length) or length == settings.max_length:
+        if (
+            _check_and_ask(candidates.masked_fill(done[:, None], 0), (found >= beams).all(), length)
+            or length == settings.max_length
+        ):
             break
 
         onward = ends.to(torch.int8).argsort(dim=1, stable=True)[:, :beams]

@@ -20,15 +20,24 @@ MERGES = ("add", "concat", "cells")
 
 
 class _Layer(nn.Module):
-    """What encoder and decoder layers share: layout, and with ``sublayer=True`` the feed-forward network with a cell of its own."""
+    """What encoder and decoder layers share: layout, and with ``sublayer=True`` the feed-forward network with a cell of
+    its own.
+    """
 
     cell_class: type[DepthLSTMCell] = DepthLSTMCell
 
-    def __init__(self, d_model: int, nhead: int, batch_first: bool, sublayer: bool, cell: dict[str, Any], dim_feedforward: int) -> None:
+    def __init__(
+        self, d_model: int, nhead: int, batch_first: bool, sublayer: bool, cell: dict[str, Any], dim_feedforward: int
+    ) -> None:
         super().__init__()
         checks.check_size("dim_feedforward", dim_feedforward)
         self.d_model, self.nhead, self.batch_first, self.sublayer = d_model, nhead, batch_first, sublayer
-        self.dim_feedforward, self.dropout, self.activation, self.init = dim_feedforward, cell["dropout"], cell["activation"], cell["init"]
+        self.dim_feedforward, self.dropout, self.activation, self.init = (
+            dim_feedforward,
+            cell["dropout"],
+            cell["activation"],
+            cell["init"],
+        )
         if sublayer:
             bias, device, dtype = cell["bias"], cell["device"], cell["dtype"]
             self.linear1: nn.Module = nn.Linear(d_model, dim_feedforward, bias, device, dtype)
@@ -64,7 +73,11 @@ class _Layer(nn.Module):
         inside = outside.transpose(0, 1)
         # _leave returns such a view, so in a stack only the first layer copies; without this every consumer of it would
         rows_apart = inside.stride(1)
-        return inside if inside.stride(2) == 1 and inside.stride(0) == inside.shape[1] * rows_apart else inside.contiguous()
+        return (
+            inside
+            if inside.stride(2) == 1 and inside.stride(0) == inside.shape[1] * rows_apart
+            else inside.contiguous()
+        )
 
     def _leave(self, inside: Tensor, like: Tensor) -> Tensor:
         if like.dim() == 2:
@@ -105,12 +118,14 @@ class _Layer(nn.Module):
 
 
 class DepthLSTMEncoderLayer(_Layer):
-    """Encoder layer: a = SelfAttn(h'); (h, c) = cell(a, (h', c')). No residual connection, no other LayerNorm, no feed-forward network.
+    """Encoder layer: a = SelfAttn(h'); (h, c) = cell(a, (h', c')). No residual connection, no other LayerNorm, no
+        feed-forward network.
 
     Args:
         d_model: D.
         nhead: attention heads.
-        dim_feedforward: inner size of the feed-forward network of ``hidden="ffn"`` or ``sublayer=True``, 4D if None; otherwise unused.
+        dim_feedforward: inner size of the feed-forward network of ``hidden="ffn"`` or ``sublayer=True``, 4D if None;
+            otherwise unused.
         dropout: of attention probabilities, of the cell's g and inside a feed-forward network.
         activation: of the cell's g and of a feed-forward network; a name, see :class:`DepthLSTMCell`.
         layer_norm_eps: eps of the gates' normalisation.
@@ -119,7 +134,8 @@ class DepthLSTMEncoderLayer(_Layer):
         hidden, norm, forget_bias, init: see :class:`DepthLSTMCell`.
         sublayer: keep the feed-forward network and put a second cell (``ffn_cell``) after it.
 
-    Parameters: ``self_attn.in_proj``, ``self_attn.out_proj``, ``cell.*``; with ``sublayer=True`` ``linear1``, ``linear2``, ``ffn_cell.*``.
+    Parameters: ``self_attn.in_proj``, ``self_attn.out_proj``, ``cell.*``; with ``sublayer=True`` ``linear1``,
+        ``linear2``, ``ffn_cell.*``.
 
     Raises:
         TypeError, ValueError: a size, name or number is not what is wanted.
@@ -147,7 +163,14 @@ class DepthLSTMEncoderLayer(_Layer):
         checks.check_size("d_model", d_model)
         inner = 4 * d_model if dim_feedforward is None else dim_feedforward
         shared: dict[str, Any] = {"dropout": dropout, "bias": bias, "init": init, "device": device, "dtype": dtype}
-        cell = {**shared, "hidden": hidden, "ffn_size": inner, "norm": norm, "activation": activation, "eps": layer_norm_eps}
+        cell = {
+            **shared,
+            "hidden": hidden,
+            "ffn_size": inner,
+            "norm": norm,
+            "activation": activation,
+            "eps": layer_norm_eps,
+        }
         cell["forget_bias"] = forget_bias
         super().__init__(d_model, nhead, batch_first, sublayer, cell, inner)
         self.self_attn = SelfAttention(d_model, nhead, **shared)
@@ -169,7 +192,8 @@ class DepthLSTMEncoderLayer(_Layer):
             src_mask, src_key_padding_mask, is_causal: see :func:`attention_mask`.
 
         Returns:
-            (h, c), both in src's shape and layout. A position that may attend to nothing takes a zero context; nothing becomes NaN.
+            (h, c), both in src's shape and layout. A position that may attend to nothing takes a zero context; nothing
+            becomes NaN.
 
         Raises:
             TypeError, ValueError: naming the argument, what was found and what was wanted.
@@ -187,13 +211,15 @@ class DepthLSTMEncoderLayer(_Layer):
 class DepthLSTMDecoderLayer(_Layer):
     """Decoder layer: s = SelfAttn(h'), m = CrossAttn(s, memory), then the cell.
 
-    ``merge`` says how the two meet: "add": cell(s + m); "concat": cell([s ; m]), a cell of input size 2D; "cells": one cell
-    after each, (h1, c1) = cell(s, (h', c')), m = CrossAttn(h1, memory), (h, c) = cross_cell(m, (h1, c1)). With ``sublayer=True`` a
-    feed-forward network and its cell follow; one cell after each sub-layer is ``merge="cells", sublayer=True``.
+    ``merge`` says how the two meet: "add": cell(s + m); "concat": cell([s ; m]), a cell of input size 2D; "cells": one
+    cell after each, (h1, c1) = cell(s, (h', c')), m = CrossAttn(h1, memory), (h, c) = cross_cell(m, (h1, c1)). With
+    ``sublayer=True`` a feed-forward network and its cell follow; one cell after each sub-layer is ``merge="cells",
+    sublayer=True``.
 
     The other arguments are those of :class:`DepthLSTMEncoderLayer`.
 
-    Parameters: ``self_attn.*``, ``cross_attn.q_proj``, ``cross_attn.kv_proj``, ``cross_attn.out_proj``, ``cell.*``; with ``merge="cells"``
+    Parameters: ``self_attn.*``, ``cross_attn.q_proj``, ``cross_attn.kv_proj``, ``cross_attn.out_proj``, ``cell.*``;
+        with ``merge="cells"``
     ``cross_cell.*``; with ``sublayer=True`` ``linear1``, ``linear2``, ``ffn_cell.*``.
 
     Raises:
@@ -224,7 +250,14 @@ class DepthLSTMDecoderLayer(_Layer):
         checks.check_name("merge", merge, MERGES)
         inner = 4 * d_model if dim_feedforward is None else dim_feedforward
         shared: dict[str, Any] = {"dropout": dropout, "bias": bias, "init": init, "device": device, "dtype": dtype}
-        cell = {**shared, "hidden": hidden, "ffn_size": inner, "norm": norm, "activation": activation, "eps": layer_norm_eps}
+        cell = {
+            **shared,
+            "hidden": hidden,
+            "ffn_size": inner,
+            "norm": norm,
+            "activation": activation,
+            "eps": layer_norm_eps,
+        }
         cell["forget_bias"] = forget_bias
         super().__init__(d_model, nhead, batch_first, sublayer, cell, inner)
         self.merge = merge
@@ -257,12 +290,13 @@ class DepthLSTMDecoderLayer(_Layer):
             memory: the encoder's output, (batch, S, D), (S, batch, D) or (S, D).
             state: c', the cell of the layer below, in tgt's shape; zeros if None.
             tgt_mask and the other masks and hints: see :func:`attention_mask`.
-            cache: incremental decoding: tgt is the next position alone, L = 1, and the cache is updated. The batch of tgt is that of memory
-                times any number of beams, the beams of one source side by side. Masks and hints are not used: attention is causal, and
-                the cache has memory's mask.
+            cache: incremental decoding: tgt is the next position alone, L = 1, and the cache is updated. The batch of
+                tgt is that of memory times any number of beams, the beams of one source side by side. Masks and hints
+                are not used: attention is causal, and the cache has memory's mask.
 
         Returns:
-            (h, c), both in tgt's shape and layout. A position that may attend to nothing takes a zero context; nothing becomes NaN.
+            (h, c), both in tgt's shape and layout. A position that may attend to nothing takes a zero context; nothing
+            becomes NaN.
 
         Raises:
             TypeError, ValueError: naming the argument, what was found and what was wanted.
@@ -285,12 +319,16 @@ class DepthLSTMDecoderLayer(_Layer):
         mask, causal = self._masks(h, h, tgt_mask, tgt_key_padding_mask, tgt_is_causal, arguments, unbatched)
         self_options = {"mask": mask, "is_causal": causal}
         arguments = ("memory_mask", "memory_key_padding_mask")
-        mask, causal = self._masks(h, keys, memory_mask, memory_key_padding_mask, memory_is_causal, arguments, unbatched)
+        mask, causal = self._masks(
+            h, keys, memory_mask, memory_key_padding_mask, memory_is_causal, arguments, unbatched
+        )
         cross_options = {"memory": keys, "mask": mask, "is_causal": causal}
         h, c = self._feed_forward(*self._run(h, c, self_options, cross_options))
         return self._leave(h, tgt), self._leave(c, tgt)
 
-    def _run(self, h: Tensor, c: Tensor, self_options: dict[str, Any], cross_options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _run(
+        self, h: Tensor, c: Tensor, self_options: dict[str, Any], cross_options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
         s = self.self_attn(h, **self_options)
         if self.merge == "cells":
             h, c = self.cell(s, (h, c))
@@ -305,9 +343,13 @@ class DepthLSTMDecoderLayer(_Layer):
         if h.shape[1] != 1:
             raise ValueError(f"tgt must hold one position with a cache; found {h.shape[1]}")
         if h.shape[0] % cache.memory.shape[0]:
-            raise ValueError(f"tgt must have a multiple of the cache's {cache.memory.shape[0]} sources as its batch; found {h.shape[0]}")
+            raise ValueError(
+                f"tgt must have a multiple of the cache's {cache.memory.shape[0]} sources as its batch; found {h.shape[0]}"
+            )
         if cache.keys is not None and cache.keys.shape[0] != h.shape[0]:
-            raise ValueError(f"tgt must have the batch that the cache began with, {cache.keys.shape[0]}; found {h.shape[0]}")
+            raise ValueError(
+                f"tgt must have the batch that the cache began with, {cache.keys.shape[0]}; found {h.shape[0]}"
+            )
         return self._enter("memory", memory) if cache.memory_keys_values is None else memory
 
     def new_cache(self, memory: Tensor, memory_key_padding_mask: Tensor | None = None) -> DecoderCache:
@@ -317,8 +359,8 @@ class DepthLSTMDecoderLayer(_Layer):
     def step(self, tgt: Tensor, cache: DecoderCache, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """:meth:`forward` with ``cache``, but tgt, state and the results are (rows, 1, D), always batch first.
 
-        rows is the batch of the cache times any number of beams, the beams of one source side by side. The cache is updated.
-        """
+        rows is the batch of the cache times any number of beams, the beams of one source side by side. The cache is
+        updated."""
         if self.batch_first:
             return self(tgt, cache.memory, state, cache=cache)
         above = None if state is None else state.transpose(0, 1)

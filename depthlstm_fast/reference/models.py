@@ -21,11 +21,13 @@ from .stacks import DepthLSTMDecoder, DepthLSTMEncoder
 
 
 class DepthLSTMTransformer(nn.Module):
-    """Encoder-decoder Transformer whose residual connections are depth-wise LSTMs; tokens (batch, length) in, logits out.
+    """Encoder-decoder Transformer whose residual connections are depth-wise LSTMs; tokens (batch, length) in, logits
+    out.
 
     Args:
         src_vocab, tgt_vocab: vocabulary sizes.
-        d_model, nhead, num_encoder_layers, num_decoder_layers, dim_feedforward, activation, layer_norm_eps, bias: sizes and kinds as in
+        d_model, nhead, num_encoder_layers, num_decoder_layers, dim_feedforward, activation, layer_norm_eps, bias: sizes
+        and kinds as in
             :class:`DepthLSTMEncoderLayer`.
         dropout: of the layers, and of the embedded input.
         hidden, norm, sublayer, init, forget_bias, merge: see the layers. share_cell, init_cell: see the stacks.
@@ -36,9 +38,9 @@ class DepthLSTMTransformer(nn.Module):
         final_norm: a LayerNorm on the output of each stack.
         pad_id, bos_id, eos_id: special tokens.
 
-    Embeddings are multiplied by sqrt(d_model); they start at U(+-sqrt(2/(vocab + D))) with ``init="lipschitz"``, at Xavier's uniform with
-    "glorot". The padding token's row is an ordinary row: padding is masked wherever it could be seen, and with a tied
-    output layer that row is trained as an output too.
+    Embeddings are multiplied by sqrt(d_model); they start at U(+-sqrt(2/(vocab + D))) with ``init="lipschitz"``, at
+    Xavier's uniform with "glorot". The padding token's row is an ordinary row: padding is masked wherever it could be
+    seen, and with a tied output layer that row is trained as an output too.
 
     Raises:
         TypeError, ValueError: a size, name or number is not what is wanted.
@@ -94,11 +96,26 @@ class DepthLSTMTransformer(nn.Module):
             if token >= vocab:
                 raise ValueError(f"{argument} must be below the vocabulary size, {vocab}; found {token}")
         if share_embeddings and src_vocab != tgt_vocab:
-            raise ValueError(f"tgt_vocab must equal src_vocab, {src_vocab}, with share_embeddings=True; found {tgt_vocab}")
-        self.src_vocab, self.tgt_vocab, self.d_model, self.max_len, self.init = src_vocab, tgt_vocab, d_model, max_len, init
+            raise ValueError(
+                f"tgt_vocab must equal src_vocab, {src_vocab}, with share_embeddings=True; found {tgt_vocab}"
+            )
+        self.src_vocab, self.tgt_vocab, self.d_model, self.max_len, self.init = (
+            src_vocab,
+            tgt_vocab,
+            d_model,
+            max_len,
+            init,
+        )
         self.pad_id, self.bos_id, self.eos_id, self.tie_output = pad_id, bos_id, eos_id, tie_output
         placed: dict[str, Any] = {"device": device, "dtype": dtype}
-        common: dict[str, Any] = {"hidden": hidden, "norm": norm, "forget_bias": forget_bias, "sublayer": sublayer, "init": init, **placed}
+        common: dict[str, Any] = {
+            "hidden": hidden,
+            "norm": norm,
+            "forget_bias": forget_bias,
+            "sublayer": sublayer,
+            "init": init,
+            **placed,
+        }
         sizes = (d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, True, bias)
         encoder_layer = self.encoder_layer_class(*sizes, **common)
         decoder_layer = self.decoder_layer_class(*sizes, merge=merge, **common)
@@ -121,10 +138,10 @@ class DepthLSTMTransformer(nn.Module):
     def tie_weights(self) -> None:
         """With ``tie_output=True`` make the output layer's weight the target embedding's again; nothing otherwise.
 
-        ``to_empty()`` and ``load_state_dict(assign=True)`` of a tied model, and ``reset_parameters()``, call it. Call it yourself after
-        anything else that gave the two a parameter each. Where one of them is on the meta device the other's weight is taken.
-        A layer that is no nn.Linear or nn.Embedding any more, and weights of different types, are left as they are.
-        """
+        ``to_empty()`` and ``load_state_dict(assign=True)`` of a tied model, and ``reset_parameters()``, call it. Call
+        it yourself after anything else that gave the two a parameter each. Where one of them is on the meta device the
+        other's weight is taken. A layer that is no nn.Linear or nn.Embedding any more, and weights of different types,
+        are left as they are."""
         if not self.tie_output or self._is_tied():
             return
         if not isinstance(self.output, nn.Linear) or not isinstance(self.tgt_embedding, nn.Embedding):
@@ -146,10 +163,16 @@ class DepthLSTMTransformer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         own, embedded = (state_dict.get(f"{prefix}{name}.weight") for name in ("output", "tgt_embedding"))
-        on_meta = any(getattr(module.weight, "is_meta", False) for module in (self.output, self.tgt_embedding) if hasattr(module, "weight"))
-        # a tie that loading breaks is made again, as is one that was lost before there was anything to load into; two weights that
-        # differ belong to a head of the user's own
-        self._ties_after_load = self._is_tied() or (on_meta and (own is None or embedded is None or _are_equal(own, embedded)))
+        on_meta = any(
+            getattr(module.weight, "is_meta", False)
+            for module in (self.output, self.tgt_embedding)
+            if hasattr(module, "weight")
+        )
+        # a tie that loading breaks is made again, as is one that was lost before there was anything to load into; two
+        # weights that differ belong to a head of the user's own
+        self._ties_after_load = self._is_tied() or (
+            on_meta and (own is None or embedded is None or _are_equal(own, embedded))
+        )
         self._output_alone_is_loaded = own is not None and embedded is None
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
@@ -184,7 +207,9 @@ class DepthLSTMTransformer(nn.Module):
         if range_too and not is_traced() and is_direct(ids) and not is_transformed():
             least, most = (int(bound) for bound in torch.aminmax(ids))
             if least < 0 or most >= vocab:
-                raise ValueError(f"{argument} must hold ids from 0 to {vocab - 1}; found {least if least < 0 else most}")
+                raise ValueError(
+                    f"{argument} must hold ids from 0 to {vocab - 1}; found {least if least < 0 else most}"
+                )
 
     def _embed(self, ids: Tensor, embedding: nn.Embedding, positions: Positions, start: int = 0) -> Tensor:
         return self.input_dropout(positions(embedding(ids) * math.sqrt(self.d_model), start))
@@ -193,8 +218,8 @@ class DepthLSTMTransformer(nn.Module):
         """The encoder's output, (batch, S, D), for src (batch, S) int64; the mask is ``src == pad_id`` if None.
 
         Raises:
-            TypeError, ValueError: naming the argument, what was found and what was wanted. Whether ids are in range is looked at only where
-                that does not stall a device: on the CPU, outside torch.compile.
+            TypeError, ValueError: naming the argument, what was found and what was wanted. Whether ids are in range is
+                looked at only where that does not stall a device: on the CPU, outside torch.compile.
         """
         self._check_ids("src", src, self.src_vocab, src.device.type == "cpu" if isinstance(src, Tensor) else True)
         padding = src == self.pad_id if src_key_padding_mask is None else src_key_padding_mask
@@ -219,9 +244,8 @@ class DepthLSTMTransformer(nn.Module):
     ) -> Tensor:
         """Logits (batch, L, tgt_vocab) for tgt (batch, L) int64 and memory (batch, S, D); causal.
 
-        With ``return_hidden`` what ``output`` would be applied to, (batch, L, D): for losses that make the logits themselves, in pieces.
-        Raises as :meth:`encode`.
-        """
+        With ``return_hidden`` what ``output`` would be applied to, (batch, L, D): for losses that make the logits
+        themselves, in pieces. Raises as :meth:`encode`."""
         self._check_ids("tgt", tgt, self.tgt_vocab, tgt.device.type == "cpu" if isinstance(tgt, Tensor) else True)
         hidden = self._decode(tgt, memory, tgt_key_padding_mask, memory_key_padding_mask)
         return hidden if return_hidden else self.output(hidden)
@@ -240,8 +264,9 @@ class DepthLSTMTransformer(nn.Module):
             src: (batch, S) int64.
             tgt: (batch, L) int64, starting with bos_id.
             src_key_padding_mask: (batch, S), True where padded; ``src == pad_id`` if None.
-            tgt_key_padding_mask: (batch, L), True where padded. None for no mask, which is right for targets padded on the right:
-                attention is causal, so no token sees padding behind it, and attention without a mask is faster.
+            tgt_key_padding_mask: (batch, L), True where padded. None for no mask, which is right for targets padded on
+                the right: attention is causal, so no token sees padding behind it, and attention without a mask is
+                faster.
             return_hidden: see :meth:`decode`.
 
         Returns:
@@ -251,8 +276,12 @@ class DepthLSTMTransformer(nn.Module):
             TypeError, ValueError: as :meth:`encode`.
         """
         if isinstance(src, Tensor) and isinstance(tgt, Tensor) and src.shape[:1] != tgt.shape[:1]:
-            raise ValueError(f"tgt must have the batch size of src, {tuple(src.shape[:1])}; found {tuple(tgt.shape[:1])}")
-        padding = src == self.pad_id if src_key_padding_mask is None and isinstance(src, Tensor) else src_key_padding_mask
+            raise ValueError(
+                f"tgt must have the batch size of src, {tuple(src.shape[:1])}; found {tuple(tgt.shape[:1])}"
+            )
+        padding = (
+            src == self.pad_id if src_key_padding_mask is None and isinstance(src, Tensor) else src_key_padding_mask
+        )
         return self.decode(tgt, self.encode(src, padding), tgt_key_padding_mask, padding, return_hidden)
 
     @torch.no_grad()
@@ -273,19 +302,20 @@ class DepthLSTMTransformer(nn.Module):
             src: (batch, S) int64.
             max_length: the most tokens to produce, eos_id included; max_len if None.
             beam_size: hypotheses kept for each source.
-            length_penalty: alpha. A hypothesis of n tokens, eos_id included, is scored log p / ((5 + n) / 6) ** alpha (Wu et al., 2016).
+            length_penalty: alpha. A hypothesis of n tokens, eos_id included, is scored log p / ((5 + n) / 6) ** alpha
+                (Wu et al., 2016).
             src_key_padding_mask: (batch, S), True where padded; ``src == pad_id`` if None.
-            use_cache: keep keys and values of earlier tokens; False recomputes everything at every step, to the same tokens. Layers whose
-                forward was replaced by one that takes no ``cache`` are run without it.
+            use_cache: keep keys and values of earlier tokens; False recomputes everything at every step, to the same
+                tokens. Layers whose forward was replaced by one that takes no ``cache`` are run without it.
             return_scores: return the scores, too.
 
-        A source is finished when its hypothesis has produced eos_id, with beams when ``beam_size`` of its hypotheses have; decoding stops
-        when all are. Of equal scores the one of the earlier beam and then the smaller id wins. Dropout is off, whatever mode
-        the model is in.
+        A source is finished when its hypothesis has produced eos_id, with beams when ``beam_size`` of its hypotheses
+        have; decoding stops when all are. Of equal scores the one of the earlier beam and then the smaller id wins.
+        Dropout is off, whatever mode the model is in.
 
         Returns:
-            Tokens (batch, n) int64 with n <= max_length: bos_id left out, eos_id included, then pad_id. With ``return_scores`` also
-            the scores, (batch,).
+            Tokens (batch, n) int64 with n <= max_length: bos_id left out, eos_id included, then pad_id. With
+            ``return_scores`` also the scores, (batch,).
 
         Raises:
             TypeError, ValueError: naming the argument, what was found and what was wanted; logits are NaN.
@@ -336,7 +366,12 @@ def _are_equal(a: Any, b: Any) -> bool:
     """Whether two entries of a state_dict hold the same numbers, as far as that can be told."""
     if a is b or not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.is_meta or b.is_meta:
         return True
-    return type(a) is type(b) and a.shape == b.shape and a.dtype == b.dtype and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
+    return (
+        type(a) is type(b)
+        and a.shape == b.shape
+        and a.dtype == b.dtype
+        and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
+    )
 
 
 class Decoding:

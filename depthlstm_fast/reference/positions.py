@@ -17,7 +17,9 @@ POSITIONS = ("sinusoidal", "learned")
 
 
 def sinusoidal_positions(max_len: int, d_model: int) -> Tensor:
-    """The position table of Vaswani et al. (2017), (max_len, d_model) float32 on the CPU: sines in even columns, cosines in odd ones."""
+    """The position table of Vaswani et al. (2017), (max_len, d_model) float32 on the CPU: sines in even columns,
+    cosines in odd ones.
+    """
     place: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
     position = torch.arange(max_len, **place).unsqueeze(1)
     frequency = torch.exp(torch.arange(0, d_model, 2, **place) * (-math.log(10000.0) / d_model))
@@ -30,14 +32,18 @@ def sinusoidal_positions(max_len: int, d_model: int) -> Tensor:
 class Positions(nn.Module):
     """Adds a position's vector to each token's: a ``table`` of sines, or a learned ``weight`` (max_len, D).
 
-    The table is no buffer, but a copy of what its sizes say, kept while its device and dtype fit. So nothing that fills a model anew
-    (``to_empty``, ``skip_init``, a checkpoint without it) can leave it wrong.
-    """
+    The table is no buffer, but a copy of what its sizes say, kept while its device and dtype fit. So nothing that fills
+    a model anew (``to_empty``, ``skip_init``, a checkpoint without it) can leave it wrong."""
 
     table: Tensor | None = None
 
     def __init__(
-        self, kind: str, max_len: int, d_model: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        kind: str,
+        max_len: int,
+        d_model: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.kind, self.max_len, self.d_model = kind, max_len, d_model
@@ -52,9 +58,13 @@ class Positions(nn.Module):
 
     @torch.inference_mode(False)
     def fill(self, like: Tensor) -> None:
-        """Make the table of sines for the dtype and device of ``like``; nothing on the meta device, where there is nothing to keep."""
+        """Make the table of sines for the dtype and device of ``like``; nothing on the meta device, where there is
+        nothing to keep.
+        """
         if self.kind != "learned":
-            self.table = None if like.is_meta else sinusoidal_positions(self.max_len, self.d_model).to(like.device, like.dtype)
+            self.table = (
+                None if like.is_meta else sinusoidal_positions(self.max_len, self.d_model).to(like.device, like.dtype)
+            )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         if self.table is not None:

@@ -36,7 +36,9 @@ class _Stack(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(layer, self.layer_class):
-            raise TypeError(f"layer must be a {self.layer_class.__name__}, whose forward returns (h, c); found {type(layer).__name__}")
+            raise TypeError(
+                f"layer must be a {self.layer_class.__name__}, whose forward returns (h, c); found {type(layer).__name__}"
+            )
         checks.check_size("num_layers", num_layers)
         checks.check_name("init_cell", init_cell, INIT_CELLS)
         self.layers = nn.ModuleList([copy.deepcopy(layer) for _ in range(num_layers)])
@@ -52,7 +54,9 @@ class _Stack(nn.Module):
         self._connect()
         if init_cell == "learned":
             like = next(layer.parameters())
-            self.initial_cell: Tensor | None = nn.Parameter(torch.zeros(layer.d_model, device=like.device, dtype=like.dtype))
+            self.initial_cell: Tensor | None = nn.Parameter(
+                torch.zeros(layer.d_model, device=like.device, dtype=like.dtype)
+            )
         else:
             self.register_parameter("initial_cell", None)
 
@@ -94,7 +98,8 @@ class DepthLSTMEncoder(_Stack):
         share_cell: all layers share the cells of the first.
         init_cell: "zeros", or "learned": a parameter ``initial_cell`` (D,) that starts at zero.
 
-    Set ``gradient_checkpointing = True`` on the stack to recompute each layer in the backward pass instead of keeping its activations.
+    Set ``gradient_checkpointing = True`` on the stack to recompute each layer in the backward pass instead of keeping
+    its activations.
 
     Raises:
         TypeError, ValueError: layer is of another kind, or a size or name is not what is wanted.
@@ -156,14 +161,17 @@ class DepthLSTMDecoder(_Stack):
     ) -> Tensor:
         """h of the top layer, in tgt's shape; tgt, memory and the masks as in :class:`DepthLSTMDecoderLayer`.
 
-        ``tgt_is_causal=None`` means False: the mask is used as it is, and not examined (torch looks whether it is causal).
-        ``caches`` (of :meth:`new_caches`) is for incremental decoding: see ``cache`` in :meth:`DepthLSTMDecoderLayer.forward`.
-        """
+        ``tgt_is_causal=None`` means False: the mask is used as it is, and not examined (torch looks whether it is
+            causal).
+        ``caches`` (of :meth:`new_caches`) is for incremental decoding: see ``cache`` in
+        :meth:`DepthLSTMDecoderLayer.forward`."""
         checks.check_float_tensor("memory", memory)
         if caches is not None:
             if not isinstance(caches, list) or len(caches) != len(self.layers):
                 found = f"a list of {len(caches)}" if isinstance(caches, list) else type(caches).__name__
-                raise ValueError(f"caches must be a list of {len(self.layers)}, one a layer, as new_caches makes it; found {found}")
+                raise ValueError(
+                    f"caches must be a list of {len(self.layers)}, one a layer, as new_caches makes it; found {found}"
+                )
             h, c = tgt, self._initial_cell(tgt)
             for layer, cache in zip(self.layers, caches, strict=True):
                 h, c = layer(h, memory, c, cache=cache)
@@ -195,7 +203,9 @@ class DepthLSTMDecoder(_Stack):
         return self(tgt.transpose(0, 1), memory.transpose(0, 1), caches=caches).transpose(0, 1)
 
     def takes_caches(self) -> bool:
-        """Whether the forward of this stack and of each layer, possibly replaced by the user's own, takes the cache of a decoding step."""
+        """Whether the forward of this stack and of each layer, possibly replaced by the user's own, takes the cache of
+        a decoding step.
+        """
         parts = [getattr(layer, name, None) for layer in self.layers for name in ("self_attn", "cross_attn")]
         inside = all(_takes(part, "cache") for part in parts if isinstance(part, nn.Module))
         return _takes(self, "caches") and inside and all(_takes(layer, "cache") for layer in self.layers)
@@ -206,7 +216,9 @@ def _takes(module: nn.Module, argument: str) -> bool:
     return _accepts(module.forward if "forward" in module.__dict__ else type(module).forward, argument)
 
 
-@functools.lru_cache(maxsize=64)  # of classes' functions, for most: a signature takes as long as a layer's decoding step
+@functools.lru_cache(
+    maxsize=64
+)  # of classes' functions, for most: a signature takes as long as a layer's decoding step
 def _accepts(function: Callable[..., Any], argument: str) -> bool:
     parameters = inspect.signature(function).parameters
     return argument in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())

@@ -22,13 +22,15 @@ def _initialise(weight: Tensor, init: str) -> None:
 
 
 class ResidualTransformer(dl.reference.DepthLSTMTransformer):
-    """Encoder-decoder Transformer of torch.nn's layers, GELU, with the embeddings, output layer and search of ``DepthLSTMTransformer``.
+    """Encoder-decoder Transformer of torch.nn's layers, GELU, with the embeddings, output layer and search of
+    ``DepthLSTMTransformer``.
 
-    The feed-forward width is 4 * d_model, so that an encoder layer has 12 d_model^2 matrix weights and a decoder layer 16 d_model^2, as the
-    depth-wise LSTM's have. ``generate`` keeps no cache.
+    The feed-forward width is 4 * d_model, so that an encoder layer has 12 d_model^2 matrix weights and a decoder layer
+    16 d_model^2, as the depth-wise LSTM's have. ``generate`` keeps no cache.
 
     Args:
-        norm_first: LayerNorm before each sub-layer and after each stack ("pre-norm"), else after each addition ("post-norm").
+        norm_first: LayerNorm before each sub-layer and after each stack ("pre-norm"), else after each addition
+            ("post-norm").
         init: "lipschitz" or "glorot", as in ``DepthLSTMTransformer``; so are the other arguments.
     """
 
@@ -48,7 +50,12 @@ class ResidualTransformer(dl.reference.DepthLSTMTransformer):
     ) -> None:
         # the parent makes and draws all that is not a layer; its own stacks, one layer each, are replaced
         super().__init__(src_vocab, tgt_vocab, d_model, nhead, 1, 1, dropout=dropout, init=init, **options)
-        layer: dict[str, Any] = {"dropout": dropout, "activation": "gelu", "batch_first": True, "norm_first": norm_first}
+        layer: dict[str, Any] = {
+            "dropout": dropout,
+            "activation": "gelu",
+            "batch_first": True,
+            "norm_first": norm_first,
+        }
         norms = [nn.LayerNorm(d_model) if norm_first else None for _ in range(2)]
         encoder_layer = nn.TransformerEncoderLayer(d_model, nhead, 4 * d_model, **layer)
         decoder_layer = nn.TransformerDecoderLayer(d_model, nhead, 4 * d_model, **layer)
@@ -72,7 +79,14 @@ class ResidualTransformer(dl.reference.DepthLSTMTransformer):
             memory_key_padding_mask=memory_padding,
         )
 
-    def generate(self, src: Tensor, max_length: int | None = None, beam_size: int = 1, length_penalty: float = 1.0, **options: Any) -> Any:
+    def generate(
+        self,
+        src: Tensor,
+        max_length: int | None = None,
+        beam_size: int = 1,
+        length_penalty: float = 1.0,
+        **options: Any,
+    ) -> Any:
         """As ``DepthLSTMTransformer.generate``, without a cache."""
         return super().generate(src, max_length, beam_size, length_penalty, **(options | {"use_cache": False}))
 

@@ -12,7 +12,9 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """int64 ids, padded at the end: source (batch, S) ends with EOS, target (batch, T) begins with BOS and ends with EOS."""
+    """int64 ids, padded at the end: source (batch, S) ends with EOS, target (batch, T) begins with BOS and ends with
+    EOS.
+    """
 
     source: Tensor
     target: Tensor
@@ -32,7 +34,9 @@ def collate(examples: Sequence[Example]) -> Batch:
 
 
 def group(examples: Iterable[Example], token_budget: int) -> Iterator[list[Example]]:
-    """Cut ``examples`` into groups of at most ``token_budget`` ids of source and target, padding counted; one example at least."""
+    """Cut ``examples`` into groups of at most ``token_budget`` ids of source and target, padding counted; one example
+    at least.
+    """
     chosen: list[Example] = []
     longest_source = longest_target = 0
     for example in examples:
@@ -60,7 +64,9 @@ class BatchOrder:
         generator = random.Random(f"{self.seed}/{epoch}")
         shuffled = generator.sample(self.examples, len(self.examples))
         # the sort is stable: examples of one length meet different neighbours in each epoch
-        groups = list(group(sorted(shuffled, key=lambda example: (len(example[0]), len(example[1]))), self.token_budget))
+        groups = list(
+            group(sorted(shuffled, key=lambda example: (len(example[0]), len(example[1]))), self.token_budget)
+        )
         generator.shuffle(groups)
         return groups
 
@@ -74,8 +80,8 @@ class BatchOrder:
 def share(examples: Sequence[Example], rank: int = 0, size: int = 1) -> Batch:
     """Return every ``size``-th of ``examples``, from number ``rank`` on, as one batch.
 
-    A process that gets none has to run along with the others all the same: it gets the first, all of its targets padding.
-    """
+    A process that gets none has to run along with the others all the same: it gets the first, all of its targets
+    padding."""
     if mine := examples[rank::size]:
         return collate(mine)
     source, target = examples[0]

@@ -1,8 +1,8 @@
 """The folder of a run: its record, its tokenizer, its log and its last two checkpoints, whole at every moment.
 
-A checkpoint is written to a folder ``*.partial``, flushed to the disk and then renamed, which either has happened or has not. One that is
-no longer wanted is renamed back before it is removed. So a folder ``checkpoint-00000100`` is complete, whenever the process was killed.
-"""
+A checkpoint is written to a folder ``*.partial``, flushed to the disk and then renamed, which either has happened or
+has not. One that is no longer wanted is renamed back before it is removed. So a folder ``checkpoint-00000100`` is
+complete, whenever the process was killed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ class Log:
     """A file of JSON lines; floats are written so that reading gives the same number.
 
     Args:
-        path: the file; it is cut to its first ``size`` bytes, and to whole lines where it has no more than some of them.
+        path: the file; it is cut to its first ``size`` bytes, and to whole lines where it has no more than some of
+            them.
     """
 
     def __init__(self, path: Path, size: int = 0) -> None:
@@ -61,7 +62,10 @@ class Log:
         self.file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
         if path.stat().st_size < size:
             size = path.read_bytes().rfind(b"\n") + 1
-            print(f"{path} is shorter than when the checkpoint was written: it goes on after {size} bytes", file=sys.stderr)
+            print(
+                f"{path} is shorter than when the checkpoint was written: it goes on after {size} bytes",
+                file=sys.stderr,
+            )
         self.file.truncate(size)
 
     @staticmethod
@@ -77,7 +81,9 @@ class Log:
             except ValueError:
                 found = None
             if not isinstance(found, dict):
-                raise DamagedError(f"{path} must hold JSON objects, one a line; found another line {number}: move the file away")
+                raise DamagedError(
+                    f"{path} must hold JSON objects, one a line; found another line {number}: move the file away"
+                )
 
     def write(self, **values: Any) -> None:
         """Append one line, or nothing where the disk is full."""
@@ -102,7 +108,8 @@ class Log:
 
 @contextmanager
 def held(run: Path) -> Iterator[None]:
-    """Keep other processes out of the folder ``run``, which is made where it is missing; however this one ends, it is free then.
+    """Keep other processes out of the folder ``run``, which is made where it is missing; however this one ends, it is
+    free then.
 
     Raises:
         ValueError: another process holds it.
@@ -113,7 +120,9 @@ def held(run: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"output must be a folder that nobody is training in; found a process at work in {run}") from None
+            raise ValueError(
+                f"output must be a folder that nobody is training in; found a process at work in {run}"
+            ) from None
         yield
     finally:
         os.close(handle)
@@ -135,7 +144,9 @@ def remove_partial(run: Path) -> None:
 
 
 def save_checkpoint(run: Path, step: int, state: dict[str, dict[str, Tensor]], numbers: dict[str, Any]) -> Path:
-    """Write ``state`` (``Trainer.state()``) and ``numbers`` as the checkpoint of ``step``, and remove all but the last two."""
+    """Write ``state`` (``Trainer.state()``) and ``numbers`` as the checkpoint of ``step``, and remove all but the last
+    two.
+    """
     final = run / f"{PREFIX}{step:08d}"
     partial = final.with_name(final.name + PARTIAL)
     partial.mkdir()
@@ -205,7 +216,9 @@ def check_record(run: Path, record: dict[str, Any]) -> bool:
             raise ValueError(f"output must be a new folder or one that train.py wrote; found other files in {run}")
         return False
     kept = read_record(run)
-    then, now = ({**part["settings"], **{key: part[key] for key in part if key != "settings"}} for part in (kept, record))
+    then, now = (
+        {**part["settings"], **{key: part[key] for key in part if key != "settings"}} for part in (kept, record)
+    )
     differing = [name for name in {**then, **now} if name != "steps" and then.get(name) != now.get(name)]
     if differing:
         found = "; ".join(f"{name} was {then.get(name)!r}, found {now.get(name)!r}" for name in differing)
@@ -221,7 +234,8 @@ def start_run(run: Path, record: dict[str, Any], corpus: Corpus) -> None:
 
 
 def newest_whole(run: Path, load: Callable[[Path], Loaded], says: bool = True) -> tuple[Loaded, list[Path]]:
-    """Return what ``load`` makes of the newest checkpoint of ``run`` that is whole, and the damaged ones that are newer.
+    """Return what ``load`` makes of the newest checkpoint of ``run`` that is whole, and the damaged ones that are
+    newer.
 
     Args:
         load: gets a checkpoint's folder, and raises ValueError where it is damaged.
@@ -244,7 +258,8 @@ def newest_whole(run: Path, load: Callable[[Path], Loaded], says: bool = True) -
 
 
 def resume(run: Path, trainer: Trainer) -> int:
-    """Load the newest whole checkpoint, if there is any, into ``trainer``; returns the size of the log at that time, in bytes.
+    """Load the newest whole checkpoint, if there is any, into ``trainer``; returns the size of the log at that time, in
+    bytes.
 
     Damaged ones that are newer are renamed: the run will write others of those steps.
 

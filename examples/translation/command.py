@@ -72,7 +72,8 @@ def discard(stream: TextIO | None) -> None:
 
 
 def results() -> TextIO:
-    """Return standard output for what a program is run for: UTF-8 whatever the locale, and an OSError where it cannot be written.
+    """Return standard output for what a program is run for: UTF-8 whatever the locale, and an OSError where it cannot
+    be written.
 
     Raises:
         ValueError: it is closed.
@@ -149,6 +150,10 @@ def _leave(*_: Any) -> NoReturn:
     os._exit(INTERRUPTED)
 
 
-# While torch is being imported, which takes seconds: it and NumPy take a KeyboardInterrupt for a module that is missing, and go on.
-if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+# While torch is being imported, which takes seconds: it and NumPy take a KeyboardInterrupt for a module that is
+# missing, and go on.
+if (
+    Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent
+    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
     signal.signal(signal.SIGINT, _leave)

@@ -60,7 +60,8 @@ def run_comparison(
         backend: backend of the fused model.
         examples: held-out translations of the fused model to return.
         progress: show a progress bar on stderr.
-        limit_seconds: start no further step after so many seconds of training, however few were done; for a busy machine.
+        limit_seconds: start no further step after so many seconds of training, however few were done; for a busy
+            machine.
         vocab_size: subwords of both languages together, at most.
 
     Returns:
@@ -102,7 +103,10 @@ def run_comparison(
                 ran = dl.last_backend() if side == "fused" else ran
             advance(results["fused"][-1])
     losses = {side: [result.loss for result in results[side]] for side in SIDES}
-    speeds = {side: [result.tokens_per_second for result in results[side]][UNTIMED if steps > UNTIMED else 0 :] for side in SIDES}
+    speeds = {
+        side: [result.tokens_per_second for result in results[side]][UNTIMED if steps > UNTIMED else 0 :]
+        for side in SIDES
+    }
     difference = max(abs(a - b) / abs(a) for a, b in zip(losses["reference"], losses["fused"], strict=True))
     heldout = [collate(rows) for rows in group(encode_pairs(dataset.heldout, tokenizer), settings.token_budget)]
     heldout_loss = {side: trainers[side].evaluate(heldout) for side in SIDES}
@@ -141,11 +145,21 @@ def main(arguments: list[str] | None = None) -> int:
     """Read the command line, compare, and return the exit status: 1 where the losses disagree."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=SETTINGS.steps, help="default: %(default)s")
-    parser.add_argument("--data", default="auto", choices=DATASETS, help="auto is django, builtin without a network; default: %(default)s")
-    parser.add_argument("--source", type=Path, help="text file, one sentence a line, to train on instead; needs --target")
+    parser.add_argument(
+        "--data",
+        default="auto",
+        choices=DATASETS,
+        help="auto is django, builtin without a network; default: %(default)s",
+    )
+    parser.add_argument(
+        "--source", type=Path, help="text file, one sentence a line, to train on instead; needs --target"
+    )
     parser.add_argument("--target", type=Path, help="its translation, line by line")
     parser.add_argument(
-        "--backend", default="auto", choices=("auto", "cpp", "cuda", "triton"), help="of the fused model; default: %(default)s"
+        "--backend",
+        default="auto",
+        choices=("auto", "cpp", "cuda", "triton"),
+        help="of the fused model; default: %(default)s",
     )
     options = parser.parse_args(arguments)
     if options.backend != "auto" and not (status := dl.backends()[options.backend]).available:

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def progress_bar(name: str, steps: int, enabled: bool = True, done: int = 0) -> Iterator[Callable[[StepResult], None]]:
-    """Show a bar of ``steps`` steps, ``done`` of them done, on stderr if that is a terminal; yields what takes the result of each."""
+    """Show a bar of ``steps`` steps, ``done`` of them done, on stderr if that is a terminal; yields what takes the
+    result of each.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

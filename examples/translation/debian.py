@@ -1,7 +1,8 @@
-"""Parallel text from Debian: English documentation and package descriptions with their German, French or Czech translations.
+"""Parallel text from Debian: English documentation and package descriptions with their German, French or Czech
+    translations.
 
-The texts are under copyleft licences: they are fetched from the mirror that apt is set up for, and not kept in this repository.
-"""
+The texts are under copyleft licences: they are fetched from the mirror that apt is set up for, and not kept in this
+repository."""
 
 from __future__ import annotations
 

@@ -49,6 +49,8 @@ def translate_all(
     translations = [""] * len(lines)
     for first in range(0, len(order), batch_size):
         chosen = order[first : first + batch_size]
-        for index, text in zip(chosen, translate(model, tokenizer, [lines[i] for i in chosen], max_length, beam_size), strict=True):
+        for index, text in zip(
+            chosen, translate(model, tokenizer, [lines[i] for i in chosen], max_length, beam_size), strict=True
+        ):
             translations[index] = text
     return translations

@@ -72,7 +72,9 @@ def processes(kind: str, device: str) -> Iterator[tuple[Processes, str]]:
 
 
 def divide(model: nn.Module, group: Processes, device: str | torch.device) -> nn.Module:
-    """Return what to call in place of ``model``: itself, or its replica; with "fsdp2" the parameters become shards in place."""
+    """Return what to call in place of ``model``: itself, or its replica; with "fsdp2" the parameters become shards in
+    place.
+    """
     if group.kind == "ddp":
         return DistributedDataParallel(model, broadcast_buffers=False)
     if group.kind == "fsdp2":
@@ -93,7 +95,9 @@ def synchronise_gradients(model: nn.Module, enabled: bool) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Have the model's parameters be shards again, which after a forward pass without a backward pass the outermost ones are not."""
+    """Have the model's parameters be shards again, which after a forward pass without a backward pass the outermost
+    ones are not.
+    """
     if isinstance(model, FSDPModule):
         model.reshard()
 

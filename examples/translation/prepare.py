@@ -47,11 +47,16 @@ def prepare(
         name, texts = " + ".join(path.name for path in files["train"]), read_split_files(files, seed)
     elif data == "debian":
         with tempfile.TemporaryDirectory() as scratch:
-            name, texts = f"catalogs of Debian, en-{language}", read_split_files(debian.build(language, Path(scratch)), seed)
+            name, texts = (
+                f"catalogs of Debian, en-{language}",
+                read_split_files(debian.build(language, Path(scratch)), seed),
+            )
     else:
         name, pairs = read_named(data, language)
         texts = split(pairs, seed)
-    tokenizer = train_tokenizer((text for pair in map(hide_pair, texts["train"]) for text in pair), vocab_size or VOCABULARY)
+    tokenizer = train_tokenizer(
+        (text for pair in map(hide_pair, texts["train"]) for text in pair), vocab_size or VOCABULARY
+    )
     if vocab_size is not None and len(tokenizer) != vocab_size:
         raise ValueError(f"vocab_size must be at most {len(tokenizer)} for this text; found {vocab_size}")
     meta = {"dataset": name, "source_language": "en", "target_language": language, "seed": seed}
@@ -63,7 +68,10 @@ def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path, help="folder to write")
     parser.add_argument(
-        "--data", default="auto", choices=(*DATASETS, "debian"), help="auto is django, and builtin without a network; default: %(default)s"
+        "--data",
+        default="auto",
+        choices=(*DATASETS, "debian"),
+        help="auto is django, and builtin without a network; default: %(default)s",
     )
     parser.add_argument("--language", default="de", help="of the translations: de, fr, cs, ...; default: %(default)s")
     for name in SPLITS:
@@ -72,7 +80,9 @@ def command_line() -> argparse.ArgumentParser:
         parser.add_argument(f"--{prefix}source", type=Path, help=f"text file, one sentence a line, to {use}")
         parser.add_argument(f"--{prefix}target", type=Path, help="its translation, line by line")
     parser.add_argument(
-        "--vocab-size", type=int, help=f"subwords of both languages together; default: {VOCABULARY}, or as many as there are"
+        "--vocab-size",
+        type=int,
+        help=f"subwords of both languages together; default: {VOCABULARY}, or as many as there are",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the split; default: %(default)s")
     return parser
@@ -89,7 +99,9 @@ def given_files(options: argparse.Namespace) -> dict[str, tuple[Path, Path]]:
         prefix = "" if name == "train" else f"{name}_"
         source, target = getattr(options, prefix + "source"), getattr(options, prefix + "target")
         if (source is None) != (target is None):
-            raise ValueError(f"{prefix}source and {prefix}target must be given together; found source={source}, target={target}")
+            raise ValueError(
+                f"{prefix}source and {prefix}target must be given together; found source={source}, target={target}"
+            )
         if source is not None:
             files[name] = (source, target)
     if files and "train" not in files:
@@ -101,7 +113,9 @@ def given_files(options: argparse.Namespace) -> dict[str, tuple[Path, Path]]:
 def main(arguments: list[str] | None = None) -> int:
     """Read the command line, write the folder, and return the exit status."""
     options = command_line().parse_args(arguments)
-    meta = prepare(options.folder, options.data, options.language, given_files(options), options.vocab_size, options.seed)
+    meta = prepare(
+        options.folder, options.data, options.language, given_files(options), options.vocab_size, options.seed
+    )
     sizes = ", ".join(f"{count} {name}" for name, count in meta["pairs"].items())
     print(f"{meta['dataset']}: {sizes} pairs, {meta['vocabulary']} subwords, in {options.folder}")
     return 0

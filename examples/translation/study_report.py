@@ -1,7 +1,7 @@
 """What a study found, as a page: every number and every sentence that holds one comes from its JSON.
 
-python examples/translation/study_report.py study --docs docs      writes study.md, study.json, study_gradients.png and study_learning.png
-"""
+python examples/translation/study_report.py study --docs docs      writes study.md, study.json, study_gradients.png and
+study_learning.png"""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         page = markdown(study)
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
-        raise DamagedError(f"{source} must be what study.py wrote; found other values: {type(error).__name__}: {error}") from None
+        raise DamagedError(
+            f"{source} must be what study.py wrote; found other values: {type(error).__name__}: {error}"
+        ) from None
     options.docs.mkdir(parents=True, exist_ok=True)
     if not (options.docs / "study.json").exists() or not source.samefile(options.docs / "study.json"):
         shutil.copyfile(source, options.docs / "study.json")

@@ -17,7 +17,18 @@ import command
 import torch
 from architectures import ARCHITECTURES
 from batches import BatchOrder, group, share
-from checkpoint import LOG, Log, check_record, checkpoints, held, load_model, remove_partial, resume, save_checkpoint, start_run
+from checkpoint import (
+    LOG,
+    Log,
+    check_record,
+    checkpoints,
+    held,
+    load_model,
+    remove_partial,
+    resume,
+    save_checkpoint,
+    start_run,
+)
 from console import print_examples, progress_bar
 from corpus.prepared import Corpus, load_corpus
 from inference import translate_all
@@ -34,15 +45,21 @@ def log_step(log: Log, step: int, result: StepResult) -> None:
     log.write(step=step, **what, learning_rate=result.learning_rate, tokens_per_second=result.tokens_per_second)
 
 
-def train_steps(trainer: Trainer, corpus: Corpus, run: Path, log_size: int, evaluate_every: int, checkpoint_every: int) -> None:
+def train_steps(
+    trainer: Trainer, corpus: Corpus, run: Path, log_size: int, evaluate_every: int, checkpoint_every: int
+) -> None:
     """Take ``trainer`` from where it is to ``settings.steps``; process 0 writes log and checkpoints below ``run``.
 
     Raises:
-        DivergedError: a number that training goes by is not finite, on no process or on all of them; nothing is saved after that.
+        DivergedError: a number that training goes by is not finite, on no process or on all of them; nothing is saved
+            after that.
     """
     settings, first = trainer.settings, trainer.group.rank == 0
     order = BatchOrder(corpus.examples["train"], settings.token_budget, settings.seed)
-    dev = [share(rows, trainer.group.rank, trainer.group.size) for rows in group(corpus.examples["dev"], settings.token_budget)]
+    dev = [
+        share(rows, trainer.group.rank, trainer.group.size)
+        for rows in group(corpus.examples["dev"], settings.token_budget)
+    ]
     log = Log(run / LOG, log_size) if first else None
     with progress_bar("training", settings.steps, first, trainer.steps) as advance:
         while trainer.steps < settings.steps:
@@ -73,7 +90,9 @@ def train_steps(trainer: Trainer, corpus: Corpus, run: Path, log_size: int, eval
 
 
 def score_test_set(corpus: Corpus, run: Path, beam_size: int, device: str) -> list[Score]:
-    """Translate the test set with the last checkpoint of ``run``; log, print and return its BLEU and chrF, beside those of the sources."""
+    """Translate the test set with the last checkpoint of ``run``; log, print and return its BLEU and chrF, beside those
+    of the sources.
+    """
     model, tokenizer = load_model(run, device)
     sources, references = zip(*corpus.texts["test"], strict=True)
     translations = translate_all(model, tokenizer, sources, beam_size=beam_size)
@@ -84,7 +103,9 @@ def score_test_set(corpus: Corpus, run: Path, beam_size: int, device: str) -> li
     log.close()
     print_examples(list(zip(sources, references, translations, strict=True))[:5])
     for score, copy in zip(scores, copied, strict=True):
-        print(f"test {score.name} {score.value:.2f}, of the source copied {copy.value:.2f}; beam {beam_size}, {score.signature}")
+        print(
+            f"test {score.name} {score.value:.2f}, of the source copied {copy.value:.2f}; beam {beam_size}, {score.signature}"
+        )
     return scores
 
 
@@ -100,7 +121,8 @@ def run_training(
     beam_size: int = 4,
     skip_nonfinite: int = 0,
 ) -> list[Score]:
-    """Train in ``run``, a new folder or one to go on in, and return the scores of the test set; without any on processes but the first.
+    """Train in ``run``, a new folder or one to go on in, and return the scores of the test set; without any on
+    processes but the first.
 
     Args:
         corpus: what ``load_corpus`` returned.
@@ -112,16 +134,27 @@ def run_training(
         skip_nonfinite: see ``Trainer``; a run that is gone on with may have another one.
 
     Raises:
-        DivergedError: a loss or gradient is not finite, and may not be skipped; the message names the step and the last good checkpoint.
+        DivergedError: a loss or gradient is not finite, and may not be skipped; the message names the step and the last
+            good checkpoint.
         ValueError: ``run`` was started with other settings, or holds something else, or another process trains in it.
     """
-    for name, number in (("evaluate_every", evaluate_every), ("checkpoint_every", checkpoint_every), ("beam_size", beam_size)):
+    for name, number in (
+        ("evaluate_every", evaluate_every),
+        ("checkpoint_every", checkpoint_every),
+        ("beam_size", beam_size),
+    ):
         if number < 1:
             raise ValueError(f"{name} must be at least 1; found {number}")
     if skip_nonfinite < 0:
         raise ValueError(f"skip_nonfinite must be 0 or more; found {skip_nonfinite}")
     group, device = group or Processes(), device or settings.device
-    record = {"settings": asdict(settings), "backend": backend, "parallel": group.kind, "processes": group.size, "data": corpus.digest}
+    record = {
+        "settings": asdict(settings),
+        "backend": backend,
+        "parallel": group.kind,
+        "processes": group.size,
+        "data": corpus.digest,
+    }
     started = check_record(run, record)
     model = build_model(settings, len(corpus.tokenizer), backend)
     torch.manual_seed(settings.seed + group.rank)  # dropout: not the same on each process
@@ -153,12 +186,18 @@ def command_line() -> argparse.ArgumentParser:
     """Return the parser: one option for each of ``Settings``, and those of the run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("data", type=Path, help="folder that prepare.py wrote")
-    parser.add_argument("--output", type=Path, required=True, metavar="RUN", help="folder of the run: log and checkpoints")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="RUN", help="folder of the run: log and checkpoints"
+    )
     choices = {"architecture": ARCHITECTURES, "dtype": tuple(DTYPES), "init": ("lipschitz", "glorot")}
     for field in fields(Settings):
         option = "--" + field.name.replace("_", "-")
         parser.add_argument(
-            option, type=type(field.default), default=field.default, choices=choices.get(field.name), help="default: %(default)s"
+            option,
+            type=type(field.default),
+            default=field.default,
+            choices=choices.get(field.name),
+            help="default: %(default)s",
         )
     parser.add_argument(
         "--backend",
@@ -166,10 +205,19 @@ def command_line() -> argparse.ArgumentParser:
         choices=("auto", "reference", "cpp", "cuda", "triton"),
         help="of the depth-wise LSTM; reference is plain PyTorch; default: %(default)s",
     )
-    parser.add_argument("--parallel", default="none", choices=KINDS, help="how torchrun's processes share the work; default: %(default)s")
-    parser.add_argument("--evaluate-every", type=int, default=100, metavar="STEPS", help="dev cross entropy; default: %(default)s")
+    parser.add_argument(
+        "--parallel",
+        default="none",
+        choices=KINDS,
+        help="how torchrun's processes share the work; default: %(default)s",
+    )
+    parser.add_argument(
+        "--evaluate-every", type=int, default=100, metavar="STEPS", help="dev cross entropy; default: %(default)s"
+    )
     parser.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS", help="default: %(default)s")
-    parser.add_argument("--beam-size", type=int, default=4, help="of the test set's translation at the end; default: %(default)s")
+    parser.add_argument(
+        "--beam-size", type=int, default=4, help="of the test set's translation at the end; default: %(default)s"
+    )
     parser.add_argument(
         "--skip-nonfinite",
         type=int,

@@ -1,4 +1,6 @@
-"""The settings of a run, one training step and evaluation: teacher forcing, label smoothing, clipped gradients, AdamW after a warm-up."""
+"""The settings of a run, one training step and evaluation: teacher forcing, label smoothing, clipped gradients, AdamW
+after a warm-up.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,9 @@ DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 class Settings:
     """What a run is made of; the defaults are for a corpus of some hundred short pairs and two CPU cores.
 
-    ``token_budget`` counts ids of source and target, padding included, of one batch; a step takes ``accumulate`` batches. ``learning_rate``
-    is the highest, reached after ``warmup_steps``. ``dtype`` is "fp32", or "bf16" for autocast.
+    ``token_budget`` counts ids of source and target, padding included, of one batch; a step takes ``accumulate``
+    batches. ``learning_rate`` is the highest, reached after ``warmup_steps``. ``dtype`` is "fp32", or "bf16" for
+    autocast.
 
     Raises:
         ValueError: a number or name is not what is wanted.
@@ -99,12 +102,16 @@ def usable_device(device: str) -> str:
     try:
         torch.empty(1, device=device).item()  # the meta device, among others, has no numbers
     except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"device must be one that torch can use here; found {device!r}: {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"device must be one that torch can use here; found {device!r}: {str(error).splitlines()[0]}"
+        ) from None
     return device
 
 
 def build_model(settings: Settings, vocab_size: int, backend: str | None = None) -> nn.Module:
-    """Return a new model whose weights depend on ``settings.seed`` alone; ``backend="reference"`` gives one of plain PyTorch."""
+    """Return a new model whose weights depend on ``settings.seed`` alone; ``backend="reference"`` gives one of plain
+    PyTorch.
+    """
     torch.manual_seed(settings.seed)
     return build_architecture(settings.architecture, settings.model_arguments(vocab_size), backend)
 
@@ -120,7 +127,8 @@ class DivergedError(ValueError):
 
 
 class StepResult(NamedTuple):
-    """Mean loss of a step, in nats a target token, its speed in source and target tokens a second, and its learning rate.
+    """Mean loss of a step, in nats a target token, its speed in source and target tokens a second, and its learning
+    rate.
 
     ``skipped`` says why the weights were left as they were, and is empty where they were not.
     """
@@ -137,15 +145,17 @@ def not_finite(loss: float) -> str:
 
 
 class Trainer:
-    """A model with its optimizer and schedule; ``steps`` says how many it has taken, ``skipped`` how many of the last it skipped.
+    """A model with its optimizer and schedule; ``steps`` says how many it has taken, ``skipped`` how many of the last
+    it skipped.
 
     Args:
-        model: a ``DepthLSTMTransformer``, fused or reference, or a ``ResidualTransformer``; with ``group.kind`` "fsdp2" its parameters
-            become shards in place.
+        model: a ``DepthLSTMTransformer``, fused or reference, or a ``ResidualTransformer``; with ``group.kind`` "fsdp2"
+            its parameters become shards in place.
         settings: see ``Settings``.
         backend: what the fused model runs on; None leaves it alone, and so does "reference".
         group: the processes that share the work. All of them call each method, with their own part of the batches.
-        skip_nonfinite: steps in a row that may have a loss or gradient that is not finite; they leave the weights as they are.
+        skip_nonfinite: steps in a row that may have a loss or gradient that is not finite; they leave the weights as
+            they are.
     """
 
     def __init__(
@@ -166,7 +176,9 @@ class Trainer:
         self.steps = self.skipped = 0
 
     def loss_sum(self, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
-        """Return the cross entropy of the target tokens, each predicted from those before it, summed; padding does not count."""
+        """Return the cross entropy of the target tokens, each predicted from those before it, summed; padding does not
+        count.
+        """
         device = torch.device(self.settings.device)
         source, target, dtype = batch.source.to(device), batch.target.to(device), DTYPES[self.settings.dtype]
         with ExitStack() as contexts:
@@ -176,17 +188,20 @@ class Trainer:
                 contexts.enter_context(torch.autocast(device.type, dtype))
             logits = self.called(source, target[:, :-1])
         labels = target[:, 1:].flatten()
-        return F.cross_entropy(logits.flatten(0, 1).float(), labels, ignore_index=PAD, label_smoothing=label_smoothing, reduction="sum")
+        return F.cross_entropy(
+            logits.flatten(0, 1).float(), labels, ignore_index=PAD, label_smoothing=label_smoothing, reduction="sum"
+        )
 
     def step(self, *batches: Batch, predicted: int | None = None) -> StepResult:
         """Train once on ``batches``, which count as one.
 
         Args:
-            predicted: the target tokens of all processes' batches, which the loss is a mean over; None counts those of ``batches``.
+            predicted: the target tokens of all processes' batches, which the loss is a mean over; None counts those of
+                ``batches``.
 
         Raises:
-            DivergedError: the loss or the gradient is not finite, in any process, and this step may not be skipped: none has changed
-                a weight.
+            DivergedError: the loss or the gradient is not finite, in any process, and this step may not be skipped:
+                none has changed a weight.
         """
         self.model.train()
         start = time.perf_counter()
@@ -199,10 +214,13 @@ class Trainer:
         for number, batch in enumerate(batches):
             synchronise_gradients(self.called, number == len(batches) - 1)
             loss = self.loss_sum(batch, self.settings.label_smoothing) / predicted
-            (loss * self.group.size).backward()  # DDP and FSDP2 divide the sum of all processes' gradients by their number
+            (
+                loss * self.group.size
+            ).backward()  # DDP and FSDP2 divide the sum of all processes' gradients by their number
             losses.append(loss.detach())
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
-        # the one time that a step waits for the device; a shard's norm is that of its own part, so that they are added up here
+        # the one time that a step waits for the device; a shard's norm is that of its own part, so that they are added
+        # up here
         *values, own = torch.stack([*losses, own_part(norm)]).tolist()
         own_tokens = sum(batch.tokens for batch in batches)
         value, tokens, squares = self.group.total(sum(values), own_tokens, own * own, device=self.settings.device)
@@ -237,7 +255,8 @@ class Trainer:
         return loss / tokens
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Return copies of the "model"'s and the "optimizer"'s tensors, whole and on the CPU, and of all processes' "generators".
+        """Return copies of the "model"'s and the "optimizer"'s tensors, whole and on the CPU, and of all processes'
+        "generators".
 
         Raises:
             DivergedError: a number of them is not finite.
@@ -272,7 +291,11 @@ class Trainer:
         """
         parameters = dict(self.model.named_parameters())
         check_tensors("optimizer", state["optimizer"], optimizer_shapes(parameters, bool(state["optimizer"])))
-        check_tensors("generators", state["generators"], {name: (self.group.size, *own.shape) for name, own in self._generators().items()})
+        check_tensors(
+            "generators",
+            state["generators"],
+            {name: (self.group.size, *own.shape) for name, own in self._generators().items()},
+        )
         load_parameters(self.model, state["model"])
         for key, value in state["optimizer"].items():
             kind, name = key.split("/", 1)
@@ -292,7 +315,11 @@ def optimizer_shapes(parameters: dict[str, nn.Parameter], stepped: bool) -> dict
     """Return the shapes of AdamW's tensors by their names in ``Trainer.state()``; before the first step it has none."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, parameter in parameters.items() if stepped else ():
-        shapes |= {f"step/{name}": (), f"exp_avg/{name}": tuple(parameter.shape), f"exp_avg_sq/{name}": tuple(parameter.shape)}
+        shapes |= {
+            f"step/{name}": (),
+            f"exp_avg/{name}": tuple(parameter.shape),
+            f"exp_avg_sq/{name}": tuple(parameter.shape),
+        }
     return shapes
 
 
@@ -303,7 +330,9 @@ def check_tensors(what: str, tensors: dict[str, Tensor], shapes: dict[str, tuple
         ValueError: they have not.
     """
     if tensors.keys() != shapes.keys():
-        raise ValueError(f"tensors must be the {what}'s; they differ in {', '.join(sorted(tensors.keys() ^ shapes.keys()))}")
+        raise ValueError(
+            f"tensors must be the {what}'s; they differ in {', '.join(sorted(tensors.keys() ^ shapes.keys()))}"
+        )
     for name, shape in shapes.items():
         if tuple(tensors[name].shape) != shape:
             raise ValueError(f"{name} of the {what} must have the shape {shape}; found {tuple(tensors[name].shape)}")

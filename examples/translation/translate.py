@@ -24,7 +24,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", type=Path, help="folder that train.py --output wrote")
     parser.add_argument("--beam-size", type=int, default=4, help="1 is greedy (default: %(default)s)")
-    parser.add_argument("--max-length", type=int, default=128, help="tokens of a translation at most (default: %(default)s)")
+    parser.add_argument(
+        "--max-length", type=int, default=128, help="tokens of a translation at most (default: %(default)s)"
+    )
     parser.add_argument("--batch-size", type=int, default=32, help="lines translated at once (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
     options = parser.parse_args(arguments)
@@ -34,7 +36,12 @@ def main(arguments: list[str] | None = None) -> int:
     model, tokenizer = load_model(options.run, options.device)
     try:
         while lines := list(islice(source, options.batch_size)):
-            print(*translate(model, tokenizer, lines, options.max_length, options.beam_size), sep="\n", file=output, flush=True)
+            print(
+                *translate(model, tokenizer, lines, options.max_length, options.beam_size),
+                sep="\n",
+                file=output,
+                flush=True,
+            )
     except BrokenPipeError:  # whoever read the translations has had enough
         command.discard(output)
         return BROKEN_PIPE

@@ -1,8 +1,10 @@
 """The formulas of csrc/common/activations.h for Triton: sigmoid, the activations with their slopes, dropout's mask.
 
-Everything is fp32. ``FAST`` is for 16-bit z, c and affine: errors of about 5e-5, a tenth of an fp16 rounding; the polynomials are those of
-activations.h. Exponentials are powers of two and reciprocals are squared reciprocal roots, because those compile to one instruction each
-(sigmoid: 5 instructions an element on sm_90, where 1 / (1 + exp(-x)) takes 12 and erf takes 29) and because the interpreter knows them.
+Everything is fp32. ``FAST`` is for 16-bit z, c and affine: errors of about 5e-5, a tenth of an fp16 rounding; the
+polynomials are those of activations.h. Exponentials are powers of two and reciprocals are squared reciprocal roots,
+because those compile to one instruction each
+(sigmoid: 5 instructions an element on sm_90, where 1 / (1 + exp(-x)) takes 12 and erf takes 29) and because the
+    interpreter knows them.
 """
 
 from __future__ import annotations
@@ -108,11 +110,12 @@ def activate_with_slope(a, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def dropout_factors(seed, row, first, threshold, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """``scale`` where dropout keeps an element and 0 elsewhere, for rows ``row`` (ROWS, 1) and BLOCK features from ``first`` on.
+    """``scale`` where dropout keeps an element and 0 elsewhere, for rows ``row`` (ROWS, 1) and BLOCK features from
+    ``first`` on.
 
-    Philox4x32-10 (Salmon et al., SC 2011) with the counter and key of dropout_mask in depthlstm_fast/reference/depth_lstm.py. One block
-    of four words serves four features, so a quarter of the tile is drawn and its words are interleaved.
-    """
+    Philox4x32-10 (Salmon et al., SC 2011) with the counter and key of dropout_mask in
+    depthlstm_fast/reference/depth_lstm.py. One block of four words serves four features, so a quarter of the tile is
+    drawn and its words are interleaved."""
     block = (first // 4 + tl.arange(0, BLOCK // 4))[None, :]
     row_low = (row & 0xFFFFFFFF).to(tl.uint32)
     row_high = (row >> 32).to(tl.uint32)

@@ -4,9 +4,11 @@ Known to work, and needed, with Triton 3.6 to 3.9 (tests/test_triton_interpreter
     fp32 -> bf16    truncates there; hardware rounds to nearest, ties to even.
     bf16 -> fp32    makes subnormal numbers zero there; hardware keeps them.
     loop bounds     numpy 2.4 refuses to make a Python int of the one-element arrays that Triton 3.6 keeps scalars in.
-    reductions      of tuples go element by element in Python (9 s for 17 rows of 300); here by halves of whole arrays, as hardware does.
+    reductions      of tuples go element by element in Python (9 s for 17 rows of 300); here by halves of whole arrays,
+                    as hardware does.
     language        is replaced anew at every call of a device function, which is half of the time; here once a launch.
-What stays different: scalars and loop variables are Python ints, which never overflow; programs run one after the other, so no race
+What stays different: scalars and loop variables are Python ints, which never overflow; programs run one after the
+    other, so no race
 and no missing barrier can show; arithmetic in bf16 is wrong, so the kernels convert to fp32 right after loading.
 """
 
@@ -39,7 +41,10 @@ def reduce_by_halves(self: Any, values: tuple[Any, ...]) -> list[Any]:
     arrays = [value.handle.data for value in values]
     while arrays[0].shape[self.axis] > 1:
         halves = [np.split(array, 2, axis=self.axis) for array in arrays]
-        low, high = ([self.to_tensor(pair[side], value.dtype) for pair, value in zip(halves, values, strict=True)] for side in (0, 1))
+        low, high = (
+            [self.to_tensor(pair[side], value.dtype) for pair, value in zip(halves, values, strict=True)]
+            for side in (0, 1)
+        )
         arrays = [value.handle.data for value in self.combine_fn.fn(*low, *high)]
     if not self.keep_dims:
         arrays = [array.squeeze(self.axis) for array in arrays]
@@ -51,7 +56,9 @@ _lock = threading.RLock()
 
 @contextlib.contextmanager
 def patched() -> Iterator[None]:
-    """Interpret one launch inside the ``with`` block as the file's header says; one thread at a time: the interpreter works by globals."""
+    """Interpret one launch inside the ``with`` block as the file's header says; one thread at a time: the interpreter
+    works by globals.
+    """
     from triton.runtime import interpreter as module
 
     _lock.acquire()

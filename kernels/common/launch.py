@@ -1,9 +1,10 @@
-"""Compiling and launching the Triton kernels: one compilation for each (kernel, D, dtypes, flags), found again by a dictionary lookup.
+"""Compiling and launching the Triton kernels: one compilation for each (kernel, D, dtypes, flags), found again by a
+dictionary lookup.
 
-triton.jit would specialise on the alignment of every single argument and spends more time on a call; here the caller says whether
-everything is aligned, N and the strides are never specialised on, and the compile gate (tools/check_kernels.py) compiles by the same
-function what the launcher runs. With TRITON_INTERPRET=1 the kernels run on the CPU, slowly, for tests.
-"""
+triton.jit would specialise on the alignment of every single argument and spends more time on a call; here the caller
+says whether everything is aligned, N and the strides are never specialised on, and the compile gate
+(tools/check_kernels.py) compiles by the same function what the launcher runs. With TRITON_INTERPRET=1 the kernels run
+on the CPU, slowly, for tests."""
 
 from __future__ import annotations
 
@@ -88,7 +89,9 @@ def as_rows(tensor: Tensor | None) -> tuple[Tensor | None, int]:
 
 
 def is_aligned(tensors: Sequence[Tensor | None], strides: Sequence[int]) -> bool:
-    """Whether each tensor and each of its rows starts at a multiple of ALIGNMENT bytes; ``strides`` of rows in elements."""
+    """Whether each tensor and each of its rows starts at a multiple of ALIGNMENT bytes; ``strides`` of rows in
+    elements.
+    """
     for tensor, stride in zip(tensors, strides, strict=True):
         if tensor is not None and (tensor.data_ptr() % ALIGNMENT or stride * tensor.itemsize % ALIGNMENT):
             return False
@@ -96,17 +99,23 @@ def is_aligned(tensors: Sequence[Tensor | None], strides: Sequence[int]) -> bool
 
 
 def compile_kernel(
-    kernel: Any, types: Sequence[str | None], constants: dict[str, Constant], warps: int, aligned: bool, target: Any = None
+    kernel: Any,
+    types: Sequence[str | None],
+    constants: dict[str, Constant],
+    warps: int,
+    aligned: bool,
+    target: Any = None,
 ) -> Any:
     """Compile ``kernel`` for run-time arguments of ``types`` (None: absent), for ``target`` or else the current GPU.
 
-    ``aligned`` promises what :func:`is_aligned` checks of all pointers, and of an argument called x_stride for the rows of x.
-    """
+    ``aligned`` promises what :func:`is_aligned` checks of all pointers, and of an argument called x_stride for the rows
+    of x."""
     names = kernel.arg_names
     by_name = dict(zip(names, types, strict=False))
     signature = {name: by_name.get(name) or "constexpr" for name in names}
-    # Beside fp32 rows a 16-bit row is promised no more than the vector that a store of fp32 has, 4 elements: with two layouts Triton 3.6
-    # computed a row's statistics twice, once for each (bf16 z and fp32 c, backward, sm_90: 2451 instructions, with one layout 1752).
+    # Beside fp32 rows a 16-bit row is promised no more than the vector that a store of fp32 has, 4 elements: with two
+    # layouts Triton 3.6 computed a row's statistics twice, once for each (bf16 z and fp32 c, backward, sm_90: 2451
+    # instructions, with one layout 1752).
     vector = ALIGNMENT // (4 if "*fp32" in (by_name.get("z"), by_name.get("c")) else 2)
     values: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
@@ -126,17 +135,30 @@ def compile_kernel(
 
 
 def key_of(arguments: Sequence[Argument], constants: dict[str, Constant], aligned: bool) -> tuple[object, ...]:
-    """What decides about a kernel's machine code beside its plan: which tensors are there, of which dtypes, and the constants."""
-    return *[argument.dtype if isinstance(argument, Tensor) else argument is None for argument in arguments], *constants.values(), aligned
+    """What decides about a kernel's machine code beside its plan: which tensors are there, of which dtypes, and the
+    constants.
+    """
+    return (
+        *[argument.dtype if isinstance(argument, Tensor) else argument is None for argument in arguments],
+        *constants.values(),
+        aligned,
+    )
 
 
 _compiled: dict[tuple, Any] = {}
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], arguments: Sequence[Argument], constants: dict[str, Constant], plan: Launch, aligned: bool
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: Sequence[Argument],
+    constants: dict[str, Constant],
+    plan: Launch,
+    aligned: bool,
 ) -> None:
-    """Run ``kernel`` on the current stream of the current device; its parameters are ``arguments``, then ``constants`` and the plan's."""
+    """Run ``kernel`` on the current stream of the current device; its parameters are ``arguments``, then ``constants``
+    and the plan's.
+    """
     if INTERPRETED:
         with interpreter.patched():
             kernel[grid](*arguments, **constants, **plan.constants)

@@ -92,7 +92,17 @@ def load_gates(at, inside, FEATURES: tl.constexpr, GATES: tl.constexpr, MASKED: 
 
 @triton.jit
 def load_z(
-    z, z_bias, z_stride, row, column, inside, rows, FEATURES: tl.constexpr, GATES: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr
+    z,
+    z_bias,
+    z_stride,
+    row,
+    column,
+    inside,
+    rows,
+    FEATURES: tl.constexpr,
+    GATES: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """z + z_bias; ``rows`` is never 0."""
     tiles = load_gates(z + row * z_stride + column, inside, FEATURES, GATES, MASKED)
@@ -136,9 +146,8 @@ def centre(z, mean, inside, GATES: tl.constexpr, MASKED: tl.constexpr):
 def scale_and_shift(rest, eps, GATES: tl.constexpr):
     """(r, shift) with n = (z - mean) r + shift, from the means of z - mean and of its square.
 
-    The shift takes out the rounding error of the mean: on a nearly constant row it is most of what is left of z - mean, and
-    r = 1 / sqrt(eps) would blow it up.
-    """
+    The shift takes out the rounding error of the mean: on a nearly constant row it is most of what is left of z - mean,
+    and r = 1 / sqrt(eps) would blow it up."""
     r, shift = (), ()
     for k in tl.static_range(GATES):
         variance = rest[GATES + k] - rest[k] * rest[k]
@@ -149,17 +158,23 @@ def scale_and_shift(rest, eps, GATES: tl.constexpr):
 
 
 @triton.jit
-def row_statistics(z, inside, eps, FEATURES: tl.constexpr, NORM: tl.constexpr, GATES: tl.constexpr, MASKED: tl.constexpr):
+def row_statistics(
+    z, inside, eps, FEATURES: tl.constexpr, NORM: tl.constexpr, GATES: tl.constexpr, MASKED: tl.constexpr
+):
     """(mean, r, shift) of the gates, (ROWS, 1) each."""
     mean = row_means(z, 1, FEATURES, NORM, GATES)
     centred = centre(z, mean, inside, GATES, MASKED)
-    r, shift = scale_and_shift(row_means(centred + products(centred, centred, GATES), 2, FEATURES, NORM, GATES), eps, GATES)
+    r, shift = scale_and_shift(
+        row_means(centred + products(centred, centred, GATES), 2, FEATURES, NORM, GATES), eps, GATES
+    )
     return mean, r, shift
 
 
 @triton.jit
 def normalise(z, mean, r, shift, inside, GATES: tl.constexpr, MASKED: tl.constexpr):
-    """n of each gate; where MASKED 0 outside: what a column that is not there has beside its 0 gradient may not be NaN in a row's sums."""
+    """n of each gate; where MASKED 0 outside: what a column that is not there has beside its 0 gradient may not be NaN
+    in a row's sums.
+    """
     n = ()
     for k in tl.static_range(GATES):
         tile = (z[k] - mean[k]) * r[k] + shift[k]
@@ -178,13 +193,14 @@ def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_affine(weight, bias, column, rows, FEATURES: tl.constexpr, GATES: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+def load_affine(
+    weight, bias, column, rows, FEATURES: tl.constexpr, GATES: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr
+):
     """The tiles (1, BLOCK) of weight and of bias.
 
-    ``rows`` is never 0. A load in a branch is not pipelined: in a loop with stages Triton would copy the affine with every row into shared
-    memory, past the L1 cache, which is 32D bytes a row from L2 where everything else is 24D from memory (cp.async.cg, seen in the
-    machine code for sm_90).
-    """
+    ``rows`` is never 0. A load in a branch is not pipelined: in a loop with stages Triton would copy the affine with
+    every row into shared memory, past the L1 cache, which is 32D bytes a row from L2 where everything else is 24D from
+    memory (cp.async.cg, seen in the machine code for sm_90)."""
     weights, biases = zeros(GATES, 1, BLOCK), zeros(GATES, 1, BLOCK)
     if rows > 0:
         weights = load_gates(weight + column, column < FEATURES, FEATURES, GATES, MASKED)

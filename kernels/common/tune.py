@@ -1,8 +1,8 @@
 """Launch plans found by timing instead of by rule: opt-in, DEPTHLSTM_AUTOTUNE=1.
 
-The first call for a (kernel, GPU, Triton, D, dtypes, flags) times every candidate on its own tensors, whatever their number of rows, and
-the fastest is kept, in this process and in Triton's cache folder for those that follow. Never while a CUDA graph is captured.
-"""
+The first call for a (kernel, GPU, Triton, D, dtypes, flags) times every candidate on its own tensors, whatever their
+number of rows, and the fastest is kept, in this process and in Triton's cache folder for those that follow. Never while
+a CUDA graph is captured."""
 
 from __future__ import annotations
 

@@ -29,12 +29,18 @@ def call(backend: str | None = None, device: str = "cpu") -> None:
     dl.depth_lstm_gates(torch.randn(2, 8, device=device), torch.randn(2, 2, device=device), backend=backend)
 
 
-def python(script: str, tmp_path: Path, root: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+def python(
+    script: str, tmp_path: Path, root: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter that sees the package of this checkout, or the one in ``root``, and these variables."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("DEPTHLSTM_")}
-    clean["PYTHONPATH"] = os.pathsep.join([str(root or Path(dl.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    clean["PYTHONPATH"] = os.pathsep.join(
+        [str(root or Path(dl.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     command = [sys.executable, "-c", f"import torch, depthlstm_fast as dl\n{script}"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**clean, **environment}, timeout=120, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env={**clean, **environment}, timeout=120, check=False
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +156,9 @@ def test_compiled_functions_follow_use_backend() -> None:
 
 def test_unknown_names() -> None:
     for function in (dl.set_backend, lambda name: dl.use_backend(name).__enter__()):
-        with pytest.raises(ValueError, match="must be one of 'auto', 'reference', 'cpp', 'cuda', 'triton'; found 'fast'"):
+        with pytest.raises(
+            ValueError, match="must be one of 'auto', 'reference', 'cpp', 'cuda', 'triton'; found 'fast'"
+        ):
             function("fast")
     call("reference")  # the default was left alone
 
@@ -161,7 +169,9 @@ def test_backends_that_cannot_run_name_their_limit() -> None:
             with pytest.raises(ValueError, match=f"backend='{name}' cannot run this call: "):
                 call(name)
     if HAS_CPP:
-        with pytest.raises(ValueError, match="backend='cpp' cannot run this call: the C\\+\\+ kernels take CPU tensors; found meta"):
+        with pytest.raises(
+            ValueError, match="backend='cpp' cannot run this call: the C\\+\\+ kernels take CPU tensors; found meta"
+        ):
             call("cpp", "meta")
         with pytest.raises(ValueError, match="found meta"), dl.use_backend("cpp"):
             call(device="meta")
@@ -193,7 +203,9 @@ def test_strict_mode(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("value", ["1", "0", ""])
 def test_strict_by_environment(value: str, tmp_path: Path) -> None:
-    run = python('dl.depth_lstm_gates(*(torch.empty(2, n, device="meta") for n in (8, 2)))', tmp_path, DEPTHLSTM_STRICT=value)
+    run = python(
+        'dl.depth_lstm_gates(*(torch.empty(2, n, device="meta") for n in (8, 2)))', tmp_path, DEPTHLSTM_STRICT=value
+    )
     if value == "1":
         assert run.returncode == 1
         assert "DEPTHLSTM_STRICT=1 forbids the fallback" in run.stderr
@@ -217,8 +229,12 @@ def test_triton_takes_cpu_tensors_only_where_it_is_interpreted(tmp_path: Path) -
     assert run.returncode == 1
     limit = "the Triton kernels take CUDA tensors, or with TRITON_INTERPRET=1 CPU tensors; found cpu"
     assert f"ValueError: backend='triton' cannot run this call: {limit}" in run.stderr
-    run = python('print(*dl.backends()["triton"], "triton" in __import__("sys").modules)', tmp_path, TRITON_INTERPRET="0")
-    wanted = "True Triton kernels for GPUs False" if DEVICE == "cuda" else "False there is no GPU that torch can use False"
+    run = python(
+        'print(*dl.backends()["triton"], "triton" in __import__("sys").modules)', tmp_path, TRITON_INTERPRET="0"
+    )
+    wanted = (
+        "True Triton kernels for GPUs False" if DEVICE == "cuda" else "False there is no GPU that torch can use False"
+    )
     assert run.stdout.strip() == wanted, run.stderr  # and nobody has imported Triton, which takes half a second
 
 

@@ -143,7 +143,11 @@ def test_a_fused_cell_keeps_its_inputs_and_z() -> None:
 
 def test_the_rival_layer_has_as_many_weights() -> None:
     layers = layer.depth_lstm_layers(32, 4)
-    assert matrix_products.matrix_entries(layer.residual_layer(32, 4)) == matrix_products.matrix_entries(layers["fused"]) == 12 * 32**2
+    assert (
+        matrix_products.matrix_entries(layer.residual_layer(32, 4))
+        == matrix_products.matrix_entries(layers["fused"])
+        == 12 * 32**2
+    )
 
 
 def test_decoding_models_never_stop_early() -> None:
@@ -173,7 +177,11 @@ def test_checks_are_green_and_ran_on_the_compiled_backend() -> None:
 
 
 def test_the_registry_finds_every_file_and_all_that_rows_stand_on_has_a_check() -> None:
-    files = {path.stem for path in (ROOT / "benchmarks" / "subjects").glob("*.py")} - {"__init__", "__main__", "registry"}
+    files = {path.stem for path in (ROOT / "benchmarks" / "subjects").glob("*.py")} - {
+        "__init__",
+        "__main__",
+        "registry",
+    }
     assert registry.SUBJECTS.keys() == files
     assert all(name == subject.name for name, subject in registry.SUBJECTS.items())
     needed = registry.checked(list(registry.SUBJECTS))
@@ -200,7 +208,9 @@ def test_a_compiler_that_fails_is_reported_not_raised() -> None:
 
 
 @pytest.mark.parametrize(("clock", "seconds"), [("call", 1.0), ("latency", 5.0)])
-def test_the_hosts_stopwatch_starts_on_an_idle_device(monkeypatch: pytest.MonkeyPatch, clock: str, seconds: float) -> None:
+def test_the_hosts_stopwatch_starts_on_an_idle_device(
+    monkeypatch: pytest.MonkeyPatch, clock: str, seconds: float
+) -> None:
     """A call takes the host one second and the device five."""
     now, done = [0.0], [7.0]  # an earlier call's work keeps the device until 7
 
@@ -260,10 +270,29 @@ def run() -> dict[str, Any]:
         "figures": [],
     }
     values = {"eager": flat(20.0), "compile": flat(9.0), "fused": flat(2.0), "against": flat(1.5)}
-    speeds = [judged("eager", "speedup", 10.0, 8.0), judged("compile", "speedup", 4.5, 5.0), judged("against", "share", 0.75, None)]
+    speeds = [
+        judged("eager", "speedup", 10.0, 8.0),
+        judged("compile", "speedup", 4.5, 5.0),
+        judged("against", "share", 0.75, None),
+    ]
     rows = [
-        {**common, "subject": "gates", "name": "gates forward", "unit": "ms", "values": values, "figures": speeds, "against": "copy of 7D"},
-        {**common, "subject": "cell", "name": "cell", "unit": "ms", "values": {"fused": flat(123.0)}, "failure": "cell fp32 RED: h"},
+        {
+            **common,
+            "subject": "gates",
+            "name": "gates forward",
+            "unit": "ms",
+            "values": values,
+            "figures": speeds,
+            "against": "copy of 7D",
+        },
+        {
+            **common,
+            "subject": "cell",
+            "name": "cell",
+            "unit": "ms",
+            "values": {"fused": flat(123.0)},
+            "failure": "cell fp32 RED: h",
+        },
         {
             **common,
             "subject": "layer",
@@ -283,9 +312,24 @@ def run() -> dict[str, Any]:
             "figures": [judged("fused", "value", 12.0, 15.0, "at most")],
         },
     ]
-    about = {"cpu": "A CPU", "cores": 2, "threads": 2, "isa": "avx2", "last_level_cache": "32768K", "memory_gib": 16, "os": "An OS"}
+    about = {
+        "cpu": "A CPU",
+        "cores": 2,
+        "threads": 2,
+        "isa": "avx2",
+        "last_level_cache": "32768K",
+        "memory_gib": 16,
+        "os": "An OS",
+    }
     about |= {"python": "3.12", "torch": "2.13", "depthlstm_fast": "0.1.0", "commit": "0123456789abcdef", "dirty": True}
-    return {"schema": 1, "date": "2026-01-01 00:00 UTC", "quick": False, "machine": about, "rows": rows, "translation": None}
+    return {
+        "schema": 1,
+        "date": "2026-01-01 00:00 UTC",
+        "quick": False,
+        "machine": about,
+        "rows": rows,
+        "translation": None,
+    }
 
 
 def test_markdown_holds_figures_targets_and_no_number_of_a_red_row(run: dict[str, Any]) -> None:
@@ -323,7 +367,9 @@ def test_csv_and_json_hold_every_number(run: dict[str, Any], tmp_path: Path) -> 
     assert json.loads((tmp_path / "new" / "results.json").read_text(encoding="utf-8")) == run
 
 
-def test_readme_block_is_replaced_and_nothing_else(run: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_readme_block_is_replaced_and_nothing_else(
+    run: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     readme, results = tmp_path / "README.md", tmp_path / "results.json"
     results.write_text(json.dumps(run), encoding="utf-8")
     readme.write_text(f"above\n{tables.BEGIN}\nold\n{tables.END}\nbelow\n", encoding="utf-8")
@@ -351,12 +397,16 @@ def test_plots_are_written_for_what_a_run_has(run: dict[str, Any], tmp_path: Pat
     assert plots.write_all(bare, tmp_path) == []
 
 
-def test_without_the_backend_nothing_is_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_without_the_backend_nothing_is_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     pytest.importorskip("matplotlib")
     pytest.importorskip("rich")
     from depthlstm_fast.bench import run as runner
 
-    monkeypatch.setattr(dl, "backends", lambda: {"cpp": type("Status", (), {"available": False, "detail": "it was not built"})})
+    monkeypatch.setattr(
+        dl, "backends", lambda: {"cpp": type("Status", (), {"available": False, "detail": "it was not built"})}
+    )
     assert runner.main(["--output", str(tmp_path / "out")]) == 2
     assert "it was not built" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

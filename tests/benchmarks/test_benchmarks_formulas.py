@@ -213,7 +213,9 @@ def test_cost_of_a_call_counts_innermost_operators_and_the_peak_of_memory() -> N
     # clone calls empty_like, which calls empty_strided, and copy_
     assert call_cost.of_call(lambda: torch.clone(x)) == call_cost.Cost(2, 4000)
     leaf = x.clone().requires_grad_()
-    assert call_cost.of_call(lambda: torch.autograd.grad(leaf.exp(), leaf, x)).op_calls >= 2  # exp and its backward's mul
+    assert (
+        call_cost.of_call(lambda: torch.autograd.grad(leaf.exp(), leaf, x)).op_calls >= 2
+    )  # exp and its backward's mul
 
 
 @needs_cpp

@@ -51,7 +51,10 @@ needs_triton = pytest.mark.skipif(
 
 def test_bytes_of_the_main_problems() -> None:
     assert gates.moved_bytes(65536, 512, torch.bfloat16, gates.FORWARD_ELEMENTS) == 469_762_048
-    assert gates.moved_bytes(32768, 2048, torch.bfloat16, gates.FORWARD_ELEMENTS + gates.BACKWARD_ELEMENTS) == 2_550_136_832
+    assert (
+        gates.moved_bytes(32768, 2048, torch.bfloat16, gates.FORWARD_ELEMENTS + gates.BACKWARD_ELEMENTS)
+        == 2_550_136_832
+    )
     cache = 64 << 20
     for features, rows, dtype in gpu_bench.FULL.gates:
         assert gates.moved_bytes(rows, features, dtype, gates.FORWARD_ELEMENTS) > 6 * cache
@@ -69,8 +72,13 @@ def test_backends_share_their_rivals() -> None:
     calls: list[str] = []
     runs = {name: lambda name=name: calls.append(name) for name in ("eager", "one", "two", "against")}
     asked: list[str] = []
-    place, keeper = Place(backends=("one", "two"), gpu=True), Timekeeper(lambda name: asked.append(name) or HostStopwatch())  # type: ignore[func-returns-value]
-    problem = Problem(Row("gates", "a", "fp32", "", "ms"), runs, [Target("eager", "speedup")], place=place, clock="latency")
+    place, keeper = (
+        Place(backends=("one", "two"), gpu=True),
+        Timekeeper(lambda name: asked.append(name) or HostStopwatch()),
+    )  # type: ignore[func-returns-value]
+    problem = Problem(
+        Row("gates", "a", "fp32", "", "ms"), runs, [Target("eager", "speedup")], place=place, clock="latency"
+    )
     found = problem.measure(Settings(minimum=2, seconds=0.0), lambda: None, keeper)
     assert asked == ["latency"]
     assert [row.backend for row in found] == ["one", "two"]
@@ -112,7 +120,9 @@ def test_the_stopwatch_keeps_waiting_out_of_the_time(monkeypatch: pytest.MonkeyP
 
     samples = interleave({"a": work, "b": work}, seconds=0, minimum=3, warmups=2, stopwatch=watch)
     assert samples == {"a": pytest.approx([0.25] * 3), "b": pytest.approx([0.25] * 3)}
-    assert all(0.003 <= seconds <= gpu_timing.LONGEST_HOST_SECONDS for seconds in slept[-6:])  # one and a half of the host's 2 ms
+    assert all(
+        0.003 <= seconds <= gpu_timing.LONGEST_HOST_SECONDS for seconds in slept[-6:]
+    )  # one and a half of the host's 2 ms
     watch.reset()
     watch.begin("a")
     assert slept[-1] == pytest.approx(gpu_timing.SLACK_SECONDS)
@@ -140,7 +150,9 @@ def test_a_red_check_keeps_a_row_from_being_timed(monkeypatch: pytest.MonkeyPatc
         lambda: subject_rows.few_rows(bench, 1),
         lambda: subject_rows.overhead_rows(bench),
     )
-    recorder = Recorder(tmp_path, {"machine": {"cpu": "x", "python": "3", "torch": "2"}, "date": "today"}, gpu_report.render)
+    recorder = Recorder(
+        tmp_path, {"machine": {"cpu": "x", "python": "3", "torch": "2"}, "date": "today"}, gpu_report.render
+    )
     for subject in subjects:
         for row in subject():
             recorder.add_row(row)
@@ -215,12 +227,22 @@ def test_jobs_are_guarded_skipped_and_written_down(tmp_path: Path) -> None:
     def long() -> None:
         clock.now += 50
 
-    jobs = [Job("a", "one", rows), Job("b", "two", long), Job("c", "two", lambda: None, need=20), Job("d", "three", lambda: None, need=0)]
+    jobs = [
+        Job("a", "one", rows),
+        Job("b", "two", long),
+        Job("c", "two", lambda: None, need=20),
+        Job("d", "three", lambda: None, need=0),
+    ]
     run_jobs(jobs, recorder, Budget(60, clock), tmp_path / "state", say=lambda _: None)
     assert seen == ["first"]
     run = read_run(tmp_path)
     assert run is not None
-    assert [(job["name"], job["status"]) for job in run["jobs"]] == [("a", "failed"), ("b", "done"), ("c", "skipped"), ("d", "done")]
+    assert [(job["name"], job["status"]) for job in run["jobs"]] == [
+        ("a", "failed"),
+        ("b", "done"),
+        ("c", "skipped"),
+        ("d", "done"),
+    ]
     assert "ValueError: one bad row" in run["jobs"][0]["detail"]
     assert "10 s left, 20 s wanted" in run["jobs"][2]["detail"]
     assert not list(tmp_path.glob("*.partial"))
@@ -312,7 +334,9 @@ def test_a_plan_that_computes_something_else_is_not_timed(monkeypatch: pytest.Mo
 def test_without_a_gpu_one_line_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_run.main(["--probe"]) == 2
-    assert capsys.readouterr().err.splitlines() == ["make gpu: there is no GPU that torch can use; --rehearse runs every path on the CPU"]
+    assert capsys.readouterr().err.splitlines() == [
+        "make gpu: there is no GPU that torch can use; --rehearse runs every path on the CPU"
+    ]
 
 
 def test_a_rehearsal_is_never_a_result(capsys: pytest.CaptureFixture[str]) -> None:
@@ -333,7 +357,16 @@ def test_rehearsal(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
-    command = [sys.executable, "-m", "depthlstm_fast.bench.gpu", "--rehearse", "--output", str(tmp_path), "--skip", "tests"]
+    command = [
+        sys.executable,
+        "-m",
+        "depthlstm_fast.bench.gpu",
+        "--rehearse",
+        "--output",
+        str(tmp_path),
+        "--skip",
+        "tests",
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     run = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))

@@ -43,7 +43,9 @@ def test_verdicts_of_the_sanitizer(verdict: str) -> None:
     assert programs.judge("memcheck", outcome)["verdict"] == verdict
 
 
-@pytest.mark.parametrize("kernel", ["forward_warp", "forward_block", "forward_any", "narrow_backward", "row_statistics", "wide_backward"])
+@pytest.mark.parametrize(
+    "kernel", ["forward_warp", "forward_block", "forward_any", "narrow_backward", "row_statistics", "wide_backward"]
+)
 def test_faults_in_cuda_kernels_are_ours_even_where_time_was_up(kernel: str) -> None:
     line = f"=========     at void depthlstm::bfloat16_::<unnamed>::{kernel}<float, (int)4>(depthlstm::Launch)+0x340 in kernel.cu:203"
     entry = programs.judge("racecheck", programs.Outcome(None, 60.0, line), "cuda")
@@ -53,7 +55,11 @@ def test_faults_in_cuda_kernels_are_ours_even_where_time_was_up(kernel: str) -> 
 
 def test_the_names_of_the_kernels_are_known() -> None:
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "csrc").glob("*/cuda_*.cu")]
-    names = {name for source in sources for name in re.findall(r"__global__ void [^;{]*?(\w+)\((?:const __grid|const float)", source)}
+    names = {
+        name
+        for source in sources
+        for name in re.findall(r"__global__ void [^;{]*?(\w+)\((?:const __grid|const float)", source)
+    }
     assert {"forward_warp", "forward_any", "wide_backward", "sums_kernel"} <= names
     assert all(any(known in name for known in programs.KERNELS) for name in names), names
 
@@ -71,10 +77,16 @@ def counted(number: int, kernel: str, size: str, nanoseconds: str) -> list[str]:
 def test_counters_are_read() -> None:
     output = ["==PROF== Connected to process 7", HEADING]
     output += [*counted(0, "forward_warp", "1,000,000", "500"), *counted(1, "narrow_backward", "3000000", "1,500")]
-    output += [*counted(2, "void depthlstm::x::<unnamed>::forward_block<float, 4>(Launch)", "8000000", "4000"), "==PROF== Disconnected"]
+    output += [
+        *counted(2, "void depthlstm::x::<unnamed>::forward_block<float, 4>(Launch)", "8000000", "4000"),
+        "==PROF== Disconnected",
+    ]
     entry = counters.judge("cuda", programs.Outcome(0, 9.0, "\n".join(output)), [(512, 65536), (1024, 32768)])
     assert entry["reason"] == ""
-    found = [(kernel["kernel"], kernel["features"], kernel["gb_per_s"], kernel["share_of_peak"]) for kernel in entry["kernels"]]
+    found = [
+        (kernel["kernel"], kernel["features"], kernel["gb_per_s"], kernel["share_of_peak"])
+        for kernel in entry["kernels"]
+    ]
     assert found == [
         ("forward_warp", 512, pytest.approx(2000), pytest.approx(0.805)),
         ("narrow_backward", 512, pytest.approx(2000), pytest.approx(0.805)),
@@ -86,9 +98,7 @@ def test_counters_are_read() -> None:
 
 
 def test_counters_that_may_not_be_read() -> None:
-    output = (
-        "==PROF== Connected\n==ERROR== ERR_NVGPUCTRPERM - The user does not have permission to access Performance Counters.\n==PROF== end"
-    )
+    output = "==PROF== Connected\n==ERROR== ERR_NVGPUCTRPERM - The user does not have permission to access Performance Counters.\n==PROF== end"
     entry = counters.judge("triton", programs.Outcome(1, 3.0, output), [(512, 8)])
     assert entry["kernels"] == []
     assert entry["reason"].startswith("ncu ended with status 1; ==ERROR== ERR_NVGPUCTRPERM")
@@ -138,7 +148,9 @@ def test_the_fastest_is_written_as_fastest_py_has_it(tmp_path: Path) -> None:
         *[replace(row, name="gates forward") for row in pair_of(768, (1.0, 1.0, 1.0), (2.0, 2.0, 2.0))],
     ]
     run = run_of(tmp_path, *rows)
-    run["checks"].append({"subject": "gates", "dtype": "bf16", "size": "N=131 D=4096", "passed": False, "backend": "cuda"})
+    run["checks"].append(
+        {"subject": "gates", "dtype": "bf16", "size": "N=131 D=4096", "passed": False, "backend": "cuda"}
+    )
     text = compare.fastest_text(run)
     table = eval("{" + text + "}", {"torch": torch})
     gpu_name = "NVIDIA H100 80GB HBM3"
@@ -151,7 +163,9 @@ def test_the_fastest_is_written_as_fastest_py_has_it(tmp_path: Path) -> None:
 
 
 def test_both_backends_side_by_side(tmp_path: Path) -> None:
-    run = run_of(tmp_path, *pair_of(512, (2.0, 1.9, 2.1), (1.0, 0.9, 1.1)), *pair_of(1024, (1.0, 0.9, 1.1), (1.0, 0.9, 1.1)))
+    run = run_of(
+        tmp_path, *pair_of(512, (2.0, 1.9, 2.1), (1.0, 0.9, 1.1)), *pair_of(1024, (1.0, 0.9, 1.1), (1.0, 0.9, 1.1))
+    )
     table = compare.pair_lines(run)
     assert table[1] == ["gates forward + backward, bf16, N=65536 D=512", "2 ms", "1 ms", "2.00x", "CUDA C++"]
     assert table[2][-2:] == ["1.00x", "within the spread"]
@@ -185,12 +199,22 @@ def test_report_of_a_run_that_went_wrong(tmp_path: Path) -> None:
         "triton": "3.6",
         "commit": "0123456789",
     }
-    recorder = Recorder(tmp_path, {"machine": about, "date": "today", "ceilings": {"copy_gb_per_s": 3000, "bf16_tflop_per_s": 790}})
+    recorder = Recorder(
+        tmp_path, {"machine": about, "date": "today", "ceilings": {"copy_gb_per_s": 3000, "bf16_tflop_per_s": 790}}
+    )
     recorder.run["plans"] = [plan(0.2, default=True), plan(0.0, failure="OutOfResources"), plan(0.1)]
     recorder.add("checks", vars(Check("gates", "bf16", False, "h", 1e-3, 2e-3, 3.0, "triton", "N=3 D=512")))
     recorder.add("sanitizer", programs.judge("memcheck", programs.Outcome(9, 1.0, SANITIZED["FAULTS"])))
     recorder.add(
-        "tests", {"name": "t.py", "status": "failed", "counts": {"failed": 1}, "failing": ["x: y"], "seconds": 1.0, "tail": "the end"}
+        "tests",
+        {
+            "name": "t.py",
+            "status": "failed",
+            "counts": {"failed": 1},
+            "failing": ["x: y"],
+            "seconds": 1.0,
+            "tail": "the end",
+        },
     )
     recorder.note("gates", "gates", "failed", 1.0, "Traceback\nValueError: no")
     recorder.note("later", "plans", "skipped", 0.0, "0 s left")

@@ -39,7 +39,9 @@ def test_programs_run_side_by_side_under_a_limit() -> None:
     script = "import time; print('begun', flush=True); time.sleep({})"
     commands = {str(seconds): [sys.executable, "-c", script.format(seconds)] for seconds in (0, 60)}
     told: list[str] = []
-    outcomes = programs.run_all(commands, 2.0, on_end=lambda name, outcome: told.append(f"{name} {outcome.output.split()[0]}"))
+    outcomes = programs.run_all(
+        commands, 2.0, on_end=lambda name, outcome: told.append(f"{name} {outcome.output.split()[0]}")
+    )
     assert told == ["0 begun", "60 begun"]
     assert (outcomes["0"].code, outcomes["60"].code) == (0, None)
     assert all(outcome.output.startswith("begun\n") for outcome in outcomes.values())
@@ -92,7 +94,9 @@ def test_tasks_run(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- what is built, and in which order it is measured
 
 
-def test_the_library_is_built_for_the_gpu_alone(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_library_is_built_for_the_gpu_alone(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.delenv("DEPTHLSTM_CUDA_ARCHS", raising=False)
     start, script = programs.start, "import os; print(os.environ.get('DEPTHLSTM_CUDA_ARCHS'), flush=True)"
     monkeypatch.setattr(programs, "start", lambda command, *rest: start([sys.executable, "-c", script], *rest))
@@ -100,13 +104,19 @@ def test_the_library_is_built_for_the_gpu_alone(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("DEPTHLSTM_CUDA_ARCHS", "80;90")
     assert build_library.build("90") is None
     assert capfd.readouterr().out.split() == ["90", "80;90"]
-    monkeypatch.setattr(programs, "start", lambda command, *rest: start([sys.executable, "-c", "import time; time.sleep(60)"], *rest))
+    monkeypatch.setattr(
+        programs, "start", lambda command, *rest: start([sys.executable, "-c", "import time; time.sleep(60)"], *rest)
+    )
     assert build_library.build("90", limit=0.5) == "the build was stopped after 0 s"
-    monkeypatch.setattr(programs, "start", lambda command, *rest: start([sys.executable, "-c", "raise SystemExit(3)"], *rest))
+    monkeypatch.setattr(
+        programs, "start", lambda command, *rest: start([sys.executable, "-c", "raise SystemExit(3)"], *rest)
+    )
     assert build_library.build(None) == "the build ended with status 3"
 
 
-def test_without_nvcc_a_library_that_serves_is_kept(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_nvcc_a_library_that_serves_is_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     built: list[str | None] = []
     monkeypatch.setattr(build_library, "build", built.append)
     monkeypatch.setattr(build_library, "architecture", lambda: "90")
@@ -131,7 +141,9 @@ def test_a_backend_that_is_missing_is_named_and_left_out(monkeypatch: pytest.Mon
 
 def jobs_of(tmp_path: Path, *arguments: str, backends: tuple[str, ...] = ("triton", "cuda")) -> list[Job]:
     bench = gpu_bench.Bench(CPU, backends, gpu_bench.FULL, gpu_checker.Checker(CPU, lambda _: 3))
-    return stages.Stages(bench, Recorder(tmp_path, {}), Budget(1e12), gpu_run.command_line().parse_args(list(arguments))).jobs()
+    return stages.Stages(
+        bench, Recorder(tmp_path, {}), Budget(1e12), gpu_run.command_line().parse_args(list(arguments))
+    ).jobs()
 
 
 def test_what_tells_most_comes_first(tmp_path: Path) -> None:
@@ -206,9 +218,9 @@ def run_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, tool:
 
 
 def test_every_check_of_the_sanitizer_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = run_stage(tmp_path, monkeypatch, "sanitizer", 'echo "$2"; for last; do :; done; echo "$last"; echo "sanitize: done"')[
-        "sanitizer"
-    ]
+    found = run_stage(
+        tmp_path, monkeypatch, "sanitizer", 'echo "$2"; for last; do :; done; echo "$last"; echo "sanitize: done"'
+    )["sanitizer"]
     assert [entry["backend"] for entry in found] == ["cuda"] * 4 + ["triton"] * 4
     assert {entry["check"] for entry in found} == set(programs.TOOLS)
     assert all(entry["verdict"] == "clean" for entry in found)

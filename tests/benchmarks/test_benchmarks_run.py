@@ -38,7 +38,9 @@ sys.path.remove(str(ROOT))
 needs_cpp = pytest.mark.skipif(not dl.backends()["cpp"].available, reason="the C++ extension is not built")
 COMMITTED = sorted((ROOT / "benchmarks" / "results").glob("*/results.json"))
 COMMITTED = [
-    path for path in COMMITTED if path.parent.name != "latest" and "gpu" not in json.loads(path.read_text(encoding="utf-8"))["machine"]
+    path
+    for path in COMMITTED
+    if path.parent.name != "latest" and "gpu" not in json.loads(path.read_text(encoding="utf-8"))["machine"]
 ]
 RED = accuracy.Check("gates", "fp32", False, "h", 1.0, 0.1, 5.0, "cpp")
 
@@ -47,7 +49,14 @@ def problem(**changes: Any) -> Problem:
     """Three contestants that do nothing."""
     row = Row("gates", "a row", "fp32", "N=2", "ms", against="a floor")
     runs: dict[str, Callable[[], object]] = {"eager": lambda: None, "fused": lambda: None, "against": lambda: None}
-    return Problem(**{"row": row, "runs": runs, "targets": [Target("eager", "speedup"), Target("against", "share", 0.5)], **changes})
+    return Problem(
+        **{
+            "row": row,
+            "runs": runs,
+            "targets": [Target("eager", "speedup"), Target("against", "share", 0.5)],
+            **changes,
+        }
+    )
 
 
 SAMPLES = {"eager": [8.0] * 7, "fused": [2.0] * 7, "against": [1.5] * 7}
@@ -81,7 +90,10 @@ def test_rows_on_bytes_are_not_timed() -> None:
         kept={"eager": 4_000_000, "fused": 1_000_000},
     )
     (row,) = kept.measure(QUICK, lambda: None)
-    assert ({name: value.median for name, value in row.values.items()}, row.figures[0].value) == ({"eager": 4, "fused": 1}, 0.25)
+    assert ({name: value.median for name, value in row.values.items()}, row.figures[0].value) == (
+        {"eager": 4, "fused": 1},
+        0.25,
+    )
 
 
 class Archive:
@@ -120,7 +132,9 @@ def test_what_the_timed_call_returned_is_gone_before_a_rival_runs() -> None:
     def eager() -> None:
         assert all(reference() is None for reference in known)
 
-    pytest_turns.measure_rounds(Archive(), problem(runs={"eager": eager, "fused": fused}, targets=[]), Settings(minimum=4, seconds=0))
+    pytest_turns.measure_rounds(
+        Archive(), problem(runs={"eager": eager, "fused": fused}, targets=[]), Settings(minimum=4, seconds=0)
+    )
     assert len(known) == 7
 
 
@@ -166,7 +180,9 @@ def one_thread() -> Iterator[None]:
 
 @needs_cpp
 @pytest.mark.usefixtures("one_thread")
-def test_the_command_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_writes_everything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("rich")
     pytest.importorskip("matplotlib")
     from depthlstm_fast.bench import run
@@ -176,7 +192,9 @@ def test_the_command_writes_everything(tmp_path: Path, capsys: pytest.CaptureFix
     found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert found["schema"] == tables.SCHEMA
     assert [row["name"] for row in found["rows"]] == ["one gates call, no grad", "one gates call, grad"]
-    assert {"error", "eager_error", "bound_share", "fused_op_calls", "fused_peak_mb"} <= found["rows"][0]["numbers"].keys()
+    assert {"error", "eager_error", "bound_share", "fused_op_calls", "fused_peak_mb"} <= found["rows"][0][
+        "numbers"
+    ].keys()
     assert (tmp_path / "report.md").read_text(encoding="utf-8") == tables.full_markdown(found)
     assert "one gates call, grad" in capsys.readouterr().out
     monkeypatch.setattr(registry, "run_checks", lambda subjects, tick: [RED])
@@ -214,7 +232,16 @@ def test_a_training_that_diverges_ends_in_one_line(
 def run_pytest(tmp_path: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any] | None]:
     """pytest on the rows of one subject, with what it archived."""
     archive = tmp_path / "archive.json"
-    words = ["-p", "no:cacheprovider", "benchmarks", "--benchmark-only", "--quick", "-k", "overhead", f"--benchmark-json={archive}"]
+    words = [
+        "-p",
+        "no:cacheprovider",
+        "benchmarks",
+        "--benchmark-only",
+        "--quick",
+        "-k",
+        "overhead",
+        f"--benchmark-json={archive}",
+    ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | {
         "PYTHONPATH": str(tmp_path),
         "OMP_NUM_THREADS": "1",
@@ -228,7 +255,9 @@ def run_pytest(tmp_path: Path, *arguments: str) -> tuple[subprocess.CompletedPro
         timeout=200,
         check=False,
     )
-    return result, json.loads(archive.read_text(encoding="utf-8")) if archive.exists() and archive.stat().st_size else None
+    return result, json.loads(
+        archive.read_text(encoding="utf-8")
+    ) if archive.exists() and archive.stat().st_size else None
 
 
 @needs_cpp
@@ -243,7 +272,11 @@ def test_pytest_benchmark_archives_a_row(tmp_path: Path) -> None:
     extra = entry["extra_info"]
     # the same laps: the archive's are of batches in seconds, the row's of calls in microseconds
     assert extra["values"]["fused"]["median"] == pytest.approx(entry["stats"]["median"] / extra["calls"] * 1e6)
-    assert (extra["figures"][1]["kind"], extra["repetitions"], extra["quick"]) == ("speedup", entry["stats"]["rounds"], True)
+    assert (extra["figures"][1]["kind"], extra["repetitions"], extra["quick"]) == (
+        "speedup",
+        entry["stats"]["rounds"],
+        True,
+    )
     assert {"eager_op_calls", "fused_peak_mb", "bound_share"} <= extra["numbers"].keys()
     assert found["machine_info"]["depthlstm_fast"]["torch"] == torch.__version__
 
@@ -252,7 +285,9 @@ def test_pytest_benchmark_archives_a_row(tmp_path: Path) -> None:
 def test_pytest_benchmark_times_nothing_that_is_red(tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark")
     plugin = "from benchmarks.measure import accuracy\nfrom benchmarks.subjects import registry\n"
-    plugin += "registry.run_checks = lambda subjects: [accuracy.Check('gates', 'fp32', False, 'h', 1.0, 0.1, 5.0, 'cpp')]\n"
+    plugin += (
+        "registry.run_checks = lambda subjects: [accuracy.Check('gates', 'fp32', False, 'h', 1.0, 0.1, 5.0, 'cpp')]\n"
+    )
     (tmp_path / "red_checks.py").write_text(plugin, encoding="utf-8")
     result, found = run_pytest(tmp_path, "-p", "red_checks")
     assert result.returncode == 1, result.stdout

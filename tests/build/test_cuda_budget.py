@@ -1,4 +1,6 @@
-"""Registers, spills, shared memory and widths of loads of the CUDA C++ kernels: the built library keeps tools/cuda_budget.json."""
+"""Registers, spills, shared memory and widths of loads of the CUDA C++ kernels: the built library keeps
+tools/cuda_budget.json.
+"""
 
 from __future__ import annotations
 

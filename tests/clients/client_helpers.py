@@ -1,4 +1,6 @@
-"""A small model and a batch for the tests that run the package under other people's tools, and how two runs are compared."""
+"""A small model and a batch for the tests that run the package under other people's tools, and how two runs are
+compared.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,13 @@ SOURCE, TARGET, D, HEADS, LAYERS, LONGEST = 23, 19, 16, 2, 2, 24
 
 def model(module: Any = dl, **options: Any) -> Any:
     """A model with 2 + 2 layers of d = 16; no dropout."""
-    sizes = {"d_model": D, "nhead": HEADS, "num_encoder_layers": LAYERS, "num_decoder_layers": LAYERS, "max_len": LONGEST}
+    sizes = {
+        "d_model": D,
+        "nhead": HEADS,
+        "num_encoder_layers": LAYERS,
+        "num_decoder_layers": LAYERS,
+        "max_len": LONGEST,
+    }
     return module.DepthLSTMTransformer(SOURCE, TARGET, **{**sizes, "dropout": 0.0, **options})
 
 
@@ -37,7 +45,11 @@ def gradients(module: nn.Module, forward: Any = None) -> dict[str, Tensor]:
     """The gradient of every trained parameter of ``module`` under :func:`cotangent`; zeros where there is none."""
     module.zero_grad()
     (forward or module)(*batch()).backward(cotangent())
-    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in module.named_parameters() if p.requires_grad}
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in module.named_parameters()
+        if p.requires_grad
+    }
 
 
 def assert_equal_dicts(found: dict[str, Tensor], wanted: dict[str, Tensor], **tolerances: float) -> None:

@@ -1,4 +1,6 @@
-"""The Transformer as a model of Hugging Face's transformers: what a user writes to have Trainer, save_pretrained and HF's generate."""
+"""The Transformer as a model of Hugging Face's transformers: what a user writes to have Trainer, save_pretrained and
+HF's generate.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ class Encoder(nn.Module):
         self.__dict__["model"] = model  # not a submodule: its parameters are in the whole model already
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutput:
-        return BaseModelOutput(last_hidden_state=self.model.encode(input_ids, None if attention_mask is None else attention_mask == 0))
+        return BaseModelOutput(
+            last_hidden_state=self.model.encode(input_ids, None if attention_mask is None else attention_mask == 0)
+        )
 
 
 class Model(transformers.PreTrainedModel, transformers.GenerationMixin):
@@ -46,7 +50,16 @@ class Model(transformers.PreTrainedModel, transformers.GenerationMixin):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.model = dl.DepthLSTMTransformer(
-            SOURCE, TARGET, D, HEADS, LAYERS, LAYERS, dropout=0.0, max_len=LONGEST, tie_output=config.tied, positions=config.positions
+            SOURCE,
+            TARGET,
+            D,
+            HEADS,
+            LAYERS,
+            LAYERS,
+            dropout=0.0,
+            max_len=LONGEST,
+            tie_output=config.tied,
+            positions=config.positions,
         )
         self.post_init()
 

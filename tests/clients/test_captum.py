@@ -40,7 +40,9 @@ def test_activation_and_gradient_of_the_norm(classifier: Classifier) -> None:
         torch.testing.assert_close(found, (parameter * gradient).detach(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["encoder.layers.0.cell.gates", "encoder.layers.0.self_attn.out_proj", "encoder.layers.1.cell"])
+@pytest.mark.parametrize(
+    "name", ["encoder.layers.0.cell.gates", "encoder.layers.0.self_attn.out_proj", "encoder.layers.1.cell"]
+)
 def test_layer_activation(name: str, classifier: Classifier) -> None:
     seen = []
     module, x = classifier.get_submodule(name), torch.randn(2, 4, D)
@@ -51,7 +53,9 @@ def test_layer_activation(name: str, classifier: Classifier) -> None:
 
 
 def test_integrated_gradients_are_complete(classifier: Classifier) -> None:
-    """Attributions add up to the difference between the output and that of the baseline: the gradients are right along the way."""
+    """Attributions add up to the difference between the output and that of the baseline: the gradients are right along
+    the way.
+    """
     x, baseline = torch.randn(2, 2, 4, D)
     found = attr.IntegratedGradients(classifier).attribute(x, baseline, target=0, n_steps=64)
     with torch.no_grad():

@@ -30,7 +30,9 @@ def mesh() -> Iterator[DeviceMesh]:
 
 
 def shard(trained: Any, mesh: DeviceMesh, norms: bool = False) -> Any:
-    """One unit a layer, and one for the rest; with ``norms`` one for each cell's normalisation, too. Shared cells are a unit each."""
+    """One unit a layer, and one for the rest; with ``norms`` one for each cell's normalisation, too. Shared cells are a
+    unit each.
+    """
     layers = (*trained.encoder.layers, *trained.decoder.layers)
     if norms:
         for module in trained.modules():
@@ -91,7 +93,9 @@ def test_from_the_meta_device(options: dict[str, Any], mesh: DeviceMesh) -> None
 
 
 def test_from_the_meta_device_without_reset(mesh: DeviceMesh) -> None:
-    """What loads every parameter needs no drawing: the tables of sines, which are in no state_dict, must be there all the same."""
+    """What loads every parameter needs no drawing: the tables of sines, which are in no state_dict, must be there all
+    the same.
+    """
     plain = model().eval()
     with torch.device("meta"):
         sharded = model().eval()

@@ -47,7 +47,12 @@ class Module(lightning.LightningModule):
 
 
 def test_trainer(tmp_path: Path) -> None:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
     module = Module()
     trainer = lightning.Trainer(max_steps=3, accelerator="cpu", default_root_dir=tmp_path, **quiet)
     trainer.fit(module, DataLoader([batch()] * 3, batch_size=None))
@@ -70,4 +75,6 @@ def test_fabric_makes_empty_modules_and_loads(tmp_path: Path) -> None:
     fabric.load(tmp_path / "state.ckpt", {"model": empty})
     torch.testing.assert_close(empty(*batch()), plain(*batch()), rtol=0, atol=0)
     empty.mark_forward_method("generate")
-    torch.testing.assert_close(empty.generate(batch()[0], max_length=6), plain.module.generate(batch()[0], max_length=6))
+    torch.testing.assert_close(
+        empty.generate(batch()[0], max_length=6), plain.module.generate(batch()[0], max_length=6)
+    )

@@ -20,16 +20,26 @@ EXPORTERS = [pytest.param(True, marks=pytest.mark.slow), False]
 
 def run(path: Path, *inputs: Tensor) -> Tensor:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    (output,) = session.run(None, dict(zip([i.name for i in session.get_inputs()], [x.numpy() for x in inputs], strict=True)))
+    (output,) = session.run(
+        None, dict(zip([i.name for i in session.get_inputs()], [x.numpy() for x in inputs], strict=True))
+    )
     return torch.from_numpy(output)
 
 
 def axes(dynamo: bool, **names: tuple[str, ...]) -> dict[str, Any]:
     """The arguments that choose an exporter, with the named axes of each input left open."""
     if not dynamo:
-        return {"dynamo": False, "input_names": list(names), "dynamic_axes": {name: dict(enumerate(dims)) for name, dims in names.items()}}
+        return {
+            "dynamo": False,
+            "input_names": list(names),
+            "dynamic_axes": {name: dict(enumerate(dims)) for name, dims in names.items()},
+        }
     pytest.importorskip("onnxscript")
-    limits = {axis: torch.export.Dim(axis, max=LONGEST if "length" in axis else 64) for dims in names.values() for axis in dims}
+    limits = {
+        axis: torch.export.Dim(axis, max=LONGEST if "length" in axis else 64)
+        for dims in names.values()
+        for axis in dims
+    }
     return {
         "dynamo": True,
         "dynamic_shapes": tuple({i: limits[axis] for i, axis in enumerate(dims)} for dims in names.values()),
@@ -58,4 +68,6 @@ def test_whole_model(dynamo: bool, tmp_path: Path) -> None:
     source, target = batch()
     for rows, length in ((4, 5), (2, 3)):
         found = run(tmp_path / "m.onnx", source[:rows, : length + 2], target[:rows, :length])
-        torch.testing.assert_close(found, exported(source[:rows, : length + 2], target[:rows, :length]).detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            found, exported(source[:rows, : length + 2], target[:rows, :length]).detach(), rtol=1e-4, atol=1e-5
+        )

@@ -1,4 +1,6 @@
-"""Sources padded on either side. Positions are absolute: padding on the left moves a sentence, padding on the right does not."""
+"""Sources padded on either side. Positions are absolute: padding on the left moves a sentence, padding on the right
+does not.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def test_sources_padded_on_the_left_are_put_right(source: Tensor) -> None:
 
 
 def test_mask_stands_in_for_the_padding_token(source: Tensor) -> None:
-    """As a tokenizer's attention_mask == 0: what is masked is not seen, whatever its id; a pad_id that is not masked is a token."""
+    """As a tokenizer's attention_mask == 0: what is masked is not seen, whatever its id; a pad_id that is not masked is
+    a token.
+    """
     made, target = model().eval(), batch(3)[1]
     filled = padded(source, "right", fill=5)
     mask = torch.zeros_like(filled, dtype=torch.bool)

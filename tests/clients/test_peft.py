@@ -36,7 +36,9 @@ def trained(module: nn.Module) -> dict[str, Tensor]:
 
 
 def merged_by_hand(base: nn.Module, wrapped: Any) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A plain copy of ``base`` that computes with W + 2 B A, made of leaves for A and B, which are returned by their names."""
+    """A plain copy of ``base`` that computes with W + 2 B A, made of leaves for A and B, which are returned by their
+    names.
+    """
     leaves = {name: p.detach().clone().requires_grad_() for name, p in trained(wrapped).items()}
     plain = copy.deepcopy(base).requires_grad_(False)
     for name, a in leaves.items():
@@ -82,7 +84,9 @@ def test_adapter_is_saved_and_loaded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"hidden": "ffn"}], ids=str)
 def test_norm_tuning(options: dict[str, Any]) -> None:
-    """LNTuning trains copies of the gates' and the stacks' normalisations; their gradients are those of the plain model."""
+    """LNTuning trains copies of the gates' and the stacks' normalisations; their gradients are those of the plain
+    model.
+    """
     base = model(dtype=torch.float64, **options)
     wrapped = peft.get_peft_model(copy.deepcopy(base), peft.LNTuningConfig(target_modules=["norm"]))
     base(*batch()).backward(cotangent().double())

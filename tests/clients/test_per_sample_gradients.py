@@ -50,7 +50,11 @@ def test_clipped_gradients_by_opacus() -> None:
     parameters = dict(made.named_parameters())
     values, samples = {name: parameter.detach().clone() for name, parameter in parameters.items()}, per_sample(made)
     optimizer = optimizers.DPOptimizer(
-        torch.optim.SGD(made.parameters(), 1.0), noise_multiplier=0.0, max_grad_norm=bound, expected_batch_size=4, loss_reduction="mean"
+        torch.optim.SGD(made.parameters(), 1.0),
+        noise_multiplier=0.0,
+        max_grad_norm=bound,
+        expected_batch_size=4,
+        loss_reduction="mean",
     )
     for name, parameter in parameters.items():
         parameter.grad_sample = samples[name]
@@ -63,7 +67,9 @@ def test_clipped_gradients_by_opacus() -> None:
 
 
 def test_hooks_of_opacus_are_no_way() -> None:
-    """It takes samples apart at each module's output; what cell.norm gives, weight and bias, has none. It says so by an error."""
+    """It takes samples apart at each module's output; what cell.norm gives, weight and bias, has none. It says so by an
+    error.
+    """
     grad_sample = pytest.importorskip("opacus.grad_sample")
     logits = grad_sample.GradSampleModule(model(), strict=False)(*batch())
     with pytest.raises(TypeError):

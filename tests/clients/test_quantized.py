@@ -1,6 +1,8 @@
-"""Linear layers quantised to 8 bits: what is replaced, and how far results move. Run with torchao 0.18.0 and torch 2.13.0.
+"""Linear layers quantised to 8 bits: what is replaced, and how far results move. Run with torchao 0.18.0 and torch
+2.13.0.
 
-Weight-only quantisation is held to the plain model with the same rounded weights. Where activations are quantised as well, no such
+Weight-only quantisation is held to the plain model with the same rounded weights. Where activations are quantised as
+well, no such
 model exists: the results are held to a share of the largest logit, four times what was seen.
 """
 
@@ -60,13 +62,16 @@ def test_dynamic_int8() -> None:
     plain = model().eval()
     quantized = torch.ao.quantization.quantize_dynamic(plain, {nn.Linear}, torch.qint8)
     assert linears(quantized) == []
-    changed = [name for name, child in quantized.named_modules() if isinstance(child, torch.ao.nn.quantized.dynamic.Linear)]
+    changed = [
+        name for name, child in quantized.named_modules() if isinstance(child, torch.ao.nn.quantized.dynamic.Linear)
+    ]
     assert changed == linears(plain)
     with torch.no_grad():
         found, exact = quantized(*batch()), plain(*batch())
     assert_fused()
     assert 0 < (found - exact).abs().max() < 0.2 * exact.abs().max()
-    # with a cache the activations' ranges are those of one position, without one those of all: tokens may differ, scores hardly
+    # with a cache the activations' ranges are those of one position, without one those of all: tokens may differ,
+    # scores hardly
     tokens, scores = quantized.generate(batch()[0], max_length=6, length_penalty=0.0, return_scores=True)
     assert_fused()
     torch.testing.assert_close(scores, log_probability(plain, batch()[0], tokens), rtol=0.1, atol=0.1)

@@ -1,4 +1,6 @@
-"""Hugging Face's transformers: a wrapper saves, loads, trains and generates; a plain module trains. Run with transformers 5.24.0."""
+"""Hugging Face's transformers: a wrapper saves, loads, trains and generates; a plain module trains. Run with
+transformers 5.24.0.
+"""
 
 from __future__ import annotations
 
@@ -26,15 +28,34 @@ def wrapper(**options: Any) -> Any:
 def examples() -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(5)
     return [
-        {"input_ids": torch.randint(3, 19, (6,), generator=generator), "labels": torch.randint(3, TARGET, (5,), generator=generator)}
+        {
+            "input_ids": torch.randint(3, 19, (6,), generator=generator),
+            "labels": torch.randint(3, TARGET, (5,), generator=generator),
+        }
         for _ in range(8)
     ]
 
 
 def arguments(folder: Path, steps: int, **options: Any) -> Any:
-    quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False, "lr_scheduler_type": "constant"}
-    kind = transformers.Seq2SeqTrainingArguments if "predict_with_generate" in options else transformers.TrainingArguments
-    return kind(str(folder), max_steps=steps, save_steps=2, per_device_train_batch_size=4, learning_rate=1e-2, **quiet, **options)
+    quiet = {
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "lr_scheduler_type": "constant",
+    }
+    kind = (
+        transformers.Seq2SeqTrainingArguments if "predict_with_generate" in options else transformers.TrainingArguments
+    )
+    return kind(
+        str(folder),
+        max_steps=steps,
+        save_steps=2,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        **quiet,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("options", KINDS, ids=str)
@@ -50,7 +71,13 @@ def test_saved_model_is_loaded_exactly(options: dict[str, Any], tmp_path: Path) 
 def test_its_generate_gives_the_tokens_of_ours(beams: int) -> None:
     wrapped, (source, _) = wrapper().eval(), batch()
     found = wrapped.generate(
-        source, attention_mask=(source != 0).long(), max_new_tokens=6, num_beams=beams, use_cache=False, do_sample=False, length_penalty=0.0
+        source,
+        attention_mask=(source != 0).long(),
+        max_new_tokens=6,
+        num_beams=beams,
+        use_cache=False,
+        do_sample=False,
+        length_penalty=0.0,
     )
     wanted = wrapped.model.generate(source, max_length=6, beam_size=beams, length_penalty=0.0)
     torch.testing.assert_close(found[:, 1:], wanted)

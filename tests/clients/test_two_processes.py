@@ -29,10 +29,17 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     names = selected if any("test_check[" in item.name for item in request.session.items) else []
     names = names if "checkpoint" in names else [*names, "checkpoint"]
     places = [str(SCRIPT.parent), str(Path(dl.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": os.pathsep.join(places)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "passive",
+        "PYTHONPATH": os.pathsep.join(places),
+    }
     command = [sys.executable, str(SCRIPT), str(path)]
     processes = [
-        subprocess.Popen([*command, str(rank), *names], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            [*command, str(rank), *names], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         for rank in range(2)
     ]
     outputs = []

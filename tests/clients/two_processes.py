@@ -1,8 +1,8 @@
-"""Started by test_two_processes.py as two gloo processes: runs each check that it is asked for and writes down how it ended.
+"""Started by test_two_processes.py as two gloo processes: runs each check that it is asked for and writes down how it
+ended.
 
-Both processes run the same checks in the same order. A check that fails in one process alone leaves the two out of step, so it is
-the last.
-"""
+Both processes run the same checks in the same order. A check that fails in one process alone leaves the two out of
+step, so it is the last."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ def halved(trained: Any, mesh: DeviceMesh) -> dict[str, Tensor]:
 
 def check_ddp(mesh: DeviceMesh, folder: Path) -> None:
     wanted = gradients(same_model())
-    assert_equal_dicts(halved(nn.parallel.DistributedDataParallel(same_model(), gradient_as_bucket_view=True), mesh), wanted, **CLOSE)
+    assert_equal_dicts(
+        halved(nn.parallel.DistributedDataParallel(same_model(), gradient_as_bucket_view=True), mesh), wanted, **CLOSE
+    )
 
 
 def check_fsdp2(mesh: DeviceMesh, folder: Path) -> None:
@@ -80,7 +82,9 @@ def check_fsdp2_generate(mesh: DeviceMesh, folder: Path) -> None:
     for beams in (1, 3):
         wanted = plain.generate(batch()[0], max_length=6, beam_size=beams)
         for cache in (True, False):
-            torch.testing.assert_close(sharded.generate(batch()[0], max_length=6, beam_size=beams, use_cache=cache), wanted)
+            torch.testing.assert_close(
+                sharded.generate(batch()[0], max_length=6, beam_size=beams, use_cache=cache), wanted
+            )
 
 
 def check_fsdp2_meta(mesh: DeviceMesh, folder: Path) -> None:
@@ -162,7 +166,10 @@ def check_tensor_parallel(mesh: DeviceMesh, folder: Path) -> None:
     plans = {
         "gates by columns": {"cell.gates": ColwiseParallel(**whole)},
         "gates by rows": {"cell.gates": RowwiseParallel(input_layouts=Replicate())},
-        "projections": {"self_attn.in_proj": ColwiseParallel(**whole), "self_attn.out_proj": RowwiseParallel(input_layouts=Replicate())},
+        "projections": {
+            "self_attn.in_proj": ColwiseParallel(**whole),
+            "self_attn.out_proj": RowwiseParallel(input_layouts=Replicate()),
+        },
         "feed-forward network": {"linear1": ColwiseParallel(), "linear2": RowwiseParallel()},
     }
     for name, plan in plans.items():
@@ -176,7 +183,9 @@ def check_tensor_parallel(mesh: DeviceMesh, folder: Path) -> None:
 
 
 def check_tensor_parallel_needs_whole_outputs(mesh: DeviceMesh, folder: Path) -> None:
-    """Rows are packed by gate, and by q, k and v: a shard of them is no share of the features, and is not taken for one."""
+    """Rows are packed by gate, and by q, k and v: a shard of them is no share of the features, and is not taken for
+    one.
+    """
     for name, message in (("cell.gates", "z must have shape"), ("self_attn.in_proj", "don't multiply up")):
         layer = dl.DepthLSTMEncoderLayer(D, HEADS, dropout=0.0, batch_first=True)
         parallel = parallelize_module(layer, mesh, {name: ColwiseParallel()})
@@ -191,7 +200,10 @@ def check_tensor_parallel_needs_whole_outputs(mesh: DeviceMesh, folder: Path) ->
 def check_vocabulary_parallel(mesh: DeviceMesh, folder: Path) -> None:
     plain = same_model(tie_output=False)
     wanted = gradients(plain)
-    plan = {"output": ColwiseParallel(output_layouts=Replicate()), "tgt_embedding": RowwiseParallel(input_layouts=Replicate())}
+    plan = {
+        "output": ColwiseParallel(output_layouts=Replicate()),
+        "tgt_embedding": RowwiseParallel(input_layouts=Replicate()),
+    }
     parallel = parallelize_module(same_model(tie_output=False), mesh, plan)
     found = {name: full(gradient) for name, gradient in gradients(parallel).items()}
     assert_equal_dicts(found, wanted, **CLOSE)
@@ -213,7 +225,9 @@ def check_dtensor_cell(mesh: DeviceMesh, folder: Path) -> None:
         cell.zero_grad()
         ((found_h.full_tensor() * weights[0]).sum() + (found_c.full_tensor() * weights[1]).sum()).backward()
         assert_equal_dicts(
-            {name: full(p.grad) for name, p in cell.named_parameters()}, {n: p.grad for n, p in plain.named_parameters()}, **CLOSE
+            {name: full(p.grad) for name, p in cell.named_parameters()},
+            {n: p.grad for n, p in plain.named_parameters()},
+            **CLOSE,
         )
 
 

@@ -1,4 +1,6 @@
-"""The path of a test is made ready before it: simulated CUDA kernels, guards around Triton's memory, its wide scheme at small sizes."""
+"""The path of a test is made ready before it: simulated CUDA kernels, guards around Triton's memory, its wide scheme at
+small sizes.
+"""
 
 from __future__ import annotations
 

@@ -88,9 +88,11 @@ class Path(NamedTuple):
 
     Attributes:
         sizes: (rows, features) of an ordinary problem: no whole vectors, or whole ones where only they take the path.
-        features: beside every boundary of the path: vectors, blocks, tiles, schemes; the rows for each follow from ``rows_of``.
+        features: beside every boundary of the path: vectors, blocks, tiles, schemes; the rows for each follow from
+            ``rows_of``.
         rows: beside every boundary of rows.
-        types: every combination of dtypes that it takes. ``main``: one for each type of memory, and the mixture autocast makes.
+        types: every combination of dtypes that it takes. ``main``: one for each type of memory, and the mixture
+            autocast makes.
     """
 
     backend: str
@@ -107,27 +109,41 @@ class Path(NamedTuple):
 
 
 WIDTHS = [1, 2, 3, 7, 31, 33, 63, 65, 127, 129, 511, 512, 768, 1000, 1024]
-# Beside, on and beyond every vector width (2 to 16 lanes), a Philox block (4) and a group of them (64), and model widths up to 4096.
-# Parameter gradients are summed by chunks of at least 32 rows and at most 64 of them: beside and on both limits.
+# Beside, on and beyond every vector width (2 to 16 lanes), a Philox block (4) and a group of them (64), and model
+# widths up to 4096. Parameter gradients are summed by chunks of at least 32 rows and at most 64 of them: beside and on
+# both limits.
 CPP_ROWS = [0, 1, 2, 3, 17, 31, 32, 33, 64, 65, 1000, 2047, 2048, 2049]
-CPP_ROWS_AND_FEATURES = [(rows, features) for rows in CPP_ROWS for features in (1, 5, 33, 512) if features != 512 or rows <= 1000]
+CPP_ROWS_AND_FEATURES = [
+    (rows, features) for rows in CPP_ROWS for features in (1, 5, 33, 512) if features != 512 or rows <= 1000
+]
 CPP_MAIN = [FULL, DOUBLE, HALF, HALF16, MIXED]
 
 
-def gpu_path(backend: str, name: str, sizes: tuple[int, int], features: list[int], rows: list[tuple[int, int]], rows_each: int) -> Path:
+def gpu_path(
+    backend: str, name: str, sizes: tuple[int, int], features: list[int], rows: list[tuple[int, int]], rows_each: int
+) -> Path:
     return Path(backend, name, sizes, features, rows, GPU_TYPES, GPU_MAIN, lambda features: rows_each)
 
 
 PATHS = [
     Path("cpp", "", (17, 33), [*WIDTHS, 1600, 2048, 4096], CPP_ROWS_AND_FEATURES, TYPES, CPP_MAIN, lambda features: 17),
-    # BLOCK = D and one column beside it (masked and not), one row a tile and several, and rows that are not a power of two
+    # BLOCK = D and one column beside it (masked and not), one row a tile and several, and rows that are not a power of
+    # two
     gpu_path("triton", "narrow", (5, 7), WIDTHS, list(itertools.product((0, 1, 2, 3, 17, 40), (1, 33))), 3),
     # for any D, in blocks of 16 and tiles of two rows: see make_small_wide
     gpu_path("triton", "wide", (3, 20), [20, 32], [(1, 20), (5, 20)], 3),
-    # V vectors of a lane; then of a thread of a block, of narrow backward (2048) and of what a block holds (8192); then no whole vectors
+    # V vectors of a lane; then of a thread of a block, of narrow backward (2048) and of what a block holds (8192); then
+    # no whole vectors
     gpu_path("cuda", "warp", (MANY, 40), [8, 128, 136, 256, 264, 512, 520, 1024], [(MANY, 16)], MANY),
     gpu_path("cuda", "block", (3, 40), [16, 1032, 2048, 2056, 4096, 4104, 8192], [(1, 16), (3, 16), (FEW, 16)], 2),
-    gpu_path("cuda", "any", (3, 41), [1, 2, 3, 7, 31, 33, 63, 1001, 8200], list(itertools.product((0, 1, 2, 3, 17, MANY), (1, 33))), 2),
+    gpu_path(
+        "cuda",
+        "any",
+        (3, 41),
+        [1, 2, 3, 7, 31, 33, 63, 1001, 8200],
+        list(itertools.product((0, 1, 2, 3, 17, MANY), (1, 33))),
+        2,
+    ),
 ]
 
 
@@ -144,7 +160,9 @@ def _words(value: Any) -> str:
     return "-".join(map(str, value)) or "scalar" if type(value) is tuple else str(value)
 
 
-def cases(names: str = "", choose: Callable[[Op, Path], Iterable[Any]] = lambda op, path: [()], one_path: bool = False) -> Any:
+def cases(
+    names: str = "", choose: Callable[[Op, Path], Iterable[Any]] = lambda op, path: [()], one_path: bool = False
+) -> Any:
     """Every op on every path, with further arguments ``names`` that ``choose`` lists for each.
 
     ``one_path`` takes the first path of each backend alone: for what does not reach the kernels.
@@ -164,7 +182,9 @@ def cases(names: str = "", choose: Callable[[Op, Path], Iterable[Any]] = lambda 
     return pytest.mark.parametrize(("op", "path", *arguments), found, indirect=["path"])
 
 
-def make(path: Path, rows: Any, features: int, types: Types, variant: tuple[str, bool, str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def make(
+    path: Path, rows: Any, features: int, types: Types, variant: tuple[str, bool, str]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Arguments on the path's device."""
     return arguments(rows, features, types, *variant, device="cpu" if path.backend == "cpp" else DEVICE)
 
@@ -180,7 +200,9 @@ def surrounded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: among_nan(tensor) for key, tensor in tensors.items()}
 
 
-def run(op: Op, path: Path, tensors: dict[str, Tensor], grads: tuple[Tensor, Tensor], **options: Any) -> dict[str, Tensor]:
+def run(
+    op: Op, path: Path, tensors: dict[str, Tensor], grads: tuple[Tensor, Tensor], **options: Any
+) -> dict[str, Tensor]:
     """Outputs and gradients, with every argument and gradient in the middle of NaN."""
     around = (among_nan(grads[0]), among_nan(grads[1]))
     return results(functools.partial(fused, op, path), surrounded(tensors), around, **options)
@@ -210,4 +232,8 @@ def check(
 
 
 def dropout(path: Path, seed: int = 77, p: float = 0.3) -> dict[str, Any]:
-    return {"dropout_p": p, "training": True, "seed": torch.tensor([seed], device="cpu" if path.backend == "cpp" else DEVICE)}
+    return {
+        "dropout_p": p,
+        "training": True,
+        "seed": torch.tensor([seed], device="cpu" if path.backend == "cpp" else DEVICE),
+    }

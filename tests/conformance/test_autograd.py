@@ -29,7 +29,9 @@ def test_nothing_given_is_written(op: Op, path: Path, variant: Variant, types: T
     torch.autograd.grad(outputs, list(leaves.values()), grads)
     assert {name: tensor._version for name, tensor in given.items()} == versions
     assert_identical({name: tensor.detach() for name, tensor in given.items()}, before)
-    assert_identical(dict(zip("hc", [output.detach() for output in outputs], strict=True)), dict(zip("hc", kept, strict=True)))
+    assert_identical(
+        dict(zip("hc", [output.detach() for output in outputs], strict=True)), dict(zip("hc", kept, strict=True))
+    )
     for output in outputs:
         for name, tensor in given.items():
             assert output.data_ptr() != tensor.data_ptr(), name
@@ -44,7 +46,9 @@ def test_backward_twice_gives_twice_the_gradient(op: Op, path: Path, variant: Va
     torch.autograd.backward(outputs, grads, retain_graph=True)
     once = {name: tensor.grad.clone() for name, tensor in leaves.items()}
     torch.autograd.backward(outputs, grads)
-    assert_identical({name: tensor.grad for name, tensor in leaves.items()}, {name: 2 * gradient for name, gradient in once.items()})
+    assert_identical(
+        {name: tensor.grad for name, tensor in leaves.items()}, {name: 2 * gradient for name, gradient in once.items()}
+    )
 
 
 def subsets(op: Op, path: Path) -> list[str]:
@@ -71,7 +75,9 @@ def test_every_subset_of_gradients(op: Op, path: Path, wanted: str) -> None:
 
 
 def undefined(op: Op, path: Path) -> Any:
-    return itertools.product(["h", "c"], op.variants, [FULL, *path.main[1:2], MIXED] if path.backend == "cpp" else [FULL])
+    return itertools.product(
+        ["h", "c"], op.variants, [FULL, *path.main[1:2], MIXED] if path.backend == "cpp" else [FULL]
+    )
 
 
 @cases("used, variant, types", undefined)

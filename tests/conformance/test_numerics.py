@@ -1,4 +1,6 @@
-"""Difficult numbers on every path: far means, constant rows, the largest and smallest, NaN; rows are independent, runs identical."""
+"""Difficult numbers on every path: far means, constant rows, the largest and smallest, NaN; rows are independent, runs
+identical.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,21 @@ from typing import Any
 import pytest
 import simulated
 import torch
-from helpers import BF16, DEVICE, F16, F32, F64, TINY, Types, assert_bound, assert_identical, cotangents, double, normal, results
+from helpers import (
+    BF16,
+    DEVICE,
+    F16,
+    F32,
+    F64,
+    TINY,
+    Types,
+    assert_bound,
+    assert_identical,
+    cotangents,
+    double,
+    normal,
+    results,
+)
 from paths import FULL, HALF, MIXED16, Op, Path, cases, check, dropout, fused, make, run, three
 from torch import Tensor
 
@@ -23,18 +39,29 @@ NORMALISED = ["gate", "joint"]
 def each_row(
     op: Op, path: Path, tensors: dict[str, Tensor], options: dict[str, Any], conditions: list[float]
 ) -> tuple[dict[str, Tensor], ...]:
-    """Each row keeps the bound by itself, with the ``condition`` of its own; returns the results of the kernel, eager and fp64."""
+    """Each row keeps the bound by itself, with the ``condition`` of its own; returns the results of the kernel, eager
+    and fp64.
+    """
     found = three(op, path, tensors, options)
     for row, condition in enumerate(conditions):
-        assert_bound(*({key: value[row] for key, value in values.items() if key in op.rows} for values in found), condition)
+        assert_bound(
+            *({key: value[row] for key, value in values.items() if key in op.rows} for values in found), condition
+        )
     return found
 
 
 def widths(op: Op, path: Path) -> list[tuple[str, Types, int]]:
-    """Sums of 41 and of 164 equal numbers times 1/41 and 1/164 are, in fp32, not those numbers but for 0; of 2^n or 33 they mostly are."""
+    """Sums of 41 and of 164 equal numbers times 1/41 and 1/164 are, in fp32, not those numbers but for 0; of 2^n or 33
+    they mostly are.
+    """
     own = path.sizes[1] if path.name == "block" else 41
     more = [1, 2, 300, 512] if path.name in ("", "narrow", "any") else [own]
-    return [(norm, types, features) for norm in NORMALISED for types in path.main for features in dict.fromkeys([own, *more])]
+    return [
+        (norm, types, features)
+        for norm in NORMALISED
+        for types in path.main
+        for features in dict.fromkeys([own, *more])
+    ]
 
 
 @cases("norm, types, features", widths)
@@ -65,31 +92,44 @@ def test_nearly_constant_rows(op: Op, path: Path, norm: str, types: Types) -> No
 @cases(
     "norm, types, features",
     lambda op, path: [
-        (n, t, d) for n in NORMALISED for t in path.main for d in (path.sizes[1], 512) if path.name in ("", "narrow", "any") or d != 512
+        (n, t, d)
+        for n in NORMALISED
+        for t in path.main
+        for d in (path.sizes[1], 512)
+        if path.name in ("", "narrow", "any") or d != 512
     ],
 )
 def test_mean_far_beyond_deviation(op: Op, path: Path, norm: str, types: Types, features: int) -> None:
     ratios = [1e2, 1e3, 1e4, 1e5, 1e6][: 3 if types.z == F16 else 5] * (2 if path.name == "warp" else 1)
     tensors, options = make(path, len(ratios), features, types, (norm, True, "gelu"))
-    tensors["z"] = (normal(len(ratios), 4 * features) + torch.tensor(ratios).unsqueeze(1)).to(types.z).to(tensors["z"].device)
+    tensors["z"] = (
+        (normal(len(ratios), 4 * features) + torch.tensor(ratios).unsqueeze(1)).to(types.z).to(tensors["z"].device)
+    )
     found = each_row(op, path, tensors, options, ratios)
     assert_bound(*({key: values[key] for key in op.sums} for values in found), max(ratios))
 
 
-@cases("norm, types", lambda op, path: itertools.product(NORMALISED, [types for types in path.main if types.z in (F16, BF16)]))
+@cases(
+    "norm, types",
+    lambda op, path: itertools.product(NORMALISED, [types for types in path.main if types.z in (F16, BF16)]),
+)
 def test_values_near_the_largest_of_fp16(op: Op, path: Path, norm: str, types: Types) -> None:
     """Their squares and sums are beyond fp16 by far; the results are ordinary numbers."""
     rows, features = path.sizes
     tensors, options = make(path, rows, features, types, (norm, True, "gelu"))
     signs = torch.randn(tensors["z"].shape).sign()
-    tensors["z"] = (signs * 6.4e4 + normal(*signs.shape, scale=500)).clamp(-65504, 65504).to(types.z).to(tensors["z"].device)
+    tensors["z"] = (
+        (signs * 6.4e4 + normal(*signs.shape, scale=500)).clamp(-65504, 65504).to(types.z).to(tensors["z"].device)
+    )
     found = check(op, path, tensors, options)
     assert all(value.isfinite().all() for value in found.values())
 
 
 @cases()
 def test_gradients_that_are_beyond_fp16_on_the_way(op: Op, path: Path) -> None:
-    """Those of the pre-activations, which r makes small again; eager in fp16 has no digit of them, and the bound would allow anything."""
+    """Those of the pre-activations, which r makes small again; eager in fp16 has no digit of them, and the bound would
+    allow anything.
+    """
     rows, features = path.sizes
     tensors, options = make(path, rows, features, MIXED16, op.variants[0])
     tensors["z"] = normal(rows, 4 * features, scale=2e4).clamp(-6e4, 6e4).to(F16).to(tensors["z"].device)
@@ -101,10 +141,16 @@ def test_gradients_that_are_beyond_fp16_on_the_way(op: Op, path: Path) -> None:
         assert (value - exact[key]).abs().max() <= 1e-3 * exact[key].abs().max(), key
 
 
-@cases("types, kind", lambda op, path: itertools.product(path.main if path.backend == "cpp" else path.main[:3], ACTIVATIONS), one_path=True)
+@cases(
+    "types, kind",
+    lambda op, path: itertools.product(path.main if path.backend == "cpp" else path.main[:3], ACTIVATIONS),
+    one_path=True,
+)
 def test_saturated_gates(op: Op, path: Path, types: Types, kind: str) -> None:
     """Without a norm nothing bounds a: far from zero exp overflows or underflows, and nothing may become NaN."""
-    steps = torch.tensor([0.0, 1e-30, 1e-8, 1e-3, 0.5, 1.0, 4.3, 4.5, 5.5, 9.0, 13.0, 17.0, 38.0, 88.0, 89.0, 104.0, 200.0, 720.0, 6e4])
+    steps = torch.tensor(
+        [0.0, 1e-30, 1e-8, 1e-3, 0.5, 1.0, 4.3, 4.5, 5.5, 9.0, 13.0, 17.0, 38.0, 88.0, 89.0, 104.0, 200.0, 720.0, 6e4]
+    )
     if types.z == F16:
         steps = steps[:-1]  # eager's own products overflow beyond
     a = torch.cat((steps, -steps)).double()
@@ -117,7 +163,9 @@ def test_saturated_gates(op: Op, path: Path, types: Types, kind: str) -> None:
     assert all(value.isfinite().all() for value in found.values())
 
 
-@cases("types", lambda op, path: path.main if path.backend == "cpp" else [])  # a GPU's one-instruction exponentials flush them
+@cases(
+    "types", lambda op, path: path.main if path.backend == "cpp" else []
+)  # a GPU's one-instruction exponentials flush them
 def test_subnormals(op: Op, path: Path, types: Types) -> None:
     """Inputs and results below the smallest normal number are kept, not flushed."""
     isa = ctypes.CDLL(str(LIBRARY)).depthlstm_cpu_isa
@@ -139,7 +187,9 @@ def changed_rows(op: Op, path: Path) -> list[Any]:
 
 @cases("types, variant", changed_rows)
 def test_rows_do_not_see_each_other(op: Op, path: Path, types: Types, variant: Any) -> None:
-    """Changing one row, to NaN even, changes no other row, bit for bit; and a row alone gives what it gives among others."""
+    """Changing one row, to NaN even, changes no other row, bit for bit; and a row alone gives what it gives among
+    others.
+    """
     # on the CPU the ends of the first and of the last chunk, elsewhere those of a tile
     rows = {"cpp": 70, "triton": 33 if path.name == "narrow" else 5}.get(path.backend, path.sizes[0])
     changed = sorted({0, 31, 32, rows - 1} & set(range(rows)))
@@ -156,7 +206,9 @@ def test_rows_do_not_see_each_other(op: Op, path: Path, types: Types, variant: A
     for key in by_row:
         assert torch.equal(after[key][others], before[key][others]), key
         assert after[key][~others].isnan().any(-1).all() or key == "dc", key
-    assert all(after[key].isnan().any() for key in op.sums if key in after)  # NaN is passed on, not lost in a comparison
+    assert all(
+        after[key].isnan().any() for key in op.sums if key in after
+    )  # NaN is passed on, not lost in a comparison
     if path.name == "warp":
         return  # a row alone is taken by a block, whose sums have another order
     row = changed[-1]
@@ -166,7 +218,10 @@ def test_rows_do_not_see_each_other(op: Op, path: Path, types: Types, variant: A
         assert torch.equal(single[key], before[key][row]), key
 
 
-@cases("types, norm", lambda op, path: itertools.product(path.main if path.backend == "cpp" else [FULL, HALF], [*NORMALISED, "none"]))
+@cases(
+    "types, norm",
+    lambda op, path: itertools.product(path.main if path.backend == "cpp" else [FULL, HALF], [*NORMALISED, "none"]),
+)
 def test_nan_and_infinity_stay_where_they_belong(op: Op, path: Path, types: Types, norm: str) -> None:
     """Each special value in each place: what comes out is NaN or infinite exactly where the reference's is."""
     specials = [torch.nan, torch.inf, -torch.inf]

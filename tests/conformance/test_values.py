@@ -9,7 +9,23 @@ from typing import Any
 import pytest
 import torch
 from helpers import BF16, F16, F32, F64, Types, assert_bound, cotangents, double, normal, results
-from paths import FULL, HALF, HALF16, MIXED, MIXED16, Op, Path, Variant, cases, check, dropout, fused, make, run, surrounded
+from paths import (
+    FULL,
+    HALF,
+    HALF16,
+    MIXED,
+    MIXED16,
+    Op,
+    Path,
+    Variant,
+    cases,
+    check,
+    dropout,
+    fused,
+    make,
+    run,
+    surrounded,
+)
 from torch import Tensor
 
 import depthlstm_fast as dl
@@ -19,8 +35,9 @@ from depthlstm_fast.ops.depth_lstm_autograd import gates
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's, of overflows
 
 
-# A full cross product on purpose: on the CPU (types, activation) is one compiled kernel, in Triton every call, with the formulas of fp32
-# and with those of 16-bit results; on CUDA norm and activation are branches. Triton's wide scheme shares its formulas with the narrow one.
+# A full cross product on purpose: on the CPU (types, activation) is one compiled kernel, in Triton every call, with the
+# formulas of fp32 and with those of 16-bit results; on CUDA norm and activation are branches. Triton's wide scheme
+# shares its formulas with the narrow one.
 def every_kernel(op: Op, path: Path) -> Iterable[tuple[Types, Variant]]:
     types = {"cpp": path.types, "triton": [FULL, HALF], "cuda": [FULL, MIXED]}[path.backend]
     return itertools.product(types, op.variants if path.name == "wide" else op.every_variant)
@@ -79,7 +96,9 @@ def test_leading_shapes(op: Op, path: Path, shape: tuple[int, ...], variant: Var
 # eps that matters (0.5 beside a variance of 2), eps that is nothing, and eps beyond what fp16 can hold
 @cases(
     "norm, eps, types",
-    lambda op, path: itertools.product(["gate", "joint"], [0.0, 1e-12, 0.5, 1e6], [FULL, HALF16] if path.backend == "cpp" else [FULL]),
+    lambda op, path: itertools.product(
+        ["gate", "joint"], [0.0, 1e-12, 0.5, 1e6], [FULL, HALF16] if path.backend == "cpp" else [FULL]
+    ),
 )
 def test_eps(op: Op, path: Path, norm: str, eps: float, types: Types) -> None:
     tensors, options = make(path, path.sizes[0], path.sizes[1], types, (norm, True, "gelu"))
@@ -98,14 +117,18 @@ def test_names_differ(op: Op, path: Path) -> None:
 
 @cases("types", lambda op, path: [types for types in path.types if types.z in (BF16, F16) and F32 in types])
 def test_fp32_results_beside_16_bit_ones(op: Op, path: Path, types: Types) -> None:
-    """What is given and returned in fp32 has the accuracy of fp32, which eager's own errors in 16 bits would not ask for."""
+    """What is given and returned in fp32 has the accuracy of fp32, which eager's own errors in 16 bits would not ask
+    for.
+    """
     tensors, options = make(path, *path.sizes, types, op.variants[0])
     grads = cotangents(tensors)
     exact = results(op.reference, double(tensors), (grads[0].double(), grads[1].double()), **options)
     for key, value in run(op, path, tensors, grads, **options).items():
         if value.dtype == F32:
             error = (value - exact[key]).abs().max() / exact[key].abs().max()
-            assert error < 1e-5, f"{key}: {error:.2g}"  # a rounding to fp16 is 5e-4, the formulas for 16-bit results are 5e-5
+            assert error < 1e-5, (
+                f"{key}: {error:.2g}"
+            )  # a rounding to fp16 is 5e-4, the formulas for 16-bit results are 5e-5
 
 
 @cases()
@@ -123,7 +146,9 @@ def check_z_bias(path: Path, types: Types, variant: Variant, dtype: torch.dtype,
     codes = Options(NORM_CODES[options["norm"]], ACTIVATION_CODES[options["activation"]], 1e-6, 0.0)
     grads = cotangents(tensors)
 
-    def by_operator(z: Tensor, c: Tensor, z_bias: Tensor, weight: Any = None, bias: Any = None, hidden: Any = None) -> Any:
+    def by_operator(
+        z: Tensor, c: Tensor, z_bias: Tensor, weight: Any = None, bias: Any = None, hidden: Any = None
+    ) -> Any:
         return gates(Tensors(z, z_bias, hidden, c, weight, bias, None), codes, path.backend)
 
     def plain(z: Tensor, c: Tensor, z_bias: Tensor, **others: Any) -> Any:
@@ -133,7 +158,10 @@ def check_z_bias(path: Path, types: Types, variant: Variant, dtype: torch.dtype,
     assert_bound(results(by_operator, surrounded(tensors), grads), results(plain, tensors, grads), exact, shift)
 
 
-@cases("types, variant", lambda op, path: itertools.product([FULL, MIXED, HALF], op.variants) if op.name == "depth_lstm" else [])
+@cases(
+    "types, variant",
+    lambda op, path: itertools.product([FULL, MIXED, HALF], op.variants) if op.name == "depth_lstm" else [],
+)
 def test_z_bias(op: Op, path: Path, types: Types, variant: Variant) -> None:
     """The operator with z_bias is the function of z + z_bias, and the bias's gradient is the sum of z's over the rows."""
     check_z_bias(path, types, variant, types.affine)
@@ -149,7 +177,9 @@ def test_z_bias_of_another_type_than_the_affine(op: Op, path: Path, types: Types
 
 @cases("norm", lambda op, path: ["gate", "joint"] if op.name == "depth_lstm" else [])
 def test_large_z_bias(op: Op, path: Path, norm: str) -> None:
-    """Each pass over a row reads z + z_bias: the shift takes out the rounding error of the mean, not a mean of something else."""
+    """Each pass over a row reads z + z_bias: the shift takes out the rounding error of the mean, not a mean of
+    something else.
+    """
     check_z_bias(path, FULL, (norm, True, "gelu"), F32, shift=1e4)
 
 

@@ -25,8 +25,12 @@ sys.path.remove(str(FOLDER))
 
 PAGE = """<html><head><title>{0}</title><style>p {{}}</style></head><body><nav>Home</nav>
 <h1 id="hd_1">{1}</h1><p class="note">{2}<br>{3}</p><pre>ls -l</pre><ul><li>{4}</li></ul>{5}</body></html>"""
-ENGLISH_PAGE = PAGE.format("Help", "Moving &amp; copying", "Select the <b>object</b>.", "Drag it.", "The last soft\u00adware¶", "")
-GERMAN_PAGE = PAGE.format("Hilfe", "Verschieben", "Wählen Sie das <b>Objekt</b>.", "Ziehen Sie es.", "Die letzte Software", "")
+ENGLISH_PAGE = PAGE.format(
+    "Help", "Moving &amp; copying", "Select the <b>object</b>.", "Drag it.", "The last soft\u00adware¶", ""
+)
+GERMAN_PAGE = PAGE.format(
+    "Hilfe", "Verschieben", "Wählen Sie das <b>Objekt</b>.", "Ziehen Sie es.", "Die letzte Software", ""
+)
 
 ENGLISH_MANUAL = r""".\" a comment
 .TH LS 1
@@ -57,7 +61,13 @@ nicht sortieren
 def test_sentences_end_before_capitals_and_digits() -> None:
     text = 'It works, e.g. Debian does. See No. 5! "Really?" Yes… 2 files. and on'
     assert dt.normalize(" a\u00a0 b\u00ad\n") == "a b"
-    assert dp.split_sentences(text) == ["It works, e.g. Debian does.", "See No. 5!", '"Really?"', "Yes…", "2 files. and on"]
+    assert dp.split_sentences(text) == [
+        "It works, e.g. Debian does.",
+        "See No. 5!",
+        '"Really?"',
+        "Yes…",
+        "2 files. and on",
+    ]
     assert dp.split_sentences("1. Öffnen. 2. Ändern.") == ["1. Öffnen.", "2. Ändern."]
     assert dp.split_sentences(" ") == []
 
@@ -83,7 +93,12 @@ def test_paragraphs_of_one_sentence_stay_whole_and_endless_ones_are_dropped() ->
 
 def test_html_pair() -> None:
     blocks = dt.html_blocks(ENGLISH_PAGE)
-    assert [block.text for block in blocks] == ["Help", "Moving & copying", "Select the object. Drag it.", "The last software"]
+    assert [block.text for block in blocks] == [
+        "Help",
+        "Moving & copying",
+        "Select the object. Drag it.",
+        "The last software",
+    ]
     assert [block.signature for block in blocks] == ["title.", "h1#hd_1", "p.note", "li."]
     pairs = dp.align_blocks(blocks, dt.html_blocks(GERMAN_PAGE))
     assert pairs[2:] == [
@@ -120,7 +135,11 @@ def test_blocks_of_different_documents_pair_in_long_runs_of_like_lengths_only() 
 def test_catalog(tmp_path: Path) -> None:
     catalog = polib.MOFile()
     catalog.metadata = {"Content-Type": "text/plain; charset=UTF-8"}
-    for context, source, target in (("about|title", "~About <b>%1</b>", "Ü_ber %1"), ("about|ok", "O_K", "_OK"), ("x|y", "Empty", "")):
+    for context, source, target in (
+        ("about|title", "~About <b>%1</b>", "Ü_ber %1"),
+        ("about|ok", "O_K", "_OK"),
+        ("x|y", "Empty", ""),
+    ):
         catalog.append(polib.POEntry(msgctxt=context, msgid=source, msgstr=target))
     catalog.save(str(tmp_path / "sw.mo"))
     rows = list(dt.catalog_rows("sw", (tmp_path / "sw.mo").read_bytes()))
@@ -148,7 +167,12 @@ def test_descriptions_pair_paragraphs_and_items() -> None:
     assert {row.document for row in rows} == {"descriptions/tool"}
     assert [row[1:] for row in rows[:2]] == [("a tool", "ein Werkzeug"), ("The first paragraph.", "Der erste Absatz.")]
     assert [row[1:] for row in rows[2:]] == [("Items:", "Dinge:"), ("one thing", "eins"), ("two", "zwei")]
-    assert [block.text for block in dt.description_paragraphs("s\n text\n  code\n  code")] == ["s", "text", "code", "code"]
+    assert [block.text for block in dt.description_paragraphs("s\n text\n  code\n  code")] == [
+        "s",
+        "text",
+        "code",
+        "code",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -162,7 +186,11 @@ def test_descriptions_pair_paragraphs_and_items() -> None:
         ("a 12:34 - 56 +", "b 12:34 - 56 +", "signs"),
         ("Printed %d lines today", "Heute %d Zeilen gedruckt", "markup"),
         ("See https://debian.org for the rest", "Den Rest gibt es bei Debian zu lesen", "markup"),
-        ("Words of the text that nobody has translated yet", "Words of the text that nobody has rewritten yet", "untranslated"),
+        (
+            "Words of the text that nobody has translated yet",
+            "Words of the text that nobody has rewritten yet",
+            "untranslated",
+        ),
         ("It was seen in 1999 and in 2001", "Das war 1998 und 2001 zu sehen", "numbers"),
     ],
 )
@@ -171,7 +199,10 @@ def test_filters(source: str, target: str, reason: str | None) -> None:
 
 
 def test_repeated_sentences_are_kept_once() -> None:
-    rows = [dt.Row("a", "Open the file 1.", "Die Datei 1 öffnen."), dt.Row("b", "Open the file (2)", "Die Datei (2) öffnen")]
+    rows = [
+        dt.Row("a", "Open the file 1.", "Die Datei 1 öffnen."),
+        dt.Row("b", "Open the file (2)", "Die Datei (2) öffnen"),
+    ]
     kept, reasons = dp.clean_rows(rows, "de")
     assert kept == rows[:1]
     assert reasons == {"repeated": 1}
@@ -182,15 +213,23 @@ def words(number: int) -> str:
 
 
 def test_split_shares_no_document_and_no_sentence() -> None:
-    rows = [dt.Row(f"document{i % 500}", f"the sentence called {words(i)}", f"der Satz namens {words(i)}") for i in range(2000)]
-    rows += [dt.Row(f"document{i}", "one sentence of every document", f"Satz von vielen namens {words(i)}") for i in range(500)]
+    rows = [
+        dt.Row(f"document{i % 500}", f"the sentence called {words(i)}", f"der Satz namens {words(i)}")
+        for i in range(2000)
+    ]
+    rows += [
+        dt.Row(f"document{i}", "one sentence of every document", f"Satz von vielen namens {words(i)}")
+        for i in range(500)
+    ]
     rows += [dt.Row("long", f"a longer sentence called {words(i)}", f"der längere Satz {words(i)}") for i in range(100)]
     parts = dp.split_rows(rows)
     assert all(parts.values())
     for one, other in (("train", "dev"), ("train", "test"), ("dev", "test")):
         assert not {row.document for row in parts[one]} & {row.document for row in parts[other]}
         for side in (1, 2):
-            assert not {dp.letters_key(row[side]) for row in parts[one]} & {dp.letters_key(row[side]) for row in parts[other]}
+            assert not {dp.letters_key(row[side]) for row in parts[one]} & {
+                dp.letters_key(row[side]) for row in parts[other]
+            }
     assert sum(row.source.startswith("one") for part in parts.values() for row in part) == sum(
         row.source.startswith("one") for row in parts["test"]
     )
@@ -209,7 +248,11 @@ def make_package(folder: Path, name: str, files: dict[str, bytes]) -> None:
     }.items():
         (tree / path).parent.mkdir(parents=True, exist_ok=True)
         (tree / path).write_bytes(content)
-    subprocess.run(["dpkg-deb", "--root-owner-group", "--build", tree, folder / f"{name}_1_all.deb"], check=True, capture_output=True)
+    subprocess.run(
+        ["dpkg-deb", "--root-owner-group", "--build", tree, folder / f"{name}_1_all.deb"],
+        check=True,
+        capture_output=True,
+    )
     shutil.rmtree(tree)
 
 
@@ -221,7 +264,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (root / "lists").mkdir(parents=True)
     (root / "packages").mkdir()
     (root / "lists" / "x_Packages").write_text("Package: tool-dev\nSource: tool (1)\n\nPackage: grep\n\n")
-    for language, text in (("en", "a tool for work\n It does the work."), ("de", "ein Werkzeug zur Arbeit\n Es macht die Arbeit.")):
+    for language, text in (
+        ("en", "a tool for work\n It does the work."),
+        ("de", "ein Werkzeug zur Arbeit\n Es macht die Arbeit."),
+    ):
         (root / "lists" / f"x_Translation-{language}").write_text(stanza("tool-dev", language, text))
     return root
 
@@ -238,7 +284,11 @@ def test_build_reads_kept_packages(
     )
     make_package(cache / "packages", "libreoffice-help-de", {f"{help_folder}/de/a.html": GERMAN_PAGE.encode()})
     manuals = {"man1/ls.1.gz": ENGLISH_MANUAL, "de/man1/ls.1.gz": GERMAN_MANUAL}
-    make_package(cache / "packages", "grep", {f"usr/share/man/{path}": gzip.compress(text.encode()) for path, text in manuals.items()})
+    make_package(
+        cache / "packages",
+        "grep",
+        {f"usr/share/man/{path}": gzip.compress(text.encode()) for path, text in manuals.items()},
+    )
     files = debian.build("de", tmp_path / "out")
     pairs = [
         Pair(*pair)
@@ -271,7 +321,9 @@ def fake_apt(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("PATH", str(folder), prepend=":")
 
 
-def test_packages_are_fetched_once_and_only_those_in_the_lists(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_are_fetched_once_and_only_those_in_the_lists(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake_apt(tmp_path / "bin", f'echo "$@" >> {tmp_path}/calls; : > grep_1_all.deb', monkeypatch)
     archive = Archive(cache)
     assert archive.fetch("absent") is None
@@ -288,7 +340,9 @@ def test_packages_are_fetched_once_and_only_those_in_the_lists(cache: Path, tmp_
         ("exit 0", "apt-get download grep: 0 files in place of one"),
     ],
 )
-def test_a_failed_download_is_an_error(script: str, message: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_is_an_error(
+    script: str, message: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake_apt(tmp_path / "bin", script, monkeypatch)
     with pytest.raises(DownloadError) as error:
         Archive(cache).fetch("grep")
@@ -298,7 +352,9 @@ def test_a_failed_download_is_an_error(script: str, message: str, cache: Path, t
 
 def test_no_network_and_no_apt_are_errors_of_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_apt(tmp_path / "bin", 'echo "W: Failed to fetch http://debian" >&2', monkeypatch)
-    with pytest.raises(DownloadError, match=r"^apt-get update: no package descriptions for 'en': W: Failed to fetch http://debian$"):
+    with pytest.raises(
+        DownloadError, match=r"^apt-get update: no package descriptions for 'en': W: Failed to fetch http://debian$"
+    ):
         Archive(tmp_path / "archive")
     assert not (tmp_path / "archive" / "lists").exists()
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))

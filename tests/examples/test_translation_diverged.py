@@ -1,4 +1,6 @@
-"""Training of the translation example where a loss or a gradient is not finite: it ends before a weight changes, or leaves the step out."""
+"""Training of the translation example where a loss or a gradient is not finite: it ends before a weight changes, or
+leaves the step out.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +45,12 @@ def prepared(folder: Path) -> corpus.Corpus:
     return corpus.load_corpus(folder)
 
 
-def spoil(monkeypatch: pytest.MonkeyPatch, steps: set[int], what: str = "loss", value: float = math.nan, batch: int = 0) -> None:
-    """Have the loss, the gradient or the dev loss of ``steps``, counted from 1, be ``value``; of several batches, that of one."""
+def spoil(
+    monkeypatch: pytest.MonkeyPatch, steps: set[int], what: str = "loss", value: float = math.nan, batch: int = 0
+) -> None:
+    """Have the loss, the gradient or the dev loss of ``steps``, counted from 1, be ``value``; of several batches, that
+    of one.
+    """
     whole = training.Trainer.loss_sum
     calls: list[int] = []
 
@@ -81,12 +87,16 @@ def strict_log(run: Path) -> list[dict[str, Any]]:
     def refuse(name: str) -> Any:
         raise ValueError(name)
 
-    return [json.loads(line, parse_constant=refuse) for line in (run / checkpoint.LOG).read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line, parse_constant=refuse)
+        for line in (run / checkpoint.LOG).read_text(encoding="utf-8").splitlines()
+    ]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(
-    ("what", "accumulate", "batch"), [("loss", 1, 0), ("loss", 2, 0), ("loss", 2, 1), ("gradient", 1, 0), ("gradient", 2, 1)]
+    ("what", "accumulate", "batch"),
+    [("loss", 1, 0), ("loss", 2, 0), ("loss", 2, 1), ("gradient", 1, 0), ("gradient", 2, 1)],
 )
 def test_a_step_that_is_not_finite_changes_nothing(
     what: str, accumulate: int, batch: int, value: float, prepared: corpus.Corpus, monkeypatch: pytest.MonkeyPatch
@@ -120,7 +130,12 @@ def test_a_step_that_is_not_finite_changes_nothing(
     ("what", "steps", "message", "last"),
     [
         ("loss", {5}, "the loss is nan in step 5; the last good checkpoint is {run}/checkpoint-00000004", 4),
-        ("gradient", {3}, "the gradient is not finite in step 3; the last good checkpoint is {run}/checkpoint-00000002", 2),
+        (
+            "gradient",
+            {3},
+            "the gradient is not finite in step 3; the last good checkpoint is {run}/checkpoint-00000002",
+            2,
+        ),
         ("dev", {8}, "the dev loss is nan after step 8; the last good checkpoint is {run}/checkpoint-00000006", 6),
         ("loss", {1}, "the loss is nan in step 1; there is no checkpoint yet", None),
     ],
@@ -136,7 +151,13 @@ def test_a_run_that_diverges_ends_with_its_good_checkpoints(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = tmp_path / "run"
-    command = [folder, "--output", run, *options(SETTINGS), *(f"--{name.replace('_', '-')}={value}" for name, value in EVERY.items())]
+    command = [
+        folder,
+        "--output",
+        run,
+        *options(SETTINGS),
+        *(f"--{name.replace('_', '-')}={value}" for name, value in EVERY.items()),
+    ]
     with monkeypatch.context() as patch:
         spoil(patch, steps, what)
         for _ in range(2):  # and once more from where it was
@@ -145,7 +166,9 @@ def test_a_run_that_diverges_ends_with_its_good_checkpoints(
             assert [path.name for path in checkpoint.checkpoints(run)] == names
             for path in checkpoint.checkpoints(run):
                 state, _ = checkpoint.read_checkpoint(path)
-                assert all(tensor.isfinite().all() for part in ("model", "optimizer") for tensor in state[part].values())
+                assert all(
+                    tensor.isfinite().all() for part in ("model", "optimizer") for tensor in state[part].values()
+                )
             assert all(math.isfinite(line["loss"]) for line in strict_log(run) if "loss" in line)
     assert train.main(list(map(str, command))) == 0
     whole = tmp_path / "whole"
@@ -153,7 +176,9 @@ def test_a_run_that_diverges_ends_with_its_good_checkpoints(
     assert log_values(run) == log_values(whole)
 
 
-def test_weights_that_are_not_finite_are_not_saved(prepared: corpus.Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_are_not_finite_are_not_saved(
+    prepared: corpus.Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = training.Trainer.step
 
     def step(self: Any, *arguments: Any, **named: Any) -> Any:
@@ -163,7 +188,9 @@ def test_weights_that_are_not_finite_are_not_saved(prepared: corpus.Corpus, tmp_
         return result
 
     monkeypatch.setattr(training.Trainer, "step", step)
-    with pytest.raises(training.DivergedError, match=r"is not finite after step 4; the last good checkpoint is .*checkpoint-00000002"):
+    with pytest.raises(
+        training.DivergedError, match=r"is not finite after step 4; the last good checkpoint is .*checkpoint-00000002"
+    ):
         train.run_training(prepared, SETTINGS, tmp_path / "run", **(EVERY | {"evaluate_every": 100}))
 
 
@@ -229,11 +256,26 @@ def test_all_processes_stop_where_one_diverges(kind: str, folder: Path, tmp_path
     driver, run = tmp_path / "driver.py", tmp_path / "run"
     driver.write_text(DRIVER.format(folder=str(FOLDER)), encoding="utf-8")
     settings = options(replace(SETTINGS, dropout=0.0, accumulate=2, steps=4))
-    command = [driver, folder, "--output", run, *settings, "--checkpoint-every", 2, "--beam-size", 1, "--parallel", kind]
+    command = [
+        driver,
+        folder,
+        "--output",
+        run,
+        *settings,
+        "--checkpoint-every",
+        2,
+        "--beam-size",
+        1,
+        "--parallel",
+        kind,
+    ]
     process = start(*command, processes=2)
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert errors.count(f"train.py: the loss is nan in step 3; the last good checkpoint is {run}/checkpoint-00000002\n") == 1
+    assert (
+        errors.count(f"train.py: the loss is nan in step 3; the last good checkpoint is {run}/checkpoint-00000002\n")
+        == 1
+    )
     assert errors.count("train.py: ") == 1
     assert [line["step"] for line in strict_log(run)] == [1, 2]
     process = start(*command, "--skip-nonfinite", 1, processes=2)

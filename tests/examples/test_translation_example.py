@@ -75,7 +75,9 @@ def test_catalog_gives_finished_translations_only() -> None:
     ]
 
 
-@pytest.mark.parametrize("pair", [("", "Leer"), ("Same", "Same"), ("<b>Bold</b>", "<b>Fett</b>"), ("{}th", "{}."), ("%s GB", "%s GB!")])
+@pytest.mark.parametrize(
+    "pair", [("", "Leer"), ("Same", "Same"), ("<b>Bold</b>", "<b>Fett</b>"), ("{}th", "{}."), ("%s GB", "%s GB!")]
+)
 def test_clean_drops(pair: tuple[str, str]) -> None:
     assert data.clean([data.Pair(*pair)]) == []
 
@@ -195,7 +197,9 @@ def test_padding_does_not_change_the_loss(examples: list[tokenizer.Example], sub
 
 
 def test_comparison_of_two_steps(dataset: data.Dataset) -> None:
-    result = compare.run_comparison(2, settings=TINY, dataset=dataset, progress=False, examples=1, vocab_size=VOCABULARY)
+    result = compare.run_comparison(
+        2, settings=TINY, dataset=dataset, progress=False, examples=1, vocab_size=VOCABULARY
+    )
     assert result["losses"]["fused"] == pytest.approx(result["losses"]["reference"], rel=1e-4)
     assert result["losses_agree"]
     assert result["heldout_loss"]["fused"] == pytest.approx(result["heldout_loss"]["reference"], rel=1e-3)

@@ -1,4 +1,6 @@
-"""The translation example where something is amiss: damaged files, full disks, closed streams: one line, status 2, nothing lost."""
+"""The translation example where something is amiss: damaged files, full disks, closed streams: one line, status 2,
+nothing lost.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,19 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from translation_helpers import FOLDER, SMALL, checkpoint, corpus, data, log_values, one_line, options, prepare, train, translate
+from translation_helpers import (
+    FOLDER,
+    SMALL,
+    checkpoint,
+    corpus,
+    data,
+    log_values,
+    one_line,
+    options,
+    prepare,
+    train,
+    translate,
+)
 
 EVERY = ("--evaluate-every", "2", "--checkpoint-every", "2", "--beam-size", "1")
 MORE = [*options(replace(SMALL, steps=6)), *EVERY]
@@ -30,7 +44,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared folder and a run with checkpoints of steps 2 and 4."""
     path = tmp_path_factory.mktemp("whole")
     prepare.prepare(path / "corpus", "builtin", vocab_size=120)
-    assert train.main([str(path / "corpus"), "--output", str(path / "run"), *options(replace(SMALL, steps=4)), *EVERY]) == 0
+    assert (
+        train.main([str(path / "corpus"), "--output", str(path / "run"), *options(replace(SMALL, steps=4)), *EVERY])
+        == 0
+    )
     return path
 
 
@@ -94,7 +111,12 @@ def test_a_damaged_file_is_named(
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "generators.safetensors", "state.json"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
-    name: str, damage: Callable[[Path], None], own: Path, whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    name: str,
+    damage: Callable[[Path], None],
+    own: Path,
+    whole: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     old, new = checkpoint.checkpoints(own / "run")
     damage(new / name)
@@ -104,7 +126,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
         printed = capsys.readouterr().err
         assert printed.startswith(f"passed over for {old.name}: {new / name}") or f"found no file {name}" in printed
         assert printed.count("\n") == 1
-    assert train.main([str(own / "corpus"), "--output", str(own / "run"), *options(replace(SMALL, steps=4)), *EVERY]) == 0
+    assert (
+        train.main([str(own / "corpus"), "--output", str(own / "run"), *options(replace(SMALL, steps=4)), *EVERY]) == 0
+    )
     printed = capsys.readouterr()
     assert printed.err.count("passed over for checkpoint-00000002") == 1
     assert "going on from step 2 " in printed.out
@@ -135,16 +159,51 @@ def rewrite(path: Path, change: Callable[[Any], Any]) -> None:
         ("corpus/meta.json", lambda old: [old], "load", "must hold a JSON object; found list"),
         ("corpus/meta.json", lambda old: None, "load", "must hold a JSON object; found NoneType"),
         ("corpus/meta.json", lambda old: old | {"pairs": 3}, "load", "must hold 'pairs' of type dict; found int"),
-        ("corpus/meta.json", lambda old: old | {"pairs": {"train": "many"}}, "load", "must hold 'train' of type int; found str"),
-        ("corpus/meta.json", lambda old: old | {"vocabulary": True}, "load", "must hold 'vocabulary' of type int; found bool"),
-        ("corpus/meta.json", lambda old: old | {"vocabulary": 7}, "load", "must have 7 pieces, as meta.json says; found 120"),
+        (
+            "corpus/meta.json",
+            lambda old: old | {"pairs": {"train": "many"}},
+            "load",
+            "must hold 'train' of type int; found str",
+        ),
+        (
+            "corpus/meta.json",
+            lambda old: old | {"vocabulary": True},
+            "load",
+            "must hold 'vocabulary' of type int; found bool",
+        ),
+        (
+            "corpus/meta.json",
+            lambda old: old | {"vocabulary": 7},
+            "load",
+            "must have 7 pieces, as meta.json says; found 120",
+        ),
         ("corpus/meta.json", lambda old: {}, "load", "must hold 'dataset' of type str; found none"),
         ("run/run.json", lambda old: "text", "resume", "must hold a JSON object; found str"),
         ("run/run.json", lambda old: old | {"settings": []}, "resume", "must hold 'settings' of type dict; found list"),
-        ("run/run.json", lambda old: old | {"settings": {"steps": "4"}}, "translate", "must hold 'steps' of type int; found str"),
-        ("run/run.json", lambda old: old | {"settings": {"colour": 1}}, "translate", "must hold settings that train.py has; found colour"),
-        ("run/run.json", lambda old: old | {"backend": None}, "translate", "must hold 'backend' of type str; found NoneType"),
-        ("run/checkpoint-00000004/state.json", lambda old: old | {"step": 3}, "only", "must hold the state of its own step; found step 3"),
+        (
+            "run/run.json",
+            lambda old: old | {"settings": {"steps": "4"}},
+            "translate",
+            "must hold 'steps' of type int; found str",
+        ),
+        (
+            "run/run.json",
+            lambda old: old | {"settings": {"colour": 1}},
+            "translate",
+            "must hold settings that train.py has; found colour",
+        ),
+        (
+            "run/run.json",
+            lambda old: old | {"backend": None},
+            "translate",
+            "must hold 'backend' of type str; found NoneType",
+        ),
+        (
+            "run/checkpoint-00000004/state.json",
+            lambda old: old | {"step": 3},
+            "only",
+            "must hold the state of its own step; found step 3",
+        ),
         (
             "run/checkpoint-00000004/state.json",
             lambda old: old | {"log_bytes": "9"},
@@ -170,7 +229,11 @@ def test_json_of_another_kind_is_named(
         ("model", lambda old: dict(list(old.items())[1:]), "tensors must be the model's; they differ in"),
         ("model", lambda old: {key: value[:1] for key, value in old.items()}, "of the model must have the shape"),
         ("optimizer", lambda old: dict(list(old.items())[1:]), "tensors must be the optimizer's; they differ in"),
-        ("optimizer", lambda old: {key: value.reshape(-1)[:1] for key, value in old.items()}, "of the optimizer must have the shape"),
+        (
+            "optimizer",
+            lambda old: {key: value.reshape(-1)[:1] for key, value in old.items()},
+            "of the optimizer must have the shape",
+        ),
         ("generators", lambda old: {}, "tensors must be the generators's; they differ in cpu"),
         ("generators", lambda old: {"cpu": old["cpu"].repeat(2, 1)}, "cpu of the generators must have the shape"),
         ("generators", lambda old: {"cpu": old["cpu"].float()}, "generators must hold torch's states"),
@@ -189,17 +252,31 @@ def test_tensors_of_another_model_are_named(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda old: {key: value for key, value in old.items() if key != "dev.target.ids"}, "must hold int32 vectors dev.target.ids"),
-        (lambda old: old | {"train.source.ids": old["train.source.ids"].long()}, "must hold int32 vectors train.source.ids"),
-        (lambda old: old | {"train.source.ids": old["train.source.ids"][1:]}, "must hold as many ids as the lengths of train.source"),
-        (lambda old: old | {"test.source.ids": old["test.source.ids"] + 120}, "must hold ids below 120, the size of the vocabulary"),
+        (
+            lambda old: {key: value for key, value in old.items() if key != "dev.target.ids"},
+            "must hold int32 vectors dev.target.ids",
+        ),
+        (
+            lambda old: old | {"train.source.ids": old["train.source.ids"].long()},
+            "must hold int32 vectors train.source.ids",
+        ),
+        (
+            lambda old: old | {"train.source.ids": old["train.source.ids"][1:]},
+            "must hold as many ids as the lengths of train.source",
+        ),
+        (
+            lambda old: old | {"test.source.ids": old["test.source.ids"] + 120},
+            "must hold ids below 120, the size of the vocabulary",
+        ),
         (
             lambda old: old | {f"dev.source.{part}": old[f"train.source.{part}"] for part in ("ids", "lengths")},
             "as many sources as targets",
         ),
     ],
 )
-def test_ids_of_another_text_are_named(change: Callable[[Any], Any], message: str, own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ids_of_another_text_are_named(
+    change: Callable[[Any], Any], message: str, own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = own / "corpus" / "ids.safetensors"
     save_file({key: value.clone() for key, value in change(load_file(path)).items()}, path)
     assert message in one_line(*commands(own)["load"], capsys)
@@ -281,7 +358,9 @@ def test_files_that_may_not_grow(own: Path) -> None:
     size = (checkpoint.checkpoints(run)[-1] / "model.safetensors").stat().st_size
     for bound in (size - 100, 100):
         command = [sys.executable, FOLDER / "train.py", own / "corpus", "--output", run, *MORE]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, preexec_fn=limit(bound), check=False)
+        done = subprocess.run(
+            list(map(str, command)), capture_output=True, text=True, preexec_fn=limit(bound), check=False
+        )
         assert done.returncode == 2, done.stderr
         assert [line for line in done.stderr.splitlines() if "training" not in line][-1].startswith("train.py: ")
         assert "Traceback" not in done.stderr
@@ -379,6 +458,8 @@ def test_a_log_of_something_else_is_refused(own: Path, content: bytes, capsys: p
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
-def test_numbers_that_no_machine_can_hold(own: Path, more: list[str], wanted: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_numbers_that_no_machine_can_hold(
+    own: Path, more: list[str], wanted: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     given = [*options(replace(SMALL, steps=1)), *EVERY, *more]
     assert wanted in one_line(train, [own / "corpus", "--output", own / "other", *given], capsys)

@@ -1,4 +1,6 @@
-"""Lines of text in the translation example: where they end, the mark that a file may begin with, and lines of nothing that is seen."""
+"""Lines of text in the translation example: where they end, the mark that a file may begin with, and lines of nothing
+that is seen.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,16 @@ ZAHLEN = ["eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht"]
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("lines")
     prepare.prepare(path / "corpus", "builtin", vocab_size=120)
-    arguments = [str(path / "corpus"), "--output", str(path / "run"), *options(SMALL), "--steps", "1", "--beam-size", "1"]
+    arguments = [
+        str(path / "corpus"),
+        "--output",
+        str(path / "run"),
+        *options(SMALL),
+        "--steps",
+        "1",
+        "--beam-size",
+        "1",
+    ]
     assert train.main(arguments) == 0
     return path / "run"
 
@@ -78,7 +89,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("".join(line + "\n" for line in INSIDE).encode(), INSIDE),
     ],
 )
-def test_a_line_ends_at_a_line_feed_alone(content: bytes, wanted: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_ends_at_a_line_feed_alone(
+    content: bytes, wanted: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "text").write_bytes(content)
     assert lines.read_lines(tmp_path / "text") == wanted
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="ascii"))
@@ -86,7 +99,8 @@ def test_a_line_ends_at_a_line_feed_alone(content: bytes, wanted: list[str], tmp
 
 
 @pytest.mark.parametrize(
-    "written", [[], [""], INSIDE, [MARK, MARK], [MARK + "a", "b"], ["a\r", "\r", "b\r\r"], [MARK + "\r"], ["no\u2028end", ""]]
+    "written",
+    [[], [""], INSIDE, [MARK, MARK], [MARK + "a", "b"], ["a\r", "\r", "b\r\r"], [MARK + "\r"], ["no\u2028end", ""]],
 )
 def test_lines_read_back_as_they_were_written(written: list[str], tmp_path: Path) -> None:
     path = lines.write_lines(tmp_path / "text", written)
@@ -139,7 +153,10 @@ def test_pairs_stay_together_whatever_is_inside_a_line(inner: str, tmp_path: Pat
 
 @pytest.mark.parametrize("marked", ["train", "dev", "test", "all"])
 def test_a_byte_order_mark_is_no_part_of_the_first_sentence(marked: str, tmp_path: Path) -> None:
-    english, german = numbered(NUMBERS, "The number {} dog reads a book."), numbered(ZAHLEN, "Der Hund {} liest ein Buch.")
+    english, german = (
+        numbered(NUMBERS, "The number {} dog reads a book."),
+        numbered(ZAHLEN, "Der Hund {} liest ein Buch."),
+    )
     arguments = []
     for name, chosen in (("train", slice(None)), ("dev", slice(0, 1)), ("test", slice(4, 6))):
         paths = aligned(tmp_path, english[chosen], german[chosen], name, MARK if marked in (name, "all") else "")
@@ -153,10 +170,18 @@ def test_a_byte_order_mark_is_no_part_of_the_first_sentence(marked: str, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "same", ["The  number one dog reads a book.", "the NUMBER one dog reads a book.", "The number\u00a0one dog reads a b\u200book."]
+    "same",
+    [
+        "The  number one dog reads a book.",
+        "the NUMBER one dog reads a book.",
+        "The number\u00a0one dog reads a b\u200book.",
+    ],
 )
 def test_a_held_out_sentence_that_looks_alike_is_not_trained_on(same: str, tmp_path: Path) -> None:
-    english, german = numbered(NUMBERS, "The number {} dog reads a book."), numbered(ZAHLEN, "Der Hund {} liest ein Buch.")
+    english, german = (
+        numbered(NUMBERS, "The number {} dog reads a book."),
+        numbered(ZAHLEN, "Der Hund {} liest ein Buch."),
+    )
     source, target = aligned(tmp_path, english, german)
     dev = aligned(tmp_path, [same], [german[0]], "dev")
     files = {"train": (Path(source), Path(target)), "dev": (Path(dev[0]), Path(dev[1]))}
@@ -175,14 +200,22 @@ def test_text_that_is_no_utf_8_is_named_with_its_line(tmp_path: Path, capsys: py
     assert message == f"prepare.py: {latin} must be UTF-8; found byte 0xfc in line 2\n"
     assert one_line(compare, ["--source", good, "--target", latin], capsys).endswith("found byte 0xfc in line 2\n")
     own = ["--source", good, "--target", good, "--test-source", good, "--test-target", wide]
-    assert one_line(prepare, [*own, tmp_path / "out"], capsys) == f"prepare.py: {wide} must be UTF-8; found byte 0xff in line 1\n"
+    assert (
+        one_line(prepare, [*own, tmp_path / "out"], capsys)
+        == f"prepare.py: {wide} must be UTF-8; found byte 0xff in line 1\n"
+    )
 
 
 @pytest.mark.parametrize("blank", INVISIBLE)
 def test_a_pair_with_a_side_that_is_not_seen_is_none(blank: str, tmp_path: Path) -> None:
     assert not lines.visible(blank)
-    assert data.clean([data.Pair(blank, "Der Hund"), data.Pair("the dog", blank), data.Pair(blank * 3, blank * 3)]) == []
-    english, german = numbered(NUMBERS, "The number {} dog reads a book."), numbered(ZAHLEN, "Der Hund {} liest ein Buch.")
+    assert (
+        data.clean([data.Pair(blank, "Der Hund"), data.Pair("the dog", blank), data.Pair(blank * 3, blank * 3)]) == []
+    )
+    english, german = (
+        numbered(NUMBERS, "The number {} dog reads a book."),
+        numbered(ZAHLEN, "Der Hund {} liest ein Buch."),
+    )
     source, target = aligned(tmp_path, english, german)
     dev = aligned(tmp_path, [blank, "the cat", "a mouse"], ["Der Hund", "die Katze", blank], "dev")
     files = {"train": (Path(source), Path(target)), "dev": (Path(dev[0]), Path(dev[1]))}
@@ -206,9 +239,21 @@ def test_invisible_lines_stay_blank_and_every_line_has_one(run: Path) -> None:
     translated = inference.translate(model, subwords, given, max_length=4)
     assert translated[1 : 1 + len(INVISIBLE)] == [""] * len(INVISIBLE)
     assert inference.translate(model, subwords, INVISIBLE) == [""] * len(INVISIBLE)
-    command: list[Any] = [sys.executable, FOLDER / "translate.py", run, "--max-length", "4", "--beam-size", "1", "--batch-size", "4"]
+    command: list[Any] = [
+        sys.executable,
+        FOLDER / "translate.py",
+        run,
+        "--max-length",
+        "4",
+        "--beam-size",
+        "1",
+        "--batch-size",
+        "4",
+    ]
     source = (MARK + "\n".join(given)).encode()  # and no line feed at the end
-    done = subprocess.run(command, input=source, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}, check=False)
+    done = subprocess.run(
+        command, input=source, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}, check=False
+    )
     assert done.returncode == 0, done.stderr.decode()
     output = done.stdout.decode().split("\n")
     assert output[1 : 1 + len(INVISIBLE)] == [""] * len(INVISIBLE)
@@ -219,7 +264,9 @@ def test_invisible_lines_stay_blank_and_every_line_has_one(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "mark", ["\u034f", "\ufe0f", "\u180b", "\x01", "\x7f", "\0", "\u3164", "\u2800", "\U000e0080", "\u200b", "\xad"], ids=ascii
+    "mark",
+    ["\u034f", "\ufe0f", "\u180b", "\x01", "\x7f", "\0", "\u3164", "\u2800", "\U000e0080", "\u200b", "\xad"],
+    ids=ascii,
 )
 def test_a_text_with_something_invisible_is_the_same_text(mark: str) -> None:
     assert lines.same_text(f"The {mark}Word here{mark}") == lines.same_text("The word here")

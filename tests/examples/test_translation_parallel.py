@@ -40,7 +40,9 @@ def finish(process: subprocess.Popen) -> tuple[str, str]:
 
 @pytest.mark.parametrize("architecture", ["depth-lstm", "pre-norm"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_match_one_and_resume(kind: str, architecture: str, folder: Path, single: Path, tmp_path: Path) -> None:
+def test_two_processes_match_one_and_resume(
+    kind: str, architecture: str, folder: Path, single: Path, tmp_path: Path
+) -> None:
     settings = replace(SETTINGS, architecture=architecture)
     if architecture != "depth-lstm":
         single = tmp_path / "single"
@@ -48,10 +50,14 @@ def test_two_processes_match_one_and_resume(kind: str, architecture: str, folder
     run, half = tmp_path / "run", tmp_path / "half"
     for path, steps in ((run, 6), (half, 3), (half, 6)):
         chosen = options(replace(settings, steps=steps))
-        output, _ = finish(start("train.py", folder, "--output", path, *chosen, *EVERY, "--parallel", kind, processes=2))
+        output, _ = finish(
+            start("train.py", folder, "--output", path, *chosen, *EVERY, "--parallel", kind, processes=2)
+        )
         assert output.count("test BLEU") == 1  # by the first process alone
     assert "going on from step 3" in output
-    alone, together, resumed = ([line for line in log_values(path) if "test" not in line] for path in (single, run, half))
+    alone, together, resumed = (
+        [line for line in log_values(path) if "test" not in line] for path in (single, run, half)
+    )
     assert resumed == together
     assert len(alone) == len(together) == 8
     for one, two in zip(alone, together, strict=True):

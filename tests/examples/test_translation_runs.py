@@ -81,13 +81,20 @@ def test_own_files_and_debian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             path.write_text("".join(text + "\n" for text in texts), encoding="utf-8")
         return paths
 
-    files = {"train": write("train", data.PAIRS), "test": write("test", [data.PAIRS[3], ("", ""), ("Unheard of.", "Unerhört.")])}
+    files = {
+        "train": write("train", data.PAIRS),
+        "test": write("test", [data.PAIRS[3], ("", ""), ("Unheard of.", "Unerhört.")]),
+    }
     arguments = ["--source", files["train"][0], "--target", files["train"][1]]
     arguments += ["--test-source", files["test"][0], "--test-target", files["test"][1]]
     assert prepare.main([str(tmp_path / "own"), *map(str, arguments)]) == 0
     own = corpus.load_corpus(tmp_path / "own")
     assert own.texts["test"] == [data.PAIRS[3], ("Unheard of.", "Unerhört.")]
-    assert own.meta["pairs"] == {"train": len(data.PAIRS) - 3, "dev": 2, "test": 2}  # less the test pair and two for dev
+    assert own.meta["pairs"] == {
+        "train": len(data.PAIRS) - 3,
+        "dev": 2,
+        "test": 2,
+    }  # less the test pair and two for dev
     trained = (tmp_path / "own" / "train.source.txt").read_text(encoding="utf-8").splitlines()
     assert data.PAIRS[3][0] not in trained
 
@@ -134,10 +141,14 @@ def test_resumed_run_has_the_losses_of_an_unbroken_one(
     assert (run / model).read_bytes() == (unbroken / model).read_bytes()
 
 
-def test_finished_run_is_scored_again_and_can_be_lengthened(prepared: corpus.Corpus, unbroken: Path, tmp_path: Path) -> None:
+def test_finished_run_is_scored_again_and_can_be_lengthened(
+    prepared: corpus.Corpus, unbroken: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     for steps in (4, 4, 6):
-        train.run_training(prepared, replace(SMALL, steps=steps), run, evaluate_every=3, checkpoint_every=2, beam_size=1)
+        train.run_training(
+            prepared, replace(SMALL, steps=steps), run, evaluate_every=3, checkpoint_every=2, beam_size=1
+        )
     longer = [line for line in log_values(run) if "loss" in line]
     assert longer == [line for line in log_values(unbroken) if "loss" in line]
 
@@ -151,7 +162,9 @@ def test_half_written_checkpoint_is_ignored_and_removed(unbroken: Path, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_failure_while_writing_leaves_the_last_checkpoint(unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_while_writing_leaves_the_last_checkpoint(
+    unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     state, numbers = checkpoint.read_checkpoint(checkpoint.checkpoints(unbroken)[-1])
     checkpoint.save_checkpoint(tmp_path, 1, state, numbers)
     calls = 0
@@ -170,7 +183,9 @@ def test_failure_while_writing_leaves_the_last_checkpoint(unbroken: Path, tmp_pa
                 checkpoint.save_checkpoint(tmp_path, 2, state, numbers)
         found = checkpoint.checkpoints(tmp_path)
         # the sixth flush is that of the parent folder, after the renaming: the checkpoint is there, and complete
-        assert [path.name for path in found] == ["checkpoint-00000001", "checkpoint-00000002"][: 1 if allowed < 5 else 2]
+        assert [path.name for path in found] == ["checkpoint-00000001", "checkpoint-00000002"][
+            : 1 if allowed < 5 else 2
+        ]
         assert checkpoint.read_checkpoint(found[-1])[0].keys() == state.keys()
         checkpoint.remove_partial(tmp_path)
 
@@ -209,10 +224,14 @@ def test_train_then_translate(
     assert printed[1] == printed[3] == ""
     model, subwords = checkpoint.load_model(tmp_path / "run")
     assert printed[:3] == inference.translate(model, subwords, lines, max_length=8, beam_size=2)
-    assert inference.translate_all(model, subwords, lines, 8, 2, batch_size=1) == inference.translate_all(model, subwords, lines, 8, 2)
+    assert inference.translate_all(model, subwords, lines, 8, 2, batch_size=1) == inference.translate_all(
+        model, subwords, lines, 8, 2
+    )
 
 
-def test_bad_input_gives_one_line_and_exit_status_2(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_gives_one_line_and_exit_status_2(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     three, two, empty = (tmp_path / name for name in ("three.en", "two.de", "empty"))
     three.write_text("One thing.\nTwo things.\nThree things.\n", encoding="utf-8")
     two.write_text("Ein Ding.\nZwei Dinge.\n", encoding="utf-8")
@@ -227,8 +246,16 @@ def test_bad_input_gives_one_line_and_exit_status_2(folder: Path, tmp_path: Path
         (prepare, [prepared, "--source", tmp_path / "none", "--target", two], "none"),
         (prepare, [prepared, "--data", "builtin", "--language", "fr"], "language must be 'de'"),
         (prepare, [prepared, "--data", "builtin", "--vocab-size", "30000"], "vocab_size must be at most"),
-        (prepare, [prepared, "--data", "builtin", "--vocab-size", "20"], "vocab_size must hold a piece for every character"),
-        (train, [tmp_path / "none", "--output", run], "data must be a folder that prepare.py wrote; found no meta.json"),
+        (
+            prepare,
+            [prepared, "--data", "builtin", "--vocab-size", "20"],
+            "vocab_size must hold a piece for every character",
+        ),
+        (
+            train,
+            [tmp_path / "none", "--output", run],
+            "data must be a folder that prepare.py wrote; found no meta.json",
+        ),
         (train, [folder, "--output", run, "--heads", "3"], "divi"),
         (train, [folder, "--output", run, "--steps", "0"], "steps must be at least 1; found 0"),
         (train, [folder, "--output", run, *small, "--parallel", "ddp"], "parallel must be 'none' outside torchrun"),
@@ -271,7 +298,9 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_losses(folder: Path, tmp_
     assert log_values(run) == log_values(tmp_path / "whole")
 
 
-def test_one_process_at_a_time_trains_in_a_run(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_process_at_a_time_trains_in_a_run(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = [str(folder), "--output", str(tmp_path / "run"), *options(replace(SMALL, steps=1))]
     with checkpoint.held(tmp_path / "run"), pytest.raises(SystemExit) as stopped:
         train.main(command)
@@ -305,7 +334,9 @@ def test_translate_takes_any_bytes_and_any_length(folder: Path, tmp_path: Path) 
     assert train.main([str(folder), "--output", str(run), *options(replace(SMALL, steps=1))]) == 0
     source = b"date\n\xff\xfe bad\n" + b"good day " * 3000 + b"\nname\n"
     command = [sys.executable, str(FOLDER / "translate.py"), str(run), "--max-length", "3"]
-    done = subprocess.run(command, input=source, capture_output=True, env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"}, check=False)
+    done = subprocess.run(
+        command, input=source, capture_output=True, env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"}, check=False
+    )
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout.count(b"\n") == 4
     assert b"is cut to the model's 1023" in done.stderr

@@ -1,4 +1,6 @@
-"""The translation example's programs and their surroundings: streams that are closed, close or show little, interrupts, no docstrings."""
+"""The translation example's programs and their surroundings: streams that are closed, close or show little, interrupts,
+no docstrings.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared folder and a run with checkpoints of steps 2 and 4."""
     path = tmp_path_factory.mktemp("whole")
     prepare.prepare(path / "corpus", "builtin", vocab_size=120)
-    assert train.main([str(path / "corpus"), "--output", str(path / "run"), *options(replace(SMALL, steps=4)), *EVERY]) == 0
+    assert (
+        train.main([str(path / "corpus"), "--output", str(path / "run"), *options(replace(SMALL, steps=4)), *EVERY])
+        == 0
+    )
     return path
 
 
@@ -53,7 +58,9 @@ def refuse(*_: Any, **__: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_help_without_docstrings(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_without_docstrings(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     if name == "study_report":
         pytest.importorskip("matplotlib")
     module = program(name)
@@ -65,9 +72,13 @@ def test_help_without_docstrings(name: str, monkeypatch: pytest.MonkeyPatch, cap
 
 
 def shell(command: str, *arguments: Any, **environment: str) -> tuple[int, str]:
-    """Run ``command`` in bash, its words ``$1`` and so on ``arguments``; return its status and what was written to stderr."""
+    """Run ``command`` in bash, its words ``$1`` and so on ``arguments``; return its status and what was written to
+    stderr.
+    """
     script = ["bash", "-c", command, "bash", *map(str, arguments)]
-    done = subprocess.run(script, capture_output=True, text=True, env=os.environ | environment | {"TERM": "dumb"}, check=False)
+    done = subprocess.run(
+        script, capture_output=True, text=True, env=os.environ | environment | {"TERM": "dumb"}, check=False
+    )
     return done.returncode, done.stderr
 
 
@@ -104,7 +115,9 @@ def test_scores_are_kept_whatever_the_terminal_can_show(whole: Path, tmp_path: P
     assert [line["test"] for line in log_values(tmp_path / "run")[-2:]] == ["BLEU", "chrF"]
 
 
-def test_scores_are_kept_before_anything_is_printed(own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_are_kept_before_anything_is_printed(
+    own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = log_values(own / "run")
     monkeypatch.setattr(train, "print_examples", refuse)
     with pytest.raises(PermissionError):
@@ -115,7 +128,10 @@ def test_scores_are_kept_before_anything_is_printed(own: Path, capsys: pytest.Ca
 def test_translate_into_streams_that_are_closed_or_close(whole: Path) -> None:
     command = [sys.executable, FOLDER / "translate.py", whole / "run", *GREEDY, "--batch-size", "1"]
     assert shell('"$@" <&-', *command) == (2, "translate.py: standard input must be open; found it closed\n")
-    assert shell('echo dog | "$@" >&-', *command) == (2, "translate.py: standard output must be open; found it closed\n")
+    assert shell('echo dog | "$@" >&-', *command) == (
+        2,
+        "translate.py: standard output must be open; found it closed\n",
+    )
     assert shell('yes dog | head -2000 | "$@" | head -1; exit ${PIPESTATUS[2]}', *command) == (141, "")
     status, errors = shell('echo dog | "$@" > /dev/full', *command)
     assert (status, errors.count("\n")) == (2, 1)
@@ -131,7 +147,9 @@ def test_an_interrupt_ends_a_program_without_a_word(
 
     name = {prepare: "read_named", train: "load_corpus", translate: "load_model"}[program]
     monkeypatch.setattr(program, name, interrupt)
-    arguments = {prepare: [own / "x"], train: [own / "corpus", "--output", own / "x"], translate: [own / "run"]}[program]
+    arguments = {prepare: [own / "x"], train: [own / "corpus", "--output", own / "x"], translate: [own / "run"]}[
+        program
+    ]
     with pytest.raises(SystemExit) as stopped:
         program.main(list(map(str, arguments)))
     assert stopped.value.code == 130

@@ -1,4 +1,6 @@
-"""The small study: every run is kept and found again, the gradients are those of the layers' outputs, the page says what the JSON holds."""
+"""The small study: every run is kept and found again, the gradients are those of the layers' outputs, the page says
+what the JSON holds.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,14 @@ from study import report as study_report
 sys.path.remove(str(FOLDER))
 
 TINY = replace(study.BASE, steps=3, token_budget=64, d_model=8, heads=2, warmup_steps=2)
-SIZES: dict[str, Any] = {"base": TINY, "depths": (1, 2), "rates": (1e-3, 2e-3), "seeds": (0, 1), "dev_pairs": 3, "seconds": 0.0}
+SIZES: dict[str, Any] = {
+    "base": TINY,
+    "depths": (1, 2),
+    "rates": (1e-3, 2e-3),
+    "seeds": (0, 1),
+    "dev_pairs": 3,
+    "seconds": 0.0,
+}
 
 
 def run_study(*arguments: Any, **options: Any) -> dict[str, Any]:
@@ -76,7 +85,9 @@ def test_every_variant_is_tuned_and_run_with_every_seed(finished: tuple[Path, di
     assert {entry["variant"] for entry in found["costs"]} == {"depth-lstm", study.PLAIN, "pre-norm", "post-norm"}
 
 
-def test_a_study_goes_on_where_it_was_stopped(folder: Path, finished: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_goes_on_where_it_was_stopped(
+    folder: Path, finished: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     output, found = finished
     gone = next((output / "runs").glob("pre-norm-1-*.json"))
     kept = json.loads(gone.read_text(encoding="utf-8"))
@@ -98,7 +109,9 @@ def test_gradients_are_those_of_the_layers_outputs(folder: Path) -> None:
     assert len(norms) == 3
     # nothing but the stack's norm and the output layer follow the last layer's output
     outputs: list[torch.Tensor] = []
-    hook = model.decoder.layers[-1].register_forward_hook(lambda module, inputs, output: outputs.append(output.detach().requires_grad_()))
+    hook = model.decoder.layers[-1].register_forward_hook(
+        lambda module, inputs, output: outputs.append(output.detach().requires_grad_())
+    )
     with torch.no_grad():
         model(batch.source, batch.target[:, :-1])
     hook.remove()
@@ -134,7 +147,9 @@ def test_a_run_that_diverges_ends_without_a_dev_loss(folder: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("content", [b"", b'{"found": ', b"[]", b"{}", b'{"variant": "pre-norm", "layers": "1"}'])
-def test_damaged_files_of_a_study_are_named(content: bytes, finished: tuple[Path, dict[str, Any]], folder: Path, tmp_path: Path) -> None:
+def test_damaged_files_of_a_study_are_named(
+    content: bytes, finished: tuple[Path, dict[str, Any]], folder: Path, tmp_path: Path
+) -> None:
     shutil.copytree(finished[0], tmp_path / "output")
     for name in ("about.json", "costs.json"):
         path = tmp_path / "output" / name
@@ -160,7 +175,12 @@ def test_a_damaged_study_is_named(content: bytes, tmp_path: Path, capsys: pytest
 def test_the_page_tells_failures_and_defeats(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     output, found = finished
     assert program("study_report").main([str(output), "--docs", str(tmp_path)]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"study.md", "study.json", "study_gradients.png", "study_learning.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "study.md",
+        "study.json",
+        "study_gradients.png",
+        "study_learning.png",
+    }
     page = (tmp_path / "study.md").read_text(encoding="utf-8")
     assert page == study_report.markdown(json.loads((tmp_path / "study.json").read_text(encoding="utf-8")))
     changed = json.loads(json.dumps(found))
@@ -185,7 +205,9 @@ def test_the_page_tells_failures_and_defeats(finished: tuple[Path, dict[str, Any
 
 def test_the_committed_page_is_that_of_the_committed_results() -> None:
     docs = Path(__file__).resolve().parents[2] / "docs"
-    assert (docs / "study.md").read_text(encoding="utf-8") == study_report.markdown(json.loads((docs / "study.json").read_text("utf-8")))
+    assert (docs / "study.md").read_text(encoding="utf-8") == study_report.markdown(
+        json.loads((docs / "study.json").read_text("utf-8"))
+    )
 
 
 @pytest.mark.parametrize("name", ["study", "study_report"])

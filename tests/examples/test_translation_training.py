@@ -17,7 +17,9 @@ def random_examples(count: int = 30) -> list[tokenizer.Example]:
     generator = torch.Generator().manual_seed(0)
 
     def ids() -> list[int]:
-        return torch.randint(4, VOCABULARY, (int(torch.randint(1, 9, (1,), generator=generator)),), generator=generator).tolist()
+        return torch.randint(
+            4, VOCABULARY, (int(torch.randint(1, 9, (1,), generator=generator)),), generator=generator
+        ).tolist()
 
     return [(ids() + [tokenizer.EOS], [tokenizer.BOS] + ids() + [tokenizer.EOS]) for _ in range(count)]
 
@@ -72,12 +74,16 @@ def test_accumulated_batches_are_one_large_batch(architecture: str, examples: li
                 torch.testing.assert_close(second.grad, first.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_steps_in_an_order_take_each_batch_once(examples: list[tokenizer.Example], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_in_an_order_take_each_batch_once(
+    examples: list[tokenizer.Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = replace(SMALL, accumulate=2)
     order = batches.BatchOrder(examples, 64, seed=0)
     trainer = training.Trainer(training.build_model(settings, VOCABULARY), settings)
     seen = []
-    monkeypatch.setattr(training, "share", lambda rows, rank, size: (seen.append(rows), batches.share(rows, rank, size))[1])
+    monkeypatch.setattr(
+        training, "share", lambda rows, rank, size: (seen.append(rows), batches.share(rows, rank, size))[1]
+    )
     for _ in range(3):
         trainer.step_in(order)
     assert seen == [order[index] for index in range(6)]
@@ -161,7 +167,9 @@ def test_scores() -> None:
     assert scores.corpus_scores(lines[::-1], lines)[0].value < 50
 
 
-@pytest.mark.parametrize(("name", "value"), [("layers", 0), ("dropout", 1.0), ("label_smoothing", -0.1), ("dtype", "fp8")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("layers", 0), ("dropout", 1.0), ("label_smoothing", -0.1), ("dtype", "fp8")]
+)
 def test_settings_are_checked(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{name} must be .*; found {value!r}"):
         replace(SMALL, **{name: value})

@@ -1,4 +1,6 @@
-"""The translation example's numbers, each against one that is worked out here: losses, updates, schedules, scores, what a run writes."""
+"""The translation example's numbers, each against one that is worked out here: losses, updates, schedules, scores, what
+a run writes.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ from translation_helpers import (
 import depthlstm_fast as dl
 
 VOCABULARY = 40
-SETTINGS = replace(SMALL, dropout=0.0, learning_rate=0.02, warmup_steps=2, weight_decay=0.3, label_smoothing=0.2, clip_norm=0.05)
+SETTINGS = replace(
+    SMALL, dropout=0.0, learning_rate=0.02, warmup_steps=2, weight_decay=0.3, label_smoothing=0.2, clip_norm=0.05
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +47,10 @@ def examples() -> list[tokenizer.Example]:
     def ids(count: int) -> list[int]:
         return torch.randint(4, VOCABULARY, (count,), generator=generator).tolist()
 
-    return [(ids(3 + index % 5) + [tokenizer.EOS], [tokenizer.BOS] + ids(1 + index % 7) + [tokenizer.EOS]) for index in range(12)]
+    return [
+        (ids(3 + index % 5) + [tokenizer.EOS], [tokenizer.BOS] + ids(1 + index % 7) + [tokenizer.EOS])
+        for index in range(12)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +62,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(prepared: Path) -> Path:
-    train.run_training(corpus.load_corpus(prepared), SMALL, prepared / "run", evaluate_every=4, checkpoint_every=2, beam_size=2)
+    train.run_training(
+        corpus.load_corpus(prepared), SMALL, prepared / "run", evaluate_every=4, checkpoint_every=2, beam_size=2
+    )
     return prepared / "run"
 
 
@@ -101,7 +110,9 @@ def test_steps_are_those_of_a_loop_written_out(accumulate: int, examples: list[t
         assert result.loss == pytest.approx(float(loss.detach()) / count, rel=1e-4)
         assert result.learning_rate == pytest.approx(rate)
         assert [group["lr"] for group in trainer.optimizer.param_groups] == pytest.approx([rate, rate])
-        total = math.sqrt(sum(float(parameter.grad.double().square().sum()) for parameter in trainer.model.parameters()))
+        total = math.sqrt(
+            sum(float(parameter.grad.double().square().sum()) for parameter in trainer.model.parameters())
+        )
         assert total == pytest.approx(min(norm, 0.05), rel=1e-3)
         if step < 2:  # later the rounding of gradients near nothing, of which Adam makes whole steps, has spread
             for (name, one), other in zip(trainer.model.named_parameters(), model.parameters(), strict=True):
@@ -115,7 +126,11 @@ def test_steps_are_those_of_a_loop_written_out(accumulate: int, examples: list[t
 
 def test_what_decays_are_the_matrices() -> None:
     trainer = training.Trainer(training.build_model(SETTINGS, VOCABULARY), SETTINGS)
-    decays = {id(parameter): group["weight_decay"] for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    decays = {
+        id(parameter): group["weight_decay"]
+        for group in trainer.optimizer.param_groups
+        for parameter in group["params"]
+    }
     for name, parameter in trainer.model.named_parameters():
         assert decays[id(parameter)] == (0.3 if parameter.dim() > 1 and "norm" not in name else 0.0), name
     assert {group["betas"] for group in trainer.optimizer.param_groups} == {(0.9, 0.98)}
@@ -142,7 +157,9 @@ def test_bleu_and_chrf_know_which_side_is_the_reference() -> None:
     assert bleu.value == pytest.approx(100 * math.exp(1 - 9 / 6))  # every n-gram is right, and a third is missing
     _, chrf = scores.corpus_scores(["ab"], ["abab"])
     recall = (2 / 4 + 1 / 3) / 2
-    assert chrf.value == pytest.approx(100 * 5 * recall / (4 + recall))  # precision is 1; recall counts for more, four to one
+    assert chrf.value == pytest.approx(
+        100 * 5 * recall / (4 + recall)
+    )  # precision is 1; recall counts for more, four to one
 
 
 def test_translations_come_in_the_order_of_their_lines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +192,10 @@ class Echo:
 
     def generate(self, source: Tensor, **named: Any) -> Tensor:
         self.calls.append(named)
-        rows = [[id for id in row if id not in (tokenizer.PAD, tokenizer.EOS)][::-1] + [tokenizer.EOS] for row in source.tolist()]
+        rows = [
+            [id for id in row if id not in (tokenizer.PAD, tokenizer.EOS)][::-1] + [tokenizer.EOS]
+            for row in source.tolist()
+        ]
         return batches.pad([[*row, 9, 9] for row in rows])  # what comes after the end is not text
 
 
@@ -185,12 +205,21 @@ def test_each_line_gets_its_own_translation_and_placeholders() -> None:
     lines = ["%(a)s", "", "no", "\u200b", "{b} or {c}", "a" * 30]
     found = inference.translate(model, subwords, lines, max_length=5, beam_size=3)
     wanted = [subwords.decode(subwords.encode(text)[:11][::-1]) for text in ("⟦1⟧", "no", "⟦1⟧ or ⟦2⟧", "a" * 30)]
-    wanted = [wanted[0].replace("⟦1⟧", "%(a)s"), "", wanted[1], "", wanted[2].replace("⟦1⟧", "{b}").replace("⟦2⟧", "{c}"), wanted[3]]
+    wanted = [
+        wanted[0].replace("⟦1⟧", "%(a)s"),
+        "",
+        wanted[1],
+        "",
+        wanted[2].replace("⟦1⟧", "{b}").replace("⟦2⟧", "{c}"),
+        wanted[3],
+    ]
     assert found == wanted
     assert model.calls == [{"max_length": 5, "beam_size": 3}]
 
 
-def test_translate_hands_its_options_on(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_translate_hands_its_options_on(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import io
 
     seen = []
@@ -207,7 +236,9 @@ def test_the_length_penalty_reaches_the_search(penalty: float, examples: list[to
     model = training.build_model(settings, VOCABULARY).eval()
     source = batches.pad([source for source, _ in examples[:4]])
     ids, values = model.generate(source, max_length=6, beam_size=3, length_penalty=penalty, return_scores=True)
-    again = dl.reference.DepthLSTMTransformer.generate(model, source, 6, 3, penalty, return_scores=True, use_cache=False)
+    again = dl.reference.DepthLSTMTransformer.generate(
+        model, source, 6, 3, penalty, return_scores=True, use_cache=False
+    )
     assert torch.equal(ids, again[0])
     assert torch.equal(values, again[1])
     one = dl.reference.DepthLSTMTransformer.generate(model, source, 6, 3, 1.0, return_scores=True, use_cache=False)
@@ -224,7 +255,9 @@ def test_a_split_is_every_pair_once() -> None:
 
 
 def test_the_scores_in_the_log_are_those_of_the_test_set(run: Path, prepared: Path) -> None:
-    sources, references = ((prepared / f"test.{side}.txt").read_text(encoding="utf-8").splitlines() for side in ("source", "target"))
+    sources, references = (
+        (prepared / f"test.{side}.txt").read_text(encoding="utf-8").splitlines() for side in ("source", "target")
+    )
     model, subwords = checkpoint.load_model(run)
     translations = [inference.translate(model, subwords, [line], beam_size=2)[0] for line in sources]
     for line, metric in zip(log_values(run)[-2:], (BLEU(), CHRF()), strict=True):
@@ -274,5 +307,8 @@ def test_every_seed_is_used(prepared: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_architecture_names_say_what_is_built() -> None:
-    found = [type(training.build_model(replace(SMALL, architecture=name), VOCABULARY)) for name in architectures.ARCHITECTURES]
+    found = [
+        type(training.build_model(replace(SMALL, architecture=name), VOCABULARY))
+        for name in architectures.ARCHITECTURES
+    ]
     assert found == [dl.DepthLSTMTransformer, architectures.ResidualTransformer, architectures.ResidualTransformer]

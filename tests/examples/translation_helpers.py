@@ -66,7 +66,9 @@ SMALL = training.Settings(steps=6, token_budget=128, d_model=16, heads=2, layers
 
 
 def program(name: str) -> Any:
-    """Return the program ``name``.py of the example as a module; it may share its name with a folder, which an import would take."""
+    """Return the program ``name``.py of the example as a module; it may share its name with a folder, which an import
+    would take.
+    """
     found = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     assert found is not None
     assert found.loader is not None
@@ -102,7 +104,11 @@ def start(*command: str | Path, processes: int = 1) -> subprocess.Popen:
     program, *arguments = map(str, command)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb", "PYTHONFAULTHANDLER": "1"}
     return subprocess.Popen(
-        [*launcher, str(FOLDER / program), *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*launcher, str(FOLDER / program), *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 

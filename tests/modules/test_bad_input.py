@@ -42,17 +42,29 @@ Case = tuple[dict[str, Any], dict[str, Any], type[Exception], str]
 
 # Options and small tensors, the same in both functions: (what is changed, error, text)
 COMMON: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"c": torch.randn(N, D + 1)}, ValueError, r"(z|c|weight) must have shape"),  # which of them is wrong is anyone's guess
+    (
+        {"c": torch.randn(N, D + 1)},
+        ValueError,
+        r"(z|c|weight) must have shape",
+    ),  # which of them is wrong is anyone's guess
     ({"c": torch.randn(N, D, dtype=F64)}, TypeError, r"c must be float32 beside a float32 [zh]; found float64"),
     ({"c": torch.randn(N, D, dtype=BF16)}, TypeError, r"c must be float32 beside a float32 [zh]; found bfloat16"),
-    ({"c": torch.ones(N, D, dtype=torch.int32)}, TypeError, r"c must be float32, float64, bfloat16 or float16; found torch\.int32"),
+    (
+        {"c": torch.ones(N, D, dtype=torch.int32)},
+        TypeError,
+        r"c must be float32, float64, bfloat16 or float16; found torch\.int32",
+    ),
     ({"c": torch.randn(N, D, dtype=torch.complex64)}, TypeError, r"c must be .*; found torch\.complex64"),
     ({"c": torch.randn(N, D, **META)}, ValueError, r"c must be on the device of [zh], cpu; found meta"),
     ({"c": None}, TypeError, r"c must be a torch\.Tensor; found NoneType"),
     ({"c": [1.0]}, TypeError, r"c must be a torch\.Tensor; found list"),
     ({"weight": torch.randn(3, D)}, ValueError, r"weight must have shape \(4, 4\); found \(3, 4\)"),
     ({"weight": torch.randn(4 * D)}, ValueError, r"weight must have shape \(4, 4\); found \(16,\)"),
-    ({"weight": torch.randn(4, D, dtype=F16)}, TypeError, r"weight must be float32 beside a float32 [zh]; found float16"),
+    (
+        {"weight": torch.randn(4, D, dtype=F16)},
+        TypeError,
+        r"weight must be float32 beside a float32 [zh]; found float16",
+    ),
     ({"weight": torch.ones(4, D, dtype=torch.int64)}, TypeError, r"weight must be .*; found torch\.int64"),
     ({"weight": torch.randn(4, D, **META)}, ValueError, r"weight must be on the device of [zh], cpu; found meta"),
     ({"weight": 1.0}, TypeError, r"weight must be a torch\.Tensor; found float"),
@@ -71,7 +83,11 @@ COMMON: list[tuple[dict[str, Any], type[Exception], str]] = [
         r"activation must be one of 'gelu', 'gelu_tanh', 'relu', 'tanh', 'silu', 'sigmoid'; found 'swish'",
     ),
     ({"activation": torch.relu}, ValueError, r"activation must be one of"),
-    ({"backend": "gpu"}, ValueError, r"backend must be one of 'auto', 'reference', 'cpp', 'cuda', 'triton'; found 'gpu'"),
+    (
+        {"backend": "gpu"},
+        ValueError,
+        r"backend must be one of 'auto', 'reference', 'cpp', 'cuda', 'triton'; found 'gpu'",
+    ),
     ({"backend": 3}, ValueError, r"backend must be one of .*; found 3"),
     ({"backend": "cuda"}, ValueError, r"backend='cuda' cannot run this call: .*"),
     ({"eps": -1e-6}, ValueError, r"eps must be finite and not negative; found -1e-06"),
@@ -91,7 +107,11 @@ COMMON: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"seed": torch.tensor([3.0])}, TypeError, r"seed must be an int64 tensor; found torch\.float32"),
     ({"seed": torch.tensor(3)}, ValueError, r"seed must have shape \(1,\); found \(\)"),
     ({"seed": torch.tensor([3, 4])}, ValueError, r"seed must have shape \(1,\); found \(2,\)"),
-    ({"seed": torch.ones(1, dtype=torch.int64, **META)}, ValueError, r"seed must be on the device of [zh], cpu; found meta"),
+    (
+        {"seed": torch.ones(1, dtype=torch.int64, **META)},
+        ValueError,
+        r"seed must be on the device of [zh], cpu; found meta",
+    ),
 ]
 
 OF_GATES: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -102,7 +122,11 @@ OF_GATES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"z": torch.randn(N, 4, D)}, ValueError, r"z must have shape \(2, 16\); found \(2, 4, 4\)"),
     ({"z": torch.tensor(1.0)}, ValueError, r"z must have shape \(2, 16\); found \(\)"),
     ({"z": torch.randn(N, 4 * D, dtype=F64)}, TypeError, r"c must be float64 beside a float64 z; found float32"),
-    ({"z": torch.ones(N, 4 * D, dtype=torch.int64)}, TypeError, r"z must be float32, float64, bfloat16 or float16; found torch\.int64"),
+    (
+        {"z": torch.ones(N, 4 * D, dtype=torch.int64)},
+        TypeError,
+        r"z must be float32, float64, bfloat16 or float16; found torch\.int64",
+    ),
     ({"z": torch.ones(N, 4 * D, dtype=torch.bool)}, TypeError, r"z must be .*; found torch\.bool"),
     ({"z": torch.randn(N, 4 * D, dtype=torch.complex64)}, TypeError, r"z must be .*; found torch\.complex64"),
     ({"z": torch.randn(N, 4 * D).to(torch.float8_e4m3fn)}, TypeError, r"z must be .*; found torch\.float8_e4m3fn"),
@@ -111,7 +135,11 @@ OF_GATES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"z": torch.randn(N, 4 * D, **META)}, ValueError, r"c must be on the device of z, meta; found cpu"),
     ({"c": torch.tensor(1.0)}, ValueError, r"c must have shape \(\.\.\., D\) with D >= 1; found \(\)"),
     ({"c": torch.randn(N, 0)}, ValueError, r"c must have shape \(\.\.\., D\) with D >= 1; found \(2, 0\)"),
-    ({"c": torch.randn(1, MAX_FEATURES + 1)}, ValueError, rf"c must have at most {MAX_FEATURES} features; found {MAX_FEATURES + 1}"),
+    (
+        {"c": torch.randn(1, MAX_FEATURES + 1)},
+        ValueError,
+        rf"c must have at most {MAX_FEATURES} features; found {MAX_FEATURES + 1}",
+    ),
     ({"hidden": torch.randn(N, D)}, ValueError, r"weight must have shape \(3, 4\); found \(4, 4\)"),
 ]
 
@@ -153,7 +181,11 @@ OF_CELL: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"b": torch.randn(4 * D, dtype=F64)}, TypeError, r"b must be float32 beside a float32 h; found float64"),
     ({"b": torch.randn(4 * D, **META)}, ValueError, r"b must be on the device of h, cpu; found meta"),
     ({"b": 0.0}, TypeError, r"b must be a torch\.Tensor; found float"),
-    ({"hidden": torch.randn(N, D), "weight": None, "bias": None}, ValueError, r"w must have shape \(12, 7\); found \(16, 7\)"),
+    (
+        {"hidden": torch.randn(N, D), "weight": None, "bias": None},
+        ValueError,
+        r"w must have shape \(12, 7\); found \(16, 7\)",
+    ),
 ]
 
 
@@ -219,7 +251,9 @@ def test_unknown_keyword() -> None:
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
 @needs_cpp
 def test_largest_size_runs(dtype: torch.dtype) -> None:
-    h, _ = dl.depth_lstm_gates(torch.randn(1, 4 * MAX_FEATURES, dtype=dtype), torch.randn(1, MAX_FEATURES, dtype=dtype), backend="cpp")
+    h, _ = dl.depth_lstm_gates(
+        torch.randn(1, 4 * MAX_FEATURES, dtype=dtype), torch.randn(1, MAX_FEATURES, dtype=dtype), backend="cpp"
+    )
     assert h.isfinite().all()
 
 

@@ -46,7 +46,9 @@ def results(cell: nn.Module, tensors: list[Tensor], cotangents: list[Tensor]) ->
 
 def assert_same(found: list[Tensor], wanted: list[Tensor], tolerance: float = 1e-10) -> None:
     for position, (a, b) in enumerate(zip(found, wanted, strict=True)):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda text, position=position: f"{position}: {text}")
+        torch.testing.assert_close(
+            a, b, rtol=tolerance, atol=tolerance, msg=lambda text, position=position: f"{position}: {text}"
+        )
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
@@ -83,7 +85,10 @@ def test_input_in_slices(hidden: str) -> None:
         assert_same(list(sliced), list(whole))
         weights = list(cell.parameters())
         cotangents = [torch.randn_like(h), torch.randn_like(c)]
-        assert_same(list(torch.autograd.grad(sliced, weights, cotangents)), list(torch.autograd.grad(whole, weights, cotangents)))
+        assert_same(
+            list(torch.autograd.grad(sliced, weights, cotangents)),
+            list(torch.autograd.grad(whole, weights, cotangents)),
+        )
 
 
 @pytest.mark.parametrize(("eps", "activation"), [(1e-6, "gelu"), (0.5, "silu"), (3.0, "relu")])
@@ -110,13 +115,17 @@ def test_norms_differ() -> None:
     for norm in ("gate", "joint", "none"):
         torch.manual_seed(1)
         outputs.append(
-            dl.reference.DepthLSTMCell(INPUT, SIZE, norm=norm)(torch.randn(4, INPUT), (torch.randn(4, SIZE), torch.randn(4, SIZE)))[1]
+            dl.reference.DepthLSTMCell(INPUT, SIZE, norm=norm)(
+                torch.randn(4, INPUT), (torch.randn(4, SIZE), torch.randn(4, SIZE))
+            )[1]
         )
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert (outputs[one] - outputs[other]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("options", [{"hidden": "ffn"}, {"norm": "joint"}, {"norm": "none", "activation": "silu"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"hidden": "ffn"}, {"norm": "joint"}, {"norm": "none", "activation": "silu"}], ids=str
+)
 def test_reference_gradients_against_finite_differences(options: dict) -> None:
     reference, _ = cells(ffn_size=3, **options)
     names = [name for name, _ in reference.named_parameters()]
@@ -267,7 +276,9 @@ def test_checkpointing(hidden: str) -> None:
         else:
             outputs = torch.utils.checkpoint.checkpoint(lambda *a: cell(a[0], a[1:]), x, h, c, use_reentrant=reentrant)
         cell.zero_grad()
-        torch.autograd.backward(outputs, [torch.ones_like(h), torch.linspace(-1, 1, c.numel(), dtype=c.dtype).view(c.shape)])
+        torch.autograd.backward(
+            outputs, [torch.ones_like(h), torch.linspace(-1, 1, c.numel(), dtype=c.dtype).view(c.shape)]
+        )
         gradients.append([p.grad.clone() for p in cell.parameters()])
     assert_same(gradients[1], gradients[0])
     assert_same(gradients[2], gradients[0])

@@ -111,7 +111,11 @@ def twins(kind: str, **options: Any) -> tuple[nn.Module, nn.Module, list[Tensor]
     _, plain = pair(kind, **options)
     folded = copy.deepcopy(plain.eval())
     folded.fold_output_projection()
-    return folded, plain, [torch.randn(BATCH, LENGTH, D, dtype=torch.float64) for _ in range(2 if kind == "Encoder" else 3)]
+    return (
+        folded,
+        plain,
+        [torch.randn(BATCH, LENGTH, D, dtype=torch.float64) for _ in range(2 if kind == "Encoder" else 3)],
+    )
 
 
 class Products(TorchDispatchMode):
@@ -133,7 +137,9 @@ def products(layer: nn.Module, inputs: list[Tensor]) -> int:
     return counter.total
 
 
-def assert_folds(folded: nn.Module, plain: nn.Module, inputs: list[Tensor], folds: bool, tolerance: float = 1e-10) -> None:
+def assert_folds(
+    folded: nn.Module, plain: nn.Module, inputs: list[Tensor], folds: bool, tolerance: float = 1e-10
+) -> None:
     """The results are the plain layer's, with fewer products where ``folds``; under one seed, for the modes that drop."""
     for _ in range(2):  # the second call finds what the first has made
         found = []
@@ -164,7 +170,9 @@ def test_modes_in_which_nothing_is_folded(kind: str, options: dict) -> None:
             assert_folds(folded, plain, inputs, True)
     assert_folds(folded, plain, inputs, False)  # gradients are on
     cotangents = [torch.randn_like(inputs[0]) for _ in range(2)]
-    assert_same(*(torch.autograd.grad(layer(*inputs), list(layer.parameters()), cotangents) for layer in (folded, plain)))
+    assert_same(
+        *(torch.autograd.grad(layer(*inputs), list(layer.parameters()), cotangents) for layer in (folded, plain))
+    )
     for layer in (folded, plain):
         layer.train()
     with torch.no_grad():
@@ -220,7 +228,11 @@ def test_fold_leaves_hooks_and_replaced_modules_alone(kind: str, options: dict) 
     folded, plain, inputs = twins(kind, **options)
     with torch.no_grad():
         assert_folds(folded, plain, inputs, True)
-        names = [name for name, _ in plain.named_modules() if name.endswith(("attn", "out_proj", "cell", "gates", "ffn_in", "cross_cell"))]
+        names = [
+            name
+            for name, _ in plain.named_modules()
+            if name.endswith(("attn", "out_proj", "cell", "gates", "ffn_in", "cross_cell"))
+        ]
         for name in names:
             for how in ("register_forward_hook", "register_forward_pre_hook"):
                 seen: list[nn.Module] = []
@@ -266,8 +278,16 @@ def test_fold_when_autocast_changes(kind: str, options: dict) -> None:
 
 
 def test_fold_of_a_model_that_goes_on_training() -> None:
-    """Evaluation between training steps, as every training loop has it: the model folded throughout and the plain one agree."""
-    options: dict[str, Any] = {"d_model": 8, "nhead": 2, "num_encoder_layers": 2, "num_decoder_layers": 2, "merge": "cells"}
+    """Evaluation between training steps, as every training loop has it: the model folded throughout and the plain one
+    agree.
+    """
+    options: dict[str, Any] = {
+        "d_model": 8,
+        "nhead": 2,
+        "num_encoder_layers": 2,
+        "num_decoder_layers": 2,
+        "merge": "cells",
+    }
     plain = dl.DepthLSTMTransformer(11, 13, **options, dropout=0.0, dtype=torch.float64)
     folded = copy.deepcopy(plain)
     assert dl.fold_output_projections(folded) == 4

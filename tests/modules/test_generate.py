@@ -138,7 +138,11 @@ def test_wide_beam_finds_the_best_of_all_sequences(length_penalty: float) -> Non
     everything = torch.tensor(list(itertools.product(range(vocab), repeat=max_length)))
     inputs = torch.cat((torch.ones(len(everything), 1, dtype=torch.int64), everything[:, :-1]), 1)
     for row in range(2):
-        logp = each(src[row : row + 1].expand(len(everything), -1), inputs).log_softmax(-1).gather(2, everything[..., None])[..., 0]
+        logp = (
+            each(src[row : row + 1].expand(len(everything), -1), inputs)
+            .log_softmax(-1)
+            .gather(2, everything[..., None])[..., 0]
+        )
         found: dict[tuple[int, ...], float] = {}
         for sequence, steps in zip(everything.tolist(), logp.tolist(), strict=True):
             length = sequence.index(eos) + 1 if eos in sequence else max_length

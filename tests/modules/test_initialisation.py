@@ -1,4 +1,6 @@
-"""Models whose memory is filled after they are built: from the meta device, by to_empty(), skip_init and load_state_dict(assign=True)."""
+"""Models whose memory is filled after they are built: from the meta device, by to_empty(), skip_init and
+load_state_dict(assign=True).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,14 @@ from torch import Tensor, nn
 import depthlstm_fast as dl
 from depthlstm_fast.reference.models import sinusoidal_positions
 
-SIZES: dict[str, Any] = {"d_model": 16, "nhead": 2, "num_encoder_layers": 1, "num_decoder_layers": 2, "dropout": 0.0, "max_len": 12}
+SIZES: dict[str, Any] = {
+    "d_model": 16,
+    "nhead": 2,
+    "num_encoder_layers": 1,
+    "num_decoder_layers": 2,
+    "dropout": 0.0,
+    "max_len": 12,
+}
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"positions": "learned"},
@@ -140,7 +149,11 @@ def test_a_head_of_the_users_own_stays(module: Any) -> None:
 @pytest.mark.parametrize("assign", [True, False])
 def test_one_name_of_the_tied_weight_is_enough(module: Any, kept: str, start: str, assign: bool) -> None:
     full = build(module).eval()
-    state = {name: value for name, value in full.state_dict().items() if name not in {"output.weight", "tgt_embedding.weight"} - {kept}}
+    state = {
+        name: value
+        for name, value in full.state_dict().items()
+        if name not in {"output.weight", "tgt_embedding.weight"} - {kept}
+    }
     model = {"drawn": build, "to_empty": poisoned, "meta": on_meta}[start](module)
     if start == "meta" and not assign:
         model = model.to_empty(device="cpu")

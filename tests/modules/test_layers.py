@@ -40,7 +40,9 @@ def test_fused_encoder_layer(options: dict) -> None:
 
 @pytest.mark.parametrize("merge", MERGES)
 @pytest.mark.parametrize(
-    "options", [{"hidden": h, "sublayer": s, "bias": b} for h, s, b in product(("linear", "ffn"), (False, True), (True, False))], ids=str
+    "options",
+    [{"hidden": h, "sublayer": s, "bias": b} for h, s, b in product(("linear", "ffn"), (False, True), (True, False))],
+    ids=str,
 )
 def test_fused_decoder_layer(merge: str, options: dict) -> None:
     reference, fused = pair("Decoder", merge=merge, **options)
@@ -51,7 +53,9 @@ def test_fused_decoder_layer(merge: str, options: dict) -> None:
     assert_same(results(fused, tensors, cotangents, **masks), results(reference, tensors, cotangents, **masks))
 
 
-@pytest.mark.parametrize(("kind", "options"), [("Encoder", {}), *(("Decoder", {"merge": merge}) for merge in MERGES)], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "options"), [("Encoder", {}), *(("Decoder", {"merge": merge}) for merge in MERGES)], ids=str
+)
 def test_dropout_is_the_same_under_the_same_seed(kind: str, options: dict) -> None:
     reference, fused = pair(kind, dropout=0.3, sublayer=True, **options)
     tensors = [normal(BATCH, LENGTH, D) for _ in range(2 if kind == "Encoder" else 3)]
@@ -80,14 +84,20 @@ def test_equations_of_the_decoder() -> None:
 
 @pytest.mark.parametrize("merge", MERGES)
 def test_reference_decoder_gradients_against_finite_differences(merge: str) -> None:
-    layer = dl.reference.DepthLSTMDecoderLayer(2, 1, 3, 0.0, batch_first=True, hidden="ffn", merge=merge, dtype=torch.float64)
+    layer = dl.reference.DepthLSTMDecoderLayer(
+        2, 1, 3, 0.0, batch_first=True, hidden="ffn", merge=merge, dtype=torch.float64
+    )
     names = [name for name, _ in layer.named_parameters()]
 
     def run(tgt: Tensor, memory: Tensor, state: Tensor, *parameters: Tensor) -> Any:
-        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (tgt, memory, state), {"tgt_is_causal": True})
+        return torch.func.functional_call(
+            layer, dict(zip(names, parameters, strict=True)), (tgt, memory, state), {"tgt_is_causal": True}
+        )
 
     parameters = [parameter.detach().clone().requires_grad_() for parameter in layer.parameters()]
-    assert torch.autograd.gradcheck(run, (normal(1, 3, 2), normal(1, 2, 2), normal(1, 3, 2), *parameters), fast_mode=True)
+    assert torch.autograd.gradcheck(
+        run, (normal(1, 3, 2), normal(1, 2, 2), normal(1, 3, 2), *parameters), fast_mode=True
+    )
 
 
 def torch_attention(attention: nn.Module) -> nn.MultiheadAttention:
@@ -180,7 +190,9 @@ def test_layouts(module: Any) -> None:
 def test_heads_are_split_and_merged_without_copies() -> None:
     attention = dl.reference.SelfAttention(D, HEADS)
     projected = torch.randn(BATCH, LENGTH, 3 * D)
-    assert all(part.data_ptr() == projected[..., i * D :].data_ptr() for i, part in enumerate(attention._split(projected, 3)))
+    assert all(
+        part.data_ptr() == projected[..., i * D :].data_ptr() for i, part in enumerate(attention._split(projected, 3))
+    )
     query, keys, values = attention._split(projected, 3)
     storage = []
     original = nn.functional.scaled_dot_product_attention
@@ -213,7 +225,9 @@ def test_initialisation(hidden: str, init: str) -> None:
     """The bound of every matrix, of each of those that lie in one weight by itself; biases are zero."""
     stacked = {"in_proj": 3, "kv_proj": 2, "gates": 4 if hidden == "linear" else 3}
     for module in (dl, dl.reference):
-        layer = build(module, "Decoder", d_model=60, merge="cells", sublayer=True, hidden=hidden, init=init, dim_feedforward=100)
+        layer = build(
+            module, "Decoder", d_model=60, merge="cells", sublayer=True, hidden=hidden, init=init, dim_feedforward=100
+        )
         linears = {name: child for name, child in layer.named_modules() if isinstance(child, nn.Linear)}
         assert len(linears) == (10 if hidden == "linear" else 16)
         for name, linear in linears.items():
@@ -282,7 +296,9 @@ def test_passes_of_a_fused_decoder_layer(merge: str, bias: bool) -> None:
     backward = calls(lambda: torch.autograd.backward(outputs, cotangents))
     for unwanted in ("aten::cat", "aten::clone", "aten::contiguous", "aten::slice_backward", "aten::new_zeros"):
         assert unwanted not in forward
-        assert unwanted not in backward or unwanted == "aten::cat"  # the gradients of queries, keys and values are put together
+        assert (
+            unwanted not in backward or unwanted == "aten::cat"
+        )  # the gradients of queries, keys and values are put together
 
 
 def test_zero_rows() -> None:
@@ -325,11 +341,27 @@ def test_forward_errors(module: Any) -> None:
         ({"memory": normal(3, SOURCE, D)}, ValueError, "memory must be batched as tgt"),
         ({"memory": normal(SOURCE, D)}, ValueError, "memory must be batched as tgt"),
         ({"state": normal(BATCH, 3, D)}, ValueError, r"state must have shape \(2, 5, 12\); found \(2, 3, 12\)"),
-        ({"tgt_mask": torch.zeros(3, 3)}, ValueError, r"tgt_mask must have shape \(5, 5\) or \(6, 5, 5\); found \(3, 3\)"),
-        ({"tgt_mask": torch.zeros(5, 5, dtype=torch.int64)}, TypeError, "tgt_mask must be bool or floating point; found torch.int64"),
+        (
+            {"tgt_mask": torch.zeros(3, 3)},
+            ValueError,
+            r"tgt_mask must have shape \(5, 5\) or \(6, 5, 5\); found \(3, 3\)",
+        ),
+        (
+            {"tgt_mask": torch.zeros(5, 5, dtype=torch.int64)},
+            TypeError,
+            "tgt_mask must be bool or floating point; found torch.int64",
+        ),
         ({"memory_mask": [1]}, TypeError, "memory_mask must be a torch.Tensor; found list"),
-        ({"tgt_key_padding_mask": torch.zeros(2, 4)}, ValueError, r"tgt_key_padding_mask must have shape \(2, 5\); found \(2, 4\)"),
-        ({"memory_key_padding_mask": torch.zeros(4)}, ValueError, r"memory_key_padding_mask must have shape \(2, 4\); found \(4,\)"),
+        (
+            {"tgt_key_padding_mask": torch.zeros(2, 4)},
+            ValueError,
+            r"tgt_key_padding_mask must have shape \(2, 5\); found \(2, 4\)",
+        ),
+        (
+            {"memory_key_padding_mask": torch.zeros(4)},
+            ValueError,
+            r"memory_key_padding_mask must have shape \(2, 4\); found \(4,\)",
+        ),
     ):
         with pytest.raises(error, match=text):
             layer(**{**good, **options})

@@ -1,4 +1,6 @@
-"""Hooks, replaced forwards, wrappers and adapters: what is put on a module acts, with the cache of decoding as without it."""
+"""Hooks, replaced forwards, wrappers and adapters: what is put on a module acts, with the cache of decoding as without
+it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,14 @@ from torch.nn.utils import parametrize, prune
 
 import depthlstm_fast as dl
 
-SIZES: dict[str, Any] = {"d_model": 16, "nhead": 2, "num_encoder_layers": 2, "num_decoder_layers": 2, "dropout": 0.0, "max_len": 24}
+SIZES: dict[str, Any] = {
+    "d_model": 16,
+    "nhead": 2,
+    "num_encoder_layers": 2,
+    "num_decoder_layers": 2,
+    "dropout": 0.0,
+    "max_len": 24,
+}
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"merge": "concat", "hidden": "ffn"},
@@ -64,7 +73,9 @@ def put_pre_hook(norm: nn.Module) -> nn.Module:
     real = {name: 2 * p.detach() if name == "weight" else p.detach().clone() for name, p in norm.named_parameters()}
     for name, value in real.items():
         setattr(norm, name, nn.Parameter(torch.empty_like(value, device="meta")))
-    norm.register_forward_pre_hook(lambda module, inputs: [setattr(module, n, nn.Parameter(v)) for n, v in real.items()] and None)
+    norm.register_forward_pre_hook(
+        lambda module, inputs: [setattr(module, n, nn.Parameter(v)) for n, v in real.items()] and None
+    )
     return norm
 
 
@@ -90,7 +101,9 @@ def put_pruning(norm: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("hidden", ["linear", "ffn"])
 @pytest.mark.parametrize("norm", ["gate", "joint"])
 @pytest.mark.parametrize("put", [put_hook, put_pre_hook, put_parametrization, put_forward, put_pruning, Adapter])
-def test_what_is_put_on_the_norm_acts(module: Any, hidden: str, norm: str, put: Callable[[nn.Module], nn.Module]) -> None:
+def test_what_is_put_on_the_norm_acts(
+    module: Any, hidden: str, norm: str, put: Callable[[nn.Module], nn.Module]
+) -> None:
     cell = module.DepthLSTMCell(8, 8, hidden=hidden, norm=norm)
     with torch.no_grad():
         for parameter in cell.parameters():
@@ -121,7 +134,9 @@ def test_the_norm_is_called_with_something_wrappers_can_pass_on(module: Any) -> 
 def test_backward_hooks_of_each_norm_run(module: Any, number: int) -> None:
     encoder, calls = module.DepthLSTMEncoder(module.DepthLSTMEncoderLayer(16, 2, dropout=0.0), number), []
     for layer in encoder.layers:
-        layer.cell.norm.register_full_backward_hook(lambda norm, inputs, outputs: calls.append([g.shape for g in outputs]))
+        layer.cell.norm.register_full_backward_hook(
+            lambda norm, inputs, outputs: calls.append([g.shape for g in outputs])
+        )
     encoder(torch.randn(3, 2, 16, requires_grad=True)).square().sum().backward()
     assert calls == [[(4, 16), (4, 16)]] * number
 
@@ -130,7 +145,9 @@ def test_backward_hooks_of_each_norm_run(module: Any, number: int) -> None:
 def test_a_norm_of_another_kind_is_refused(module: Any) -> None:
     cell = module.DepthLSTMCell(8, 8)
     cell.norm = nn.Identity()
-    with pytest.raises(TypeError, match=r"norm must be a GateNorm, or wrap one, and return \(weight, bias\); found Identity"):
+    with pytest.raises(
+        TypeError, match=r"norm must be a GateNorm, or wrap one, and return \(weight, bias\); found Identity"
+    ):
         cell(torch.randn(3, 8))
 
 
@@ -205,10 +222,26 @@ def replaced_by_the_old_signature(module: nn.Module) -> None:
     else:
 
         def forward(
-            tgt, memory, state, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal, memory_is_causal
+            tgt,
+            memory,
+            state,
+            tgt_mask,
+            memory_mask,
+            tgt_key_padding_mask,
+            memory_key_padding_mask,
+            tgt_is_causal,
+            memory_is_causal,
         ):  # type: ignore[no-untyped-def]
             found = original(
-                tgt, memory, state, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal, memory_is_causal
+                tgt,
+                memory,
+                state,
+                tgt_mask,
+                memory_mask,
+                tgt_key_padding_mask,
+                memory_key_padding_mask,
+                tgt_is_causal,
+                memory_is_causal,
             )
             return negated(found)
 
@@ -223,8 +256,12 @@ def overridden(module: nn.Module) -> None:
 @each_twin
 @each_variant
 @pytest.mark.parametrize("name", ["decoder", "decoder.layers.0", "decoder.layers.1"])
-@pytest.mark.parametrize("put", [hook, hook_with_options, pre_hook, memory_pre_hook, replaced, replaced_by_the_old_signature, overridden])
-def test_the_cache_changes_nothing(module: Any, options: dict[str, Any], name: str, put: Callable[[nn.Module], None]) -> None:
+@pytest.mark.parametrize(
+    "put", [hook, hook_with_options, pre_hook, memory_pre_hook, replaced, replaced_by_the_old_signature, overridden]
+)
+def test_the_cache_changes_nothing(
+    module: Any, options: dict[str, Any], name: str, put: Callable[[nn.Module], None]
+) -> None:
     model = module.DepthLSTMTransformer(9, 7, **SIZES, **options).eval()
     src = torch.randint(3, 9, (3, 6))
     src[1, 3:] = 0
@@ -239,12 +276,16 @@ def test_the_cache_changes_nothing(module: Any, options: dict[str, Any], name: s
 
 @each_twin
 @each_variant
-@pytest.mark.parametrize("part", ["self_attn", "cross_attn", "cell", "self_attn.in_proj", "cross_attn.out_proj", "cell.gates", "cell.norm"])
+@pytest.mark.parametrize(
+    "part", ["self_attn", "cross_attn", "cell", "self_attn.in_proj", "cross_attn.out_proj", "cell.gates", "cell.norm"]
+)
 def test_parts_of_a_layer_are_called_with_the_cache(module: Any, options: dict[str, Any], part: str) -> None:
     model = module.DepthLSTMTransformer(9, 7, **SIZES, **options).eval()
     dl.fold_output_projections(model)
     src, counts = torch.randint(3, 9, (2, 6)), []
-    model.get_submodule(f"decoder.layers.1.{part}").register_forward_hook(lambda each, inputs, output: counts.append(1) or negated(output))
+    model.get_submodule(f"decoder.layers.1.{part}").register_forward_hook(
+        lambda each, inputs, output: counts.append(1) or negated(output)
+    )
     scores = [model.generate(src, 6, use_cache=cache, return_scores=True)[1] for cache in (True, False)]
     torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-5)
     assert counts
@@ -291,7 +332,9 @@ def test_a_wrapper_that_drops_the_cache_is_told() -> None:
     layer = model.decoder.layers[1]
     original = layer.forward
     layer.forward = lambda tgt, memory, state=None, **options: original(tgt, memory, state)
-    with pytest.raises(ValueError, match=r"use_cache must be False: decoder.layers.1 passes its cache by.*found 0.*wanted 1"):
+    with pytest.raises(
+        ValueError, match=r"use_cache must be False: decoder.layers.1 passes its cache by.*found 0.*wanted 1"
+    ):
         model.generate(torch.randint(3, 9, (2, 6)), 6)
 
 
@@ -342,7 +385,9 @@ def test_errors_of_a_step(module: Any) -> None:
         layer(torch.randn(4, 1, 16), memory, cache=cache)
     decoder = module.DepthLSTMDecoder(layer, 2)
     for wrong, found in ((3, "int"), ([cache], "a list of 1")):
-        with pytest.raises(ValueError, match=f"caches must be a list of 2, one a layer, as new_caches makes it; found {found}"):
+        with pytest.raises(
+            ValueError, match=f"caches must be a list of 2, one a layer, as new_caches makes it; found {found}"
+        ):
             decoder(torch.randn(2, 1, 16), memory, caches=wrong)
     with pytest.raises(TypeError, match="caches must be a list, as new_caches makes it; found list"):
         decoder.step(torch.randn(2, 1, 16), [])

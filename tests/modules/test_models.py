@@ -1,4 +1,6 @@
-"""DepthLSTMTransformer: fused against reference, embeddings and padding, compile, autocast, checkpointing, parameter groups, errors."""
+"""DepthLSTMTransformer: fused against reference, embeddings and padding, compile, autocast, checkpointing, parameter
+groups, errors.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,14 @@ def assert_same(found: Any, wanted: Any, tolerance: float = 1e-9) -> None:
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"hidden": "ffn", "merge": "concat", "init": "glorot", "bias": False},
-    {"merge": "cells", "sublayer": True, "norm": "joint", "positions": "learned", "init_cell": "learned", "forget_bias": 2.0},
+    {
+        "merge": "cells",
+        "sublayer": True,
+        "norm": "joint",
+        "positions": "learned",
+        "init_cell": "learned",
+        "forget_bias": 2.0,
+    },
     {
         "share_cell": True,
         "tie_output": False,
@@ -242,7 +251,11 @@ def test_constructor_errors(module: Any) -> None:
         ({"eos_id": 13}, ValueError, "eos_id must be below the vocabulary size, 13; found 13"),
         ({"pad_id": 11}, ValueError, "pad_id must be below the vocabulary size, 11; found 11"),
         ({"bos_id": -1}, ValueError, "bos_id must be at least 0; found -1"),
-        ({"share_embeddings": True}, ValueError, "tgt_vocab must equal src_vocab, 11, with share_embeddings=True; found 13"),
+        (
+            {"share_embeddings": True},
+            ValueError,
+            "tgt_vocab must equal src_vocab, 11, with share_embeddings=True; found 13",
+        ),
         ({"positions": "rotary"}, ValueError, "positions must be one of 'sinusoidal', 'learned'; found 'rotary'"),
         ({"max_len": 0}, ValueError, "max_len must be at least 1; found 0"),
         ({"num_encoder_layers": 0}, ValueError, "num_layers must be at least 1; found 0"),
@@ -262,7 +275,11 @@ def test_forward_errors(module: Any) -> None:
         ((src.tolist(), tgt), TypeError, "src must be a torch.Tensor; found list"),
         ((src, None), TypeError, "tgt must be a torch.Tensor; found NoneType"),
         ((src[0], tgt), ValueError, r"tgt must have the batch size of src, \(6,\); found \(3,\)"),
-        ((src[0], tgt[0][:1].expand(6)), ValueError, r"src must have shape \(batch, length\), neither of them 0; found \(6,\)"),
+        (
+            (src[0], tgt[0][:1].expand(6)),
+            ValueError,
+            r"src must have shape \(batch, length\), neither of them 0; found \(6,\)",
+        ),
         ((src[:, :0], tgt), ValueError, r"neither of them 0; found \(3, 0\)"),
         ((src[:0], tgt[:0]), ValueError, r"neither of them 0; found \(0, 6\)"),
         ((src, tgt[:2]), ValueError, r"tgt must have the batch size of src, \(3,\); found \(2,\)"),

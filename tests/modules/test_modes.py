@@ -123,7 +123,9 @@ def test_dropout_of_models(options: dict[str, Any], module: Any) -> None:
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 @pytest.mark.parametrize("beam_size", [1, 3])
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_generation_in_training_mode_drops_nothing(use_cache: bool, beam_size: int, options: dict[str, Any], module: Any) -> None:
+def test_generation_in_training_mode_drops_nothing(
+    use_cache: bool, beam_size: int, options: dict[str, Any], module: Any
+) -> None:
     with_dropout, without = models(module, options)
     src = torch.randint(3, 11, (3, 6))
     arguments = {"use_cache": use_cache, "return_scores": True}

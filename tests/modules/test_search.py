@@ -1,4 +1,6 @@
-"""The searches on tables of random logits: beams against a search written anew, any eos_id, and logits that are no numbers."""
+"""The searches on tables of random logits: beams against a search written anew, any eos_id, and logits that are no
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def draw(seed: int) -> Trial:
     """Few words and many beams: most sources have fewer continuations than 2 * beams."""
     r = random.Random(seed)
     vocab = r.randint(2, 4)
-    return Trial(vocab, r.randint(1, 6), r.randint(1, 5), r.randrange(vocab), r.choice((0.0, 1.0, 2.0)), r.randint(1, 3), seed)
+    return Trial(
+        vocab, r.randint(1, 6), r.randint(1, 5), r.randrange(vocab), r.choice((0.0, 1.0, 2.0)), r.randint(1, 3), seed
+    )
 
 
 def by_hand(trial: Trial, source: int) -> tuple[Prefix, float]:
@@ -46,8 +50,15 @@ def by_hand(trial: Trial, source: int) -> tuple[Prefix, float]:
     live: list[tuple[float, Prefix]] = [(0.0, ())]
     ended: list[tuple[float, Prefix]] = []
     for length in range(1, trial.longest + 1):
-        candidates = [(score + logp, *prefix, token) for score, prefix in live for token, logp in enumerate(trial.logp(source, prefix))]
-        ranked = [(score, tuple(prefix)) for score, *prefix in sorted(candidates, key=lambda each: -each[0])[: 2 * trial.beams]]
+        candidates = [
+            (score + logp, *prefix, token)
+            for score, prefix in live
+            for token, logp in enumerate(trial.logp(source, prefix))
+        ]
+        ranked = [
+            (score, tuple(prefix))
+            for score, *prefix in sorted(candidates, key=lambda each: -each[0])[: 2 * trial.beams]
+        ]
         for score, prefix in ranked[: trial.beams]:
             if (prefix[-1] == trial.eos or length == trial.longest) and len(ended) < trial.beams:
                 ended.append((score / ((5 + length) / 6) ** trial.alpha, prefix))
@@ -121,10 +132,14 @@ def test_a_source_that_ended_before_may_become_nan(beams: int) -> None:
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_a_model_with_nan_weights(module: Any, beams: int, use_cache: bool) -> None:
-    model = module.DepthLSTMTransformer(9, 7, d_model=8, nhead=2, num_encoder_layers=1, num_decoder_layers=1, max_len=12)
+    model = module.DepthLSTMTransformer(
+        9, 7, d_model=8, nhead=2, num_encoder_layers=1, num_decoder_layers=1, max_len=12
+    )
     with torch.no_grad():
         model.decoder.layers[0].cell.gates.weight[0, 0] = math.nan
     model.train()
-    with pytest.raises(ValueError, match="logits must be numbers; found NaN for source 0 at token 1: look for NaN in the weights"):
+    with pytest.raises(
+        ValueError, match="logits must be numbers; found NaN for source 0 at token 1: look for NaN in the weights"
+    ):
         model.generate(torch.randint(3, 9, (2, 4)), 6, beams, use_cache=use_cache)
     assert all(each.training for each in model.modules())

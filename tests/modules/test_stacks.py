@@ -17,9 +17,15 @@ def test_stacks(share_cell: bool, init_cell: str, batch_first: bool) -> None:
     stacks = {}
     for module in (dl.reference, dl):
         encoder = module.DepthLSTMEncoder(
-            build(module, "Encoder", batch_first=batch_first), 3, nn.LayerNorm(D, dtype=torch.float64), share_cell, init_cell
+            build(module, "Encoder", batch_first=batch_first),
+            3,
+            nn.LayerNorm(D, dtype=torch.float64),
+            share_cell,
+            init_cell,
         )
-        decoder = module.DepthLSTMDecoder(build(module, "Decoder", batch_first=batch_first), 2, None, share_cell, init_cell)
+        decoder = module.DepthLSTMDecoder(
+            build(module, "Decoder", batch_first=batch_first), 2, None, share_cell, init_cell
+        )
         stacks[module] = nn.ModuleList([encoder, decoder])
     if init_cell == "learned":
         for stack in stacks[dl.reference]:

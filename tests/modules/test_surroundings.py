@@ -1,4 +1,6 @@
-"""Calls inside of something that changes or records them: dispatch modes, selective checkpointing, tracers, torch.func, the meta device."""
+"""Calls inside of something that changes or records them: dispatch modes, selective checkpointing, tracers, torch.func,
+the meta device.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,14 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import depthlstm_fast as dl
 
 ATEN = torch.ops.aten
-SIZES: dict[str, Any] = {"d_model": 16, "nhead": 2, "num_encoder_layers": 2, "num_decoder_layers": 2, "dropout": 0.0, "max_len": 24}
+SIZES: dict[str, Any] = {
+    "d_model": 16,
+    "nhead": 2,
+    "num_encoder_layers": 2,
+    "num_decoder_layers": 2,
+    "dropout": 0.0,
+    "max_len": 24,
+}
 SRC, TGT = torch.randint(3, 9, (3, 6)), torch.randint(3, 7, (3, 5))
 VARIANTS: list[dict[str, Any]] = [
     {},
@@ -69,7 +78,9 @@ def test_selective_checkpointing(options: dict[str, Any], policy: str) -> None:
     context = functools.partial(create_selective_checkpoint_contexts, keep)
     output = checkpoint(run, SRC, TGT, use_reentrant=False, context_fn=context)
     assert dl.last_backend() == "cpp"
-    for found, plain in zip(torch.autograd.grad((output * weight).sum(), list(model.parameters())), wanted, strict=True):
+    for found, plain in zip(
+        torch.autograd.grad((output * weight).sum(), list(model.parameters())), wanted, strict=True
+    ):
         torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
     # what a policy can name: W x is aten.mm, W h is added by aten.addmm, and what follows is one operator
     cells = sum(isinstance(each, dl.DepthLSTMCell) for each in model.modules())
@@ -99,7 +110,9 @@ def test_no_product_is_written_in_place_where_a_mode_looks_on(options: dict[str,
         loss = model(SRC, TGT).square().sum()
         gradients = torch.autograd.grad(loss, list(model.parameters()))
     assert not [name for name in recorder.mutating if "mm" in name]
-    for found, wanted in zip(gradients, torch.autograd.grad(model(SRC, TGT).square().sum(), list(model.parameters())), strict=True):
+    for found, wanted in zip(
+        gradients, torch.autograd.grad(model(SRC, TGT).square().sum(), list(model.parameters())), strict=True
+    ):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -114,7 +127,9 @@ def test_gradients_of_each_sample(module: Any, monkeypatch: pytest.MonkeyPatch) 
 
     found = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, SRC, TGT)
     for row in range(3):
-        wanted = torch.autograd.grad(model(SRC[row : row + 1], TGT[row : row + 1]).logsumexp(-1).sum(), list(model.parameters()))
+        wanted = torch.autograd.grad(
+            model(SRC[row : row + 1], TGT[row : row + 1]).logsumexp(-1).sum(), list(model.parameters())
+        )
         for (name, _), gradient in zip(model.named_parameters(), wanted, strict=True):
             torch.testing.assert_close(found[name][row], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
@@ -250,7 +265,9 @@ def test_return_hidden(module: Any) -> None:
     hidden = model.decode(TGT, memory, return_hidden=True)
     assert hidden.shape == (3, 5, 16)
     assert torch.equal(model.output(hidden), model.decode(TGT, memory))
-    assert torch.equal(model(SRC, TGT, return_hidden=True), model.decode(TGT, memory, None, SRC == 0, return_hidden=True))
+    assert torch.equal(
+        model(SRC, TGT, return_hidden=True), model.decode(TGT, memory, None, SRC == 0, return_hidden=True)
+    )
 
 
 @pytest.mark.parametrize("name", ["backends", "swap"])

@@ -18,10 +18,18 @@ SIZE, WIDTH = 6, 5
 
 
 class PlainCell(nn.Module):
-    """A cell of the LSTMCell4RNMT shape, written from its description: one LayerNorm over (4, D), gates i, f, o, hidden."""
+    """A cell of the LSTMCell4RNMT shape, written from its description: one LayerNorm over (4, D), gates i, f, o,
+    hidden.
+    """
 
     def __init__(
-        self, width: int = WIDTH, size: int = SIZE, act: Any = None, dropout: float = 0.0, bias: bool = True, affine: bool = True
+        self,
+        width: int = WIDTH,
+        size: int = SIZE,
+        act: Any = None,
+        dropout: float = 0.0,
+        bias: bool = True,
+        affine: bool = True,
     ) -> None:
         super().__init__()
         self.trans = nn.Linear(width + size, 4 * size, bias=bias)
@@ -210,7 +218,10 @@ def test_what_the_fused_class_does_not_cover() -> None:
     assert_same(list(cell(x, (h, c), scale=3.0)), list(plain(x, (h, c), scale=3.0)))
     assert_same(list(cell(x, (h, c[:1]))), list(plain(x, (h, c[:1]))))  # a cell state that broadcasts
     seen: list[nn.Module] = []
-    handles = [module.register_forward_hook(lambda module, _, __: seen.append(module)) for module in (cell.trans, cell.normer, cell.act)]
+    handles = [
+        module.register_forward_hook(lambda module, _, __: seen.append(module))
+        for module in (cell.trans, cell.normer, cell.act)
+    ]
     assert_same(list(cell(x, (h, c))), list(plain(x, (h, c))))
     assert seen == [cell.trans, cell.normer, cell.act]
     for handle in handles:

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 import depthlstm_fast as dl
 
 
-@pytest.mark.parametrize("kind", ["DepthLSTMCell", "DepthLSTMEncoderLayer", "DepthLSTMDecoderLayer", "DepthLSTMTransformer"])
+@pytest.mark.parametrize(
+    "kind", ["DepthLSTMCell", "DepthLSTMEncoderLayer", "DepthLSTMDecoderLayer", "DepthLSTMTransformer"]
+)
 def test_modules_of_the_reference(kind: str) -> None:
     sizes: tuple = {"DepthLSTMCell": (WIDTH, SIZE), "DepthLSTMTransformer": (9, 9, 8, 2, 2, 2)}.get(kind, (8, 2))
     model = randomised(getattr(dl.reference, kind)(*sizes, dropout=0.0))
@@ -80,7 +82,12 @@ class OtherNames(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.w, self.ln, self.f, self.dropout = nn.Linear(WIDTH + SIZE, 4 * SIZE), nn.LayerNorm((4, SIZE)), nn.Tanh(), None
+        self.w, self.ln, self.f, self.dropout = (
+            nn.Linear(WIDTH + SIZE, 4 * SIZE),
+            nn.LayerNorm((4, SIZE)),
+            nn.Tanh(),
+            None,
+        )
 
     def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         i, f, o, g = self.ln(self.w(torch.cat((x, state[0]), -1)).unflatten(-1, (4, -1))).unbind(-2)
@@ -99,7 +106,9 @@ def test_rule_for_other_names(match: Any) -> None:
     report = dl.swap(model, {match: RENAMED})
     assert [entry.name for entry in report.changed] == ["a", "b"]
     assert_same(results(model["a"], tensors, grads), wanted)
-    assert torch.equal(pickle.loads(pickle.dumps(model))["a"](*tensors[:1], tensors[1:])[0], model["a"](*tensors[:1], tensors[1:])[0])
+    assert torch.equal(
+        pickle.loads(pickle.dumps(model))["a"](*tensors[:1], tensors[1:])[0], model["a"](*tensors[:1], tensors[1:])[0]
+    )
     dl.unswap(model)
     assert type(model["a"]) is OtherNames
 
@@ -194,7 +203,9 @@ def test_what_is_changed_after_a_swap_counts() -> None:
 
 @pytest.mark.parametrize("p", [0.2, 0.7])
 def test_dropout_of_a_swapped_cell(p: float) -> None:
-    """What is kept is multiplied by 1 / (1 - p), elements of g alone are dropped, and the dropout module's mode decides."""
+    """What is kept is multiplied by 1 / (1 - p), elements of g alone are dropped, and the dropout module's mode
+    decides.
+    """
     plain = randomised(PlainCell(dropout=p))
     cell = copy.deepcopy(plain)
     dl.swap(cell)
@@ -206,5 +217,7 @@ def test_dropout_of_a_swapped_cell(p: float) -> None:
         cell.drop.train(drops)
         found = cell(x, (h, zeros))[1]
         kept = found != 0
-        assert abs(kept.double().mean().item() - (1 - p if drops else 1)) < 0.04  # 3000 elements: four standard deviations
+        assert (
+            abs(kept.double().mean().item() - (1 - p if drops else 1)) < 0.04
+        )  # 3000 elements: four standard deviations
         torch.testing.assert_close(found[kept], without[kept] / (1 - p if drops else 1), rtol=1e-12, atol=1e-12)

@@ -1,8 +1,7 @@
 """The whole Transformer at its usual size, 6 + 6 layers of d = 512: compiled, under autocast and with checkpointing.
 
-Forward and backward are held to the reference by the bound of helpers.py: the largest error against fp64 is at most twice that
-of the eager reference at the same precision.
-"""
+Forward and backward are held to the reference by the bound of helpers.py: the largest error against fp64 is at most
+twice that of the eager reference at the same precision."""
 
 from __future__ import annotations
 
@@ -47,7 +46,9 @@ def results(model: torch.nn.Module, call: torch.nn.Module, autocast: bool = Fals
     return {"logits": logits.detach(), **gradients}
 
 
-def assert_within_bound(fused: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor], eps: float) -> None:
+def assert_within_bound(
+    fused: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor], eps: float
+) -> None:
     assert fused.keys() == eager.keys() == exact.keys()
     wrong = []
     for name, value in exact.items():
@@ -80,7 +81,9 @@ def test_autocast(models: tuple[torch.nn.Module, ...]) -> None:
     fused, reference, exact = models
     outcome = results(fused, fused, autocast=True)
     assert dl.last_backend() == "cpp"
-    assert_within_bound(outcome, results(reference, reference, autocast=True), results(exact, exact), torch.finfo(torch.bfloat16).eps)
+    assert_within_bound(
+        outcome, results(reference, reference, autocast=True), results(exact, exact), torch.finfo(torch.bfloat16).eps
+    )
 
 
 @needs_cpp

@@ -1,4 +1,6 @@
-"""What the wings have to agree on: schemas of every backend, the activations of every language, the records of the backends."""
+"""What the wings have to agree on: schemas of every backend, the activations of every language, the records of the
+backends.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def test_codes_of_activations() -> None:
 
 @needs_cpp
 def test_activations_of_the_library() -> None:
-    """The list in csrc/common/activations.h, of which enum, switches and errors are made, has the same words in the same order."""
+    """The list in csrc/common/activations.h, of which enum, switches and errors are made, has the same words in the
+    same order.
+    """
     ask = ctypes.CDLL(str(LIBRARY)).depthlstm_activations
     ask.restype = ctypes.c_char_p
     assert ask().decode().split() == list(ACTIVATIONS)
@@ -53,7 +57,9 @@ def test_activations_of_the_library() -> None:
 def test_operators_take_no_other_code(code: int) -> None:
     """One more than the last is the C++ enum's `given`, which stands for `hidden` and has no code of its own."""
     z, c = torch.randn(2, 32), torch.randn(2, 8)
-    with pytest.raises(RuntimeError, match=f"activation must be the code of one of {' '.join(ACTIVATIONS)}; found {code}"):
+    with pytest.raises(
+        RuntimeError, match=f"activation must be the code of one of {' '.join(ACTIVATIONS)}; found {code}"
+    ):
         torch.ops.depthlstm_fast.gates_forward(z, None, None, c, None, None, None, 0, code, 1e-6, 0.0)
 
 
@@ -97,5 +103,7 @@ def test_a_record_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert record.why_not(on("cpu"), "layer_mix", 8) == "the CUDA kernels have no layer_mix"
     assert record.why_not(on("meta"), "other", 8) == "the CUDA kernels take CUDA tensors; found meta"
     monkeypatch.setitem(RECORDS, "cuda", record)
-    with pytest.raises(ValueError, match=re.escape("backend='cuda' cannot run this call: the CUDA kernels take D up to 512; found 513")):
+    with pytest.raises(
+        ValueError, match=re.escape("backend='cuda' cannot run this call: the CUDA kernels take D up to 512; found 513")
+    ):
         dl.depth_lstm_gates(torch.randn(1, 4 * 513, dtype=F32), torch.randn(1, 513), backend="cuda")

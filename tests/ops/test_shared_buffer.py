@@ -30,7 +30,9 @@ DECODERS: dict[str, dict[str, Any]] = {
 
 def encoder(layers: int = 3, **options: Any) -> dl.DepthLSTMEncoder:
     torch.manual_seed(1)
-    return dl.DepthLSTMEncoder(dl.DepthLSTMEncoderLayer(D, HEADS, dropout=0.0, **{"batch_first": True, **options}), layers)
+    return dl.DepthLSTMEncoder(
+        dl.DepthLSTMEncoderLayer(D, HEADS, dropout=0.0, **{"batch_first": True, **options}), layers
+    )
 
 
 def decoder(**options: Any) -> dl.DepthLSTMDecoder:
@@ -53,22 +55,27 @@ def gradients(model: torch.nn.Module, call: Callable[[], Tensor]) -> dict[str, T
     output = call()
     torch.manual_seed(7)
     output.backward(torch.randn(output.shape).to(output.dtype))
-    return {"output": output.detach(), **{name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}}
+    return {
+        "output": output.detach(),
+        **{name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None},
+    }
 
 
 def check(found: dict[str, Tensor], model: torch.nn.Module, call: Callable[..., Tensor], *inputs: Tensor) -> None:
     """Hold ``found`` to twice the error of eager fp32, both against ``call(model, *inputs)`` by the reference in fp64.
 
-    Errors are relative to the largest value of a result, and eager's is the largest of all results: a chain of cells has results whose
-    error in eager is luckily small.
-    """
+    Errors are relative to the largest value of a result, and eager's is the largest of all results: a chain of cells
+    has results whose error in eager is luckily small."""
     exact, doubled = copy.deepcopy(model).double(), [x.double() for x in inputs]
     with dl.use_backend("reference"):
         eager = gradients(model, lambda: call(model, *inputs))
         wanted = gradients(exact, lambda: call(exact, *doubled))
     assert found.keys() == wanted.keys()
     scales = {name: value.abs().max() for name, value in wanted.items()}
-    allowed = 2 * max((eager[name] - wanted[name]).abs().max() / scales[name] for name in wanted) + 8 * torch.finfo(torch.float32).eps
+    allowed = (
+        2 * max((eager[name] - wanted[name]).abs().max() / scales[name] for name in wanted)
+        + 8 * torch.finfo(torch.float32).eps
+    )
     for name in wanted:
         error = (found[name] - wanted[name]).abs().max() / scales[name]
         assert error <= allowed, f"{name}: relative error {error:.3g}, allowed {allowed:.3g}"
@@ -141,11 +148,16 @@ def test_passes_of_a_layer() -> None:
     model = encoder(2)
     source = torch.randn(40, 4, D)
     for grad in (False, True):
-        with dl.use_backend("triton"), torch.set_grad_enabled(grad), profile(activities=[ProfilerActivity.CPU]) as trace:
+        with (
+            dl.use_backend("triton"),
+            torch.set_grad_enabled(grad),
+            profile(activities=[ProfilerActivity.CPU]) as trace,
+        ):
             model(source)
         calls = {event.key: event.count for event in trace.key_averages()}
         assert "aten::cat" not in calls
-        # 2 layers: in_proj and out_proj are addmm (4), the second with an output given; z of the first layer is an mm and an accumulating
+        # 2 layers: in_proj and out_proj are addmm (4), the second with an output given; z of the first layer is an mm
+        #     and an accumulating
         # addmm, that of the second one mm. addmm_ and out= are counted as aten::addmm, too.
         assert (calls["aten::addmm"], calls["aten::mm"]) == (5, 2)
 
@@ -194,7 +206,9 @@ def test_checkpointing(reentrant: bool) -> None:
 
 @needs_triton
 def test_two_users_of_one_h() -> None:
-    """Two layers fed from one h write to one place unless the second is refused it: x of the first is kept for backward."""
+    """Two layers fed from one h write to one place unless the second is refused it: x of the first is kept for
+    backward.
+    """
     layers = encoder().layers
     source = torch.randn(BATCH, LENGTH, D)
 

@@ -1,5 +1,6 @@
-"""Runs CUDA kernels on the CPU, exactly as nvcc or Triton compiled them: their PTX becomes C++, and a fiber runs each CUDA thread.
+"""Runs CUDA kernels on the CPU, exactly as nvcc or Triton compiled them: their PTX becomes C++, and a fiber runs each
+CUDA thread.
 
-build.py makes a shared library of .cu files or of PTX; translate.py turns PTX into C++, an instruction at a time by the table in
-instructions.py; runtime/ holds what the C++ calls: arithmetic, memory, barriers, and a stand-in for the CUDA runtime.
-"""
+build.py makes a shared library of .cu files or of PTX; translate.py turns PTX into C++, an instruction at a time by the
+table in instructions.py; runtime/ holds what the C++ calls: arithmetic, memory, barriers, and a stand-in for the CUDA
+runtime."""

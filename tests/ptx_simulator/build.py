@@ -155,14 +155,32 @@ def compile_cuda(source: Path, stem: Path, flags: Sequence[str]) -> tuple[Path, 
     """The object of a source's host code, and the PTX of its kernels, by one call of nvcc, which assembles nothing."""
     host, rule, kept = stem.with_suffix(".host.o"), stem.with_suffix(".host.o.d"), stem.with_suffix(".kept")
     ptx = kept / f"{source.stem}.ptx"
-    command = ("nvcc", STANDARD, *flags, "-lineinfo", "-Xcompiler", "-fPIC", "--keep", "--keep-dir", kept, "-c", source, "-o", host)
+    command = (
+        "nvcc",
+        STANDARD,
+        *flags,
+        "-lineinfo",
+        "-Xcompiler",
+        "-fPIC",
+        "--keep",
+        "--keep-dir",
+        kept,
+        "-c",
+        source,
+        "-o",
+        host,
+    )
     step = Step(host, version("nvcc"), *map(str, command))
     if not step.is_done() or not ptx.exists():
         shutil.rmtree(kept, ignore_errors=True)
         kept.mkdir(parents=True)
         # without the names of folders: a copy of the sources elsewhere makes the same code
         named = (STANDARD, *(flag for flag in flags if not flag.startswith("-I")), source.name)
-        if cached((version("nvcc"), *named, source, *headers(source, flags)), [host, ptx], lambda: run(*command, "-MD", "-MF", rule)):
+        if cached(
+            (version("nvcc"), *named, source, *headers(source, flags)),
+            [host, ptx],
+            lambda: run(*command, "-MD", "-MF", rule),
+        ):
             step.done(dependencies(rule))
         for other in kept.iterdir():
             if other != ptx:
@@ -176,7 +194,9 @@ def compile_ptx(ptx: Path, mode: str) -> Path:
     step = Step(cpp, ptx, *own_files())
     if not step.is_done():
         text = ptx.read_text(encoding="utf-8")
-        cached((ptx.name, ptx, *own_files()), [cpp], lambda: cpp.write_text(translate(text, ptx.name), encoding="utf-8"))
+        cached(
+            (ptx.name, ptx, *own_files()), [cpp], lambda: cpp.write_text(translate(text, ptx.name), encoding="utf-8")
+        )
         step.done()
     # -Og compiles the longest kernels in 44 s where -O1 takes 72 s and -O0 58 s
     return compile_cpp(cpp, ptx.with_suffix(".kernels.o"), "-Og", *MODES[mode])
@@ -188,7 +208,11 @@ def runtime_objects(folder: Path, mode: str, sources: Iterable[str]) -> list[Pat
         for name in sources:
             checked = name in CHECKED
             flags = MODES[mode] if checked else ()
-            objects.append(compile_cpp(RUNTIME / name, folder / f"{Path(name).stem}{'.' + mode if checked else ''}.o", "-O2", *flags))
+            objects.append(
+                compile_cpp(
+                    RUNTIME / name, folder / f"{Path(name).stem}{'.' + mode if checked else ''}.o", "-O2", *flags
+                )
+            )
     return objects
 
 
@@ -222,12 +246,13 @@ def build(
     architecture: str = "sm_90",
     units: Sequence[tuple[Path, Sequence[str]]] | None = None,
 ) -> Path:
-    """A shared library of .cu files: their host code as nvcc compiles it, their kernels by the simulator. Does only what has changed.
+    """A shared library of .cu files: their host code as nvcc compiles it, their kernels by the simulator. Does only
+    what has changed.
 
-    ``mode`` is plain, asan or tsan; ``defines`` are macros such as "NAME=1"; ``units``, (source, flags of nvcc) each, stand in for
-    ``sources`` where a file is compiled several times. Beside what the sources export there are ptx_launch, ptx_error and the others of
-    runtime/launch.cpp. RuntimeError has the first lines of what a compiler says.
-    """
+    ``mode`` is plain, asan or tsan; ``defines`` are macros such as "NAME=1"; ``units``, (source, flags of nvcc) each,
+    stand in for ``sources`` where a file is compiled several times. Beside what the sources export there are
+    ptx_launch, ptx_error and the others of runtime/launch.cpp. RuntimeError has the first lines of what a compiler
+    says."""
     if mode not in MODES:
         raise ValueError(f"mode is one of {', '.join(MODES)}, not {mode}")
     output, folder = output.absolute(), work_folder(output.absolute())
@@ -235,11 +260,17 @@ def build(
     with Lock(folder):
         objects = runtime_objects(runtime_folder(output), mode, (*UNCHECKED, *CHECKED, CUDA_RUNTIME))
         virtual = architecture.replace("sm_", "compute_")
-        common = (f"-gencode=arch={virtual},code={virtual}", *(f"-D{define}" for define in defines), *(f"-I{path}" for path in include))
+        common = (
+            f"-gencode=arch={virtual},code={virtual}",
+            *(f"-D{define}" for define in defines),
+            *(f"-I{path}" for path in include),
+        )
 
         def compile_unit(number: int) -> tuple[Path, Path]:
             source, flags = compiled[number]
-            host, ptx = compile_cuda(Path(source).absolute(), folder / f"{number}_{Path(source).stem}", (*common, *flags))
+            host, ptx = compile_cuda(
+                Path(source).absolute(), folder / f"{number}_{Path(source).stem}", (*common, *flags)
+            )
             return host, compile_ptx(ptx, mode)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -1,4 +1,6 @@
-"""Memory for simulated kernels, and processes in which a sanitizer watches them. Neither torch nor pytest is needed here."""
+"""Memory for simulated kernels, and processes in which a sanitizer watches them. Neither torch nor pytest is needed
+here.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ LIBC.posix_memalign.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_
 
 
 def empty(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array in an allocation of its own, of its exact size: a sanitizer sees what is out of bounds. All bits are set, which is NaN."""
+    """An array in an allocation of its own, of its exact size: a sanitizer sees what is out of bounds. All bits are
+    set, which is NaN.
+    """
     dtype = np.dtype(dtype)
     size = int(np.prod(shape)) * dtype.itemsize
     pointer = ctypes.c_void_p()
@@ -51,9 +55,16 @@ def load(library: Path) -> ctypes.CDLL:
 
 
 def launch(
-    library: ctypes.CDLL, kernel: str, grid: tuple[int, int, int], block: tuple[int, int, int], arguments: list[Any], shared: int = 0
+    library: ctypes.CDLL,
+    kernel: str,
+    grid: tuple[int, int, int],
+    block: tuple[int, int, int],
+    arguments: list[Any],
+    shared: int = 0,
 ) -> None:
-    """A kernel that has no host code. ``arguments`` are arrays and ctypes values; RuntimeError has the simulator's words."""
+    """A kernel that has no host code. ``arguments`` are arrays and ctypes values; RuntimeError has the simulator's
+    words.
+    """
     values = [pointer(argument) if isinstance(argument, np.ndarray) else argument for argument in arguments]
     addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
     if library.ptx_launch(kernel.encode(), *grid, *block, ctypes.c_size_t(shared), addresses):

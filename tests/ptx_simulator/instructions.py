@@ -44,7 +44,13 @@ def floating(i: Instruction, function: str) -> str:
     return i.set(f"packed<{element}>([]({parameters}) {{ return {call(names)}; }}, {', '.join(i.values())})")
 
 
-ARITHMETIC = {"add": "add", "sub": "subtract", "mul": "multiply", "fma": "fused_multiply_add", "mad": "fused_multiply_add"}
+ARITHMETIC = {
+    "add": "add",
+    "sub": "subtract",
+    "mul": "multiply",
+    "fma": "fused_multiply_add",
+    "mad": "fused_multiply_add",
+}
 
 
 @opcodes(
@@ -159,7 +165,9 @@ def multiply(i: Instruction) -> str:
 
 @opcodes("{and,or,xor}{.pred,.b16,.b32,.b64}")
 def bitwise(i: Instruction) -> str:
-    return i.set(f"{i.c_type}({i.value(1)} {dict(zip(('and', 'or', 'xor'), '&|^', strict=True))[i.parts[0]]} {i.value(2)})")
+    return i.set(
+        f"{i.c_type}({i.value(1)} {dict(zip(('and', 'or', 'xor'), '&|^', strict=True))[i.parts[0]]} {i.value(2)})"
+    )
 
 
 @opcodes("not{.pred,.b16,.b32,.b64}")
@@ -199,7 +207,9 @@ def insert(i: Instruction) -> str:
 
 @opcodes("{popc,clz,brev}{.b32,.b64}")
 def count(i: Instruction) -> str:
-    return i.set({"popc": "std::popcount", "clz": "std::countl_zero", "brev": "reverse_bits"}[i.parts[0]] + f"({i.value(1)})")
+    return i.set(
+        {"popc": "std::popcount", "clz": "std::countl_zero", "brev": "reverse_bits"}[i.parts[0]] + f"({i.value(1)})"
+    )
 
 
 @opcodes("bfind{,.shiftamt}{.u32,.s32,.u64,.s64}")
@@ -258,7 +268,9 @@ def set_two_predicates(i: Instruction) -> str:
     element, (low, high) = PACKED[i.type], i.operands[0].split("|")
     flushed = "flush_subnormal" if i.has("ftz") else ""
     holds = f"const auto holds = []({element} a, {element} b) {{ return {ALL_COMPARISONS[i.parts[1]]}; }};"
-    halves = [[f"{flushed}(as<{element}>(u16({value} >> {bits})))" for value in (i.value(1), i.value(2))] for bits in (0, 16)]
+    halves = [
+        [f"{flushed}(as<{element}>(u16({value} >> {bits})))" for value in (i.value(1), i.value(2))] for bits in (0, 16)
+    ]
     results = [f"const bool result_{n} = holds({a}, {b});" for n, (a, b) in enumerate(halves)]
     writes = [i.write(target.strip(), f"result_{n}") for n, target in enumerate((low, high))]
     return " ".join((holds, *results, *writes))

@@ -16,11 +16,17 @@ def move(i: Instruction) -> str:
     bits = BITS[i.c_type]
     if len(targets) > 1:
         part = f"u{bits // len(targets)}"
-        assignments = [i.write(target, f"{part}(whole >> {bits // len(targets) * n})") for n, target in enumerate(targets)]
+        assignments = [
+            i.write(target, f"{part}(whole >> {bits // len(targets) * n})") for n, target in enumerate(targets)
+        ]
         return f"const u{bits} whole = {i.value(1, f'b{bits}')}; " + " ".join(assignments)
     if len(sources) > 1:
         part = f"u{bits // len(sources)}"
-        return i.set(" | ".join(f"u{bits}({i.read(source, part)}) << {bits // len(sources) * n}" for n, source in enumerate(sources)))
+        return i.set(
+            " | ".join(
+                f"u{bits}({i.read(source, part)}) << {bits // len(sources) * n}" for n, source in enumerate(sources)
+            )
+        )
     return i.set(i.value(1))
 
 
@@ -141,7 +147,9 @@ def shuffle(i: Instruction) -> str:
     mode = {"up": "up", "down": "down", "bfly": "butterfly", "idx": "index"}[i.parts[2]]
     first, _, second = (name.strip() for name in i.operands[0].partition("|"))
     call = f"shuffle(WarpOperation::shuffle_{mode}, {', '.join(i.values())}, {i.at})"
-    return f"const auto result = {call}; {i.write(first, 'result.value')}" + (f" {i.write(second, 'result.in_range')}" if second else "")
+    return f"const auto result = {call}; {i.write(first, 'result.value')}" + (
+        f" {i.write(second, 'result.in_range')}" if second else ""
+    )
 
 
 @opcodes("vote.sync{.all,.any,.uni}.pred", "vote.sync.ballot.b32")
@@ -218,7 +226,9 @@ def branch(i: Instruction) -> str:
 
 @opcodes("brx.idx{,.uni}")
 def branch_by_index(i: Instruction) -> str:
-    cases = "".join(f"case {n}: goto {identifier('L_', label)}; " for n, label in enumerate(i.symbols.branch_targets[i.operands[1]]))
+    cases = "".join(
+        f"case {n}: goto {identifier('L_', label)}; " for n, label in enumerate(i.symbols.branch_targets[i.operands[1]])
+    )
     return f'switch ({i.value(0, "u32")}) {{ {cases}default: fail({i.at}, "brx.idx beyond its targets"); }}'
 
 

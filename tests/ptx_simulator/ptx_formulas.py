@@ -1,7 +1,7 @@
 """What PTX instructions compute, in exact arithmetic of Python's: formulas that share nothing with the simulator's C++.
 
-Operands and results are the bits of registers. A formula gets an opcode, such as "add.rm.ftz.f32", and the operands' bits.
-"""
+Operands and results are the bits of registers. A formula gets an opcode, such as "add.rm.ftz.f32", and the operands'
+bits."""
 
 from __future__ import annotations
 
@@ -224,7 +224,9 @@ def extremum(opcode: str, operands: Sequence[int]) -> int:
     if not numbers or ("NaN" in modifiers and len(numbers) < 2):
         return format.nan
     # -0 is below 0
-    return {"min": min, "max": max}[operation](numbers, key=lambda code: -(code ^ format.sign) - 1 if code & format.sign else code)
+    return {"min": min, "max": max}[operation](
+        numbers, key=lambda code: -(code ^ format.sign) - 1 if code & format.sign else code
+    )
 
 
 @on_halves

@@ -42,7 +42,13 @@ Run = Callable[..., np.ndarray]
 def bits_of(type_: str) -> int:
     if type_ in ("pred", "predicates"):
         return 32
-    return 2 * FORMATS[PACKED[type_]].bits if type_ in PACKED else FORMATS[type_].bits if type_ in FORMATS else int(type_[1:])
+    return (
+        2 * FORMATS[PACKED[type_]].bits
+        if type_ in PACKED
+        else FORMATS[type_].bits
+        if type_ in FORMATS
+        else int(type_[1:])
+    )
 
 
 def width(type_: str) -> int:
@@ -79,7 +85,8 @@ def build_folder(factory: pytest.TempPathFactory) -> Path:
 
 
 def runner(name: str, bodies: dict[str, str], factory: pytest.TempPathFactory) -> Run:
-    """Builds the kernels; returns a function of (kernel, operands of each thread, seed) to the results, 64-bit words (threads, SLOTS).
+    """Builds the kernels; returns a function of (kernel, operands of each thread, seed) to the results, 64-bit words
+    (threads, SLOTS).
 
     All bits of a result that nobody writes are set.
     """

@@ -21,14 +21,54 @@ def special_values(type_: str) -> list[int]:
         return [high << bits_of(PACKED[type_]) | low for high, low in zip(halves, reversed(halves), strict=True)]
     bits = bits_of(type_)
     if type_ not in FORMATS:
-        edges = [(1 << (bits - 1)) + offset for offset in (-2, -1, 0, 1)] + [(1 << bits) - 1, (1 << bits) - 2, 0x0123456789ABCDEF]
-        return [value % (1 << bits) for value in (0, 1, 2, 3, 7, 16, 31, 32, 33, 63, 64, 65, 127, 128, 255, 256, *edges)]
+        edges = [(1 << (bits - 1)) + offset for offset in (-2, -1, 0, 1)] + [
+            (1 << bits) - 1,
+            (1 << bits) - 2,
+            0x0123456789ABCDEF,
+        ]
+        return [
+            value % (1 << bits) for value in (0, 1, 2, 3, 7, 16, 31, 32, 33, 63, 64, 65, 127, 128, 255, 256, *edges)
+        ]
     format = FORMATS[type_]
-    numbers = [1, 2, 3, 0.5, 0.25, 1.5, 2.5, 3.5, 0.1, 1 / 3, 100.0, 127.5, 128, 255.5, 1e4, 65504, 65520, 1e-4, 126, 149, 2.0**31, 2.0**63]
+    numbers = [
+        1,
+        2,
+        3,
+        0.5,
+        0.25,
+        1.5,
+        2.5,
+        3.5,
+        0.1,
+        1 / 3,
+        100.0,
+        127.5,
+        128,
+        255.5,
+        1e4,
+        65504,
+        65520,
+        1e-4,
+        126,
+        149,
+        2.0**31,
+        2.0**63,
+    ]
     numbers += [2.0**32 - 1, 1e9 + 0.5, 1 + 2.0**-7, 1 + 2.0**-8, 1 + 2.0**-11, 1 + 2.0**-24, 1 - 2.0**-24]
     codes = [formulas.encode(format, formulas.Fraction(number)) for number in numbers]
     smallest = 1 << format.fraction_bits
-    codes += [0, 1, 2, smallest - 1, smallest, smallest + 1, format.infinity - 1, format.infinity, format.nan, format.infinity | 1]
+    codes += [
+        0,
+        1,
+        2,
+        smallest - 1,
+        smallest,
+        smallest + 1,
+        format.infinity - 1,
+        format.infinity,
+        format.nan,
+        format.infinity | 1,
+    ]
     return [code | sign for code in codes for sign in (0, format.sign)]
 
 

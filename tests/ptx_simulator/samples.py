@@ -1,4 +1,6 @@
-"""Runs the kernels of kernels/samples.cu and compares with numpy: python -m ptx_simulator.samples LIBRARY KERNEL FAULT SEEDS."""
+"""Runs the kernels of kernels/samples.cu and compares with numpy: python -m ptx_simulator.samples LIBRARY KERNEL FAULT
+SEEDS.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def copy_rows(library: ctypes.CDLL, fault: str, rows: int = 13, columns: int = 5
     values = rng.integers(0, 0x7F80, (rows, source_stride), dtype=np.uint16)
     source, target = copy(values), empty((rows, target_stride), np.uint16)
     strides = ctypes.c_longlong(source_stride), ctypes.c_longlong(target_stride)
-    check(library, library.copy_rows(FAULTS.index(fault), pointer(source), pointer(target), *strides, rows, columns, None))
+    check(
+        library, library.copy_rows(FAULTS.index(fault), pointer(source), pointer(target), *strides, rows, columns, None)
+    )
     assert np.array_equal(target[:, :columns], values[:, :columns]), "a wrong copy"
     assert (target[:, columns:] == 0xFFFF).all(), "written beyond the rows"
     return target.tobytes()

@@ -1,9 +1,8 @@
 """The table of instructions: for each opcode a function that writes its C++.
 
-A new opcode goes beside its kin, in instructions.py or memory_instructions.py: a form such as "add{,.rn}{.f32,.f64}" stands for one
-opcode of each choice of the braces. What it computes goes to runtime/, and its test to tests/test_ptx_instructions.py, which fails for
-an opcode of this table that it does not know.
-"""
+A new opcode goes beside its kin, in instructions.py or memory_instructions.py: a form such as "add{,.rn}{.f32,.f64}"
+stands for one opcode of each choice of the braces. What it computes goes to runtime/, and its test to
+tests/test_ptx_instructions.py, which fails for an opcode of this table that it does not know."""
 
 from __future__ import annotations
 
@@ -19,7 +18,9 @@ OPCODES: dict[str, Handler] = {}
 
 def expand(form: str) -> list[str]:
     """The opcodes that a form stands for."""
-    choices = [part[1:-1].split(",") if part.startswith("{") else [part] for part in re.findall(r"\{[^}]*\}|[^{}]+", form)]
+    choices = [
+        part[1:-1].split(",") if part.startswith("{") else [part] for part in re.findall(r"\{[^}]*\}|[^{}]+", form)
+    ]
     return ["".join(choice) for choice in itertools.product(*choices)]
 
 
@@ -48,7 +49,9 @@ def table_name(opcode: str) -> str:
     base, *modifiers = opcode.split(".")
     if base not in MEMORY and not opcode.startswith("cp.async"):
         return opcode
-    kept = [part for part in modifiers if part not in SPACES | CACHING | SCOPES and not part.startswith(("L1::", "L2::"))]
+    kept = [
+        part for part in modifiers if part not in SPACES | CACHING | SCOPES and not part.startswith(("L1::", "L2::"))
+    ]
     return ".".join((base, *kept))
 
 

@@ -1,4 +1,6 @@
-"""Instructions of the simulator that branch, copy asynchronously, only order or hint; and how a launch that fails says so."""
+"""Instructions of the simulator that branch, copy asynchronously, only order or hint; and how a launch that fails says
+so.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from ptx_simulator import instructions, memory_instructions  # noqa: F401  both 
 from ptx_simulator.table import OPCODES
 
 NO_EFFECT = [
-    opcode for opcode in OPCODES if re.fullmatch(r"membar.*|fence.*|prefetchu?|nanosleep.*|griddepcontrol.*|createpolicy.*", opcode)
+    opcode
+    for opcode in OPCODES
+    if re.fullmatch(r"membar.*|fence.*|prefetchu?|nanosleep.*|griddepcontrol.*|createpolicy.*", opcode)
 ]
 CONTROL = ["bra", "bra.uni", "brx.idx", "brx.idx.uni", "ret", "ret.uni", "exit", "trap"]
 ASYNCHRONOUS = ["cp.async", "cp.async.commit_group", "cp.async.wait_group", "cp.async.wait_all"]
@@ -35,7 +39,8 @@ COPIES = """mul.wide.u32 %d1, %index, 16; shl.b32 %r1, %index, 4; add.u32 %r1, %
     cp.async.ca.shared.global [%r1+512], [%in], 4; {wait}
     ld.shared.v2.b64 {{%d2, %d3}}, [%r1]; st.b64 [%out+8], %d2; st.b64 [%out+16], %d3; ld.shared.b32 %r2, [%r1+512]; st.b32 [%out+24], %r2;
     cp.async.wait_all;"""
-COPY_FORMS = {  # cache, bytes, bytes there are, how to wait, and the 32-bit words of the second copy that are there by then
+# cache, bytes, bytes there are, how to wait, and the 32-bit words of the second copy that are there by then
+COPY_FORMS = {
     "cp.async": ("cg", 16, 16, "cp.async.wait_all;", 1),
     "cp.async 8": ("ca", 8, 8, "cp.async.wait_group 0;", 0),
     "cp.async 4": ("ca", 4, 4, "cp.async.commit_group; cp.async.wait_group 1;", 0),
@@ -56,8 +61,12 @@ for name in ("brx.idx", "brx.idx.uni"):
     FIRST: mov.u32 %r1, 100; bra STORE; SECOND: mov.u32 %r1, 200; bra STORE; THIRD: mov.u32 %r1, 300;
     STORE: {result(0, "b32", "%r1")}"""
 BODIES["trap"] = "setp.eq.u32 %p1, %index, 3; @%p1 trap;"
-BODIES["scopes"] = f"""{operand(0, "b32")} {{ .reg .b32 %r0; mov.u32 %r0, 7; {result(1, "b32", "%r0")} }} {result(0, "b32")}"""
-BODIES["unsupported"] = f"{operand(0, 'b32')} setp.ne.u32 %p1, %r0, 0; @%p1 fns.b32 %r1, %r0, %r0, %r0; {result(0, 'b32')}"
+BODIES["scopes"] = (
+    f"""{operand(0, "b32")} {{ .reg .b32 %r0; mov.u32 %r0, 7; {result(1, "b32", "%r0")} }} {result(0, "b32")}"""
+)
+BODIES["unsupported"] = (
+    f"{operand(0, 'b32')} setp.ne.u32 %p1, %r0, 0; @%p1 fns.b32 %r1, %r0, %r0, %r0; {result(0, 'b32')}"
+)
 BODIES["misaligned"] = "ld.v2.b32 {%r0, %r1}, [%in+4];"
 BODIES["lane left out"] = "shfl.sync.idx.b32 %r0, %lane, 0, 31, 0xfffe;"
 BODIES["shared memory"] = f"ld.shared.b64 %d0, [%address+8]; {result(0, 'b64')} " + (

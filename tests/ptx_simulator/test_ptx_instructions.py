@@ -78,7 +78,9 @@ class Family(NamedTuple):
 FLOAT = r"(f16|bf16|f32|f64|f16x2|bf16x2|f32x2)"
 INTEGER = r"[us](16|32|64)"
 FAMILIES = {
-    "arithmetic": Family(rf"(add|sub|mul|fma|mad)(\.(r\w|ftz|sat|relu))*\.{FLOAT}", arithmetic_types, formulas.arithmetic),
+    "arithmetic": Family(
+        rf"(add|sub|mul|fma|mad)(\.(r\w|ftz|sat|relu))*\.{FLOAT}", arithmetic_types, formulas.arithmetic
+    ),
     "division": Family(r"(div|rcp|sqrt)\.r[nzmp](\.ftz)?\.f(32|64)", division_types, formulas.division),
     "extremum": Family(rf"(min|max)(\.(ftz|NaN))*\.{FLOAT}", all_of(2), formulas.extremum),
     "sign": Family(rf"(neg|abs)(\.ftz)?\.{FLOAT}", all_of(1), formulas.sign),
@@ -98,7 +100,9 @@ FAMILIES = {
     "setp": Family(rf"setp\.(?!.*x2).*\.({FLOAT}|[bus]\d\d)", compared_types("predicates"), conversions.set_predicate),
     "setp of halves": Family(r"setp\..*x2", compared_types("predicates"), conversions.set_two_predicates),
     "set": Family(rf"set\..*\.({FLOAT}|[us]\d\d)", compared_types("u32"), conversions.set_value),
-    "selp": Family(r"selp\.\w+", lambda opcode: ([opcode.split(".")[1]] * 2 + ["pred"], opcode.split(".")[1]), conversions.select),
+    "selp": Family(
+        r"selp\.\w+", lambda opcode: ([opcode.split(".")[1]] * 2 + ["pred"], opcode.split(".")[1]), conversions.select
+    ),
     "cvt": Family(r"cvt\.(?!.*x2).*", conversion_types, conversions.conversion),
     "cvt to halves": Family(r"cvt\..*x2\.f32", lambda opcode: (["f32", "f32"], "b32"), conversions.to_packed),
 }
@@ -251,17 +255,24 @@ def approximation_error(opcode: str, case: Sequence[int], found: int) -> str | N
     flushed = [formulas.flush(format, code) if "ftz" in opcode else code for code in case]
     values = [to_float(type_, code) for code in flushed]
     if opcode.startswith("div.approx") and 2.0**126 < abs(values[1]) < math.inf:
-        values = [values[0] if math.isnan(values[0]) or math.isinf(values[0]) else math.copysign(0, values[0]), values[1]]
+        values = [
+            values[0] if math.isnan(values[0]) or math.isinf(values[0]) else math.copysign(0, values[0]),
+            values[1],
+        ]
         values[0] = math.nan if math.isinf(values[0]) else values[0]
     exact = conversions.exact_value(opcode.split(".")[0], values)
     result = to_float(type_, found)
-    rounded = to_float(type_, finish(opcode, formulas.encode(format, exact if not math.isfinite(exact) else formulas.Fraction(exact))))
+    rounded = to_float(
+        type_, finish(opcode, formulas.encode(format, exact if not math.isfinite(exact) else formulas.Fraction(exact)))
+    )
     if rounded == exact or not math.isfinite(rounded):
         return None if result == rounded or (result != result and rounded != rounded) else f"expected {rounded}"
     smallest = 2.0 ** (1 - format.bias)
     if "ftz" in opcode and abs(exact) < smallest and result == 0:
         return None
-    allowed = max(conversions.largest_error(opcode, exact, values[0]), operand_count(opcode) * smallest / 2**format.fraction_bits)
+    allowed = max(
+        conversions.largest_error(opcode, exact, values[0]), operand_count(opcode) * smallest / 2**format.fraction_bits
+    )
     return None if abs(result - exact) <= allowed else f"expected {exact} within {allowed}"
 
 
@@ -283,7 +294,9 @@ def test_approximations(results: Results) -> None:
                     result = code >> shift & ((1 << bits) - 1)
                     problem = approximation_error(scalar, part, result)
                     if problem:
-                        wrong.append(f"{opcode} {[hex(value) for value in part]}: {to_float(element, result)}, {problem}")
+                        wrong.append(
+                            f"{opcode} {[hex(value) for value in part]}: {to_float(element, result)}, {problem}"
+                        )
                     value = conversions.exact_value(opcode.split(".")[0], [to_float(element, item) for item in part])
                     if math.isfinite(value):
                         inexact[opcode] += result != formulas.encode(FORMATS[element], formulas.Fraction(value))
@@ -317,7 +330,10 @@ def test_logic_of_three(results: Results) -> None:
 def test_formats_are_ieee() -> None:
     """The formulas' own encoding and decoding, by Python's."""
     for value in (0.1, 1e-310, -3.5, 1e300, 2.0**-1074, math.pi):
-        assert formulas.encode(FORMATS["f64"], formulas.Fraction(value)) == struct.unpack("<Q", struct.pack("<d", value))[0]
+        assert (
+            formulas.encode(FORMATS["f64"], formulas.Fraction(value))
+            == struct.unpack("<Q", struct.pack("<d", value))[0]
+        )
         with np.errstate(over="ignore"):
             assert formulas.encode(FORMATS["f32"], formulas.Fraction(value)) == int(np.float32(value).view(np.uint32))
             assert formulas.encode(FORMATS["f16"], formulas.Fraction(value)) == int(np.float16(value).view(np.uint16))

@@ -60,13 +60,25 @@ FAULTS = [
     ("sum_rows", "beyond_global", "asan", r"AddressSanitizer: heap-buffer-overflow[\s\S]*samples\.cu:\d+"),
     ("sum_rows", "beyond_shared", "asan", r"AddressSanitizer: use-after-poison[\s\S]*samples\.cu:\d+"),
     ("copy_rows", "misaligned", "plain", r"thread \(\d+,\d,0\): samples\.cu:\d+: misaligned access of 16 bytes"),
-    ("sum_rows", "divergent_barrier", "plain", r"samples\.cu:\d+: __syncthreads here, while other threads .* at samples\.cu:\d+"),
-    ("sum_rows", "lonely_barrier", "plain", r"deadlock: 96 threads have ended; 32 wait at samples\.cu:\d+ in barrier 0"),
+    (
+        "sum_rows",
+        "divergent_barrier",
+        "plain",
+        r"samples\.cu:\d+: __syncthreads here, while other threads .* at samples\.cu:\d+",
+    ),
+    (
+        "sum_rows",
+        "lonely_barrier",
+        "plain",
+        r"deadlock: 96 threads have ended; 32 wait at samples\.cu:\d+ in barrier 0",
+    ),
     ("sum_rows", "absent_lane", "plain", r"deadlock: .* wait at \S+:\d+ in shfl\.sync\.\w+ with mask 0xffffffff"),
 ]
 
 
-@pytest.mark.parametrize(("kernel", "fault", "mode", "report"), FAULTS, ids=[f"{fault}-{mode}" for _, fault, mode, _ in FAULTS])
+@pytest.mark.parametrize(
+    ("kernel", "fault", "mode", "report"), FAULTS, ids=[f"{fault}-{mode}" for _, fault, mode, _ in FAULTS]
+)
 def test_planted_faults_are_found(kernel: str, fault: str, mode: str, report: str, folder: Path) -> None:
     result = run_sample(library(folder, mode), mode, kernel, fault, seeds=4)
     assert result.returncode != 0
@@ -135,7 +147,9 @@ def test_only_what_has_changed_is_built_again(folder: Path, tmp_path: Path, monk
     assert [scaled(folder / "scale_2.so"), scaled(output)] == [[2, 4], [3, 6]]
 
 
-def test_what_another_folder_has_made_is_not_made_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_another_folder_has_made_is_not_made_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A copy of the same sources; another header, macro or source is made anew."""
     monkeypatch.setattr(builder, "CACHE", tmp_path / "cache")
     commands: list[str] = []
@@ -228,9 +242,14 @@ def test_functions_of_cuda(features: ctypes.CDLL) -> None:
     values = np.random.default_rng(0).standard_normal(300).astype(np.float32) * 3
     for which, (name, function, tolerance) in enumerate(FUNCTIONS):
         source, output = copy(values), empty(len(values), np.float32)
-        assert features.run_functions(which, pointer(source), pointer(output), len(values), None) == 0, features.ptx_error()
+        assert features.run_functions(which, pointer(source), pointer(output), len(values), None) == 0, (
+            features.ptx_error()
+        )
         expected = function(values)
-        assert np.allclose(output, expected, rtol=tolerance, atol=tolerance * 0.1), (name, np.abs(output / expected - 1).max())
+        assert np.allclose(output, expected, rtol=tolerance, atol=tolerance * 0.1), (
+            name,
+            np.abs(output / expected - 1).max(),
+        )
 
 
 def test_kinds_of_memory(features: ctypes.CDLL) -> None:

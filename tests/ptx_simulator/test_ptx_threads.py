@@ -49,13 +49,26 @@ for opcode in opcodes_of("mov"):
     BODIES[opcode] = f"{operand(0, type_)} {opcode} %{letter}1, %{letter}0; {result(0, type_, f'%{letter}1')}"
 for opcode in opcodes_of("cvta"):
     letter = LETTERS[width(opcode[-3:])]
-    BODIES[opcode] = f"{operand(0, opcode[-3:])} {opcode} %{letter}1, %{letter}0; {result(0, opcode[-3:], f'%{letter}1')}"
+    BODIES[opcode] = (
+        f"{operand(0, opcode[-3:])} {opcode} %{letter}1, %{letter}0; {result(0, opcode[-3:], f'%{letter}1')}"
+    )
 BODIES["halves"] = f"""
     {operand(0, "b32")} mov.b32 {{%h0, %h1}}, %r0; mov.b32 %r1, {{%h1, %h0}}; {result(0, "b32", "%r1")}
     {operand(1, "b64")} mov.b64 {{%r2, %r3}}, %d1; mov.b64 %d2, {{%r3, %r2}}; {result(1, "b64", "%d2")}
     mov.b64 {{%h0, _, %h2, %h3}}, %d1; mov.b64 %d2, {{%h3, %h2, %h2, %h0}}; {result(2, "b64", "%d2")}
 """
-SPECIAL = ("tid.y", "ntid.x", "ctaid.x", "nctaid.z", "warpid", "lanemask_eq", "lanemask_lt", "lanemask_le", "lanemask_gt", "lanemask_ge")
+SPECIAL = (
+    "tid.y",
+    "ntid.x",
+    "ctaid.x",
+    "nctaid.z",
+    "warpid",
+    "lanemask_eq",
+    "lanemask_lt",
+    "lanemask_le",
+    "lanemask_gt",
+    "lanemask_ge",
+)
 for special in SPECIAL:
     BODIES[special] = f"mov.u32 %r0, %{special}; {result(0, 'b32')}"
 
@@ -72,7 +85,11 @@ def test_moves(name: str, run: Run) -> None:
 
 def test_registers_of_several_parts(run: Run) -> None:
     (out,) = run("halves", [[0x11112222, 0x1111222233334444]])
-    assert [hex(value) for value in (low(out[0], 32), *map(int, out[1:3]))] == ["0x22221111", "0x3333444411112222", "0x4444222222221111"]
+    assert [hex(value) for value in (low(out[0], 32), *map(int, out[1:3]))] == [
+        "0x22221111",
+        "0x3333444411112222",
+        "0x4444222222221111",
+    ]
 
 
 def test_special_registers(run: Run) -> None:
@@ -129,8 +146,9 @@ for opcode in (*opcodes_of("ld"), *opcodes_of("st"), *QUALIFIED):
     else:
         body = " ".join(operand(n, type_) for n in range(count)) + f" {opcode} [%out+0], {vector_of(type_, count)};"
     BODIES[opcode] = body
-BODIES["cache policy"] = "createpolicy.fractional.L2::evict_last.b64 %d1, 1.0; ld.global.L2::cache_hint.b64 %d0, [%in], %d1; " + result(
-    0, "b64"
+BODIES["cache policy"] = (
+    "createpolicy.fractional.L2::evict_last.b64 %d1, 1.0; ld.global.L2::cache_hint.b64 %d0, [%in], %d1; "
+    + result(0, "b64")
 )
 
 
@@ -180,7 +198,11 @@ def updated(opcode: str, old: int, value: int, replacement: int) -> int:
     bits = bits_of(type_)
     a, b = (formulas.integer(type_, code) for code in (old, value))
     simple = {"add": a + b, "min": min(a, b), "max": max(a, b), "and": a & b, "or": a | b, "xor": a ^ b, "exch": b}
-    wrapping = {"inc": 0 if a >= b else a + 1, "dec": b if a == 0 or a > b else a - 1, "cas": replacement if a == b else a}
+    wrapping = {
+        "inc": 0 if a >= b else a + 1,
+        "dec": b if a == 0 or a > b else a - 1,
+        "cas": replacement if a == b else a,
+    }
     return (simple | wrapping)[name] % (1 << bits)
 
 
@@ -282,7 +304,9 @@ for opcode in opcodes_of("matrix"):
     outputs = " ".join(result(n, "b32", f"%r{4 + n}") for n in range(count))
     rows = "shl.b32 %r0, %lane, 4; xor.b32 %r1, %r0, 48; add.u32 %r0, %address, %r0; add.u32 %r1, %address, %r1;"
     if opcode.startswith("ld"):  # lane l writes row l, and names row l ^ 3
-        BODIES[opcode] = f"""{rows} ld.v4.b32 {{%r4, %r5, %r6, %r7}}, [%in]; st.shared.v4.b32 [%r0], {{%r4, %r5, %r6, %r7}};
+        BODIES[
+            opcode
+        ] = f"""{rows} ld.v4.b32 {{%r4, %r5, %r6, %r7}}, [%in]; st.shared.v4.b32 [%r0], {{%r4, %r5, %r6, %r7}};
             bar.warp.sync -1; {opcode} {registers}, [%r1]; {outputs}"""
     else:
         BODIES[opcode] = f"""{rows} ld.v4.b32 {{%r4, %r5, %r6, %r7}}, [%in]; {opcode} [%r1], {registers};
@@ -310,7 +334,9 @@ def test_matrices(run: Run) -> None:
 
 EXCHANGE = """{before} shl.b32 %r1, %index, 2; add.u32 %r1, %address, %r1; st.shared.b32 [%r1], %index;
     {barrier}
-    xor.b32 %r2, %index, {partner}; shl.b32 %r2, %r2, 2; add.u32 %r2, %address, %r2; ld.shared.b32 %r3, [%r2]; """ + result(0, "b32", "%r3")
+    xor.b32 %r2, %index, {partner}; shl.b32 %r2, %r2, 2; add.u32 %r2, %address, %r2; ld.shared.b32 %r3, [%r2]; """ + result(
+    0, "b32", "%r3"
+)
 for opcode in opcodes_of("barrier"):
     BODIES[opcode] = EXCHANGE.format(before="", barrier=f"{opcode} 0;", partner=63)
     # two pairs of warps, each with a barrier of its own

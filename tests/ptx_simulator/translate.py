@@ -1,4 +1,6 @@
-"""PTX to C++: a function for each kernel, which the runtime's fibers run; statements keep the lines of the kernel's source."""
+"""PTX to C++: a function for each kernel, which the runtime's fibers run; statements keep the lines of the kernel's
+source.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,13 @@ from .operands import BITS, TYPES, Instruction, Symbols, Unsupported, identifier
 from .table import translate as translate_instruction
 
 RED_ZONE = 32  # bytes between the arrays in shared memory, as in runtime/simulator.h
-UNKNOWN = (Unsupported, IndexError, KeyError, StopIteration, ValueError)  # what an instruction of another form than expected raises
+UNKNOWN = (
+    Unsupported,
+    IndexError,
+    KeyError,
+    StopIteration,
+    ValueError,
+)  # what an instruction of another form than expected raises
 DYNAMIC_ALIGNMENT = 128  # of dynamic shared memory
 DECLARATION = re.compile(
     r"(?P<linkage>(?:\.(?:visible|weak|extern|common)\s+)*)\.(?P<space>shared|global|const|local)\s+"
@@ -23,7 +31,9 @@ DECLARATION = re.compile(
     re.S,
 )
 ENTRY = re.compile(r"(?:\.(?:visible|weak)\s+)*\.entry\s+([\w$]+)\s*(?:\((.*?)\))?([^{;]*)\{", re.S)
-PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+(?:\.ptr\b[^,]*?\s)?([\w$]+)\s*(?:\[(\d+)\])?\s*$", re.S)
+PARAMETER = re.compile(
+    r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+(?:\.ptr\b[^,]*?\s)?([\w$]+)\s*(?:\[(\d+)\])?\s*$", re.S
+)
 TOOLKIT = re.compile(r"/(?:cuda|nvidia)[^/]*/.*\binclude/")  # paths of CUDA's own headers
 # a #line's worth of position, a label, a brace, or a statement up to its semicolon
 TOKEN = re.compile(r"\s*(?:(?P<loc>\.loc\s[^\n]*)|(?P<label>[\w$]+):(?!:)|(?P<brace>[{}])|(?P<statement>[^;]*);)")
@@ -69,7 +79,9 @@ class Variable:
 class KernelWriter:
     """Writes one kernel's function and its registration."""
 
-    def __init__(self, module: ModuleWriter, number: int, name: str, parameters: str, directives: str, body: str, line: int) -> None:
+    def __init__(
+        self, module: ModuleWriter, number: int, name: str, parameters: str, directives: str, body: str, line: int
+    ) -> None:
         self.module = module
         self.number = number
         self.name = name

@@ -36,7 +36,8 @@ CUDA_ARCHS = ["80", "90", "100", "100-ptx"]  # the PTX is for 12.0 and later: ma
 CUDA_DTYPES = ["float", "bfloat16", "float16"]
 NVCC_FLOOR = (12, 0)  # the first that knows C++20
 NVCC_FLAGS = ["-O3", "-std=c++20", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility=hidden", f"-I{ROOT / 'csrc'}"]
-CUDA_LINK = ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]  # the shared run-time library would break the import on a CPU torch
+# the shared run-time library would break the import on a CPU torch
+CUDA_LINK = ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
 
 def fail(message: str) -> NoReturn:
@@ -47,7 +48,8 @@ def fail(message: str) -> NoReturn:
 
 
 def isas() -> dict[str, list[str]]:
-    if sanitizers():  # a minute a set; the others differ in vector instructions alone and meet guard pages in tests/cpp/smoke.cpp
+    # a minute a set; the others differ in vector instructions alone and meet guard pages in tests/cpp/smoke.cpp
+    if sanitizers():
         return {"generic": []}
     if platform.machine().lower() in ("x86_64", "amd64"):
         return ISA_FLAGS

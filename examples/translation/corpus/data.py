@@ -1,4 +1,6 @@
-"""Sentence pairs: the catalogs in the Django wheel (BSD licence), two aligned text files, or the pairs of ``sentences.py``."""
+"""Sentence pairs: the catalogs in the Django wheel (BSD licence), two aligned text files, or the pairs of
+``sentences.py``.
+"""
 
 from __future__ import annotations
 
@@ -58,8 +60,8 @@ def fetch_wheel(version: str = DJANGO_VERSION, timeout: float = 60.0) -> Path:
     """Return the path of the Django wheel, downloaded by pip the first time.
 
     Raises:
-        DownloadError: pip is missing, found no network or no such version, or took longer than ``timeout`` seconds; or there is no
-            folder to keep the wheel in, or it cannot be read.
+        DownloadError: pip is missing, found no network or no such version, or took longer than ``timeout`` seconds; or
+            there is no folder to keep the wheel in, or it cannot be read.
     """
     wheel = cache_folder() / f"django-{version}-py3-none-any.whl"
     try:
@@ -68,16 +70,30 @@ def fetch_wheel(version: str = DJANGO_VERSION, timeout: float = 60.0) -> Path:
             return wheel
     except OSError as error:
         raise DownloadError(f"the kept wheel cannot be read: {error}") from error
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input", "--retries", "1"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-input",
+        "--retries",
+        "1",
+    ]
     try:
         wheel.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=wheel.parent) as folder:
             what = ["--timeout", "10", "--no-deps", "--only-binary=:all:", "--dest", folder, f"django=={version}"]
-            done = subprocess.run([*pip, *what], capture_output=True, text=True, errors="replace", timeout=timeout, check=False)
+            done = subprocess.run(
+                [*pip, *what], capture_output=True, text=True, errors="replace", timeout=timeout, check=False
+            )
             found = sorted(Path(folder).glob("*.whl"))
             if done.returncode != 0 or not found:
                 errors = [line for line in done.stderr.splitlines() if "ERROR" in line]
-                raise DownloadError(f"pip download django=={version}: {errors[-1] if errors else f'exit status {done.returncode}'}")
+                raise DownloadError(
+                    f"pip download django=={version}: {errors[-1] if errors else f'exit status {done.returncode}'}"
+                )
             os.replace(found[0], wheel)  # at once, so that a second process never reads half a file
     except subprocess.TimeoutExpired:
         raise DownloadError(f"pip download django=={version}: no answer within {timeout:.0f} s") from None
@@ -100,7 +116,9 @@ def parse_catalog(text: str) -> list[Pair]:
         if entry.obsolete or not entry.translated():
             continue
         plural = entry.msgid_plural and entry.msgstr_plural.get(1)
-        pairs.append(Pair(entry.msgid_plural, plural) if plural else Pair(entry.msgid, entry.msgstr or entry.msgstr_plural[0]))
+        pairs.append(
+            Pair(entry.msgid_plural, plural) if plural else Pair(entry.msgid, entry.msgstr or entry.msgstr_plural[0])
+        )
     return pairs
 
 
@@ -112,10 +130,14 @@ def read_wheel(wheel: Path, language: str = "de") -> list[Pair]:
     """
     try:
         with zipfile.ZipFile(wheel) as archive:
-            names = sorted(name for name in archive.namelist() if name.endswith(".po") and f"/locale/{language}/" in name)
+            names = sorted(
+                name for name in archive.namelist() if name.endswith(".po") and f"/locale/{language}/" in name
+            )
             pairs = [pair for name in names for pair in parse_catalog(archive.read(name).decode("utf-8"))]
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"wheel must be a zip archive; found a damaged file, remove it and try again: {wheel}") from error
+        raise ValueError(
+            f"wheel must be a zip archive; found a damaged file, remove it and try again: {wheel}"
+        ) from error
     if not pairs:
         raise ValueError(f"wheel must hold .po catalogs for language {language!r}; found none in {wheel}")
     return pairs
@@ -129,12 +151,16 @@ def read_aligned(source: Path, target: Path) -> list[Pair]:
     """
     left, right = read_lines(source), read_lines(target)
     if len(left) != len(right):
-        raise ValueError(f"source and target must have equally many lines; found {len(left)} in {source} and {len(right)} in {target}")
+        raise ValueError(
+            f"source and target must have equally many lines; found {len(left)} in {source} and {len(right)} in {target}"
+        )
     return [Pair(*pair) for pair in zip(left, right, strict=True)]
 
 
 def clean(pairs: Iterable[Pair]) -> list[Pair]:
-    """Return the pairs with single spaces, less empty and untranslated ones, bare formats, mark-up, and repeated sources."""
+    """Return the pairs with single spaces, less empty and untranslated ones, bare formats, mark-up, and repeated
+    sources.
+    """
     kept: dict[str, Pair] = {}
     for pair in pairs:
         source, target = (" ".join(text.split()) for text in pair)
@@ -160,7 +186,8 @@ def split(name: str, pairs: Iterable[Pair], heldout_share: float = 0.05) -> Data
 def read_named(data: str, language: str = "de") -> tuple[str, list[Pair]]:
     """Return the name and the clean pairs of ``data``; ``language`` is that of the translations.
 
-    ``"auto"`` is ``"django"``, or ``"builtin"`` (German alone) with one line on stderr where the wheel cannot be fetched.
+    ``"auto"`` is ``"django"``, or ``"builtin"`` (German alone) with one line on stderr where the wheel cannot be
+    fetched.
 
     Raises:
         ValueError: an unknown ``data``, or a ``language`` that it does not have.
@@ -170,7 +197,9 @@ def read_named(data: str, language: str = "de") -> tuple[str, list[Pair]]:
         raise ValueError(f"data must be one of {', '.join(DATASETS)}; found {data!r}")
     if data != "builtin":
         try:
-            return f"gettext catalogs of Django {DJANGO_VERSION}, en-{language}", clean(read_wheel(fetch_wheel(), language))
+            return f"gettext catalogs of Django {DJANGO_VERSION}, en-{language}", clean(
+                read_wheel(fetch_wheel(), language)
+            )
         except DownloadError as error:
             if data == "django" or language != "de":
                 raise
@@ -181,7 +210,8 @@ def read_named(data: str, language: str = "de") -> tuple[str, list[Pair]]:
 
 
 def load_dataset(data: str = "auto", source: Path | None = None, target: Path | None = None) -> Dataset:
-    """Return the pairs to train on: those of ``source`` and ``target`` where given, else those that ``data`` names in German.
+    """Return the pairs to train on: those of ``source`` and ``target`` where given, else those that ``data`` names in
+    German.
 
     Raises:
         ValueError: one of ``source`` and ``target`` without the other, or as ``read_named``.

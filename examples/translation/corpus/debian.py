@@ -1,7 +1,8 @@
-"""Parallel text from Debian: English documentation and package descriptions with their German, French or Czech translations.
+"""Parallel text from Debian: English documentation and package descriptions with their German, French or Czech
+    translations.
 
-The texts are under copyleft licences: they are fetched from the mirror that apt is set up for, and not kept in this repository.
-"""
+The texts are under copyleft licences: they are fetched from the mirror that apt is set up for, and not kept in this
+repository."""
 
 from __future__ import annotations
 
@@ -97,7 +98,8 @@ TRANSLATED_MANUALS = {
     "cs": ("manpages-cs",),
 }
 DEVELOPER_MANUALS = "manpages-dev"
-# the packages of the English manual pages, some with their translations; not net-tools, whose translations are of other versions
+# the packages of the English manual pages, some with their translations; not net-tools, whose translations are of other
+# versions
 MANUALS = """
     manpages coreutils util-linux bsdutils mount fdisk systemd systemd-container udev procps passwd login e2fsprogs findutils tar grep sed
     gzip man-db less nano cron rsyslog logrotate openssh-client gnupg gpg gpgv xz-utils bzip2 zip unzip parted dosfstools btrfs-progs
@@ -119,7 +121,9 @@ def guide_rows(archive: Archive, guide: Guide, language: str) -> Iterator[Row]:
         if not files:
             return
         # chapter.en.html and chapter.de.html are the same page
-        pages.append({path.removeprefix(f"{folder}/").replace(ending, ".html"): content for path, content in files.items()})
+        pages.append(
+            {path.removeprefix(f"{folder}/").replace(ending, ".html"): content for path, content in files.items()}
+        )
     translated, english = pages
     # a page named like the package holds all the others
     for name in sorted((english.keys() & translated.keys()) - {f"{guide.package}.html"}):
@@ -165,7 +169,8 @@ def all_rows(archive: Archive, language: str) -> Iterator[Row]:
 
 
 def build(language: str, folder: Path) -> dict[str, tuple[Path, Path]]:
-    """Write aligned sentences of English and ``language`` to ``folder``: for train, dev and test the English file and the other.
+    """Write aligned sentences of English and ``language`` to ``folder``: for train, dev and test the English file and
+    the other.
 
     Packages are fetched once, and kept below ``cache_folder()``; equal packages give equal files.
 
@@ -177,7 +182,9 @@ def build(language: str, folder: Path) -> dict[str, tuple[Path, Path]]:
         raise ValueError(f"language must be one of {', '.join(LANGUAGES)}; found {language!r}")
     archive = Archive(cache_folder() / "debian")
     rows, reasons = clean_rows(all_rows(archive, language), language)
-    print(f"debian: dropped {', '.join(f'{count} {reason}' for reason, count in reasons.most_common())}", file=sys.stderr)
+    print(
+        f"debian: dropped {', '.join(f'{count} {reason}' for reason, count in reasons.most_common())}", file=sys.stderr
+    )
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
     for part, kept in split_rows(rows).items():
@@ -186,6 +193,8 @@ def build(language: str, folder: Path) -> dict[str, tuple[Path, Path]]:
             write_lines(folder / f"{part}.{language}", [row.target for row in kept]),
         )
         write_lines(folder / f"{part}.documents", [row.document for row in kept])
-        words = [sum(len(text.split()) for text in texts) for texts in zip(*(row[1:] for row in kept), strict=True)] or [0, 0]
+        words = [
+            sum(len(text.split()) for text in texts) for texts in zip(*(row[1:] for row in kept), strict=True)
+        ] or [0, 0]
         print(f"debian: {part}: {len(kept)} pairs, {words[0]} words en, {words[1]} {language}", file=sys.stderr)
     return files

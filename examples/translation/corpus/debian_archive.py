@@ -66,10 +66,11 @@ def first_error(text: str) -> str:
 
 
 class Archive:
-    """The Debian archive that the system's apt is set up for, with apt's lists and the packages fetched so far below ``root``.
+    """The Debian archive that the system's apt is set up for, with apt's lists and the packages fetched so far below
+    ``root``.
 
-    apt runs with lists and a cache of its own: those of the system are neither read nor written, and its hooks do not run.
-    """
+    apt runs with lists and a cache of its own: those of the system are neither read nor written, and its hooks do not
+    run."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()  # apt runs in other folders
@@ -116,7 +117,8 @@ class Archive:
         return ["\n".join(read_lines(path)) for path in sorted(self.lists.glob(pattern))]
 
     def fetch(self, name: str) -> Path | None:
-        """Return the path of a package, which apt has checked against the signed lists; None, with a line on stderr, where Debian has none.
+        """Return the path of a package, which apt has checked against the signed lists; None, with a line on stderr,
+        where Debian has none.
 
         Raises:
             DownloadError: the package is in apt's lists, and could not be fetched.
@@ -138,7 +140,9 @@ class Archive:
         return package
 
     def read(self, name: str, prefixes: tuple[str, ...], suffix: str) -> dict[str, bytes]:
-        """Return the files of a package whose paths begin and end so, sorted by path; none where there is no such package."""
+        """Return the files of a package whose paths begin and end so, sorted by path; none where there is no such
+        package.
+        """
         package = self.fetch(name)
         return dict(sorted(read_package(package, prefixes, suffix))) if package else {}
 
@@ -152,14 +156,18 @@ def read_package(package: Path, prefixes: tuple[str, ...], suffix: str) -> Itera
     if shutil.which("dpkg-deb") is None:
         raise DownloadError("reading packages needs dpkg-deb, on Debian or Ubuntu")
     damaged = DownloadError(f"damaged package, remove it and try again: {package}")
-    with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        ["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
         assert process.stdout is not None
         try:
             with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
                 for member in archive:
                     path = member.name.removeprefix("./")
                     content = (
-                        archive.extractfile(member) if member.isreg() and path.startswith(prefixes) and path.endswith(suffix) else None
+                        archive.extractfile(member)
+                        if member.isreg() and path.startswith(prefixes) and path.endswith(suffix)
+                        else None
                     )
                     if content is not None:
                         yield path, content.read()

@@ -1,4 +1,6 @@
-"""Sentence pairs from paired documents: alignment of blocks and sentences, filters, and the split into train, dev and test."""
+"""Sentence pairs from paired documents: alignment of blocks and sentences, filters, and the split into train, dev and
+test.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ ABBREVIATIONS = word_set(
 
 
 def split_sentences(text: str) -> list[str]:
-    """Split after ``.!?…`` where a capital or a digit follows; not after the dots of abbreviations and of one or two digits."""
+    """Split after ``.!?…`` where a capital or a digit follows; not after the dots of abbreviations and of one or two
+    digits.
+    """
     sentences, start = [], 0
     for end in SENTENCE_END.finditer(text):
         following = text[end.end() :].lstrip('"“„«»([')[:1]
@@ -49,8 +53,8 @@ def length_cost(source: int, target: int) -> float:
 def align_sentences(source: list[str], target: list[str]) -> list[Pair]:
     """Align the sentences of a paragraph by their lengths; sentences without a counterpart are left out.
 
-    W. A. Gale and K. W. Church, "A Program for Aligning Sentences in Bilingual Corpora", Computational Linguistics 19(1), 1993.
-    """
+    W. A. Gale and K. W. Church, "A Program for Aligning Sentences in Bilingual Corpora", Computational Linguistics
+    19(1), 1993."""
     best = {(0, 0): 0.0}
     step: dict[tuple[int, int], tuple[int, int]] = {}
     for i in range(len(source) + 1):
@@ -73,7 +77,9 @@ def align_sentences(source: list[str], target: list[str]) -> list[Pair]:
 
 
 def sentence_pairs(source: str, target: str, most: int = 40) -> list[Pair]:
-    """Return the sentence pairs of a paragraph and its translation; none of a paragraph of more than ``most`` sentences."""
+    """Return the sentence pairs of a paragraph and its translation; none of a paragraph of more than ``most``
+    sentences.
+    """
     left, right = split_sentences(source), split_sentences(target)
     if min(len(left), len(right)) == 1:
         return [Pair(source, target)]
@@ -83,9 +89,9 @@ def sentence_pairs(source: str, target: str, most: int = 40) -> list[Pair]:
 def align_blocks(source: list[Block], target: list[Block], shortest: int = 3, highest: float = 2.0) -> list[Pair]:
     """Pair the blocks of equal signatures.
 
-    Where the documents differ, a run of such blocks counts if it has an identifier (a signature with ``#``), or if it has ``shortest``
-    blocks or more whose ``length_cost`` is ``highest`` or less in the mean: of true pairs it is near 1, as its exponential is uniform.
-    """
+    Where the documents differ, a run of such blocks counts if it has an identifier (a signature with ``#``), or if it
+    has ``shortest`` blocks or more whose ``length_cost`` is ``highest`` or less in the mean: of true pairs it is near
+    1, as its exponential is uniform."""
     left, right = [block.signature for block in source], [block.signature for block in target]
     if left == right:
         return [Pair(a.text, b.text) for a, b in zip(source, target, strict=True)]
@@ -108,16 +114,22 @@ def document_rows(name: str, source: list[Block], target: list[Block]) -> Iterat
 
 COMMON_WORDS = {
     "en": word_set("the a of to and is in for this with that be are not or on you it as by from an can if"),
-    "de": word_set("der die das und ist nicht ein eine zu den von mit für auf im wird werden sie oder kann dem des zum wenn als sich bei"),
+    "de": word_set(
+        "der die das und ist nicht ein eine zu den von mit für auf im wird werden sie oder kann dem des zum wenn als sich bei"
+    ),
     "fr": word_set("le la les de des et est un une pour dans par sur que qui en du pas ou avec ce sont vous cette au"),
-    "cs": word_set("a je na v se pro s do z nebo že to jsou k není aby by jako o po lze tento tato který při která které být ze"),
+    "cs": word_set(
+        "a je na v se pro s do z nebo že to jsou k není aby by jako o po lze tento tato který při která které být ze"
+    ),
 }
 NOT_LETTERS = re.compile(r"[^\w\s]|[\d_]")
 MARKUP = re.compile(r"[\\{}|<>]|%[-#0-9$]*[sdiuxf]|\$\(|https?://")
 
 
 def letters_key(text: str) -> str:
-    """Return the letters of ``text`` in lower case: what two sentences have in common that differ in numbers and signs only."""
+    """Return the letters of ``text`` in lower case: what two sentences have in common that differ in numbers and signs
+    only.
+    """
     return normalize(NOT_LETTERS.sub("", text.casefold()))
 
 
@@ -141,7 +153,9 @@ def rejection(source: str, target: str, language: str) -> str | None:
     if MARKUP.search(source) or MARKUP.search(target):
         return "markup"
     words = [word.casefold().strip(".,;:()") for word in right]
-    if len(words) >= 8 and sum(word in COMMON_WORDS["en"] for word in words) > sum(word in COMMON_WORDS[language] for word in words):
+    if len(words) >= 8 and sum(word in COMMON_WORDS["en"] for word in words) > sum(
+        word in COMMON_WORDS[language] for word in words
+    ):
         return "untranslated"
     if len(set(re.findall(r"\d+", source)) ^ set(re.findall(r"\d+", target))) > 1:
         return "numbers"
@@ -149,7 +163,9 @@ def rejection(source: str, target: str, language: str) -> str | None:
 
 
 def clean_rows(rows: Iterable[Row], language: str) -> tuple[list[Row], Counter[str]]:
-    """Split paragraphs into sentences, drop the pairs of no use and the repeated ones; return the rest, and the dropped ones' reasons."""
+    """Split paragraphs into sentences, drop the pairs of no use and the repeated ones; return the rest, and the dropped
+    ones' reasons.
+    """
     kept, reasons, seen = [], Counter[str](), set()
     for row in rows:
         for source, target in sentence_pairs(row.source, row.target):
@@ -172,8 +188,8 @@ def part_of(document: str, held_out: float = 0.02) -> str:
 def split_rows(rows: Iterable[Row], most: int = 60) -> dict[str, list[Row]]:
     """Split by document, and drop sentences of train that dev or test have, and of dev that test has, on either side.
 
-    Dev and test take sentences of 4 to 60 words, and ``most`` of a document at most, so that no long one outweighs the others.
-    """
+    Dev and test take sentences of 4 to 60 words, and ``most`` of a document at most, so that no long one outweighs the
+    others."""
     parts: dict[str, list[Row]] = {"train": [], "dev": [], "test": []}
     taken = Counter[str]()
     for row in rows:

@@ -1,4 +1,6 @@
-"""Readers of documents and their translations: HTML and manual pages, gettext catalogs, and the package descriptions in apt's lists."""
+"""Readers of documents and their translations: HTML and manual pages, gettext catalogs, and the package descriptions in
+apt's lists.
+"""
 
 from __future__ import annotations
 
@@ -134,7 +136,9 @@ def roff_text(text: str) -> str:
 
 
 def roff_blocks(text: str) -> list[Block]:
-    """Return the paragraphs of a man page, signed with the macro that begins each; none of an mdoc page, whose macros are words."""
+    """Return the paragraphs of a man page, signed with the macro that begins each; none of an mdoc page, whose macros
+    are words.
+    """
     if re.search(r"^\.Dd\b", text, re.MULTILINE):
         return []
     blocks: list[Block] = []
@@ -181,7 +185,9 @@ def roff_blocks(text: str) -> list[Block]:
 
 
 def catalog_rows(name: str, content: bytes) -> Iterator[Row]:
-    """Yield the messages of a .mo catalog, less mark-up and marks of shortcut keys; a document is a dialog, by the message's context."""
+    """Yield the messages of a .mo catalog, less mark-up and marks of shortcut keys; a document is a dialog, by the
+    message's context.
+    """
     import polib  # type: ignore[import-untyped]
 
     with tempfile.NamedTemporaryFile(suffix=".mo") as file:  # polib reads .mo files only by their names
@@ -192,7 +198,10 @@ def catalog_rows(name: str, content: bytes) -> Iterator[Row]:
         except (OSError, ValueError, IndexError, struct.error) as error:
             raise ValueError(f"catalog {name} must be a whole .mo file; found {error}") from None
     for entry in entries:
-        source, target = (normalize(re.sub(r"<[^>]+>|~|_(?=\w)", "", text.replace("\\n", " "))) for text in (entry.msgid, entry.msgstr))
+        source, target = (
+            normalize(re.sub(r"<[^>]+>|~|_(?=\w)", "", text.replace("\\n", " ")))
+            for text in (entry.msgid, entry.msgstr)
+        )
         if source and target:
             yield Row(f"{name}/{(entry.msgctxt or '').split('|')[0]}", source, target)
 
@@ -230,11 +239,13 @@ def description_paragraphs(description: str) -> list[Block]:
     return [block for block in blocks if block.text]
 
 
-def description_rows(sources: Mapping[str, str], english: Iterable[str], translated: Iterable[str], language: str) -> Iterator[Row]:
+def description_rows(
+    sources: Mapping[str, str], english: Iterable[str], translated: Iterable[str], language: str
+) -> Iterator[Row]:
     """Yield the paragraphs of the descriptions in apt's ``Translation`` lists, given as texts.
 
-    ``sources`` gives each binary package's source package: one document, as its binary packages share most of their text.
-    """
+    ``sources`` gives each binary package's source package: one document, as its binary packages share most of their
+    text."""
     descriptions = {
         stanza["Description-md5"]: stanza["Description-en"]
         for text in english

@@ -1,4 +1,6 @@
-"""Readers of files that a kill, a full disk or a broken copy may have damaged: all of what was written, or one line that names the file."""
+"""Readers of files that a kill, a full disk or a broken copy may have damaged: all of what was written, or one line
+that names the file.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def read_json(path: Path, wanted: Mapping[str, type] | None = None) -> dict[str,
     try:
         values = json.loads(path.read_bytes().decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{path} must be whole and hold JSON; found {' '.join(str(error).split()) or 'nothing'}") from None
+        raise DamagedError(
+            f"{path} must be whole and hold JSON; found {' '.join(str(error).split()) or 'nothing'}"
+        ) from None
     check_values(path, values, wanted or {})
     return values
 

@@ -17,7 +17,8 @@ BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs to Unicode
 
 
 def decode_lines(chunks: Iterable[bytes], name: str, errors: str = "strict") -> Iterator[str]:
-    """Yield the lines of a binary stream without their ends; a carriage return before the end goes with it, others stay.
+    """Yield the lines of a binary stream without their ends; a carriage return before the end goes with it, others
+    stay.
 
     Args:
         chunks: what iterating over the stream gives: bytes up to and with each line feed.
@@ -55,7 +56,8 @@ def standard_input() -> Iterator[str]:
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> Path:
-    """Write ``lines`` to ``path`` at once, so that no reader finds half a file and ``read_lines`` gives them back; return ``path``.
+    """Write ``lines`` to ``path`` at once, so that no reader finds half a file and ``read_lines`` gives them back;
+    return ``path``.
 
     Raises:
         ValueError: a line holds a line feed.
@@ -66,7 +68,10 @@ def write_lines(path: Path, lines: Iterable[str]) -> Path:
                 if "\n" in line:
                     raise ValueError(f"a line of {path} must be one line; found a line feed in line {number}")
                 # what a reader takes away is written once more
-                mark, end = MARK if number == 1 and line.startswith(MARK) else "", "\r\n" if line.endswith("\r") else "\n"
+                mark, end = (
+                    MARK if number == 1 and line.startswith(MARK) else "",
+                    "\r\n" if line.endswith("\r") else "\n",
+                )
                 file.write((mark + line + end).encode())
             file.flush()
             os.chmod(file.name, 0o644)
@@ -78,7 +83,9 @@ def write_lines(path: Path, lines: Iterable[str]) -> Path:
 
 
 def visible(text: str) -> bool:
-    """Return whether ``text`` has a character that is seen by itself: no blank, control or format character, nor a combining mark."""
+    """Return whether ``text`` has a character that is seen by itself: no blank, control or format character, nor a
+    combining mark.
+    """
     return any(unicodedata.category(character)[0] not in "CMZ" and character not in BLANK_LETTERS for character in text)
 
 
@@ -87,10 +94,14 @@ def _leaves_no_trace(character: str) -> bool:
     if character.isspace():
         return False
     # variation selectors and the grapheme joiner are marks, other marks are seen on the letter before them
-    return unicodedata.category(character)[0] == "C" or character in BLANK_LETTERS or SELECTOR.match(character) is not None
+    return (
+        unicodedata.category(character)[0] == "C" or character in BLANK_LETTERS or SELECTOR.match(character) is not None
+    )
 
 
 def same_text(text: str) -> str:
-    """Return what texts have in common that look alike: compatible characters, case, blanks and invisible characters do not count."""
+    """Return what texts have in common that look alike: compatible characters, case, blanks and invisible characters do
+    not count.
+    """
     shown = "".join(character for character in unicodedata.normalize("NFKC", text) if not _leaves_no_trace(character))
     return " ".join(shown.split()).casefold()

@@ -1,4 +1,6 @@
-"""Format placeholders ("%(name)s", "{}") as subwords of their own, so that the model learns to place them and never has to spell them."""
+"""Format placeholders ("%(name)s", "{}") as subwords of their own, so that the model learns to place them and never has
+to spell them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ def hide(text: str, found: list[str], add: bool = True) -> str:
     """Return ``text`` with a symbol for each placeholder: the n-th of ``found`` becomes the n-th symbol.
 
     Args:
-        found: placeholders so far; with ``add`` new ones are appended to it, as long as there are symbols. Others stay as they are.
+        found: placeholders so far; with ``add`` new ones are appended to it, as long as there are symbols. Others stay
+            as they are.
     """
 
     def symbol(match: re.Match[str]) -> str:

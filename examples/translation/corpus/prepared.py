@@ -22,7 +22,9 @@ SPLITS = ("train", "dev", "test")
 
 @dataclass(frozen=True)
 class Corpus:
-    """What ``load_corpus`` returns: ``examples`` has ids for each of ``SPLITS``, ``texts`` the pairs of dev and test as they are."""
+    """What ``load_corpus`` returns: ``examples`` has ids for each of ``SPLITS``, ``texts`` the pairs of dev and test as
+    they are.
+    """
 
     tokenizer: Any
     examples: dict[str, list[Example]]
@@ -39,16 +41,24 @@ def _flatten(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 def _rows(path: Path, tensors: dict[str, Tensor], name: str, vocabulary: int) -> list[list[int]]:
     """Return the rows ``name`` in ``tensors``, which were read from ``path``."""
     ids, lengths = (tensors.get(f"{name}.{part}") for part in ("ids", "lengths"))
-    if ids is None or lengths is None or any(tensor.dtype != torch.int32 or tensor.dim() != 1 for tensor in (ids, lengths)):
+    if (
+        ids is None
+        or lengths is None
+        or any(tensor.dtype != torch.int32 or tensor.dim() != 1 for tensor in (ids, lengths))
+    ):
         raise DamagedError(f"{path} must hold int32 vectors {name}.ids and {name}.lengths; found others")
     if not len(lengths) or int(lengths.min()) < 1 or int(lengths.sum()) != len(ids):
         raise DamagedError(f"{path} must hold as many ids as the lengths of {name} add up to; found {len(ids)}")
     if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-        raise DamagedError(f"{path} must hold ids below {vocabulary}, the size of the vocabulary; found others in {name}")
+        raise DamagedError(
+            f"{path} must hold ids below {vocabulary}, the size of the vocabulary; found others in {name}"
+        )
     return [row.tolist() for row in ids.split(lengths.tolist())]
 
 
-def save_corpus(folder: Path, texts: dict[str, list[Pair]], tokenizer: Any, meta: dict[str, Any], longest: int = 256) -> dict[str, Any]:
+def save_corpus(
+    folder: Path, texts: dict[str, list[Pair]], tokenizer: Any, meta: dict[str, Any], longest: int = 256
+) -> dict[str, Any]:
     """Write a prepared folder; ``meta.json`` comes last, so that a folder that has one is complete.
 
     Args:
@@ -76,7 +86,11 @@ def save_corpus(folder: Path, texts: dict[str, list[Pair]], tokenizer: Any, meta
         for side, rows in zip(("source", "target"), zip(*examples, strict=True), strict=True):
             tensors[f"{name}.{side}.ids"], tensors[f"{name}.{side}.lengths"] = _flatten(rows)
     write_tensors(folder / IDS, tensors)
-    meta = meta | {"pairs": {name: len(texts[name]) for name in SPLITS}, "vocabulary": len(tokenizer), "longest": longest}
+    meta = meta | {
+        "pairs": {name: len(texts[name]) for name in SPLITS},
+        "vocabulary": len(tokenizer),
+        "longest": longest,
+    }
     (folder / META).write_text(to_json(meta, indent=1), encoding="utf-8")
     return meta
 
@@ -95,18 +109,28 @@ def load_corpus(folder: Path) -> Corpus:
     check_values(folder / META, meta["pairs"], dict.fromkeys(SPLITS, int))
     tokenizer = load_tokenizer((folder / TOKENIZER).read_bytes(), str(folder / TOKENIZER))
     if len(tokenizer) != meta["vocabulary"]:
-        raise DamagedError(f"{folder / TOKENIZER} must have {meta['vocabulary']} pieces, as {META} says; found {len(tokenizer)}")
+        raise DamagedError(
+            f"{folder / TOKENIZER} must have {meta['vocabulary']} pieces, as {META} says; found {len(tokenizer)}"
+        )
     tensors = read_tensors(folder / IDS)
     examples = {}
     for name in SPLITS:
-        source, target = (_rows(folder / IDS, tensors, f"{name}.{side}", len(tokenizer)) for side in ("source", "target"))
+        source, target = (
+            _rows(folder / IDS, tensors, f"{name}.{side}", len(tokenizer)) for side in ("source", "target")
+        )
         if len(source) != len(target):
-            raise DamagedError(f"{folder / IDS} must hold as many sources as targets of {name}; found {len(source)} and {len(target)}")
+            raise DamagedError(
+                f"{folder / IDS} must hold as many sources as targets of {name}; found {len(source)} and {len(target)}"
+            )
         examples[name] = list(zip(source, target, strict=True))
     texts = {name: read_aligned(folder / f"{name}.source.txt", folder / f"{name}.target.txt") for name in SPLITS[1:]}
     for name, pairs in texts.items():
         if len(pairs) != meta["pairs"][name]:
-            raise DamagedError(f"{folder / name}.source.txt must have {meta['pairs'][name]} lines, as {META} says; found {len(pairs)}")
+            raise DamagedError(
+                f"{folder / name}.source.txt must have {meta['pairs'][name]} lines, as {META} says; found {len(pairs)}"
+            )
         if encode_pairs(pairs, tokenizer, meta["longest"]) != examples[name]:
-            raise DamagedError(f"{name}.source.txt and {name}.target.txt in {folder} must be what {IDS} has the ids of; found other text")
+            raise DamagedError(
+                f"{name}.source.txt and {name}.target.txt in {folder} must be what {IDS} has the ids of; found other text"
+            )
     return Corpus(tokenizer, examples, texts, meta, hashlib.sha256((folder / IDS).read_bytes()).hexdigest())

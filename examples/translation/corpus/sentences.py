@@ -1,4 +1,6 @@
-"""English-German pairs for machines without a network, written for this example: enough to run everything, too few to learn from."""
+"""English-German pairs for machines without a network, written for this example: enough to run everything, too few to
+learn from.
+"""
 
 from __future__ import annotations
 

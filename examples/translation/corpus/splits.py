@@ -34,7 +34,8 @@ def split(pairs: Sequence[Pair], seed: int, heldout: Sequence[str] = SPLITS[1:])
 def read_split_files(files: dict[str, tuple[Path, Path]], seed: int) -> Texts:
     """Return the pairs of two aligned text files a split; dev and test without files of their own are cut from train's.
 
-    Train is cleaned, and loses every pair whose source is also in dev or test; given dev and test only lose blank lines.
+    Train is cleaned, and loses every pair whose source is also in dev or test; given dev and test only lose blank
+    lines.
 
     Raises:
         ValueError: two files differ in their number of lines, or a split is empty.

@@ -31,7 +31,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2000) -> Any:
     A text too small for ``vocab_size`` pieces gives fewer: ask ``len(tokenizer)``.
 
     Raises:
-        ValueError: ``vocab_size`` is smaller than the number of different characters, or no line is short enough to train on.
+        ValueError: ``vocab_size`` is smaller than the number of different characters, or no line is short enough to
+            train on.
     """
     model = io.BytesIO()
     texts = [text for text in texts if len(text.encode()) <= LONGEST_LINE]
@@ -56,8 +57,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2000) -> Any:
         )
     except RuntimeError as error:
         if vocab_size > required:
-            raise ValueError(f"texts must be what SentencePiece can train on; found {' '.join(str(error).split())}") from error
-        raise ValueError(f"vocab_size must hold a piece for every character, about {required}; found {vocab_size}") from error
+            raise ValueError(
+                f"texts must be what SentencePiece can train on; found {' '.join(str(error).split())}"
+            ) from error
+        raise ValueError(
+            f"vocab_size must hold a piece for every character, about {required}; found {vocab_size}"
+        ) from error
     return load_tokenizer(model.getvalue())
 
 
@@ -70,12 +75,18 @@ def load_tokenizer(model: bytes, name: str = "tokenizer") -> Any:
     try:
         tokenizer = _sentencepiece().SentencePieceProcessor(model_proto=model) if model else None
     except RuntimeError as error:
-        raise DamagedError(f"{name} must be a whole SentencePiece model; found {' '.join(str(error).split())}") from None
+        raise DamagedError(
+            f"{name} must be a whole SentencePiece model; found {' '.join(str(error).split())}"
+        ) from None
     if tokenizer is None:
         raise DamagedError(f"{name} must be a whole SentencePiece model; found an empty file")
     ids = (tokenizer.pad_id(), tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.unk_id())
-    if ids != (PAD, BOS, EOS, UNKNOWN) or any(tokenizer.is_unknown(tokenizer.piece_to_id(symbol)) for symbol in SYMBOLS):
-        raise DamagedError(f"{name} must have the ids and symbols that prepare.py gives it; found another SentencePiece model")
+    if ids != (PAD, BOS, EOS, UNKNOWN) or any(
+        tokenizer.is_unknown(tokenizer.piece_to_id(symbol)) for symbol in SYMBOLS
+    ):
+        raise DamagedError(
+            f"{name} must have the ids and symbols that prepare.py gives it; found another SentencePiece model"
+        )
     return tokenizer
 
 

@@ -1,10 +1,9 @@
 """All runs of a study: gradients at initialisation, dev cross entropy by depth, speed and memory.
 
 Every model has as many matrix weights at the same depth, sees the same batches, and has its own learning rate.
-The rate is that of a grid with the lowest dev cross entropy with the first seed; the grid is prolonged while the best is at its end.
-The other seeds then run with that rate.
-Each run is one thread of one process, as many at once as there are cores; the speed is measured before, with nothing beside it.
-"""
+The rate is that of a grid with the lowest dev cross entropy with the first seed; the grid is prolonged while the best
+is at its end. The other seeds then run with that rate. Each run is one thread of one process, as many at once as there
+are cores; the speed is measured before, with nothing beside it."""
 
 from __future__ import annotations
 
@@ -48,7 +47,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 PLAIN = "depth-lstm, plain PyTorch"
 INITS = ("lipschitz", "glorot")
 BASE = Settings(
-    steps=300, token_budget=1024, d_model=64, heads=4, layers=6, dropout=0.0, warmup_steps=50, weight_decay=0.0, label_smoothing=0.0
+    steps=300,
+    token_budget=1024,
+    d_model=64,
+    heads=4,
+    layers=6,
+    dropout=0.0,
+    warmup_steps=50,
+    weight_decay=0.0,
+    label_smoothing=0.0,
 )
 
 
@@ -82,7 +89,9 @@ def dev_batches(corpus: Corpus, pairs: int, token_budget: int) -> list[Any]:
 
 
 def unigram_loss(corpus: Corpus, batches: Iterable[Any], steps: int, base: Settings) -> float:
-    """Dev cross entropy, in nats a token, of the frequencies of the target tokens that a run is trained on, each counted once more."""
+    """Dev cross entropy, in nats a token, of the frequencies of the target tokens that a run is trained on, each
+    counted once more.
+    """
     counts = torch.ones(len(corpus.tokenizer), dtype=torch.float64)
     order = BatchOrder(corpus.examples["train"], base.token_budget, base.seed)
     for index in range(steps):
@@ -105,7 +114,10 @@ def train_run(corpus: Corpus, settings: Settings, dev: Sequence[Any]) -> dict[st
             losses.append(math.nan)
             break
     dev_loss = trainer.evaluate(dev) if math.isfinite(losses[-1]) else math.nan
-    means = [sum(losses[start : start + EVERY]) / len(losses[start : start + EVERY]) for start in range(0, len(losses), EVERY)]
+    means = [
+        sum(losses[start : start + EVERY]) / len(losses[start : start + EVERY])
+        for start in range(0, len(losses), EVERY)
+    ]
     return {
         "learning_rate": settings.learning_rate,
         "seed": settings.seed,
@@ -122,12 +134,16 @@ def read_run(path: Path) -> dict[str, Any]:
         DamagedError: the file holds something else.
     """
     run = read_json(path, {"variant": str, "layers": int, "learning_rate": float, "seed": int, "train_losses": list})
-    check_values(path, {"dev_loss": 0.0} | {name: value for name, value in run.items() if value is not None}, {"dev_loss": float})
+    check_values(
+        path, {"dev_loss": 0.0} | {name: value for name, value in run.items() if value is not None}, {"dev_loss": float}
+    )
     return run
 
 
 def run_task(task: Task) -> list[dict[str, Any]]:
-    """All runs of one variant at one depth: tune the learning rate, then the other seeds; what is already on disk is read."""
+    """All runs of one variant at one depth: tune the learning rate, then the other seeds; what is already on disk is
+    read.
+    """
     torch.set_num_threads(1)
     corpus = load_corpus(task.corpus)
     dev = dev_batches(corpus, task.dev_pairs, task.base.token_budget)
@@ -148,7 +164,9 @@ def run_task(task: Task) -> list[dict[str, Any]]:
         best = min(losses, key=losses.__getitem__)
         if best not in (min(losses), max(losses)):
             break
-        losses[best * (2 if best == max(losses) else 0.5)] = run(best * (2 if best == max(losses) else 0.5), task.seeds[0])
+        losses[best * (2 if best == max(losses) else 0.5)] = run(
+            best * (2 if best == max(losses) else 0.5), task.seeds[0]
+        )
     best = min(losses, key=losses.__getitem__)
     for seed in task.seeds[1:]:
         run(best, seed)
@@ -173,7 +191,9 @@ def layer_gradients(model: nn.Module, batch: Any, stack: nn.Module) -> list[floa
 
 
 def gradients(corpus: Corpus, base: Settings, depths: Sequence[int]) -> list[dict[str, Any]]:
-    """The gradient at each layer before any training, for every variant, initialisation and depth; plain PyTorch models."""
+    """The gradient at each layer before any training, for every variant, initialisation and depth; plain PyTorch
+    models.
+    """
     batch = collate(BatchOrder(corpus.examples["train"], base.token_budget // 4, 0)[0])
     found = []
     for variant, options in VARIANTS.items():
@@ -230,7 +250,9 @@ def once(path: Path, make: Any) -> Any:
 
 @contextmanager
 def deaf_children() -> Iterator[None]:
-    """Have processes that are started meanwhile ignore the terminal's interrupt, which this one passes on to them in its own way."""
+    """Have processes that are started meanwhile ignore the terminal's interrupt, which this one passes on to them in
+    its own way.
+    """
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -257,7 +279,8 @@ def study(
     corpus = load_corpus(folder)
     dev = dev_batches(corpus, dev_pairs, base.token_budget)
     about = {
-        "settings": asdict(base) | {"rates": list(rates), "seeds": list(seeds), "depths": list(depths), "dev_pairs": dev_pairs},
+        "settings": asdict(base)
+        | {"rates": list(rates), "seeds": list(seeds), "depths": list(depths), "dev_pairs": dev_pairs},
         "corpus": {name: corpus.meta[name] for name in ("dataset", "pairs", "vocabulary")} | {"digest": corpus.digest},
     }
     runs = output / "runs"
@@ -269,7 +292,9 @@ def study(
     found["machine"] = once(output / "machine.json", machine.describe)
     found["unigram_loss"] = unigram_loss(corpus, dev, base.steps, base)
     print("speed and memory", file=sys.stderr, flush=True)
-    found["costs"] = once(output / "costs.json", lambda: [row for layers in depths for row in costs(corpus, base, layers, seconds)])
+    found["costs"] = once(
+        output / "costs.json", lambda: [row for layers in depths for row in costs(corpus, base, layers, seconds)]
+    )
     print("gradients at initialisation", file=sys.stderr, flush=True)
     found["gradients"] = once(output / "gradients.json", lambda: gradients(corpus, base, depths))
     # the deepest first: the shortest are left to fill up the last core
@@ -292,6 +317,8 @@ def study(
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
-    found["runs"].sort(key=lambda run: (list(VARIANTS).index(run["variant"]), run["layers"], run["learning_rate"], run["seed"]))
+    found["runs"].sort(
+        key=lambda run: (list(VARIANTS).index(run["variant"]), run["layers"], run["learning_rate"], run["seed"])
+    )
     write_atomically(output / "study.json", found)
     return found

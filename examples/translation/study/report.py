@@ -47,7 +47,9 @@ def tuned(study: Study, variant: str, layers: int) -> list[dict[str, Any]]:
     """The runs with the best learning rate, one a seed."""
     grid = tuning(study, variant, layers)
     best = min(grid, key=lambda rate: float("inf") if grid[rate]["dev_loss"] is None else grid[rate]["dev_loss"])
-    chosen = [run for run in study["runs"] if (run["variant"], run["layers"], run["learning_rate"]) == (variant, layers, best)]
+    chosen = [
+        run for run in study["runs"] if (run["variant"], run["layers"], run["learning_rate"]) == (variant, layers, best)
+    ]
     return sorted(chosen, key=lambda run: run["seed"])
 
 
@@ -83,7 +85,13 @@ def rate_table(study: Study) -> str:
             grid, best = tuning(study, variant, layers), tuned(study, variant, layers)[0]["learning_rate"]
             cells = []
             for rate in rates:
-                text = "-" if rate not in grid else "broke off" if grid[rate]["dev_loss"] is None else f"{grid[rate]['dev_loss']:.3f}"
+                text = (
+                    "-"
+                    if rate not in grid
+                    else "broke off"
+                    if grid[rate]["dev_loss"] is None
+                    else f"{grid[rate]['dev_loss']:.3f}"
+                )
                 cells.append(f"**{text}**" if rate == best else text)
             rows.append([f"{variant}, {layers}+{layers}", *cells])
     return table(["", *(f"{rate:g}" for rate in rates)], rows)
@@ -96,7 +104,9 @@ def gradient_table(study: Study) -> str:
         for entry in study["gradients"]:
             if entry["stack"] == stack:
                 ratio = entry["norms"][0] / entry["norms"][-1]
-                rows.setdefault((entry["variant"], entry["init"]), []).append(f"{ratio:.1e}" if ratio < 0.01 else f"{ratio:.2f}")
+                rows.setdefault((entry["variant"], entry["init"]), []).append(
+                    f"{ratio:.1e}" if ratio < 0.01 else f"{ratio:.2f}"
+                )
     heads = [f"{stack}, {layers}" for stack in ("encoder", "decoder") for layers in depths]
     return table(["", *heads], ([", ".join(key), *cells] for key, cells in rows.items()))
 
@@ -107,7 +117,14 @@ def cost_table(study: Study) -> str:
         for entry in (entry for entry in study["costs"] if entry["layers"] == layers):
             speed = entry["tokens_per_second"]
             spread = f"{speed['median']:,.0f} ({speed['p10']:,.0f} to {speed['p90']:,.0f})"
-            rows.append([f"{entry['variant']}, {layers}+{layers}", f"{entry['parameters']:,}", spread, f"{entry['kept_mb']:.1f}"])
+            rows.append(
+                [
+                    f"{entry['variant']}, {layers}+{layers}",
+                    f"{entry['parameters']:,}",
+                    spread,
+                    f"{entry['kept_mb']:.1f}",
+                ]
+            )
     return table(["", "parameters", "tokens/s, median (p10 to p90)", "MB kept for backward"], rows)
 
 
@@ -128,7 +145,9 @@ def findings(study: Study) -> list[str]:
     shallow, deep = min(study["settings"]["depths"]), max(study["settings"]["depths"])
     for variant in study["variants"]:
         changed = change(losses(study, variant, deep), losses(study, variant, shallow))
-        lines.append(f"From {shallow}+{shallow} to {deep}+{deep} layers, after as many steps, {variant} changes by {changed}.")
+        lines.append(
+            f"From {shallow}+{shallow} to {deep}+{deep} layers, after as many steps, {variant} changes by {changed}."
+        )
     count = sum(failed(study, run) for run in study["runs"])
     limit = f"{study['unigram_loss']:.3f}, what the tokens' frequencies give"
     lines.append(f"{count} of {len(study['runs'])} runs failed: broke off, or ended above {limit}.")
@@ -139,7 +158,9 @@ def findings(study: Study) -> list[str]:
             if best in (min(grid), max(grid)):
                 edge.append(f"{variant} {layers}+{layers}")
     if edge:
-        lines.append(f"The best learning rate is at the end of the grid tried, and may not be the best there is, for: {'; '.join(edge)}.")
+        lines.append(
+            f"The best learning rate is at the end of the grid tried, and may not be the best there is, for: {'; '.join(edge)}."
+        )
     return lines
 
 
@@ -256,7 +277,13 @@ def learning_plot(study: Study, path: Path) -> None:
             curves = [run["train_losses"] for run in tuned(study, variant, layers) if None not in run["train_losses"]]
             points = [mean(values) for values in zip(*curves, strict=False)]
             width = steps / max(len(points), 1)
-            axes.plot([(index + 0.5) * width for index in range(len(points))], points, label=variant, markersize=4, **STYLES[variant])
+            axes.plot(
+                [(index + 0.5) * width for index in range(len(points))],
+                points,
+                label=variant,
+                markersize=4,
+                **STYLES[variant],
+            )
         axes.axhline(study["unigram_loss"], color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
         axes.set_title(f"{layers}+{layers} layers", fontsize=10, loc="left", color=INK)
         axes.set_xlabel("step")

@@ -1,4 +1,6 @@
-"""Calls of one instruction set's kernels through tests/_internals: past csrc/depth_lstm/cpu_op.cpp, on any memory, streamed or not."""
+"""Calls of one instruction set's kernels through tests/_internals: past csrc/depth_lstm/cpu_op.cpp, on any memory,
+streamed or not.
+"""
 
 from __future__ import annotations
 

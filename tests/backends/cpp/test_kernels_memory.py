@@ -33,7 +33,9 @@ from torch import Tensor
 OPTIONS: dict[str, Any] = {"dropout_p": 0.25, "seed": 2**40 + 7}
 
 
-def call(rows: int, features: int, types: Types, norm: str, affine: bool, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def call(
+    rows: int, features: int, types: Types, norm: str, affine: bool, kind: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, options = arguments(rows, features, types, norm, affine, kind)
     tensors["z_bias"] = torch.randn(tensors["z"].shape[1]).to(types.affine)
     return tensors, {**options, **OPTIONS}
@@ -49,7 +51,10 @@ def test_streamed_results_are_the_others(isa: str, norm: str, affine: bool, kind
         grads = cotangents(tensors)
         plain = run(isa, tensors, options, grads)
         assert not any(value.isnan().any() for value in plain.values())
-        assert_identical(run(isa, tensors, options, grads, stream=True, chunk_rows=2), run(isa, tensors, options, grads, chunk_rows=2))
+        assert_identical(
+            run(isa, tensors, options, grads, stream=True, chunk_rows=2),
+            run(isa, tensors, options, grads, chunk_rows=2),
+        )
         assert_identical(run(isa, tensors, options, grads, stream=True), plain)
 
 
@@ -76,21 +81,33 @@ def test_partial_vectors(isa: str, norm: str, affine: bool, kind: str, types: Ty
         check_results(found, tensors, options, grads)
 
 
-STREAMED = [(types, 512) for types in (Types(F32, F32, F32), Types(F64, F64, F64), Types(BF16, BF16, BF16), Types(F16, F32, F32))]
+STREAMED = [
+    (types, 512)
+    for types in (Types(F32, F32, F32), Types(F64, F64, F64), Types(BF16, BF16, BF16), Types(F16, F32, F32))
+]
 STREAMED += [(STREAMED[0][0], 514)]  # rows that begin on 8-byte boundaries: not to be streamed
 
 
 def check_large(types: Types, features: int) -> None:
-    """A call of so many bytes that its outputs are streamed: 251 rows again and again, whose results are those of 251 rows."""
+    """A call of so many bytes that its outputs are streamed: 251 rows again and again, whose results are those of 251
+    rows.
+    """
     few, options = arguments(251, features, types)
-    bytes_a_row = features * (5 * types.z.itemsize + 2 * types.c.itemsize)  # of the forward pass; the backward pass moves more
+    bytes_a_row = features * (
+        5 * types.z.itemsize + 2 * types.c.itemsize
+    )  # of the forward pass; the backward pass moves more
     again = torch.arange(STREAM_BYTES // bytes_a_row + 3) % 251
     grads = cotangents(few)
     wanted = results(fused, few, grads, **options)
     many = {name: tensor if name in ("weight", "bias") else tensor[again] for name, tensor in few.items()}
     found = results(fused, many, (grads[0][again], grads[1][again]), **options)
     times = torch.bincount(again, minlength=251).double()
-    exact = results(fused, {name: tensor.double() for name, tensor in few.items()}, tuple(times[:, None] * g for g in grads), **options)
+    exact = results(
+        fused,
+        {name: tensor.double() for name, tensor in few.items()},
+        tuple(times[:, None] * g for g in grads),
+        **options,
+    )
     for name in ("dweight", "dbias"):
         difference = (found.pop(name).double() - exact[name]).abs().max()
         assert difference <= 8 * torch.finfo(types.affine).eps * exact[name].abs().max(), name
@@ -102,10 +119,14 @@ def check_large(types: Types, features: int) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 def test_large_calls(isa: str) -> None:
     """The operator itself, whose library chooses its instruction set once in a process."""
-    script = f"import sys; sys.path[:0] = {sys.path!r}\nimport torch, test_kernels_memory as tests\ntorch.manual_seed(0)\n"
+    script = (
+        f"import sys; sys.path[:0] = {sys.path!r}\nimport torch, test_kernels_memory as tests\ntorch.manual_seed(0)\n"
+    )
     script += "for call in tests.STREAMED:\n    tests.check_large(*call)\n"
     environment = {**os.environ, "DEPTHLSTM_CPU_ISA": isa}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -135,7 +156,9 @@ def test_rows_beyond_2_to_the_31_elements(types: Types) -> None:
     tensors, options = arguments(5, 33, types, kind="given")
     grads = cotangents(tensors)
     moved = {name: tensor if name in ("weight", "bias") else move(tensor) for name, tensor in tensors.items()}
-    assert_identical(results(fused, moved, (move(grads[0]), move(grads[1])), **options), results(fused, tensors, grads, **options))
+    assert_identical(
+        results(fused, moved, (move(grads[0]), move(grads[1])), **options), results(fused, tensors, grads, **options)
+    )
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MAP_PRIVATE"), reason="mmap has no private mappings here")

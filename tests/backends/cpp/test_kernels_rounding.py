@@ -1,4 +1,6 @@
-"""Conversions to and from 16 bits in each instruction set's kernels, bit for bit, and which results keep the accuracy of fp32."""
+"""Conversions to and from 16 bits in each instruction set's kernels, bit for bit, and which results keep the accuracy
+of fp32.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def near_every_rounding(half: torch.dtype) -> Tensor:
     last = grid[-1] + (grid[-1] - grid[-2]) / 2  # from here on it rounds to infinity
     points = torch.cat((middle, last[None]))
     ends = torch.tensor([2.0**127, torch.finfo(F32).max, torch.inf])
-    nan = torch.tensor([0x7FC00000, 0x7FFFFFFF, 0x7F800001], dtype=torch.int32).view(F32)  # rounded up as numbers are, one would be -0
+    nan = torch.tensor([0x7FC00000, 0x7FFFFFFF, 0x7F800001], dtype=torch.int32).view(
+        F32
+    )  # rounded up as numbers are, one would be -0
     values = [grid, points, *(torch.nextafter(points, torch.tensor(way)) for way in (0.0, torch.inf)), ends, nan]
     every = torch.cat(values)
     return torch.cat((every, -every))
@@ -32,7 +36,12 @@ def converted(isa: str, values: Tensor, half: torch.dtype, **options: Any) -> Te
     """``values`` (rows, D) in fp32 as a kernel writes them in 16 bits: f = o = 1 and i g = -0 leave h = c = c'."""
     z = torch.full((values.shape[0], 3, values.shape[1]), torch.inf, dtype=half)
     z[:, 0] = -torch.inf
-    found = run(isa, {"z": z.flatten(1), "c": values, "hidden": torch.full(values.shape, -0.0, dtype=half)}, {"norm": "none"}, **options)
+    found = run(
+        isa,
+        {"z": z.flatten(1), "c": values, "hidden": torch.full(values.shape, -0.0, dtype=half)},
+        {"norm": "none"},
+        **options,
+    )
     assert torch.equal(found["c_out"].nan_to_num(7e37), values.nan_to_num(7e37))
     return found["h"]
 
@@ -53,8 +62,12 @@ def test_rounding_to_nearest_even(isa: str, half: torch.dtype, width: int, strea
     values = torch.nn.functional.pad(values, (0, -len(values) % width)).view(-1, width)
     found = converted(isa, values, half, stream=stream)
     assert torch.equal(bits(found), bits(values.to(half)))
-    by_hand = {BF16: (1.00390625, 1.01171875, 1.0, 1.015625), F16: (1.00048828125, 1.00146484375, 1.0, 1.001953125)}[half]
-    assert converted(isa, torch.tensor([by_hand[:2]]), half).tolist() == [list(by_hand[2:])]  # ties go to the even neighbour
+    by_hand = {BF16: (1.00390625, 1.01171875, 1.0, 1.015625), F16: (1.00048828125, 1.00146484375, 1.0, 1.001953125)}[
+        half
+    ]
+    assert converted(isa, torch.tensor([by_hand[:2]]), half).tolist() == [
+        list(by_hand[2:])
+    ]  # ties go to the even neighbour
 
 
 @pytest.mark.parametrize("width", [64, 13])
@@ -64,7 +77,11 @@ def test_every_16_bit_number_is_read_exactly(isa: str, half: torch.dtype, width:
     """i = 1 and c' = 0 leave c = hidden."""
     hidden = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(half)
     hidden = torch.nn.functional.pad(hidden, (0, -len(hidden) % width)).view(-1, width)
-    tensors = {"z": torch.full((len(hidden), 3 * width), torch.inf, dtype=half), "c": torch.zeros(hidden.shape), "hidden": hidden}
+    tensors = {
+        "z": torch.full((len(hidden), 3 * width), torch.inf, dtype=half),
+        "c": torch.zeros(hidden.shape),
+        "hidden": hidden,
+    }
     found = run(isa, tensors, {"norm": "none"})["c_out"]
     assert torch.equal(found.nan_to_num(7e37), hidden.float().nan_to_num(7e37))
 
@@ -97,7 +114,9 @@ def test_fp32_beside_16_bits_is_computed_as_such(isa: str, wide: str, half: torc
 @pytest.mark.parametrize("half", [BF16, F16], ids=str)
 @pytest.mark.parametrize("isa", ISAS)
 def test_fast_formulas(isa: str, half: torch.dtype, kind: str) -> None:
-    """Every a between -20 and 20 that ``half`` holds: sigmoid and activation within a rounding and the formulas' own errors."""
+    """Every a between -20 and 20 that ``half`` holds: sigmoid and activation within a rounding and the formulas' own
+    errors.
+    """
     fast = 2e-4 if isa.startswith("avx512") else 6e-5  # the approximate reciprocal of AVX-512 has an error of its own
     a = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(half)
     a = a[a.abs() <= 20][None]

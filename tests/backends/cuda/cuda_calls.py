@@ -1,7 +1,8 @@
-"""Calls of the C functions in csrc/depth_lstm/cuda.h on arrays of exact size, without torch: a process that a sanitizer watches.
+"""Calls of the C functions in csrc/depth_lstm/cuda.h on arrays of exact size, without torch: a process that a sanitizer
+watches.
 
-python cuda_calls.py LIBRARY FOLDER SEED runs CALLS with the threads in the order that SEED gives, and writes FOLDER/<number>.npz.
-"""
+python cuda_calls.py LIBRARY FOLDER SEED runs CALLS with the threads in the order that SEED gives, and writes
+FOLDER/<number>.npz."""
 
 from __future__ import annotations
 
@@ -45,8 +46,8 @@ class CudaCall(ctypes.Structure):
     )
 
 
-# rows and features, all in fp32: forward by warp and by block, narrow backward of one warp and of several with a part of a vector's lanes
-# idle; then rows that are no whole vectors: forward_any and the two kernels of wide backward
+# rows and features, all in fp32: forward by warp and by block, narrow backward of one warp and of several with a part
+# of a vector's lanes idle; then rows that are no whole vectors: forward_any and the two kernels of wide backward
 CALLS = [(9, 136), (3, 520), (9, 40), (5, 33), (2, 259)]
 
 

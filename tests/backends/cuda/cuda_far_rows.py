@@ -1,7 +1,9 @@
-"""A few rows beyond 2^31 through the simulated CUDA kernels, by the last blocks of a grid that nobody could wait for. Without torch.
+"""A few rows beyond 2^31 through the simulated CUDA kernels, by the last blocks of a grid that nobody could wait for.
+Without torch.
 
-python cuda_far_rows.py LIBRARY FOLDER FEATURES FIRST writes FOLDER/near.npz, what some rows from 0 on give, FOLDER/far.npz, the same rows
-from FIRST on, and FOLDER/mask.npz, those with dropout, g = 1 and c' = 0: c and the gradient of g are then the mask. Before the rows there
+python cuda_far_rows.py LIBRARY FOLDER FEATURES FIRST writes FOLDER/near.npz, what some rows from 0 on give,
+FOLDER/far.npz, the same rows from FIRST on, and FOLDER/mask.npz, those with dropout, g = 1 and c' = 0: c and the
+gradient of g are then the mask. Before the rows there
 is nothing: a row number that wraps ends the process.
 """
 

@@ -51,7 +51,11 @@ def _fill(call: CudaCall, name: str, x: Tensor) -> None:
 
 
 def run(
-    tensors: dict[str, Tensor], grads: tuple[Tensor, Tensor], options: dict[str, Any], place: Place = lambda name, x: x, device: int = 0
+    tensors: dict[str, Tensor],
+    grads: tuple[Tensor, Tensor],
+    options: dict[str, Any],
+    place: Place = lambda name, x: x,
+    device: int = 0,
 ) -> dict[str, Tensor]:
     """What helpers.results gives, with the names of csrc/depth_lstm/call.h for ``place``; with "z_more" forward alone."""
     z, c = tensors["z"], tensors["c"]
@@ -60,12 +64,17 @@ def run(
         outputs |= {"dz": z, "dc_in": c}
         outputs |= {f"d{name}": x for name, x in tensors.items() if name not in ("z", "c")}
     read = {**tensors, "dh": grads[0], "dc": grads[1]}
-    placed = {name: place(name, x) for name, x in {**read, **{name: torch.full_like(x, torch.nan) for name, x in outputs.items()}}.items()}
+    placed = {
+        name: place(name, x)
+        for name, x in {**read, **{name: torch.full_like(x, torch.nan) for name, x in outputs.items()}}.items()
+    }
     call = CudaCall(device=device)
     gates: GatesCall = call.gates
     gates.rows, gates.features, gates.eps = *c.shape, options.get("eps", 1e-6)
     gates.z_dtype, gates.c_dtype = CODES[z.dtype], CODES[c.dtype]
-    gates.affine_dtype, gates.z_bias_dtype = (CODES[tensors[name].dtype] if name in tensors else 0 for name in ("weight", "z_bias"))
+    gates.affine_dtype, gates.z_bias_dtype = (
+        CODES[tensors[name].dtype] if name in tensors else 0 for name in ("weight", "z_bias")
+    )
     gates.norm = dl.ops.depth_lstm.NORM_CODES[options["norm"]]
     gates.activation = 6 if "hidden" in tensors else dl.ops.depth_lstm.ACTIVATION_CODES[options["activation"]]
     for name, x in placed.items():
@@ -79,13 +88,17 @@ def run(
     return {{"dc_in": "dc"}.get(name, name): placed[name] for name in outputs}
 
 
-def reference(z: Tensor, c: Tensor, z_bias: Tensor | None = None, z_more: Tensor | None = None, **named: Any) -> tuple[Tensor, Tensor]:
+def reference(
+    z: Tensor, c: Tensor, z_bias: Tensor | None = None, z_more: Tensor | None = None, **named: Any
+) -> tuple[Tensor, Tensor]:
     for more in (z_bias, z_more):
         z = z if more is None else z + more.to(z.dtype)
     return dl.reference.depth_lstm_gates(z, c, **named)
 
 
-def check(tensors: dict[str, Tensor], options: dict[str, Any], place: Place = lambda name, x: x, device: int = 0) -> list[str]:
+def check(
+    tensors: dict[str, Tensor], options: dict[str, Any], place: Place = lambda name, x: x, device: int = 0
+) -> list[str]:
     """Hold what :func:`run` gives to the error bound; the kernels that ran."""
     grads = cotangents(tensors)
     launched()

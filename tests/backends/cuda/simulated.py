@@ -1,8 +1,9 @@
-"""The operators of the CUDA backend on CPU tensors: csrc/depth_lstm/cuda_op.cpp as it is, in a namespace of its own, above other kernels.
+"""The operators of the CUDA backend on CPU tensors: csrc/depth_lstm/cuda_op.cpp as it is, in a namespace of its own,
+above other kernels.
 
-``load`` has the CUDA kernels below, simulated (ptx_simulator); ``stand_in`` the CPU kernels (cpp/cuda_stand_in.cpp), for tests of the
-binding alone, which need no nvcc. ``use`` makes either of them the "cuda" backend, for CPU tensors, as long as a test runs.
-"""
+``load`` has the CUDA kernels below, simulated (ptx_simulator); ``stand_in`` the CPU kernels (cpp/cuda_stand_in.cpp),
+for tests of the binding alone, which need no nvcc. ``use`` makes either of them the "cuda" backend, for CPU tensors, as
+long as a test runs."""
 
 from __future__ import annotations
 
@@ -56,8 +57,18 @@ def _operators(namespace: str, kernels: Path) -> Operators:
     """The operators above a library that has the functions of csrc/depth_lstm/cuda.h."""
     torch_folder = Path(torch.__file__).parent
     flags = [
-        *(f"-DDEPTHLSTM_SIMULATED={namespace}", '-DDEPTHLSTM_CUDA_ARCHS="a simulated GPU"', "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"),
-        *("-isystem", str(torch_folder / "include"), str(kernels), f"-Wl,-rpath,{kernels.parent}", "-Wl,--no-undefined"),
+        *(
+            f"-DDEPTHLSTM_SIMULATED={namespace}",
+            '-DDEPTHLSTM_CUDA_ARCHS="a simulated GPU"',
+            "-DTORCH_TARGET_VERSION=0x020b000000000000ULL",
+        ),
+        *(
+            "-isystem",
+            str(torch_folder / "include"),
+            str(kernels),
+            f"-Wl,-rpath,{kernels.parent}",
+            "-Wl,--no-undefined",
+        ),
         *(f"-L{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu", f"-Wl,-rpath-link,{torch_folder / 'lib'}"),
     ]
     torch.ops.load_library(str(_built(namespace, [CSRC / "depth_lstm" / "cuda_op.cpp"], flags, HEADERS)))
@@ -68,7 +79,9 @@ def _operators(namespace: str, kernels: Path) -> Operators:
 
 @functools.cache
 def kernels() -> Path:
-    """The CUDA kernels as setup.py compiles them, a source named *_kernel.cu once for each dtype of z, but for the simulator."""
+    """The CUDA kernels as setup.py compiles them, a source named *_kernel.cu once for each dtype of z, but for the
+    simulator.
+    """
     reason = available()
     if reason is not None:
         pytest.skip(f"no simulated CUDA kernels: {reason}")
@@ -76,7 +89,9 @@ def kernels() -> Path:
     for source in sorted(CSRC.glob("depth_lstm/cuda_*.cu")):
         dtypes = ("float", "bfloat16", "float16") if source.stem.endswith("_kernel") else ()
         include = f"-I{CSRC}"
-        units += [(source, [include, f"-DDEPTHLSTM_Z={z}", f"-DDEPTHLSTM_Z_{z.upper()}=1"]) for z in dtypes] or [(source, [include])]
+        units += [(source, [include, f"-DDEPTHLSTM_Z={z}", f"-DDEPTHLSTM_Z_{z.upper()}=1"]) for z in dtypes] or [
+            (source, [include])
+        ]
     BUILD.mkdir(parents=True, exist_ok=True)
     return build([], BUILD / "libdepthlstm_cuda_simulated.so", units=units)
 
@@ -107,7 +122,9 @@ def fail_once(error: int) -> None:
 
 def anywhere(record: Backend) -> Backend:
     """The backend as one that this machine has, for tensors of every device."""
-    return dataclasses.replace(record, device_types=("cpu", "cuda", "meta"), why_not_here=lambda: None, why_not_on=lambda tensor: None)
+    return dataclasses.replace(
+        record, device_types=("cpu", "cuda", "meta"), why_not_here=lambda: None, why_not_on=lambda tensor: None
+    )
 
 
 def use(monkeypatch: pytest.MonkeyPatch, operators: Operators) -> None:

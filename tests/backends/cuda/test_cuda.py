@@ -1,9 +1,9 @@
-"""depth_lstm_gates by the CUDA C++ kernels: on a GPU where there is one, else simulated from the PTX that nvcc makes of them.
+"""depth_lstm_gates by the CUDA C++ kernels: on a GPU where there is one, else simulated from the PTX that nvcc makes of
+them.
 
-The sizes are those beside a boundary: of a vector of 16 bytes, of the rows that a warp and a block hold, of the three forward kernels and
-the two schemes of backward. test_cuda_binding.py tests the Python and C++ above the kernels, test_cuda_faults.py looks for races and for
-accesses beside a buffer.
-"""
+The sizes are those beside a boundary: of a vector of 16 bytes, of the rows that a warp and a block hold, of the three
+forward kernels and the two schemes of backward. test_cuda_binding.py tests the Python and C++ above the kernels,
+test_cuda_faults.py looks for races and for accesses beside a buffer."""
 
 from __future__ import annotations
 
@@ -58,7 +58,10 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check(
-    tensors: dict[str, Tensor], options: dict[str, Any], grads: tuple[Tensor, Tensor] | None = None, condition: float = 0.0
+    tensors: dict[str, Tensor],
+    options: dict[str, Any],
+    grads: tuple[Tensor, Tensor] | None = None,
+    condition: float = 0.0,
 ) -> dict[str, Tensor]:
     return check_gates(tensors, options, grads, condition, backend="cuda")
 
@@ -72,7 +75,9 @@ def dropout(seed: int = 77, p: float = 0.3) -> dict[str, Any]:
 
 @pytest.mark.parametrize("features", [16, 33])
 def test_more_rows_than_blocks(features: int) -> None:
-    """Every block takes several rows, not all of them the same number; more partial sums than are added at a time on a GPU."""
+    """Every block takes several rows, not all of them the same number; more partial sums than are added at a time on a
+    GPU.
+    """
     rows = 47 if DEVICE == "cpu" else 40_000
     check(*given(rows, features, FULL))
 
@@ -83,11 +88,13 @@ def test_more_rows_than_blocks(features: int) -> None:
 # --- the bias of the GEMM, a second partial product, dropout
 
 
-# several vectors of a lane and of a thread, several warps, two blocks of columns: the first has the smallest row of each
+# several vectors of a lane and of a thread, several warps, two blocks of columns: the first has the smallest row of
+# each
 @pytest.mark.parametrize("types", [FULL, HALF], ids=str)
 @pytest.mark.parametrize(("norm", "affine", "kind"), CALLS[:3:2])
 @pytest.mark.parametrize(
-    ("rows", "features"), [(MANY, 136), (MANY, 264), (MANY, 520), (2, 264), (2, 520), (2, 2048), (2, 2056), (1, 4104), (3, 259)]
+    ("rows", "features"),
+    [(MANY, 136), (MANY, 264), (MANY, 520), (2, 264), (2, 520), (2, 2048), (2, 2056), (1, 4104), (3, 259)],
 )
 def test_z_bias_of_longer_rows(rows: int, features: int, norm: str, affine: bool, kind: str, types: Types) -> None:
     check_z_bias(*given(rows, features, types, norm, affine, kind), types.affine)
@@ -99,7 +106,9 @@ def check_z_bias(tensors: dict[str, Tensor], options: dict[str, Any], dtype: tor
     grads = cotangents(tensors)
     codes = Options(NORM_CODES[norm], ACTIVATION_CODES[kind], 1e-6, 0.0)
 
-    def with_bias(z: Tensor, c: Tensor, z_bias: Tensor, weight: Any = None, bias: Any = None, hidden: Any = None) -> tuple[Tensor, Tensor]:
+    def with_bias(
+        z: Tensor, c: Tensor, z_bias: Tensor, weight: Any = None, bias: Any = None, hidden: Any = None
+    ) -> tuple[Tensor, Tensor]:
         return gates(Tensors(z, z_bias, hidden, c, weight, bias, None), codes, "cuda")
 
     def plain(z: Tensor, c: Tensor, z_bias: Tensor, **others: Any) -> tuple[Tensor, Tensor]:
@@ -114,7 +123,9 @@ def check_z_bias(tensors: dict[str, Tensor], options: dict[str, Any], dtype: tor
 @pytest.mark.parametrize("rows", [1, MANY])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_two_products(with_bias: bool, rows: int, features: int, types: Types) -> None:
-    """A decoding step: z is the sum of two partial products, which is not rounded in between; h lies in a buffer of other columns."""
+    """A decoding step: z is the sum of two partial products, which is not rounded in between; h lies in a buffer of
+    other columns.
+    """
     tensors, _ = given(rows, features, types)
     more = normal(rows, 4 * features, dtype=types.z).to(DEVICE)
     buffer = torch.full((rows, 2 * features), torch.nan, dtype=types.z, device=DEVICE)
@@ -124,7 +135,9 @@ def test_two_products(with_bias: bool, rows: int, features: int, types: Types) -
     z_bias = normal(4 * features, dtype=types.affine).to(DEVICE) if with_bias else None
     added = torch.zeros(4 * features, dtype=types.affine, device=DEVICE) if z_bias is None else z_bias
     found_h, found_c = direct.forward(z, z_bias, None, c, weight, bias, None, 0, 0, 1e-6, 0.0, h, z_more=more)
-    exact = dl.reference.depth_lstm_gates(z.double() + more.double() + added.double(), c.double(), weight.double(), bias.double())
+    exact = dl.reference.depth_lstm_gates(
+        z.double() + more.double() + added.double(), c.double(), weight.double(), bias.double()
+    )
     eager = dl.reference.depth_lstm_gates(z + more + added.to(z.dtype), c, weight, bias)
     assert_bound(*({"h": h, "c": c} for h, c in ((found_h, found_c), eager, exact)))
     assert found_h.data_ptr() == h.data_ptr()
@@ -149,7 +162,9 @@ def test_dropout_mask(rows: int, features: int, seed: int) -> None:
 @pytest.mark.parametrize("types", [FULL, HALF], ids=str)
 @pytest.mark.parametrize(("rows", "features"), [(MANY, 16), (3, 16), (3, 33)])
 def test_dropout_at_a_word(rows: int, features: int, types: Types) -> None:
-    """p 2^32 is cut off, and an element whose word is that number is kept; what is kept is divided by 1 - p, however small that is."""
+    """p 2^32 is cut off, and an element whose word is that number is kept; what is kept is divided by 1 - p, however
+    small that is.
+    """
     tensors, options = given(rows, features, types, kind="given")
     tensors["hidden"], tensors["c"] = torch.ones_like(tensors["hidden"]), torch.zeros_like(tensors["c"])
     grads = (torch.zeros_like(tensors["c"]), torch.ones_like(tensors["c"]))
@@ -196,5 +211,7 @@ def test_offsets_beyond_2_to_the_31(features: int) -> None:
     dh, dc = cotangents(tensors)
     rows = {key: x for key, x in {**tensors, "dh": dh, "dc": dc}.items() if key not in ("weight", "bias")}
     room = torch.frombuffer(mmap.mmap(-1, 2 * (2**31 + 8192)), dtype=BF16)
-    far = {key: room.as_strided(x.shape, (2**30, 1), 512 * number).copy_(x) for number, (key, x) in enumerate(rows.items())}
+    far = {
+        key: room.as_strided(x.shape, (2**30, 1), 512 * number).copy_(x) for number, (key, x) in enumerate(rows.items())
+    }
     check({**tensors, **{key: far[key] for key in ("z", "c")}}, options, (far["dh"], far["dc"]))

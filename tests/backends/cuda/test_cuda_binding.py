@@ -1,4 +1,6 @@
-"""What is around the CUDA kernels: where "cuda" can run, what "auto" takes, the operators above a stand-in for the kernels."""
+"""What is around the CUDA kernels: where "cuda" can run, what "auto" takes, the operators above a stand-in for the
+kernels.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +104,9 @@ def test_limits_of_a_call(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert why_not(tensor_on("cuda:0", F64), 8) == "the CUDA kernels take float32, bfloat16 and float16; found float64"
     assert why_not(tensor_on("cpu"), 8) == "the CUDA kernels take CUDA tensors; found cpu"
     assert dl.backends()["cuda"] == (True, "CUDA C++ kernels for 80, 90, 100 and PTX for 120")
-    with pytest.raises(ValueError, match="backend='cuda' cannot run this call: the CUDA kernels take CUDA tensors; found cpu"):
+    with pytest.raises(
+        ValueError, match="backend='cuda' cannot run this call: the CUDA kernels take CUDA tensors; found cpu"
+    ):
         dl.depth_lstm_gates(torch.randn(2, 8), torch.randn(2, 2), backend="cuda")
     with pytest.raises(ValueError, match="the CUDA kernels take CUDA tensors; found meta"), dl.use_backend("cuda"):
         dl.depth_lstm_gates(torch.randn(2, 8, device="meta"), torch.randn(2, 2, device="meta"))
@@ -117,7 +121,9 @@ def test_limits_of_a_call(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tracers_do_not_look_into_the_question(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     # no tracer follows a subprocess
-    monkeypatch.setattr(cuda, "_known_gpu_limit", lambda index: subprocess.check_output(["echo", f"GPU {index}"]).decode())
+    monkeypatch.setattr(
+        cuda, "_known_gpu_limit", lambda index: subprocess.check_output(["echo", f"GPU {index}"]).decode()
+    )
 
     def function(x: Tensor) -> Tensor:
         return x + 1 if cuda.gpu_limit(3) == "GPU 3\n" else x - 1
@@ -133,7 +139,9 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
     """The limits of both GPU backends, to be changed by the test."""
     limits: dict[str, str | None] = {"triton": None, "cuda": None}
     for name in limits:
-        record = dataclasses.replace(simulated.anywhere(choice.RECORDS[name]), why_not_here=functools.partial(limits.get, name))
+        record = dataclasses.replace(
+            simulated.anywhere(choice.RECORDS[name]), why_not_here=functools.partial(limits.get, name)
+        )
         monkeypatch.setitem(choice.RECORDS, name, record)
     monkeypatch.setattr(fastest, "gpu_name", lambda index: "Some GPU")
     monkeypatch.setattr(choice, "_strict", False)
@@ -143,7 +151,9 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
 
 
 def test_auto_without_measurements(on_a_gpu: dict[str, str | None], caplog: pytest.LogCaptureFixture) -> None:
-    assert not fastest.FASTEST, "the rule without measurements is no more: say in its docstring what was measured, and change this test"
+    assert not fastest.FASTEST, (
+        "the rule without measurements is no more: say in its docstring what was measured, and change this test"
+    )
     tensor = tensor_on("cuda:0")
     with caplog.at_level(logging.WARNING, "depthlstm_fast"):
         assert choose(None, tensor, 512) == "triton"
@@ -159,7 +169,9 @@ def test_auto_without_measurements(on_a_gpu: dict[str, str | None], caplog: pyte
     )
 
 
-def test_auto_beyond_the_longest_row_of_triton(on_a_gpu: dict[str, str | None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_beyond_the_longest_row_of_triton(
+    on_a_gpu: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.undo()
     monkeypatch.setitem(choice.RECORDS, "cuda", simulated.anywhere(choice.RECORDS["cuda"]))
     monkeypatch.setattr(triton, "_error", None)
@@ -211,7 +223,9 @@ CHECKED_CALLS = pytest.mark.parametrize(("norm", "affine", "kind", "z_bias", "se
 
 @CHECKED_CALLS
 @pytest.mark.parametrize("types", [Types(F32, F32, F32), Types(BF16, F32, F32)], ids=str)
-def test_opcheck_forward(stand_in: Any, norm: str, affine: bool, kind: str, z_bias: bool, seed: bool, types: Types) -> None:
+def test_opcheck_forward(
+    stand_in: Any, norm: str, affine: bool, kind: str, z_bias: bool, seed: bool, types: Types
+) -> None:
     inputs = with_gradients(raw((2, 3), 5, types, norm, affine, kind, z_bias, seed))
     close = {"rtol": 1e-2, "atol": 1e-2} if types.z == BF16 else {}
     torch.library.opcheck(stand_in.cuda_gates_forward.default, tuple(inputs), **close)
@@ -269,7 +283,9 @@ def test_no_rows(stand_in: Any, shape: tuple[int, ...]) -> None:
     found = check_gates(tensors, options, backend="cuda")
     assert not found["dweight"].any()
     assert not found["dbias"].any()
-    *_, dz_bias = stand_in.cuda_gates_backward(*backward_arguments(raw(shape, 5, Types(F32, F32, F32), "gate", True, "gelu", True, False)))
+    *_, dz_bias = stand_in.cuda_gates_backward(
+        *backward_arguments(raw(shape, 5, Types(F32, F32, F32), "gate", True, "gelu", True, False))
+    )
     assert dz_bias.shape == (20,)
     assert not dz_bias.any()
     with pytest.raises(RuntimeError, match="as it was told"):
@@ -293,7 +309,11 @@ def test_operators_refuse_bad_arguments(stand_in: Any, what: str, operator: str)
     more = backward_arguments(inputs)
     position, value = BAD[what]
     inputs[position] = value
-    passed = {"forward": inputs, "forward_into": [*inputs, None, torch.empty(3, 8)], "backward": [*more[:2], *inputs, *more[-2:]]}
+    passed = {
+        "forward": inputs,
+        "forward_into": [*inputs, None, torch.empty(3, 8)],
+        "backward": [*more[:2], *inputs, *more[-2:]],
+    }
     with pytest.raises(RuntimeError):
         getattr(stand_in, f"cuda_gates_{operator}")(*passed[operator])
 
@@ -340,8 +360,12 @@ def test_errors_of_cuda(stand_in: Any, code: int, backward: bool) -> None:
 
 def test_error_in_place_of_a_workspace(stand_in: Any) -> None:
     simulated.fail_once(-209)
-    with pytest.raises(RuntimeError, match=r"cuda_gates_backward: as it was told \(CUDA error 209\)\. This library holds"):
-        stand_in.cuda_gates_backward(*backward_arguments(raw((3,), 8, Types(F32, F32, F32), "gate", True, "gelu", False, False)))
+    with pytest.raises(
+        RuntimeError, match=r"cuda_gates_backward: as it was told \(CUDA error 209\)\. This library holds"
+    ):
+        stand_in.cuda_gates_backward(
+            *backward_arguments(raw((3,), 8, Types(F32, F32, F32), "gate", True, "gelu", False, False))
+        )
 
 
 @needs_cpp
@@ -378,7 +402,13 @@ def products(monkeypatch: pytest.MonkeyPatch, stand_in: Any) -> list[bool]:
 def cell_arguments(rows: int, slices: int) -> list[Any]:
     x = tuple(normal(rows, 3 + i, dtype=F32) for i in range(slices))
     w = normal(24, 6 + sum(part.shape[1] for part in x), dtype=F32, scale=0.3)
-    return [x, normal(rows, 6, dtype=F32), normal(rows, 6, dtype=F32), w, *(normal(*shape, dtype=F32) for shape in ((24,), (4, 6), (4, 6)))]
+    return [
+        x,
+        normal(rows, 6, dtype=F32),
+        normal(rows, 6, dtype=F32),
+        w,
+        *(normal(*shape, dtype=F32) for shape in ((24,), (4, 6), (4, 6))),
+    ]
 
 
 @pytest.mark.parametrize("slices", [1, 2])
@@ -414,7 +444,9 @@ def test_stack_writes_into_buffers(products: list[bool], grad: bool) -> None:
         with dl.use_backend(backend), torch.set_grad_enabled(grad):
             output = encoder(source)
             assert dl.last_backend() == backend
-            results.append([output, *(torch.autograd.grad(output.square().sum(), list(encoder.parameters())) if grad else ())])
+            results.append(
+                [output, *(torch.autograd.grad(output.square().sum(), list(encoder.parameters())) if grad else ())]
+            )
     for a, e in zip(*results, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
     # the first cell's h comes from outside, where nobody left room beside it

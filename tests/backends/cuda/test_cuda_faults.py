@@ -1,8 +1,7 @@
 """The CUDA C++ kernels under sanitizers, and what they and a comparison of values find: faults that the tests plant.
 
-The kernels are simulated from their PTX, with the threads between two barriers in random order. The faults go into a copy of csrc/, in
-which only the kernels that a few calls in fp32 need are left, so that it compiles in seconds.
-"""
+The kernels are simulated from their PTX, with the threads between two barriers in random order. The faults go into a
+copy of csrc/, in which only the kernels that a few calls in fp32 need are left, so that it compiles in seconds."""
 
 from __future__ import annotations
 
@@ -39,7 +38,9 @@ def sources(folder: Path) -> Path:
     """A copy of csrc/ with no more kernels than cuda_calls.CALLS need."""
     copied = folder / "csrc"
     shutil.copytree(CSRC, copied)
-    launch, forward, backward = (copied / "depth_lstm" / f"cuda_{name}.cu" for name in ("launch", "forward_kernel", "backward_kernel"))
+    launch, forward, backward = (
+        copied / "depth_lstm" / f"cuda_{name}.cu" for name in ("launch", "forward_kernel", "backward_kernel")
+    )
     replace(launch, r"\n *case DType::b?float16: return \w+ward_\w+\(.*", "", pattern=True)
     for path in (forward, backward):
         replace(path, r"(DEPTHLSTM_Z_NAMESPACE::\w+)<(float|DEPTHLSTM_Z), 3>", r"\1<float, 4>", pattern=True)
@@ -65,9 +66,18 @@ def wrong_values(folder: Path) -> list[str]:
     wrong = []
     for number, (rows, features) in enumerate(cuda_calls.CALLS):
         read = {name: torch.from_numpy(np.array(array)) for name, array in cuda_calls.arrays(rows, features).items()}
-        z, c, z_bias, weight, bias = leaves = [read[name].double().requires_grad_() for name in ("z", "c", "z_bias", "weight", "bias")]
+        z, c, z_bias, weight, bias = leaves = [
+            read[name].double().requires_grad_() for name in ("z", "c", "z_bias", "weight", "bias")
+        ]
         outputs = reference.depth_lstm_gates(
-            z + z_bias, c, weight, bias, activation="sigmoid", dropout_p=cuda_calls.DROPOUT, training=True, seed=read["seed"]
+            z + z_bias,
+            c,
+            weight,
+            bias,
+            activation="sigmoid",
+            dropout_p=cuda_calls.DROPOUT,
+            training=True,
+            seed=read["seed"],
         )
         gradients = torch.autograd.grad(outputs, leaves, (read["dh"].double(), read["dc"].double()))
         names = ("h", "c_out", "dz", "dc_in", "dz_bias", "dweight", "dbias")
@@ -133,9 +143,7 @@ def test_write_out_of_bounds(tmp_path: Path) -> None:
 
 def test_wrong_mask(tmp_path: Path) -> None:
     """Vectors that are not there take part in the variance."""
-    loop = (
-        "#pragma unroll\n        for (int k = 0; k < K; ++k) {\n#pragma unroll\n            for (int j = v * W; j < (v + 1) * W; ++j) {\n"
-    )
+    loop = "#pragma unroll\n        for (int k = 0; k < K; ++k) {\n#pragma unroll\n            for (int j = v * W; j < (v + 1) * W; ++j) {\n"
     masked = f"        if (!inside[v]) continue;\n{loop}                z[k][j] -= mean[k];"
     csrc = plant(tmp_path, "depth_lstm/cuda_gates.cuh", masked, masked.partition("\n")[2])
     done = run(library(csrc, "plain"), "plain", tmp_path / "plain")

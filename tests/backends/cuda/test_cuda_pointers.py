@@ -1,6 +1,8 @@
-"""The CUDA C++ kernels behind their C functions: which kernel takes a call, and operands that lie anywhere, one at a time.
+"""The CUDA C++ kernels behind their C functions: which kernel takes a call, and operands that lie anywhere, one at a
+time.
 
-Simulated on every machine: a GPU has no row that begins 2^33 elements after the first, and the operators allocate outputs as they like.
+Simulated on every machine: a GPU has no row that begins 2^33 elements after the first, and the operators allocate
+    outputs as they like.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ def _kernels() -> None:
     library()
 
 
-def given(rows: int, features: int, types: Types, norm: str = "gate", kind: str = "gelu") -> tuple[dict[str, Tensor], dict[str, Any]]:
+def given(
+    rows: int, features: int, types: Types, norm: str = "gate", kind: str = "gelu"
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, options = arguments(rows, features, types, norm, norm != "none", kind)
     tensors["z_bias"] = normal(tensors["z"].shape[1], dtype=types.affine)
     return tensors, options
@@ -73,7 +77,9 @@ READ_BY_VECTORS = ("weight", "bias", "z_bias")
 
 
 def moved(x: Tensor, offset: int, apart: int) -> Tensor:
-    """``x`` that begins ``offset`` elements after a multiple of 64 bytes, its rows ``apart`` elements further from each other, in NaN."""
+    """``x`` that begins ``offset`` elements after a multiple of 64 bytes, its rows ``apart`` elements further from each
+    other, in NaN.
+    """
     rows, width = (1, x.numel()) if x.dim() == 1 else x.shape
     room = torch.full((offset + rows * (width + apart) + 64,), torch.nan, dtype=x.dtype)
     return room.as_strided(x.shape, (1,) if x.dim() == 1 else (width + apart, 1), offset).copy_(x)
@@ -82,7 +88,9 @@ def moved(x: Tensor, offset: int, apart: int) -> Tensor:
 @pytest.mark.parametrize("types", [FULL, HALF, MIXED], ids=str)
 @pytest.mark.parametrize("name", dict.fromkeys((*FORWARD, *BACKWARD, *READ_BY_VECTORS, "z_more")))
 def test_one_operand_that_is_not_aligned(name: str, types: Types) -> None:
-    """Its start, or its rows; by one element and by the largest part of 16 bytes. Only what touches it leaves the vectors."""
+    """Its start, or its rows; by one element and by the largest part of 16 bytes. Only what touches it leaves the
+    vectors.
+    """
     for rows, by_start in itertools.product((FEW, MANY), (True, False)):
         if not by_start and name in READ_BY_VECTORS:
             continue
@@ -121,7 +129,9 @@ def test_every_operand_has_its_own_row_stride(rows: int, features: int, step: in
 @pytest.mark.parametrize("kind", ["gelu", "given"])
 @pytest.mark.parametrize(("rows", "features"), [(MANY, 16), (6, 16), (6, 33)])
 def test_rows_far_apart(rows: int, features: int, kind: str, more: bool) -> None:
-    """Of every operand, 2^30 elements: as a signed product of 32 bits row 2 begins before row 0, as an unsigned one row 4 is row 0."""
+    """Of every operand, 2^30 elements: as a signed product of 32 bits row 2 begins before row 0, as an unsigned one row
+    4 is row 0.
+    """
     no_reserve = 0x4000  # Linux's MAP_NORESERVE, which mmap names from Python 3.13 on
     try:
         pages = mmap.mmap(-1, 2 * ((rows + 2) * 2**30), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
@@ -147,12 +157,22 @@ def test_rows_far_apart(rows: int, features: int, kind: str, more: bool) -> None
 @pytest.mark.parametrize("features", [8, 516, 3])
 @pytest.mark.parametrize("first", [2**31 - 8, 2**32 - 8])
 def test_rows_beyond_2_to_the_31(features: int, first: int, tmp_path: Path) -> None:
-    """What row numbers are made of, blocks and the step from row to row, has 64 bits, and so has the row in dropout's counter."""
-    command = [sys.executable, str(HERE / "cuda_far_rows.py"), library()._name, str(tmp_path), str(features), str(first)]
+    """What row numbers are made of, blocks and the step from row to row, has 64 bits, and so has the row in dropout's
+    counter.
+    """
+    command = [
+        sys.executable,
+        str(HERE / "cuda_far_rows.py"),
+        library()._name,
+        str(tmp_path),
+        str(features),
+        str(first),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     near, far, dropped = (
-        {key: torch.from_numpy(x) for key, x in np.load(tmp_path / f"{name}.npz").items()} for name in ("near", "far", "mask")
+        {key: torch.from_numpy(x) for key, x in np.load(tmp_path / f"{name}.npz").items()}
+        for name in ("near", "far", "mask")
     )
     assert not any(x.isnan().any() for x in near.values())
     assert_identical(far, near)
@@ -167,7 +187,9 @@ def test_rows_beyond_2_to_the_31(features: int, first: int, tmp_path: Path) -> N
 @pytest.mark.parametrize("kind", ["gelu", "given"])
 @pytest.mark.parametrize(("features", "backward"), [(8, NARROW), (5, WIDE)])
 def test_sums_over_as_many_blocks_as_a_gpu_has(features: int, backward: list[str], kind: str) -> None:
-    """264 partial sums, which a block adds by 16 and, unrolled, by 128; 300 rows for them. On a GPU that is not the current one."""
+    """264 partial sums, which a block adds by 16 and, unrolled, by 128; 300 rows for them. On a GPU that is not the
+    current one.
+    """
     kernels = check(*given(300, features, FULL, kind=kind), device=1)
     assert kernels[1:] == backward
     assert library().ptx_devices() == 16  # 16 times the device of the launch; device 0 is the current one again

@@ -1,4 +1,5 @@
-"""What the tests of kernels on a GPU share: random arguments made there, poisoned memory, results held to fp64 on the same GPU.
+"""What the tests of kernels on a GPU share: random arguments made there, poisoned memory, results held to fp64 on the
+same GPU.
 
 DEPTHLSTM_REHEARSE=1 puts everything on the CPU, where Triton's interpreter runs its kernels, and makes all sizes tiny.
 """
@@ -52,7 +53,10 @@ def normal(*shape: int, dtype: torch.dtype = F32, scale: float = 1.0, shift: flo
 def make(rows: int, features: int, types: Types, affine: bool = True, kind: str = "gelu") -> dict[str, Tensor]:
     """Random arguments of depth_lstm_gates."""
     gates = 3 if kind == "given" else 4
-    tensors = {"z": normal(rows, gates * features, dtype=types.z, scale=1.5, shift=0.3), "c": normal(rows, features, dtype=types.c)}
+    tensors = {
+        "z": normal(rows, gates * features, dtype=types.z, scale=1.5, shift=0.3),
+        "c": normal(rows, features, dtype=types.c),
+    }
     if affine:
         tensors["weight"] = normal(gates, features, dtype=types.affine, scale=0.3, shift=1.0)
         tensors["bias"] = normal(gates, features, dtype=types.affine, scale=0.5)
@@ -67,11 +71,15 @@ def grads_for(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def spoil_free_memory() -> None:
-    """Leave NaN in the memory that the next allocations get: what is allocated over the stable ABI, no mode of torch fills."""
+    """Leave NaN in the memory that the next allocations get: what is allocated over the stable ABI, no mode of torch
+    fills.
+    """
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
         # the allocator keeps small blocks apart
-        blocks = [torch.full((size,), 0xFF, dtype=torch.uint8, device=DEVICE) for size in (FREE_BYTES, *[SMALL_BYTES] * 16)]
+        blocks = [
+            torch.full((size,), 0xFF, dtype=torch.uint8, device=DEVICE) for size in (FREE_BYTES, *[SMALL_BYTES] * 16)
+        ]
         del blocks
 
 
@@ -88,7 +96,9 @@ def poisoned() -> Iterator[None]:
             torch.use_deterministic_algorithms(False)
 
 
-def results(function: Function, tensors: dict[str, Tensor], grads: tuple[Tensor, Tensor], **options: Any) -> dict[str, Tensor]:
+def results(
+    function: Function, tensors: dict[str, Tensor], grads: tuple[Tensor, Tensor], **options: Any
+) -> dict[str, Tensor]:
     """h, c and the gradient of every tensor."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
     h, c = function(**leaves, **options)
@@ -96,7 +106,9 @@ def results(function: Function, tensors: dict[str, Tensor], grads: tuple[Tensor,
     return {"h": h.detach(), "c": c.detach(), **{f"d{name}": grad for name, grad in zip(leaves, found, strict=True)}}
 
 
-def fused_results(backend: str, tensors: dict[str, Tensor], grads: tuple[Tensor, Tensor], **options: Any) -> dict[str, Tensor]:
+def fused_results(
+    backend: str, tensors: dict[str, Tensor], grads: tuple[Tensor, Tensor], **options: Any
+) -> dict[str, Tensor]:
     found = results(functools.partial(dl.depth_lstm_gates, backend=backend), tensors, grads, **options)
     assert dl.last_backend() == backend
     return found
@@ -110,7 +122,9 @@ def assert_bound(found: dict[str, Tensor], eager: dict[str, Tensor], exact: dict
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"  # NaN fails, too
 
 
-def check(backend: str, tensors: dict[str, Tensor], grads: tuple[Tensor, Tensor] | None = None, **options: Any) -> dict[str, Tensor]:
+def check(
+    backend: str, tensors: dict[str, Tensor], grads: tuple[Tensor, Tensor] | None = None, **options: Any
+) -> dict[str, Tensor]:
     """Hold the fused gates to the bound, their memory poisoned; returns their results."""
     grads = grads_for(tensors) if grads is None else grads
     with poisoned():
@@ -131,6 +145,9 @@ def cell_tensors(rows: int, features: int, dtype: torch.dtype, beside: bool) -> 
     x, h, c = (normal(rows, features, dtype=dtype) for _ in range(3))
     if beside:
         x, h = torch.cat((x, h), dim=1).split(features, dim=1)
-    w, b = normal(4 * features, 2 * features, dtype=dtype, scale=(2 * features) ** -0.5), normal(4 * features, dtype=dtype, scale=0.1)
+    w, b = (
+        normal(4 * features, 2 * features, dtype=dtype, scale=(2 * features) ** -0.5),
+        normal(4 * features, dtype=dtype, scale=0.1),
+    )
     weight, bias = normal(4, features, dtype=dtype, scale=0.3, shift=1.0), normal(4, features, dtype=dtype, scale=0.3)
     return {"x": x, "h": h, "c": c, "w": w, "b": b, "weight": weight, "bias": bias}

@@ -1,9 +1,9 @@
-"""The kernels on a GPU, Triton's and those of CUDA C++: values against fp64 on the same GPU. test_gpu_device.py has what only a GPU can
-show.
+"""The kernels on a GPU, Triton's and those of CUDA C++: values against fp64 on the same GPU. test_gpu_device.py has
+what only a GPU can show.
 
-Whatever the kernels allocate is NaN before they write it. Rehearsed without a GPU: DEPTHLSTM_REHEARSE=1 runs, on tiny sizes, the tests
-that the CPU can run, with Triton's interpreter and with what stands in for the CUDA kernels in the tests of their binding.
-"""
+Whatever the kernels allocate is NaN before they write it. Rehearsed without a GPU: DEPTHLSTM_REHEARSE=1 runs, on tiny
+sizes, the tests that the CPU can run, with Triton's interpreter and with what stands in for the CUDA kernels in the
+tests of their binding."""
 
 from __future__ import annotations
 
@@ -148,7 +148,10 @@ def test_rows_are_independent(backend: str, features: int) -> None:
     spoiled["z"][rows // 2] = float("nan")
     after = fused_results(backend, spoiled, grads)
     others = torch.arange(rows, device=DEVICE) != rows // 2
-    assert_identical({name: after[name][others] for name in ("h", "c", "dz", "dc")}, {n: before[n][others] for n in ("h", "c", "dz", "dc")})
+    assert_identical(
+        {name: after[name][others] for name in ("h", "c", "dz", "dc")},
+        {n: before[n][others] for n in ("h", "c", "dz", "dc")},
+    )
 
 
 @every_backend
@@ -217,7 +220,9 @@ def test_values_of_a_decoding_step(backend: str, rows: int, beside: bool) -> Non
 def test_stacks_in_fp32(backend: str, merge: str | None) -> None:
     """Layers that write beside each other's states, forward and every gradient, against the reference stack on the GPU."""
     width, heads, kind = few(64, 8), 2, "Encoder" if merge is None else "Decoder"
-    options: dict[str, Any] = {"dropout": 0.0, "batch_first": True, "device": DEVICE} | ({} if merge is None else {"merge": merge})
+    options: dict[str, Any] = {"dropout": 0.0, "batch_first": True, "device": DEVICE} | (
+        {} if merge is None else {"merge": merge}
+    )
     stacks = []
     for module in (dl.reference, dl):
         layer = getattr(module, f"DepthLSTM{kind}Layer")(width, heads, **options)
@@ -244,14 +249,19 @@ def test_cell_module_under_autocast(backend: str) -> None:
     for module, name in zip(modules, ("reference", backend), strict=True):
         with torch.autocast(DEVICE, BF16), dl.use_backend(name):
             outputs.append(module(x, (h, c)))
-        torch.autograd.grad(outputs[-1], list(module.parameters()), [torch.randn_like(output) for output in outputs[-1]])
+        torch.autograd.grad(
+            outputs[-1], list(module.parameters()), [torch.randn_like(output) for output in outputs[-1]]
+        )
     assert dl.last_backend() == backend
     assert outputs[1][0].dtype == BF16
     assert outputs[1][1].dtype == F32
     exact = modules[0].double()(x.double(), (h.double(), c.double()))
     for found, eager, wanted in zip(outputs[1], outputs[0], exact, strict=True):
         error, allowed = excess(found, eager, wanted)
-        assert error <= max(allowed, torch.finfo(BF16).eps), (error, allowed)  # eager's h and c come of one rounded z, too
+        assert error <= max(allowed, torch.finfo(BF16).eps), (
+            error,
+            allowed,
+        )  # eager's h and c come of one rounded z, too
 
 
 def test_auto_chooses_a_kernel() -> None:
@@ -266,7 +276,9 @@ def test_what_no_kernel_takes_is_said(backend: str) -> None:
     if REHEARSE and backend == "cuda":
         pytest.skip("what stands in for the kernels takes more")
     with pytest.raises(ValueError, match="float64"):
-        dl.depth_lstm_gates(**{name: tensor.double() for name, tensor in make(3, 8, Types(F32, F32, F32)).items()}, backend=backend)
+        dl.depth_lstm_gates(
+            **{name: tensor.double() for name, tensor in make(3, 8, Types(F32, F32, F32)).items()}, backend=backend
+        )
     if backend == "triton":
         with pytest.raises(ValueError, match="8192"):
             dl.depth_lstm_gates(**make(1, 8193, Types(F32, F32, F32)), backend=backend)

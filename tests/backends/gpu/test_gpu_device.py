@@ -1,4 +1,5 @@
-"""What only a GPU can show of the kernels, Triton's and those of CUDA C++: streams, graphs, compilation, large sizes, allocations.
+"""What only a GPU can show of the kernels, Triton's and those of CUDA C++: streams, graphs, compilation, large sizes,
+allocations.
 
 Rehearsed as test_gpu.py; most of it needs a GPU.
 """
@@ -138,20 +139,30 @@ def test_compiled_once_for_any_number_of_rows(backend: str) -> None:
 
 
 def hold_large_call(backend: str, features: int) -> None:
-    """z of 2^31 elements and a few rows: first and last rows, and those about element 2^31, are those of small calls, bit for bit."""
+    """z of 2^31 elements and a few rows: first and last rows, and those about element 2^31, are those of small calls,
+    bit for bit.
+    """
     edge = 2**31 // (4 * features)
     rows = edge + 3
     z = torch.empty(rows, 4 * features, dtype=BF16, device=DEVICE).normal_()
     c, dh, dc = (torch.empty(rows, features, dtype=BF16, device=DEVICE).normal_() for _ in range(3))
-    affine = {name: tensor for name, tensor in make(1, features, Types(BF16, BF16, BF16)).items() if name in ("weight", "bias")}
+    affine = {
+        name: tensor
+        for name, tensor in make(1, features, Types(BF16, BF16, BF16)).items()
+        if name in ("weight", "bias")
+    }
     large = fused_results(backend, {"z": z, "c": c}, (dh, dc))
     for part in (slice(0, 5), slice(edge - 2, rows)):
-        small = fused_results(backend, {"z": z[part].clone(), "c": c[part].clone()}, (dh[part].clone(), dc[part].clone()))
+        small = fused_results(
+            backend, {"z": z[part].clone(), "c": c[part].clone()}, (dh[part].clone(), dc[part].clone())
+        )
         assert_identical({name: tensor[part] for name, tensor in large.items()}, small)
     del large
     forward = dl.depth_lstm_gates(z, c, **affine, backend=backend)
     part = slice(edge - 2, rows)
-    for found, wanted in zip(forward, dl.depth_lstm_gates(z[part].clone(), c[part].clone(), **affine, backend=backend), strict=True):
+    for found, wanted in zip(
+        forward, dl.depth_lstm_gates(z[part].clone(), c[part].clone(), **affine, backend=backend), strict=True
+    ):
         assert torch.equal(found[part], wanted)
 
 
@@ -197,7 +208,10 @@ def test_on_a_gpu_that_is_not_the_current_one(backend: str) -> None:
 @every_backend
 @pytest.mark.parametrize("features", SCHEMES[:2])  # torch counts whole blocks, which these sizes fill
 def test_nothing_is_kept_but_inputs_and_outputs(backend: str, features: int) -> None:
-    tensors = {name: tensor.requires_grad_() for name, tensor in make((1 << 24) // features, features, Types(BF16, BF16, BF16)).items()}
+    tensors = {
+        name: tensor.requires_grad_()
+        for name, tensor in make((1 << 24) // features, features, Types(BF16, BF16, BF16)).items()
+    }
     grads = grads_for(tensors)
 
     def forward() -> tuple[Tensor, Tensor]:
@@ -212,7 +226,9 @@ def test_nothing_is_kept_but_inputs_and_outputs(backend: str, features: int) -> 
     before = torch.cuda.memory_allocated()
     found = torch.autograd.grad(outputs, list(tensors.values()), grads)
     peak = torch.cuda.max_memory_allocated() - before
-    assert peak <= 1.25 * sum(gradient.nbytes for gradient in found)  # beside the gradients the partial sums, and statistics of rows
+    assert peak <= 1.25 * sum(
+        gradient.nbytes for gradient in found
+    )  # beside the gradients the partial sums, and statistics of rows
 
 
 @needs_gpu

@@ -1,9 +1,9 @@
-"""depth_lstm_gates by the Triton kernels: values, gradients and memory, on a GPU where there is one, else interpreted on the CPU.
+"""depth_lstm_gates by the Triton kernels: values, gradients and memory, on a GPU where there is one, else interpreted
+on the CPU.
 
-Interpreted, a program costs 10 to 50 ms whatever its size and a row of the wide scheme half a second. So the rows are few and the sizes
-are those beside a boundary: of a tile (BLOCK features, ROWS rows), of the narrow scheme, of what a register file holds. All memory
-that the launcher allocates is NaN between guards, and all arguments lie in NaN.
-"""
+Interpreted, a program costs 10 to 50 ms whatever its size and a row of the wide scheme half a second. So the rows are
+few and the sizes are those beside a boundary: of a tile (BLOCK features, ROWS rows), of the narrow scheme, of what a
+register file holds. All memory that the launcher allocates is NaN between guards, and all arguments lie in NaN."""
 
 from __future__ import annotations
 
@@ -71,7 +71,14 @@ def test_features_that_fill_a_block(norm: str, affine: bool, kind: str, features
 # The last of the narrow scheme, the first of the wide one, whole blocks of it, and the most that a program holds
 @pytest.mark.parametrize(
     ("features", "rows", "types"),
-    [(2048, 2, FULL), (2049, 2, FULL), (2048, 1, MIXED), (4096, 1, MIXED), (8191, 1, FULL), (8192, 1, Types(F16, F16, F16))],
+    [
+        (2048, 2, FULL),
+        (2049, 2, FULL),
+        (2048, 1, MIXED),
+        (4096, 1, MIXED),
+        (8191, 1, FULL),
+        (8192, 1, Types(F16, F16, F16)),
+    ],
     ids=str,
 )
 def test_features_of_both_schemes(features: int, rows: int, types: Types) -> None:
@@ -96,8 +103,11 @@ def test_rows_that_fill_a_tile(scheme: str, beside: int, features: int) -> None:
     check(*given(plans[0].constants["ROWS"] + beside, features, FULL))
 
 
-# Programs that take several tiles, not all of them the same number; partial sums of one program, and of more than are added at a time
-@pytest.mark.parametrize(("count", "rows", "features"), [(1, 9, 33), (2, 18, 33), (3, 9, 65), (18, 273, 1), (4, 9, 512), (4, 5, 1024)])
+# Programs that take several tiles, not all of them the same number; partial sums of one program, and of more than are
+# added at a time
+@pytest.mark.parametrize(
+    ("count", "rows", "features"), [(1, 9, 33), (2, 18, 33), (3, 9, 65), (18, 273, 1), (4, 9, 512), (4, 5, 1024)]
+)
 def test_more_rows_than_programs(count: int, rows: int, features: int, monkeypatch: pytest.MonkeyPatch) -> None:
     programs(monkeypatch, count)
     check(*given(rows, features, FULL))
@@ -137,16 +147,22 @@ def test_z_bias_of_both_schemes(features: int) -> None:
     check_z_bias(2, features, FULL, "gate", True, "gelu")
 
 
-def check_z_bias(rows: int, features: int, types: Types, norm: str, affine: bool, kind: str, shift: float = 0.0) -> None:
+def check_z_bias(
+    rows: int, features: int, types: Types, norm: str, affine: bool, kind: str, shift: float = 0.0
+) -> None:
     tensors, options = given(rows, features, types, norm, affine, kind)
     tensors["z_bias"] = normal(tensors["z"].shape[1], dtype=types.affine, shift=shift).to(DEVICE)
     fixed = Options(NORM_CODES[norm], ACTIVATION_CODES[options["activation"]], 1e-6, 0.0)
 
-    def by_operator(z: Tensor, c: Tensor, z_bias: Tensor, weight: Any = None, bias: Any = None, hidden: Any = None) -> Any:
+    def by_operator(
+        z: Tensor, c: Tensor, z_bias: Tensor, weight: Any = None, bias: Any = None, hidden: Any = None
+    ) -> Any:
         return depth_lstm_autograd.gates(Tensors(z, z_bias, hidden, c, weight, bias, None), fixed, "triton")
 
     def by_reference(z: Tensor, z_bias: Tensor, **rest: Any) -> Any:
-        h, c = dl.reference.depth_lstm_gates(z.double() + z_bias.double(), **{key: x.double() for key, x in rest.items()}, **options)
+        h, c = dl.reference.depth_lstm_gates(
+            z.double() + z_bias.double(), **{key: x.double() for key, x in rest.items()}, **options
+        )
         return h, c
 
     def eager(z: Tensor, z_bias: Tensor, **rest: Any) -> Any:
@@ -163,7 +179,15 @@ def check_z_bias(rows: int, features: int, types: Types, norm: str, affine: bool
 def test_cell(kind: str, autocast: bool) -> None:
     """The product, its bias and the gates as one node; under autocast in bf16 with c, the bias and the affine in fp32."""
     counts = 3 if kind == "given" else 4
-    shapes = {"x": (5, 6), "h": (5, 9), "c": (5, 9), "w": (counts * 9, 15), "b": (counts * 9,), "weight": (counts, 9), "bias": (counts, 9)}
+    shapes = {
+        "x": (5, 6),
+        "h": (5, 9),
+        "c": (5, 9),
+        "w": (counts * 9, 15),
+        "b": (counts * 9,),
+        "weight": (counts, 9),
+        "bias": (counts, 9),
+    }
     if kind == "given":
         shapes["hidden"] = (5, 9)
     tensors = {key: normal(*shape, dtype=F32, scale=0.5).to(DEVICE) for key, shape in shapes.items()}
@@ -184,7 +208,9 @@ def test_cell(kind: str, autocast: bool) -> None:
     assert found["h"].dtype == half
     eager = results(functools.partial(run, eager_cell), tensors, grads)
     autocast = False
-    exact = results(functools.partial(run, dl.reference.depth_lstm_cell), double(tensors), (grads[0].double(), grads[1].double()))
+    exact = results(
+        functools.partial(run, dl.reference.depth_lstm_cell), double(tensors), (grads[0].double(), grads[1].double())
+    )
     assert_bound(found, eager, exact)
 
 
@@ -193,12 +219,20 @@ def test_cell(kind: str, autocast: bool) -> None:
 
 @pytest.mark.parametrize(
     ("features", "dtype", "limit"),
-    [(8193, F32, "the Triton kernels take D up to 8192; found 8193"), (4, F64, "the Triton kernels take float32, .*; found float64")],
+    [
+        (8193, F32, "the Triton kernels take D up to 8192; found 8193"),
+        (4, F64, "the Triton kernels take float32, .*; found float64"),
+    ],
     ids=["D", "float64"],
 )
-def test_limits(features: int, dtype: torch.dtype, limit: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_limits(
+    features: int, dtype: torch.dtype, limit: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """By name a ValueError that says what the limit is, by "auto" one line and the reference."""
-    z, c = torch.zeros(1, 4 * features, dtype=dtype, device=DEVICE), torch.zeros(1, features, dtype=dtype, device=DEVICE)
+    z, c = (
+        torch.zeros(1, 4 * features, dtype=dtype, device=DEVICE),
+        torch.zeros(1, features, dtype=dtype, device=DEVICE),
+    )
     with pytest.raises(ValueError, match=f"backend='triton' cannot run this call: {limit}"):
         dl.depth_lstm_gates(z, c, backend="triton")
     backends = sys.modules["depthlstm_fast.backends.choice"]
@@ -221,7 +255,9 @@ def test_raw_operators_refuse_bad_arguments(what: str, backward: bool) -> None:
     more = on_device(backward_arguments(inputs))
     position, value = BAD[what]
     inputs[position] = value.to(DEVICE) if isinstance(value, Tensor) else value
-    operator = torch.ops.depthlstm_fast.triton_gates_backward if backward else torch.ops.depthlstm_fast.triton_gates_forward
+    operator = (
+        torch.ops.depthlstm_fast.triton_gates_backward if backward else torch.ops.depthlstm_fast.triton_gates_forward
+    )
     with pytest.raises((RuntimeError, ValueError, TypeError, NotImplementedError)):
         operator(*([*more[:2], *inputs, *more[-2:]] if backward else inputs))
 

@@ -39,7 +39,8 @@ def test_opcheck_forward(norm: str, affine: bool, kind: str, z_bias: bool, seed:
 
 
 @pytest.mark.parametrize(
-    ("call", "dh", "dc", "wanted"), [(CHECKED[0], True, True, True), (CHECKED[1], False, True, True), (CHECKED[3], True, False, False)]
+    ("call", "dh", "dc", "wanted"),
+    [(CHECKED[0], True, True, True), (CHECKED[1], False, True, True), (CHECKED[3], True, False, False)],
 )
 @pytest.mark.usefixtures("real_memory")
 def test_opcheck_backward(call: tuple, dh: bool, dc: bool, wanted: bool) -> None:
@@ -66,11 +67,17 @@ def test_compiled_once_for_any_number_of_rows(kind: type[torch.nn.Module]) -> No
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     options = {"dropout_p": 0.5, "training": True}
-    model, reference = kind(5, backend="triton", **options).to(DEVICE), kind(5, backend="reference", **options).to(DEVICE)
+    model, reference = (
+        kind(5, backend="triton", **options).to(DEVICE),
+        kind(5, backend="reference", **options).to(DEVICE),
+    )
     reference.load_state_dict(model.state_dict())
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     for number in (7, 2, 3, 4, 5, 9, 16, 17, 20, 33):
-        inputs = [normal(number, (4 if kind is Gates else 2) * 5, dtype=F32).to(DEVICE), normal(number, 5, dtype=F32).to(DEVICE)]
+        inputs = [
+            normal(number, (4 if kind is Gates else 2) * 5, dtype=F32).to(DEVICE),
+            normal(number, 5, dtype=F32).to(DEVICE),
+        ]
         grads = (normal(number, 5, dtype=F32).to(DEVICE), normal(number, 5, dtype=F32).to(DEVICE))
         torch.manual_seed(1)
         wanted = step(reference, reference, *inputs, grads)
@@ -116,11 +123,15 @@ print(sum(not torch.equal(found[name], start[name].to(device)) for name in found
 
 
 def test_training_step_by_environment(tmp_path: Path) -> None:
-    """As a user has it: the backend named by a variable, a model trained for a step, the weights those of the reference."""
+    """As a user has it: the backend named by a variable, a model trained for a step, the weights those of the
+    reference.
+    """
     environment = {**os.environ, "DEPTHLSTM_BACKEND": "triton", "PYTHONPATH": os.pathsep.join(sys.path)}
     if DEVICE == "cpu":
         environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-c", TRAINING]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120, check=False)
+    run = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120, check=False
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "True"  # every parameter moved

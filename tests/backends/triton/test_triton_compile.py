@@ -1,4 +1,6 @@
-"""The gate that compiles the Triton kernels without a GPU: they keep their budget, and a kernel or a budget made worse is found."""
+"""The gate that compiles the Triton kernels without a GPU: they keep their budget, and a kernel or a budget made worse
+is found.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ KERNEL = "sm_90 narrow_backward D=512 bf16"
 
 
 def run_gate(*options: str, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "DEPTHLSTM_AUTOTUNE")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "DEPTHLSTM_AUTOTUNE")
+    }
     command = [sys.executable, str(root / "tools" / "check_kernels.py"), *options]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
 
@@ -89,7 +93,14 @@ def test_the_page_shows_the_committed_budget(gate: types.ModuleType) -> None:
 
 
 def test_what_is_a_fault(gate: types.ModuleType) -> None:
-    good = {"registers": 100, "stack": 0, "spills": 0, "shared": 64, "loads": {"128": 10, "32": 2}, "stores": {"128": 4}}
+    good = {
+        "registers": 100,
+        "stack": 0,
+        "spills": 0,
+        "shared": 64,
+        "loads": {"128": 10, "32": 2},
+        "stores": {"128": 4},
+    }
     better = {"registers": 90, "shared": 0, "loads": {"128": 8, "32": 2}, "stores": {"128": 6}}
     for change in ({}, *({name: value} for name, value in better.items())):
         assert gate.faults({**good, **change}, good) == []
@@ -118,7 +129,9 @@ def test_a_lowered_budget_fails(gate: types.ModuleType, budget: dict[str, Any], 
     removed = budget.pop("sm_90 forward D=512 bf16")
     budget["sm_90 forward D=511 bf16"] = removed
     path = tmp_path / "budget.json"
-    path.write_text(json.dumps({gate.version(): {"assemblers": gate.assemblers(), "kernels": budget}}), encoding="utf-8")
+    path.write_text(
+        json.dumps({gate.version(): {"assemblers": gate.assemblers(), "kernels": budget}}), encoding="utf-8"
+    )
     run = run_gate("--only", "^sm_90 (forward|narrow_backward) D=512 bf16$", "--budget", str(path))
     assert run.returncode == 1, run.stdout + run.stderr
     found = [line.removeprefix("FAULT ") for line in run.stdout.splitlines() if line.startswith("FAULT ")]
@@ -142,7 +155,10 @@ BROKEN = {
         REPLACE_PLAN.format("plan._replace(warps=max(1, plan.warps // 2))"),
         r"spills: [1-9]\d* instructions, [1-9]\d* bytes a thread",
     ),
-    "unaligned": ("\ndef is_aligned(*_):\n    return False\n", r"the widest of its loads has (16|32) bits, its budget is 128"),
+    "unaligned": (
+        "\ndef is_aligned(*_):\n    return False\n",
+        r"the widest of its loads has (16|32) bits, its budget is 128",
+    ),
     "more stages": (
         REPLACE_PLAN.format("plan._replace(constants={**plan.constants, 'STAGES': 4})"),
         r"\d+ bytes of shared memory, its budget is \d+",
@@ -154,7 +170,9 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_kernel_made_worse_fails(name: str, budget: dict[str, Any], tmp_path: Path) -> None:
     code, fault = BROKEN[name]
-    shutil.copytree(ROOT / "depthlstm_fast", tmp_path / "depthlstm_fast", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    shutil.copytree(
+        ROOT / "depthlstm_fast", tmp_path / "depthlstm_fast", ignore=shutil.ignore_patterns("__pycache__", "*.so")
+    )
     shutil.copytree(ROOT / "tools", tmp_path / "tools", ignore=shutil.ignore_patterns("__pycache__"))
     with (tmp_path / "depthlstm_fast" / "kernels" / "depth_lstm.py").open("a", encoding="utf-8") as file:
         file.write(code)
@@ -192,7 +210,9 @@ def launch_all(
     rows: int, features: int = 64, dtype: torch.dtype = torch.bfloat16, left: int = 0, norm: int = 0, seed: int | None = None,
     eps: float = 1e-6, dropout_p: float = 0.1, expanded: bool = False,
 ) -> None:  # fmt: skip
-    """Forward and backward, with ``left`` columns before each row of z, c and h; ``expanded``, every row of c and dc is the same."""
+    """Forward and backward, with ``left`` columns before each row of z, c and h; ``expanded``, every row of c and dc is
+    the same.
+    """
     from depthlstm_fast.kernels import depth_lstm as gates
 
     def tensor(width: int) -> torch.Tensor:

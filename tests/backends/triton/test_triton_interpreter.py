@@ -1,8 +1,7 @@
 """Triton's interpreter: that it computes what a GPU computes, and two tests of the kernels that only it allows.
 
-It can run the last programs of a grid alone, on memory that is not there, and it can run kernels that were broken on purpose: each
-such mutation turns a named test of the Triton kernels red.
-"""
+It can run the last programs of a grid alone, on memory that is not there, and it can run kernels that were broken on
+purpose: each such mutation turns a named test of the Triton kernels red."""
 
 from __future__ import annotations
 
@@ -61,7 +60,16 @@ if INTERPRETED:
         return total + other_total, tl.where(first, largest, other_largest), tl.where(first, place, other_place)
 
     @triton.jit
-    def reduce_kernel(source, totals, largest, places, AXIS: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    def reduce_kernel(
+        source,
+        totals,
+        largest,
+        places,
+        AXIS: tl.constexpr,
+        KEEP: tl.constexpr,
+        ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+    ):
         rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
         x = tl.load(source + rows * COLUMNS + columns)
         number = rows * COLUMNS + columns
@@ -99,11 +107,15 @@ def nearest_bf16(bits: np.ndarray) -> np.ndarray:
 
 
 def patterns() -> Tensor:
-    """fp32 numbers of every kind, as bits: random ones, ties, neighbours of ties, subnormals, the largest, infinities, NaN."""
+    """fp32 numbers of every kind, as bits: random ones, ties, neighbours of ties, subnormals, the largest, infinities,
+    NaN.
+    """
     random = torch.randint(-(2**31), 2**31, (1 << 16,), dtype=torch.int64)
     ties = (torch.randint(-(2**15), 2**15, (1 << 13,)) << 16) + 0x8000
     subnormal = torch.randint(0, 1 << 23, (1 << 12,))
-    special = torch.tensor([0, 0x80000000, 0x7F7FFFFF, 0xFF7FFFFF, 0x7F7F8000, 0x7F7F7FFF, 0x7F800000, 0xFF800000, 0x7F800001, 0x7FC00000])
+    special = torch.tensor(
+        [0, 0x80000000, 0x7F7FFFFF, 0xFF7FFFFF, 0x7F7F8000, 0x7F7F7FFF, 0x7F800000, 0xFF800000, 0x7F800001, 0x7FC00000]
+    )
     every = torch.cat((random, ties, ties - 1, ties + 1, subnormal, subnormal - 2**31, special))
     size = triton.next_power_of_2(len(every))
     every = torch.cat((every, torch.zeros(size - len(every), dtype=torch.int64)))
@@ -167,8 +179,18 @@ def test_reductions_equal_those_of_triton(shape: tuple[int, int], axis: int, kee
 
 def changeable() -> dict[str, Any]:
     """Everything of Triton's interpreter that could be replaced."""
-    parts = {"module": module, "builder": module.InterpreterBuilder, "reduce": module.ReduceOps, "function": module.InterpretedFunction}
-    return {f"{name}.{key}": value for name, part in parts.items() for key, value in vars(part).items() if not key.startswith("__")}
+    parts = {
+        "module": module,
+        "builder": module.InterpreterBuilder,
+        "reduce": module.ReduceOps,
+        "function": module.InterpretedFunction,
+    }
+    return {
+        f"{name}.{key}": value
+        for name, part in parts.items()
+        for key, value in vars(part).items()
+        if not key.startswith("__")
+    }
 
 
 def test_nothing_is_changed_outside() -> None:
@@ -188,7 +210,9 @@ def test_nothing_is_changed_outside() -> None:
 
 
 class LazyMemory:
-    """Stands for the module torch in the launcher: what it allocates is not there before it is touched, nor is what lies before it."""
+    """Stands for the module torch in the launcher: what it allocates is not there before it is touched, nor is what
+    lies before it.
+    """
 
     def __getattr__(self, attribute: str) -> Any:
         return getattr(torch, attribute)
@@ -196,7 +220,9 @@ class LazyMemory:
     def empty(self, shape: Any, *, dtype: torch.dtype, device: Any) -> Tensor:
         size, before = math.prod(shape), 2**31  # where an offset that wrapped would lead
         no_reserve = 0x4000  # Linux's MAP_NORESERVE, which mmap names from Python 3.13 on
-        pages = mmap.mmap(-1, (before + size + 4096) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+        pages = mmap.mmap(
+            -1, (before + size + 4096) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+        )
         return torch.frombuffer(pages, dtype=dtype)[before : before + size].view(shape)
 
 
@@ -205,9 +231,13 @@ def run_last_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     launch, builder = gates.launch, module.interpreter_builder
     set_grid_idx = builder.set_grid_idx
 
-    def launch_last(kernel: Any, grid: tuple[int, ...], arguments: Any, constants: Any, plan: Any, aligned: bool) -> None:
+    def launch_last(
+        kernel: Any, grid: tuple[int, ...], arguments: Any, constants: Any, plan: Any, aligned: bool
+    ) -> None:
         named = dict(zip(kernel.arg_names, arguments, strict=False))
-        tiles = -(-named.get("rows", grid[0]) // plan.constants.get("ROWS", 1))  # the kernel without an argument `rows` has a program a row
+        tiles = -(
+            -named.get("rows", grid[0]) // plan.constants.get("ROWS", 1)
+        )  # the kernel without an argument `rows` has a program a row
         axis = len(grid) - 1
 
         def from_the_last(*index: int) -> None:
@@ -266,7 +296,9 @@ def file_of(test: str) -> str:
 
 
 class Mutation(NamedTuple):
-    """In a file of the kernels ``old`` becomes ``new`` at its ``place``-th occurrence; ``test`` then fails with ``words``."""
+    """In a file of the kernels ``old`` becomes ``new`` at its ``place``-th occurrence; ``test`` then fails with
+    ``words``.
+    """
 
     file: str
     old: str
@@ -283,15 +315,27 @@ class Mutation(NamedTuple):
 
 
 # tests
-SMALL = "test_error_bound[depth_lstm-triton-narrow-f32-f32-f32-gate-True-gelu]"  # D = 7 in tiles of 16 columns, 5 rows in tiles of 16
-ROW, TILES, WIDE_TILES = (f"test_rows[depth_lstm-triton-{case}]" for case in ("narrow-1-33", "narrow-17-33", "wide-5-20"))
+# D = 7 in tiles of 16 columns, 5 rows in tiles of 16
+SMALL = "test_error_bound[depth_lstm-triton-narrow-f32-f32-f32-gate-True-gelu]"
+ROW, TILES, WIDE_TILES = (
+    f"test_rows[depth_lstm-triton-{case}]" for case in ("narrow-1-33", "narrow-17-33", "wide-5-20")
+)
 NOT_THERE = "test_columns_and_rows_that_are_not_there[gate-gelu_tanh]"
-FAR_NARROW, FAR_WIDE = (f"test_rows_more_than_2_to_the_31_elements_apart[{scheme}-gelu]" for scheme in ("narrow", "wide"))
-LONG_NARROW, LONG_WIDE = (f"test_outputs_of_more_than_2_to_the_31_elements[{case}]" for case in ("narrow-33", "wide-20"))
+FAR_NARROW, FAR_WIDE = (
+    f"test_rows_more_than_2_to_the_31_elements_apart[{scheme}-gelu]" for scheme in ("narrow", "wide")
+)
+LONG_NARROW, LONG_WIDE = (
+    f"test_outputs_of_more_than_2_to_the_31_elements[{case}]" for case in ("narrow-33", "wide-20")
+)
 PHILOX, WIDE_PHILOX = "test_dropout_mask[0-narrow]", "test_dropout_mask[0-wide]"
 DROPOUT, WIDE_DROPOUT = (f"test_error_bound_with_dropout[{scheme}-gate-True-gelu]" for scheme in ("narrow", "wide"))
 # what they say
-BOUND, POISON, GUARD, UNEQUAL = r"error [\d.e+-]+, allowed", "error nan, allowed", "guard: written beside", "assert False|Mismatched"
+BOUND, POISON, GUARD, UNEQUAL = (
+    r"error [\d.e+-]+, allowed",
+    "error nan, allowed",
+    "guard: written beside",
+    "assert False|Mismatched",
+)
 # what is broken
 INSIDE = "inside = (row < rows) & (column < FEATURES)"
 ANY_ROW = "inside = (row >= 0) & (column < FEATURES)"
@@ -311,7 +355,11 @@ MUTATIONS = [
     Mutation("common/tiles.py", "tile = tl.where(inside, tile, 0.0)", "tile = tile", SMALL, BOUND),  # of the statistics
     Mutation("common/tiles.py", "tile = tl.where(inside, tile, 0.0)", "tile = tile", NOT_THERE, POISON, 1),
     Mutation(
-        "depth_lstm.py", "tl.minimum(row, rows - 1)", "row", "test_z_bias[depth_lstm-triton-narrow-f32-f32-f32-gate-True-gelu]", POISON
+        "depth_lstm.py",
+        "tl.minimum(row, rows - 1)",
+        "row",
+        "test_z_bias[depth_lstm-triton-narrow-f32-f32-f32-gate-True-gelu]",
+        POISON,
     ),
     # offsets: of the gates, and beyond 2^31
     Mutation("common/tiles.py", "load(at + k * FEATURES", "load(at + (k + 1) * FEATURES", SMALL, POISON),
@@ -325,12 +373,30 @@ MUTATIONS = [
     Mutation("depth_lstm.py", TILE, TILE32, LONG_NARROW, UNEQUAL),
     Mutation("depth_lstm.py", TILE, TILE32, LONG_WIDE, UNEQUAL, 1),
     # loops that end a tile too early, or after the first partial sums
-    Mutation("depth_lstm.py", "tl.cdiv(rows, ROWS), tl.num_programs(0)", "rows // ROWS, tl.num_programs(0)", TILES, POISON),
-    Mutation("depth_lstm.py", "tl.cdiv(rows, ROWS), tl.num_programs(1)", "rows // ROWS, tl.num_programs(1)", WIDE_TILES, POISON),
-    Mutation("depth_lstm.py", "tl.range(0, programs, ROWS)", "tl.range(0, ROWS, ROWS)", "test_more_rows_than_programs[18-273-1]", BOUND),
+    Mutation(
+        "depth_lstm.py", "tl.cdiv(rows, ROWS), tl.num_programs(0)", "rows // ROWS, tl.num_programs(0)", TILES, POISON
+    ),
+    Mutation(
+        "depth_lstm.py",
+        "tl.cdiv(rows, ROWS), tl.num_programs(1)",
+        "rows // ROWS, tl.num_programs(1)",
+        WIDE_TILES,
+        POISON,
+    ),
+    Mutation(
+        "depth_lstm.py",
+        "tl.range(0, programs, ROWS)",
+        "tl.range(0, ROWS, ROWS)",
+        "test_more_rows_than_programs[18-273-1]",
+        BOUND,
+    ),
     # mathematics
     Mutation(
-        "common/tiles.py", "-rest[k] * ", "0.0 * rest[k] * ", "test_constant_rows[depth_lstm-triton-narrow-gate-f32-f32-f32-41]", BOUND
+        "common/tiles.py",
+        "-rest[k] * ",
+        "0.0 * rest[k] * ",
+        "test_constant_rows[depth_lstm-triton-narrow-gate-f32-f32-f32-41]",
+        BOUND,
     ),
     Mutation("common/tiles.py", " - n[k] * mean_un[k]", "", SMALL, BOUND),
     Mutation("common/tiles.py", "u[k] - mean_u[k]", "u[k]", SMALL, BOUND),
@@ -351,10 +417,23 @@ MUTATIONS = [
     Mutation("depth_lstm.py", "(dweight, dbias) if affine", "(dbias, dweight) if affine", SMALL, BOUND),
     Mutation("depth_lstm.py", "sums[GATES + k] + da[k]", "da[k]", "test_more_rows_than_programs[2-18-33]", BOUND),
     # dropout: order of the words, blocks, rows, scale
-    Mutation("common/formulas.py", "tl.join(w0, w2), tl.join(w1, w3)", "tl.join(w0, w1), tl.join(w2, w3)", PHILOX, UNEQUAL),
-    Mutation("common/formulas.py", "(first // 4 + tl.arange(0, BLOCK // 4))", "tl.arange(0, BLOCK // 4)", WIDE_PHILOX, UNEQUAL),
     Mutation(
-        "depth_lstm.py", "rows, row, column, first, inside, dh_stride", "rows, row, column, 0, inside, dh_stride", WIDE_PHILOX, UNEQUAL, 1
+        "common/formulas.py", "tl.join(w0, w2), tl.join(w1, w3)", "tl.join(w0, w1), tl.join(w2, w3)", PHILOX, UNEQUAL
+    ),
+    Mutation(
+        "common/formulas.py",
+        "(first // 4 + tl.arange(0, BLOCK // 4))",
+        "tl.arange(0, BLOCK // 4)",
+        WIDE_PHILOX,
+        UNEQUAL,
+    ),
+    Mutation(
+        "depth_lstm.py",
+        "rows, row, column, first, inside, dh_stride",
+        "rows, row, column, 0, inside, dh_stride",
+        WIDE_PHILOX,
+        UNEQUAL,
+        1,
     ),
     Mutation("depth_lstm.py", "key, 1, row, column, first", "key, 1, row, column, 0", WIDE_DROPOUT, BOUND),  # row_sums
     Mutation("common/formulas.py", "(row >> 32)", "(row & 0)", "test_dropout_of_far_rows[5-0-1099511627781]", "assert"),
@@ -364,8 +443,8 @@ MUTATIONS = [
     Mutation("common/interpreter.py", HALF_UP, "bits + np.uint32(0x8000)", "test_rounding_to_bf16", UNEQUAL),
 ]
 
-# One pytest session collects the tests; each mutation runs its test in a fork of it, in which the kernels are imported anew, and
-# what the tests hold of the old ones is replaced.
+# One pytest session collects the tests; each mutation runs its test in a fork of it, in which the kernels are imported
+# anew, and what the tests hold of the old ones is replaced.
 SESSION = """
 import importlib, json, os, sys, traceback
 import pytest, torch
@@ -436,7 +515,9 @@ def mutate(text: str, mutation: Mutation) -> str:
 
 @pytest.mark.slow
 def test_mutations_are_caught(tmp_path: Path) -> None:
-    """Every mutation by the test that is named for it, in the words of that test's own check; without one, all of them pass."""
+    """Every mutation by the test that is named for it, in the words of that test's own check; without one, all of them
+    pass.
+    """
     tests = sorted({mutation.node() for mutation in MUTATIONS})
     jobs: list[tuple[Path, list[str]]] = []
     for number, mutation in enumerate([None, *MUTATIONS]):
@@ -446,10 +527,17 @@ def test_mutations_are_caught(tmp_path: Path) -> None:
             file = folder / mutation.file
             file.write_text(mutate(file.read_text(encoding="utf-8"), mutation), encoding="utf-8")
         jobs.append((folder, tests if mutation is None else [mutation.node()]))
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     text = json.dumps(([str(TESTS / test) for test in tests], [(str(folder), chosen) for folder, chosen in jobs]))
     command = [sys.executable, "-c", SESSION]
-    run = subprocess.run(command, input=text, capture_output=True, text=True, cwd=TESTS.parent, env=environment, timeout=600, check=False)
+    run = subprocess.run(
+        command, input=text, capture_output=True, text=True, cwd=TESTS.parent, env=environment, timeout=600, check=False
+    )
     survivors = []
     for (folder, _), mutation in zip(jobs, [None, *MUTATIONS], strict=True):
         assert (folder / "result.json").exists(), run.stdout + run.stderr
@@ -458,5 +546,7 @@ def test_mutations_are_caught(tmp_path: Path) -> None:
         if mutation is None:
             assert not result["failures"], "\n".join(result["failures"])
         elif not any(re.search(rf"^E .*{mutation.words}", failure, re.M) for failure in result["failures"]):
-            survivors.append("\n".join([f"{mutation}: {mutation.test} does not say {mutation.words!r}", *result["failures"]]))
+            survivors.append(
+                "\n".join([f"{mutation}: {mutation.test} does not say {mutation.words!r}", *result["failures"]])
+            )
     assert not survivors, "\n\n".join(survivors)

@@ -1,4 +1,6 @@
-"""What the launcher hands to Triton, without a GPU: a stand-in for its driver takes the compiled kernels and records their launches."""
+"""What the launcher hands to Triton, without a GPU: a stand-in for its driver takes the compiled kernels and records
+their launches.
+"""
 
 from __future__ import annotations
 
@@ -86,13 +88,17 @@ print(json.dumps({"launches": launches, "first": first, "again": again, "unalign
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    run = subprocess.run([sys.executable, "-c", LAUNCHES], env=environment, capture_output=True, text=True, timeout=300, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", LAUNCHES], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
 
 
 def test_launches(recorded: dict[str, Any]) -> None:
-    """Grids as the kernels' headers say: a tile of rows a program forward, resident programs backward, tiles of columns in the wide one."""
+    """Grids as the kernels' headers say: a tile of rows a program forward, resident programs backward, tiles of columns
+    in the wide one.
+    """
     names = [name for name, *_ in recorded["launches"]]
     assert names[:3] == ["forward_kernel", "narrow_backward_kernel", "sums_kernel"]
     assert names[-4:] == ["forward_kernel", "row_sums_kernel", "wide_backward_kernel", "sums_kernel"]
@@ -149,7 +155,9 @@ def test_tuning_keeps_the_fastest(tune: types.ModuleType, monkeypatch: pytest.Mo
     assert len(json.loads(tune.cache_file().read_text())) == 2
 
 
-def test_tuning_survives_a_file_of_rubbish_and_leaves_captures_alone(tune: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuning_survives_a_file_of_rubbish_and_leaves_captures_alone(
+    tune: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from depthlstm_fast.kernels.common.launch import Launch
 
     plans = [Launch(1, {"ROWS": 1}), Launch(2, {"ROWS": 2})]

@@ -1,4 +1,6 @@
-"""The Triton kernels' dropout, and what they read and write: every element, nothing beside it, rows anywhere, far offsets."""
+"""The Triton kernels' dropout, and what they read and write: every element, nothing beside it, rows anywhere, far
+offsets.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore::RuntimeWarning:t
 @pytest.mark.parametrize("scheme", ["narrow", "wide"])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_dropout_mask(seed: int, scheme: str, request: pytest.FixtureRequest) -> None:
-    """What forward drops, and what backward drops, are the elements that the paper's Philox names; the other backends drop the same."""
+    """What forward drops, and what backward drops, are the elements that the paper's Philox names; the other backends
+    drop the same.
+    """
     features = 37 if scheme == "wide" else 21
     if scheme == "wide":
         request.getfixturevalue("small_wide")
@@ -104,7 +108,10 @@ def test_dropout_of_far_rows(seed: int, first: int, row: int) -> None:
     key = torch.tensor([seed], device=DEVICE)
     launcher.launch(factors_kernel, (1,), (key, found, row, first, int(0.35 * 2**32), 3.0), {}, plan, False)
     words = [
-        [philox([d // 4, n & LOW, n >> 32, 0], [seed & LOW, (seed >> 32) & LOW])[d % 4] for d in range(first, first + 32)]
+        [
+            philox([d // 4, n & LOW, n >> 32, 0], [seed & LOW, (seed >> 32) & LOW])[d % 4]
+            for d in range(first, first + 32)
+        ]
         for n in range(row, row + 4)
     ]
     assert found.tolist() == [[3.0 * (word >= int(0.35 * 2**32)) for word in line] for line in words]
@@ -119,7 +126,9 @@ def test_dropout_probabilities(p: float) -> None:
 
 
 def test_dropout_at_a_word() -> None:
-    """p 2^32 is cut off, and an element whose word is that number is kept; 1 / (1 - p) is that of p, not of the nearest fp32."""
+    """p 2^32 is cut off, and an element whose word is that number is kept; 1 / (1 - p) is that of p, not of the nearest
+    fp32.
+    """
     words = words_by_hand(5, 4, 32)
     found = torch.empty(4, 32, device=DEVICE)
     plan, key = launcher.Launch(1, {"ROWS": 4, "BLOCK": 32}), torch.tensor([5], device=DEVICE)
@@ -138,7 +147,9 @@ def test_dropout_at_a_word_of_a_call(scheme: str, request: pytest.FixtureRequest
     tensors["hidden"], tensors["c"] = torch.ones_like(tensors["hidden"]), torch.zeros_like(tensors["c"])
     grads = (torch.zeros_like(tensors["c"]), torch.ones_like(tensors["c"]))
     words = words_by_hand(5, 3, 20)
-    for p in ties(words)[-3:]:  # of the largest word: what is kept is multiplied by some 60, which a p in fp32 would give three digits of
+    for p in ties(words)[
+        -3:
+    ]:  # of the largest word: what is kept is multiplied by some 60, which a p in fp32 would give three digits of
         found = results(fused, tensors, grads, **options, **dropout(5, p))
         mask = torch.from_numpy(words >= int(p * 2**32)).to(DEVICE)
         assert torch.equal(found["c_out"] != 0, mask), p
@@ -149,7 +160,9 @@ def test_dropout_at_a_word_of_a_call(scheme: str, request: pytest.FixtureRequest
 
 @pytest.mark.parametrize(("norm", "affine", "kind"), CALLS)
 @pytest.mark.parametrize("scheme", ["narrow", "wide"])
-def test_error_bound_with_dropout(scheme: str, norm: str, affine: bool, kind: str, request: pytest.FixtureRequest) -> None:
+def test_error_bound_with_dropout(
+    scheme: str, norm: str, affine: bool, kind: str, request: pytest.FixtureRequest
+) -> None:
     if scheme == "wide":
         request.getfixturevalue("small_wide")
     tensors, options = given(2, 20, FULL, norm, affine, kind)
@@ -182,7 +195,9 @@ def test_checkpointing(reentrant: bool) -> None:
 
 @pytest.mark.parametrize("scheme", ["narrow", "wide"])
 @pytest.mark.parametrize(("norm", "affine", "kind"), CALLS)
-def test_every_element_is_written(norm: str, affine: bool, kind: str, scheme: str, memory: Memory, request: pytest.FixtureRequest) -> None:  # noqa: F811
+def test_every_element_is_written(
+    norm: str, affine: bool, kind: str, scheme: str, memory: Memory, request: pytest.FixtureRequest
+) -> None:  # noqa: F811
     """Outputs, partial sums and statistics: nothing of what the launcher allocates stays as it was."""
     if scheme == "wide":
         request.getfixturevalue("small_wide")
@@ -217,8 +232,8 @@ def rows_apart(x: Tensor) -> Tensor:
 LAYOUTS = [rows_apart, transposed, strided_features, expanded, expanded_once]
 
 
-# Inputs and gradients of different layouts on a batch of (2, 3, 2) rows, where a single row stride may not exist: each layout meets
-# each in one of the two roles.
+# Inputs and gradients of different layouts on a batch of (2, 3, 2) rows, where a single row stride may not exist: each
+# layout meets each in one of the two roles.
 @pytest.mark.parametrize("shift", range(len(LAYOUTS)))
 @pytest.mark.parametrize("inputs", LAYOUTS, ids=name)
 def test_layouts(inputs: Callable, shift: int) -> None:
@@ -250,7 +265,15 @@ def test_row_strides_of_the_longest_rows() -> None:
 def test_row_strides() -> None:
     """The stride that the launcher finds reads the rows that the tensor has; where it finds none there is none."""
     whole = torch.arange(2 * 3 * 4 * 30).view(2, 3, 4, 30)
-    views = [whole, whole.transpose(0, 1), whole.transpose(1, 2), whole[..., 2:7], whole[1:, ::2], whole[..., :1], whole[..., ::2]]
+    views = [
+        whole,
+        whole.transpose(0, 1),
+        whole.transpose(1, 2),
+        whole[..., 2:7],
+        whole[1:, ::2],
+        whole[..., :1],
+        whole[..., ::2],
+    ]
     views += [whole[:, :1], whole[:, :, :1], whole[0, 0, 0], whole[:1, :1, :1]]
     views += [whole[:, :1].expand(2, 3, 4, 30), whole[:1, :1, :1].expand(2, 3, 4, 30)]
     found = 0
@@ -300,7 +323,10 @@ def test_alignment_is_asked_of_every_operand(types: Types, move: Callable, monke
             operands[key] for key in ("z", "z_bias", "hidden", "c", "weight", "bias", "dh", "dc", "h")
         )
         both = []
-        for call in (lambda *inputs: gates.gates_forward(*inputs, h), lambda *inputs: gates.gates_backward(dh, dc, *inputs, True, True)):
+        for call in (
+            lambda *inputs: gates.gates_forward(*inputs, h),
+            lambda *inputs: gates.gates_backward(dh, dc, *inputs, True, True),
+        ):
             promised.clear()
             call(z, z_bias, hidden, c, weight, bias, None, 0, 0, 1e-6, 0.0)
             both.append(set(promised))
@@ -319,7 +345,8 @@ def test_alignment_is_asked_of_what_is_written(types: Types, features: int, monk
     monkeypatch.setattr(gates, "launch", lambda *call: promised.append(call[-1]))
     tensors, _ = given(3, features, types, affine=False)
     z, c, dh, dc = (
-        torch.empty(3, 64, dtype=x.dtype, device=DEVICE)[:, : x.shape[1]].copy_(x) for x in (*tensors.values(), *cotangents(tensors))
+        torch.empty(3, 64, dtype=x.dtype, device=DEVICE)[:, : x.shape[1]].copy_(x)
+        for x in (*tensors.values(), *cotangents(tensors))
     )
     inputs = (z, None, None, c, None, None, None, 0, 0, 1e-6, 0.0)
     gates.gates_forward(*inputs)
@@ -330,7 +357,9 @@ def test_alignment_is_asked_of_what_is_written(types: Types, features: int, monk
 @pytest.mark.parametrize("kind", ["gelu", "given"])
 @pytest.mark.parametrize("scheme", ["narrow", "wide"])
 def test_rows_more_than_2_to_the_31_elements_apart(scheme: str, kind: str, request: pytest.FixtureRequest) -> None:
-    """Three rows whose offsets are 0, 2^30 and 2^31: an int32 would wrap to -2^31, where zeros are read in the last row's place."""
+    """Three rows whose offsets are 0, 2^30 and 2^31: an int32 would wrap to -2^31, where zeros are read in the last
+    row's place.
+    """
     if scheme == "wide":
         request.getfixturevalue("small_wide")
     tensors, options = given(3, 20, HALF, kind=kind)
@@ -341,7 +370,12 @@ def test_rows_more_than_2_to_the_31_elements_apart(scheme: str, kind: str, reque
     for number, (key, x) in enumerate(by_row.items()):
         far[key] = room.as_strided(x.shape, (2**30, 1), 2**31 + 512 * number)
         far[key].copy_(x)
-    check_gates({**tensors, **{key: far[key] for key in tensors if key in far}}, options, (far["dh"], far["dc"]), backend="triton")
+    check_gates(
+        {**tensors, **{key: far[key] for key in tensors if key in far}},
+        options,
+        (far["dh"], far["dc"]),
+        backend="triton",
+    )
 
 
 @pytest.mark.parametrize("features", [64, 4096] if DEVICE == "cuda" else [64])
@@ -363,5 +397,7 @@ def test_more_than_2_to_the_31_elements(features: int) -> None:
         whole[chosen] = x
         return whole
 
-    found = results(fused, {key: scattered(x) for key, x in tensors.items()}, (scattered(grads[0]), scattered(grads[1])), **options)
+    found = results(
+        fused, {key: scattered(x) for key, x in tensors.items()}, (scattered(grads[0]), scattered(grads[1])), **options
+    )
     assert_identical({key: value[chosen] for key, value in found.items()}, results(fused, tensors, grads, **options))

@@ -1,4 +1,6 @@
-"""What users do to the Triton backend by accident: lazy signs, no rows, threads, hints that make no sense, broken installations."""
+"""What users do to the Triton backend by accident: lazy signs, no rows, threads, hints that make no sense, broken
+installations.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +106,11 @@ def test_eps_that_no_float_holds() -> None:
     [
         ("raise RuntimeError('boom')", "Name: triton\nVersion: 3.6.0", "do not import: RuntimeError: boom"),
         ("", "Name: triton\nVersion: 2.1.0", "2.1.0 is too old"),
-        ("raise RuntimeError('boom')", "Name: triton", "do not import: RuntimeError: boom"),  # what an interrupted pip leaves
+        (
+            "raise RuntimeError('boom')",
+            "Name: triton",
+            "do not import: RuntimeError: boom",
+        ),  # what an interrupted pip leaves
     ],
     ids=["raises", "old", "no version"],
 )
@@ -115,7 +121,9 @@ def test_broken_triton_is_reported_and_breaks_nothing(init: str, metadata: str, 
     (tmp_path / "triton-9.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\n{metadata}\n")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]), "TRITON_INTERPRET": "1"}
     script = "import torch, depthlstm_fast as dl; dl.depth_lstm_gates(torch.ones(1, 4), torch.ones(1, 1)); print(dl.backends()['triton'])"
-    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
     assert run.returncode == 0, run.stderr
     assert "available=False" in run.stdout
     assert words in run.stdout

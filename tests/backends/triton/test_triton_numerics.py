@@ -1,4 +1,6 @@
-"""The Triton kernels on difficult rows: NaN, far means, constant rows, the largest numbers; rows are independent, runs identical."""
+"""The Triton kernels on difficult rows: NaN, far means, constant rows, the largest numbers; rows are independent, runs
+identical.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore::RuntimeWarning:t
 @pytest.mark.parametrize("kind", KINDS[:-1])
 @pytest.mark.parametrize("norm", ["gate", "joint"])
 def test_columns_and_rows_that_are_not_there(norm: str, kind: str) -> None:
-    """Beyond the last column n would be -mean / sqrt(eps), whose powers overflow fp32, and beyond the last row 1 / 0 with eps = 0."""
+    """Beyond the last column n would be -mean / sqrt(eps), whose powers overflow fp32, and beyond the last row 1 / 0
+    with eps = 0.
+    """
     tensors, options = given(3, 7, FULL, norm, False, kind)
     tensors["z"] = torch.full_like(tensors["z"], 2.0**60)
     check(tensors, options)

@@ -1,4 +1,6 @@
-"""The Triton kernels as compiled for sm_90, run on a CPU by the simulator of PTX: the interpreter never sees what the compiler made."""
+"""The Triton kernels as compiled for sm_90, run on a CPU by the simulator of PTX: the interpreter never sees what the
+compiler made.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,20 @@ pytestmark = [needs_triton, pytest.mark.skipif(available() not in (None, "there 
 # whole tiles and several rows in one; masked columns and no alignment; rows in several warps, whose sums need barriers
 @pytest.mark.parametrize(
     ("rows", "features", "dtype", "scheme"),
-    [(5, 64, "float32", "narrow"), (7, 100, "bfloat16", "narrow"), (3, 512, "bfloat16", "narrow"), (3, 600, "bfloat16", "wide")],
+    [
+        (5, 64, "float32", "narrow"),
+        (7, 100, "bfloat16", "narrow"),
+        (3, 512, "bfloat16", "narrow"),
+        (3, 600, "bfloat16", "wide"),
+    ],
 )
 def test_compiled_kernels_on_a_cpu(rows: int, features: int, dtype: str, scheme: str, tmp_path: Path) -> None:
-    environment = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "DEPTHLSTM_AUTOTUNE")}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HERE.parents[2]), str(HERE.parents[1]), environment.get("PYTHONPATH"))))
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "DEPTHLSTM_AUTOTUNE")
+    }
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, (str(HERE.parents[2]), str(HERE.parents[1]), environment.get("PYTHONPATH")))
+    )
     command = [sys.executable, str(HERE / "triton_ptx.py"), str(tmp_path), str(rows), str(features), dtype, scheme]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

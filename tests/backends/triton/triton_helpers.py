@@ -1,4 +1,6 @@
-"""What the tests of the Triton kernels share: the kernels' modules, NaN and guards around all memory, arguments on the device."""
+"""What the tests of the Triton kernels share: the kernels' modules, NaN and guards around all memory, arguments on the
+device.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ class Memory:
         buffer = torch.full((size + 2 * GUARD,), SENTINEL, dtype=dtype, device=device)
         buffer[GUARD : GUARD + size] = torch.nan
         self.buffers.append((buffer, size))
-        return buffer.new_empty(0).set_(buffer.untyped_storage(), GUARD, shape)  # no view, as little as torch.empty's result is one
+        return buffer.new_empty(0).set_(
+            buffer.untyped_storage(), GUARD, shape
+        )  # no view, as little as torch.empty's result is one
 
     def check_guards(self) -> None:
         for buffer, size in self.buffers:
@@ -112,7 +116,10 @@ def on_device(inputs: list[Any]) -> list[Any]:
 
 
 def check(
-    tensors: dict[str, Tensor], options: dict[str, Any], grads: tuple[Tensor, Tensor] | None = None, condition: float = 0.0
+    tensors: dict[str, Tensor],
+    options: dict[str, Any],
+    grads: tuple[Tensor, Tensor] | None = None,
+    condition: float = 0.0,
 ) -> dict[str, Tensor]:
     """check_gates with every argument and gradient among NaN."""
     dh, dc = cotangents(tensors) if grads is None else grads

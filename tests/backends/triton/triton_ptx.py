@@ -1,7 +1,8 @@
-"""The Triton kernels as compiled for sm_90, on a CPU: every launch of a call goes to the simulator of PTX. A process of its own.
+"""The Triton kernels as compiled for sm_90, on a CPU: every launch of a call goes to the simulator of PTX. A process of
+its own.
 
-python triton_ptx.py FOLDER ROWS FEATURES DTYPE SCHEME prints the largest error of each result over that of eager PyTorch, as JSON.
-"""
+python triton_ptx.py FOLDER ROWS FEATURES DTYPE SCHEME prints the largest error of each result over that of eager
+PyTorch, as JSON."""
 
 from __future__ import annotations
 
@@ -30,9 +31,13 @@ launched: list[str] = []
 def simulated_launch(folder: Path) -> Any:
     """Stands for kernels.launch.launch."""
 
-    def launch(kernel: Any, grid: tuple[int, ...], values: tuple[Any, ...], options: dict[str, Any], plan: Any, aligned: bool) -> None:
+    def launch(
+        kernel: Any, grid: tuple[int, ...], values: tuple[Any, ...], options: dict[str, Any], plan: Any, aligned: bool
+    ) -> None:
         types = tuple(launcher.type_of(value) for value in values)
-        compiled = launcher.compile_kernel(kernel, types, {**options, **plan.constants}, plan.warps, aligned, target=TARGET)
+        compiled = launcher.compile_kernel(
+            kernel, types, {**options, **plan.constants}, plan.warps, aligned, target=TARGET
+        )
         ptx = compiled.asm["ptx"]
         library = load(simulate_ptx(ptx, folder / f"{hashlib.sha256(ptx.encode()).hexdigest()[:16]}.so"))
         passed: list[Any] = []
@@ -41,7 +46,10 @@ def simulated_launch(folder: Path) -> Any:
                 passed.append(ctypes.c_void_p(value.data_ptr()))
             elif kind is not None:
                 passed.append(ctypes.c_float(value) if kind == "fp32" else ctypes.c_int64(value))
-        passed += [ctypes.c_void_p(), ctypes.c_void_p()]  # Triton's own working memory, of which these kernels need none
+        passed += [
+            ctypes.c_void_p(),
+            ctypes.c_void_p(),
+        ]  # Triton's own working memory, of which these kernels need none
         addresses = (ctypes.c_void_p * len(passed))(*(ctypes.addressof(value) for value in passed))
         sizes = (*grid, 1, 1)[:3]
         shared = ctypes.c_size_t(compiled.metadata.shared)

@@ -1,4 +1,6 @@
-"""depth_lstm_cell: the product with slices of [x ; h'] and the gates as one autograd node, against eager PyTorch and fp64."""
+"""depth_lstm_cell: the product with slices of [x ; h'] and the gates as one autograd node, against eager PyTorch and
+fp64.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ def call(function: Any, tensors: dict[str, Tensor], options: dict[str, Any]) -> 
     return function(x if len(x) > 1 else x[0], **rest, **options)
 
 
-def results(function: Any, tensors: dict[str, Tensor], grads: tuple[Tensor, Tensor], options: dict[str, Any]) -> dict[str, Tensor]:
+def results(
+    function: Any, tensors: dict[str, Tensor], grads: tuple[Tensor, Tensor], options: dict[str, Any]
+) -> dict[str, Tensor]:
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
     h, c = call(function, leaves, options)
     found = torch.autograd.grad((h, c), list(leaves.values()), grads)
@@ -87,7 +91,9 @@ def check(tensors: dict[str, Tensor], options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("types", TYPES, ids=str)
 @pytest.mark.parametrize("widths", [(24,), (5, 13), (1, 2, 3)], ids=str)
 @pytest.mark.parametrize(("norm", "affine", "kind"), CALLS)
-def test_error_bound(norm: str, affine: bool, kind: str, widths: tuple[int, ...], types: tuple[torch.dtype, torch.dtype]) -> None:
+def test_error_bound(
+    norm: str, affine: bool, kind: str, widths: tuple[int, ...], types: tuple[torch.dtype, torch.dtype]
+) -> None:
     check(*arguments((4, 9), widths, 33, types, norm, affine, kind))
 
 
@@ -140,7 +146,9 @@ def test_layouts(layout: str, argument: str, types: tuple[torch.dtype, torch.dty
     given = {**tensors, "dh": dh, "dc": dc}
     x = given[argument]
     if layout == "slice":
-        given[argument] = torch.cat((torch.full_like(x, torch.nan), x, torch.full_like(x, torch.nan)), -1)[..., x.shape[-1] : -x.shape[-1]]
+        given[argument] = torch.cat((torch.full_like(x, torch.nan), x, torch.full_like(x, torch.nan)), -1)[
+            ..., x.shape[-1] : -x.shape[-1]
+        ]
     elif layout == "transposed" and x.dim() > 1:
         given[argument] = transposed(x)
     elif layout == "features":
@@ -169,7 +177,9 @@ def test_slices_of_one_buffer() -> None:
 NAMES = ["x0", "h", "c", "w", "b", "weight", "bias", "hidden"]
 
 
-@pytest.mark.parametrize("wanted", [*[(name,) for name in NAMES], *itertools.combinations(["x0", "w", "b", "weight"], 2), ()], ids="-".join)
+@pytest.mark.parametrize(
+    "wanted", [*[(name,) for name in NAMES], *itertools.combinations(["x0", "w", "b", "weight"], 2), ()], ids="-".join
+)
 def test_subsets_of_gradients(wanted: tuple[str, ...]) -> None:
     tensors, options = arguments((5,), (4,), 9, (F32, F32), kind="given" if "hidden" in wanted else "gelu")
     grads = cotangents(tensors)
@@ -210,7 +220,9 @@ def test_nothing_given_is_written_and_backward_runs_twice() -> None:
     torch.autograd.backward(outputs, grads, retain_graph=True)
     once = {name: leaf.grad.clone() for name, leaf in leaves.items()}
     torch.autograd.backward(outputs, grads)
-    assert_identical({name: leaf.grad for name, leaf in leaves.items()}, {name: 2 * gradient for name, gradient in once.items()})
+    assert_identical(
+        {name: leaf.grad for name, leaf in leaves.items()}, {name: 2 * gradient for name, gradient in once.items()}
+    )
     assert {name: tensor._version for name, tensor in given.items()} == versions
     assert_identical({name: tensor.detach() for name, tensor in given.items()}, before)
 
@@ -283,7 +295,9 @@ def test_checkpointing_with_dropout(reentrant: bool) -> None:
 @pytest.mark.parametrize("types", [TYPES[0], TYPES[1], TYPES[4]], ids=str)
 @pytest.mark.parametrize("widths", [(24,), (5, 13)], ids=str)
 @pytest.mark.parametrize(("norm", "affine", "kind"), CALLS)
-def test_without_gradients(norm: str, affine: bool, kind: str, widths: tuple[int, ...], types: tuple[torch.dtype, torch.dtype]) -> None:
+def test_without_gradients(
+    norm: str, affine: bool, kind: str, widths: tuple[int, ...], types: tuple[torch.dtype, torch.dtype]
+) -> None:
     """Few rows take another way to z then; what comes out is what the same call gives with gradients."""
     for rows in (1, 3, 64, 65):
         tensors, options = arguments((rows,), widths, 33, types, norm, affine, kind)

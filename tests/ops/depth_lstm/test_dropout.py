@@ -61,7 +61,9 @@ def test_philox_of_this_file(counter: list[int], key: list[int], wanted: list[in
 def words_by_hand(seed: int, rows: int, features: int, first: int = 0) -> np.ndarray:
     """The random words of ``rows`` rows from ``first`` on."""
     key = [seed & LOW, (seed >> 32) & LOW]
-    words = [[philox([d // 4, n & LOW, n >> 32, 0], key)[d % 4] for d in range(features)] for n in range(first, first + rows)]
+    words = [
+        [philox([d // 4, n & LOW, n >> 32, 0], key)[d % 4] for d in range(features)] for n in range(first, first + rows)
+    ]
     return np.array(words, dtype=np.uint64).reshape(rows, features)
 
 
@@ -70,9 +72,17 @@ def mask_by_hand(seed: int, rows: int, features: int, p: float, first: int = 0) 
 
 
 def ties(words: np.ndarray) -> list[float]:
-    """Probabilities that are, times 2^32, one of the words or beside it, for each place in a group of eight features; and extreme ones."""
+    """Probabilities that are, times 2^32, one of the words or beside it, for each place in a group of eight features;
+    and extreme ones.
+    """
     word = [int(words[column % len(words), column]) for column in range(8)] + [int(words.max())]
-    return [1e-10, 2**-32, 1 - 2**-32, 1 - 2**-53, *((w + step) / 2**32 for w in word for step in (0, 0.75, 1) if w + step < 2**32)]
+    return [
+        1e-10,
+        2**-32,
+        1 - 2**-32,
+        1 - 2**-53,
+        *((w + step) / 2**32 for w in word for step in (0, 0.75, 1) if w + step < 2**32),
+    ]
 
 
 SEEDS = [0, 1, 2**31, 2**32 - 1, 2**32, 2**62 + 12345, -1]
@@ -85,8 +95,12 @@ def test_mask_of_the_reference(features: int, seed: int) -> None:
     assert np.array_equal(mask.numpy(), mask_by_hand(seed, 6, features, 0.35))
 
 
-def kept(function: Callable, shape: tuple[int, ...], features: int, p: float, seed: Tensor, dtype: torch.dtype = F32) -> Tensor:
-    """g * factor as the function computes it: i = sigmoid(0) = 1/2, f c = 0, so that c is half of what dropout leaves of hidden = 1."""
+def kept(
+    function: Callable, shape: tuple[int, ...], features: int, p: float, seed: Tensor, dtype: torch.dtype = F32
+) -> Tensor:
+    """g * factor as the function computes it: i = sigmoid(0) = 1/2, f c = 0, so that c is half of what dropout leaves
+    of hidden = 1.
+    """
     z = torch.zeros(*shape, 3 * features, dtype=dtype)
     c, hidden = torch.zeros(*shape, features, dtype=dtype), torch.ones(*shape, features, dtype=dtype)
     return 2 * function(z, c, hidden=hidden, norm="none", dropout_p=p, training=True, seed=seed)[1]
@@ -114,7 +128,9 @@ def test_probabilities(p: float, dtype: torch.dtype) -> None:
     share = (found != 0).double().mean().item()
     assert abs(share - (1 - p)) <= 5 * (p * (1 - p) / 100_000) ** 0.5 + 1e-9  # five standard deviations
     if share:
-        torch.testing.assert_close(found[found != 0].double().unique(), torch.tensor([1 / (1 - p)], dtype=F64), rtol=1e-2, atol=0)
+        torch.testing.assert_close(
+            found[found != 0].double().unique(), torch.tensor([1 / (1 - p)], dtype=F64), rtol=1e-2, atol=0
+        )
 
 
 @needs_cpp
@@ -171,7 +187,9 @@ def test_torch_seed_decides(backend: str) -> None:
     assert torch.equal(run(3), run(3))
     assert not torch.equal(run(3), run(4))
     torch.manual_seed(3)
-    first, second = (dl.depth_lstm_gates(**tensors, **options, dropout_p=0.5, training=True, backend=backend)[0] for _ in range(2))
+    first, second = (
+        dl.depth_lstm_gates(**tensors, **options, dropout_p=0.5, training=True, backend=backend)[0] for _ in range(2)
+    )
     assert not torch.equal(first, second)
 
 
@@ -193,7 +211,9 @@ def test_no_dropout(off: dict[str, Any], backend: str) -> None:
     state = torch.get_rng_state()
     wanted = dl.depth_lstm_gates(**tensors, **options, backend=backend)
     for seed in (None, torch.tensor([5])):
-        for a, b in zip(dl.depth_lstm_gates(**tensors, **options, **off, seed=seed, backend=backend), wanted, strict=True):
+        for a, b in zip(
+            dl.depth_lstm_gates(**tensors, **options, **off, seed=seed, backend=backend), wanted, strict=True
+        ):
             assert torch.equal(a, b)
     assert torch.equal(torch.get_rng_state(), state)
 

@@ -18,7 +18,8 @@ from depthlstm_fast.activations import FUNCTIONS
 from depthlstm_fast.checks import ACTIVATIONS
 from depthlstm_fast.reference import depth_lstm as reference
 
-# 0, the polynomials' knots and bounds (4.4, 4.5), where exp leaves fp32 (88, 104), where erfc leaves fp64 (38), and infinity
+# 0, the polynomials' knots and bounds (4.4, 4.5), where exp leaves fp32 (88, 104), where erfc leaves fp64 (38), and
+# infinity
 POINTS = [
     0.0,
     1e-30,
@@ -96,7 +97,9 @@ def test_nan_passes() -> None:
 @pytest.mark.parametrize(("row", "block"), [(0, 0), (1, 0), (0, 1), (2**32 - 1, 5), (2**32, 7), (2**40 + 3, 2**32 - 1)])
 def test_philox(seed: int, row: int, block: int) -> None:
     low = 0xFFFFFFFF
-    assert list(internals.philox(seed, row, block)) == philox([block, row & low, row >> 32, 0], [seed & low, seed >> 32])
+    assert list(internals.philox(seed, row, block)) == philox(
+        [block, row & low, row >> 32, 0], [seed & low, seed >> 32]
+    )
 
 
 def test_cell_and_its_gradient() -> None:
@@ -111,7 +114,9 @@ def test_cell_and_its_gradient() -> None:
 
 
 # A dense grid through the range that matters, so that no piece of a polynomial is missed, and the tails beyond it
-GRID = np.concatenate([np.linspace(-20, 20, 40001), np.linspace(-120, 120, 4001), np.array(POINTS[:22] + POINTS[23:-1])])
+GRID = np.concatenate(
+    [np.linspace(-20, 20, 40001), np.linspace(-120, 120, 4001), np.array(POINTS[:22] + POINTS[23:-1])]
+)
 DTYPES = {"float": np.float32, "double": np.float64}
 
 
@@ -164,7 +169,8 @@ LOG2_E = 1.4426950408889634
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("dtype", "least", "most", "systematic"), [("float", 40, 2.5, 0.85), ("double", 60, 2.0, 0.1)])
 def test_exp2_of_vectors(dtype: str, least: int, most: float, systematic: float, isa: str) -> None:
-    """1 + 2^x is 2^x from ``least`` on, and the forget gate 2^-x: within ``most`` eps, and in the mean over 1/64 of x ``systematic``.
+    """1 + 2^x is 2^x from ``least`` on, and the forget gate 2^-x: within ``most`` eps, and in the mean over 1/64 of x
+    ``systematic``.
 
     The mean of 4096 roundings is nothing, so that what is left of it is the polynomial's own error: 7.5e-8 in fp32.
     """
@@ -191,7 +197,8 @@ def exact_activation(a: np.ndarray, name: str) -> np.ndarray:
     return (1 if name == "sigmoid" else a) / (1 + np.exp(-inner))
 
 
-# eps of the type: relative to the value where |a| < 1, and to max(1, |value|) everywhere; then the slope's, absolute. tanh is
+# eps of the type: relative to the value where |a| < 1, and to max(1, |value|) everywhere; then the slope's, absolute.
+#     tanh is
 # 2 sigmoid(2 a) - 1, which has no relative accuracy at zero; xsimd's erfc in fp64 is good to some 20 eps.
 ACCURACY = {
     "gelu": (4.5, 4.0, 4.0),

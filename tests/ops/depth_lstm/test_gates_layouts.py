@@ -73,7 +73,12 @@ def test_layouts(inputs: Callable, gradients: Callable, types: Types, kind: str)
     tensors = {name: inputs(tensor) for name, tensor in tensors.items()}
     dh, dc = (gradients(gradient) for gradient in cotangents(tensors))
     found = check_gates(tensors, options, (dh, dc))
-    dense = results(fused, {name: tensor.contiguous() for name, tensor in tensors.items()}, (dh.contiguous(), dc.contiguous()), **options)
+    dense = results(
+        fused,
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        (dh.contiguous(), dc.contiguous()),
+        **options,
+    )
     assert_identical(found, dense)
 
 
@@ -97,7 +102,10 @@ def test_one_argument_strided(layout: Callable, argument: str, shape: tuple[int,
 def test_size_one_dimensions_have_any_stride(dim: int) -> None:
     """A dimension of size 1 may carry any stride; it must not be taken for the row stride."""
     tensors, options = arguments((2, 3, 2), 9, MAIN_TYPES[0])
-    odd = {key: torch.as_strided(x.unsqueeze(dim), *_odd_stride(x, dim)) if x.dim() > 2 else x for key, x in tensors.items()}
+    odd = {
+        key: torch.as_strided(x.unsqueeze(dim), *_odd_stride(x, dim)) if x.dim() > 2 else x
+        for key, x in tensors.items()
+    }
     found = fused(**odd, **options)
     wanted = fused(**{key: x.unsqueeze(dim) if x.dim() > 2 else x for key, x in tensors.items()}, **options)
     for a, b in zip(found, wanted, strict=True):
@@ -129,7 +137,9 @@ def test_memory_that_is_not_aligned(dtype: torch.dtype, offset: int) -> None:
         return room[offset:].view(x.shape)
 
     dh, dc = cotangents(tensors)
-    found = results(fused, {key: shifted(tensor) for key, tensor in tensors.items()}, (shifted(dh), shifted(dc)), **options)
+    found = results(
+        fused, {key: shifted(tensor) for key, tensor in tensors.items()}, (shifted(dh), shifted(dc)), **options
+    )
     assert_identical(found, results(fused, tensors, (dh, dc), **options))
 
 
@@ -138,7 +148,9 @@ def test_memory_that_is_not_aligned(dtype: torch.dtype, offset: int) -> None:
 @pytest.mark.parametrize(("norm", "affine", "kind"), CALLS)
 @pytest.mark.parametrize(("rows", "features"), [(1, 3), (3, 7), (40, 33), (70, 512)])
 def test_memory_that_nobody_wrote(rows: int, features: int, norm: str, affine: bool, kind: str, types: Types) -> None:
-    """Heap and stack full of NaN, and of zeros, before forward and before backward: no result depends on it, bit for bit."""
+    """Heap and stack full of NaN, and of zeros, before forward and before backward: no result depends on it, bit for
+    bit.
+    """
     internals = pytest.importorskip("_internals", reason="tests/_internals is not built (make internals)")
     tensors, options = arguments(rows, features, types, norm, affine, kind)
     options.update(dropout_p=0.2, training=True, seed=torch.tensor([5]))
@@ -155,7 +167,9 @@ def test_memory_that_nobody_wrote(rows: int, features: int, norm: str, affine: b
             gradients = torch.autograd.grad(outputs, list(leaves.values()), grads)
         finally:
             conftest.poison_malloc()
-        found.append({"h": outputs[0].detach(), "c_out": outputs[1].detach(), **dict(zip(leaves, gradients, strict=True))})
+        found.append(
+            {"h": outputs[0].detach(), "c_out": outputs[1].detach(), **dict(zip(leaves, gradients, strict=True))}
+        )
     assert all(value.isfinite().all() for value in found[0].values())
     assert_identical(found[0], found[1])
 

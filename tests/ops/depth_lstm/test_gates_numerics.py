@@ -29,7 +29,8 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-# 300 rows of 512 are shared by two threads in both passes; 4096 rows of 7 give chunks of 64 rows, more than one of them to a thread
+# 300 rows of 512 are shared by two threads in both passes; 4096 rows of 7 give chunks of 64 rows, more than one of them
+# to a thread
 @pytest.mark.parametrize(("rows", "features"), [(300, 512), (4096, 7), (2049, 33)])
 @pytest.mark.parametrize("types", [MAIN_TYPES[0], MAIN_TYPES[2]], ids=str)
 @pytest.mark.usefixtures("threads")
@@ -65,13 +66,16 @@ def _memory_available() -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_more_than_2_to_the_31_elements(backward: bool) -> None:
-    """z has 2^31 + 2^17 elements: an int32 offset would wrap, and read or write the first rows in place of the last ones."""
+    """z has 2^31 + 2^17 elements: an int32 offset would wrap, and read or write the first rows in place of the last
+    ones.
+    """
     features = 4096
     rows = 2**31 // (4 * features) + 8
     need = rows * features * 2 * (12 if backward else 7) + 2 * 2**30
     if _memory_available() < need:
         pytest.skip(f"needs {need / 2**30:.0f} GiB of memory")
-    # random first and last rows, and those about 2^29, 2^30 and 2^31 elements; zeros, which cost little to make, in between
+    # random first and last rows, and those about 2^29, 2^30 and 2^31 elements; zeros, which cost little to make, in
+    # between
     marks = [0, *(2**power // (4 * features) for power in (29, 30, 31)), rows - 4]
     chosen = torch.tensor(sorted({row for mark in marks for row in range(max(mark - 3, 0), min(mark + 4, rows))}))
     tensors, options = arguments(len(chosen), features, Types(BF16, BF16, BF16), affine=False)
@@ -88,4 +92,6 @@ def test_more_than_2_to_the_31_elements(backward: bool) -> None:
         gradients = torch.autograd.grad(tuple(found.values()), [z, c], tuple(map(scattered, grads)))
         found.update(zip(("dz", "dc"), gradients, strict=True))
     wanted = results(fused, tensors, grads, **options)
-    assert_identical({name: value.detach()[chosen] for name, value in found.items()}, {name: wanted[name] for name in found})
+    assert_identical(
+        {name: value.detach()[chosen] for name, value in found.items()}, {name: wanted[name] for name in found}
+    )

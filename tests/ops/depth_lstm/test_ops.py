@@ -1,4 +1,6 @@
-"""The operators in torch: opcheck, torch.compile, export, double backward, torch.func, and direct calls with bad arguments."""
+"""The operators in torch: opcheck, torch.compile, export, double backward, torch.func, and direct calls with bad
+arguments.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def fresh_dynamo() -> None:
     torch._dynamo.reset()
 
 
-def raw(rows: Any, features: int, types: Types, norm: str, affine: bool, kind: str, z_bias: bool, seed: bool) -> list[Any]:
+def raw(
+    rows: Any, features: int, types: Types, norm: str, affine: bool, kind: str, z_bias: bool, seed: bool
+) -> list[Any]:
     """The arguments of the operator gates_forward."""
     tensors, options = arguments(rows, features, types, norm, affine, kind)
     width = tensors["z"].shape[-1]
@@ -56,22 +60,35 @@ def backward_arguments(inputs: list[Any], dh: bool = True, dc: bool = True, want
     return [*grads, *inputs, wanted and inputs[4] is not None, wanted and inputs[1] is not None]
 
 
-CHECKED = [(*CALLS[0], False, False), (*CALLS[1], True, True), (*CALLS[2], False, True), (*CALLS[3], True, False), (*CALLS[4], True, False)]
+CHECKED = [
+    (*CALLS[0], False, False),
+    (*CALLS[1], True, True),
+    (*CALLS[2], False, True),
+    (*CALLS[3], True, False),
+    (*CALLS[4], True, False),
+]
 
 
 @pytest.mark.parametrize("types", [Types(F32, F32, F32), Types(BF16, F32, F32)], ids=str)
 @pytest.mark.parametrize(("norm", "affine", "kind", "z_bias", "seed"), CHECKED)
 @pytest.mark.parametrize("rows", [(3,), (2, 3)], ids=str)
-def test_opcheck_forward(rows: tuple[int, ...], norm: str, affine: bool, kind: str, z_bias: bool, seed: bool, types: Types) -> None:
+def test_opcheck_forward(
+    rows: tuple[int, ...], norm: str, affine: bool, kind: str, z_bias: bool, seed: bool, types: Types
+) -> None:
     inputs = with_gradients(raw(rows, 5, types, norm, affine, kind, z_bias, seed))
     torch.library.opcheck(
-        OPS.gates_forward.default, tuple(inputs), rtol=1e-2 if types.z == BF16 else None, atol=1e-2 if types.z == BF16 else None
+        OPS.gates_forward.default,
+        tuple(inputs),
+        rtol=1e-2 if types.z == BF16 else None,
+        atol=1e-2 if types.z == BF16 else None,
     )
 
 
 @pytest.mark.parametrize(("dh", "dc", "wanted"), [(True, True, True), (False, True, True), (True, False, False)])
 @pytest.mark.parametrize(("norm", "affine", "kind", "z_bias", "seed"), CHECKED)
-def test_opcheck_backward(norm: str, affine: bool, kind: str, z_bias: bool, seed: bool, dh: bool, dc: bool, wanted: bool) -> None:
+def test_opcheck_backward(
+    norm: str, affine: bool, kind: str, z_bias: bool, seed: bool, dh: bool, dc: bool, wanted: bool
+) -> None:
     inputs = raw((2, 3), 5, Types(F32, F32, F32), norm, affine, kind, z_bias, seed)
     torch.library.opcheck(OPS.gates_backward.default, tuple(backward_arguments(inputs, dh, dc, wanted)))
 
@@ -81,7 +98,13 @@ def test_operator_equals_function(norm: str, affine: bool, kind: str, z_bias: bo
     """The autograd that is registered for tracers gives what the autograd.Function of eager gives; z_bias is z + b."""
     inputs = with_gradients(raw((4,), 9, Types(F64, F64, F64), norm, affine, kind, z_bias, seed))
     z, b, hidden, c, weight, bias, key = inputs[:7]
-    options = {"norm": norm, "activation": ACTIVATIONS[inputs[8]], "dropout_p": inputs[10], "training": seed, "seed": key}
+    options = {
+        "norm": norm,
+        "activation": ACTIVATIONS[inputs[8]],
+        "dropout_p": inputs[10],
+        "training": seed,
+        "seed": key,
+    }
     wanted = fused(z if b is None else z + b, c, weight, bias, hidden=hidden, **options)
     found = OPS.gates_forward(*inputs)
     leaves = [x for x in inputs[:6] if x is not None]
@@ -94,7 +117,10 @@ def test_operator_equals_function(norm: str, affine: bool, kind: str, z_bias: bo
 class Gates(nn.Module):
     def __init__(self, features: int, **options: Any) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(normal(4, features, dtype=F32)), nn.Parameter(normal(4, features, dtype=F32))
+        self.weight, self.bias = (
+            nn.Parameter(normal(4, features, dtype=F32)),
+            nn.Parameter(normal(4, features, dtype=F32)),
+        )
         self.options = options
 
     def forward(self, z: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,7 +132,10 @@ class Cell(nn.Module):
         super().__init__()
         self.w = nn.Parameter(normal(4 * features, 2 * features, dtype=F32, scale=0.3))
         self.b = nn.Parameter(normal(4 * features, dtype=F32))
-        self.weight, self.bias = nn.Parameter(normal(4, features, dtype=F32)), nn.Parameter(normal(4, features, dtype=F32))
+        self.weight, self.bias = (
+            nn.Parameter(normal(4, features, dtype=F32)),
+            nn.Parameter(normal(4, features, dtype=F32)),
+        )
         self.options = options
 
     def forward(self, z: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,7 +194,9 @@ def test_compiled_graph_holds_the_operator() -> None:
 
     model = Gates(8)
     torch.compile(model, fullgraph=True, backend=keep)(normal(3, 32, dtype=F32), normal(3, 8, dtype=F32))
-    assert [node.target for node in graphs[0].graph.nodes if "depthlstm" in str(node.target)] == [OPS.gates_forward.default]
+    assert [node.target for node in graphs[0].graph.nodes if "depthlstm" in str(node.target)] == [
+        OPS.gates_forward.default
+    ]
 
 
 @pytest.mark.parametrize("kind", [Gates, Cell])
@@ -260,13 +291,17 @@ def test_raw_operators_refuse_bad_arguments(what: str, backward: bool) -> None:
     more = backward_arguments(inputs)
     position, value = BAD[what]
     inputs[position] = value
-    operator, arguments = (OPS.gates_backward, [*more[:2], *inputs, *more[-2:]]) if backward else (OPS.gates_forward, inputs)
+    operator, arguments = (
+        (OPS.gates_backward, [*more[:2], *inputs, *more[-2:]]) if backward else (OPS.gates_forward, inputs)
+    )
     with pytest.raises((RuntimeError, NotImplementedError)):
         operator(*arguments)
 
 
 @pytest.mark.parametrize("position", [0, 1])
-@pytest.mark.parametrize("value", [torch.randn(3, 7), torch.randn(4, 8), torch.randn(3, 8, dtype=F64), torch.tensor(1.0)], ids=str)
+@pytest.mark.parametrize(
+    "value", [torch.randn(3, 7), torch.randn(4, 8), torch.randn(3, 8, dtype=F64), torch.tensor(1.0)], ids=str
+)
 def test_raw_backward_refuses_gradients_that_do_not_fit(position: int, value: Tensor) -> None:
     inputs = backward_arguments(raw((3,), 8, Types(F32, F32, F32), "gate", True, "gelu", False, False))
     inputs[position] = value
@@ -303,7 +338,13 @@ def test_each_instruction_set(isa: str, monkeypatch: pytest.MonkeyPatch) -> None
     if not cpu_has(isa):
         pytest.skip(f"this CPU has no {isa}")
     monkeypatch.setenv("DEPTHLSTM_CPU_ISA", isa)
-    run = subprocess.run([sys.executable, "-c", ISA_SCRIPT.format(path=sys.path)], capture_output=True, text=True, timeout=300, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", ISA_SCRIPT.format(path=sys.path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout.split()[-1] == isa
 
@@ -319,7 +360,9 @@ def test_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_cpp
 def test_forward_mode_takes_the_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["depthlstm_fast.backends.choice"], "_strict", False)  # the fallback is what is tested
+    monkeypatch.setattr(
+        sys.modules["depthlstm_fast.backends.choice"], "_strict", False
+    )  # the fallback is what is tested
     z, tangent, c = normal(2, 12), normal(2, 12), normal(2, 3)
     results = []
     for function in (dl.depth_lstm_gates, dl.reference.depth_lstm_gates):

@@ -24,7 +24,14 @@ OPTIONS: dict[str, Any] = {
     "sublayer": True,
     "bias": False,
 }
-SMALL: dict[str, Any] = {"src_vocab": 50, "tgt_vocab": 60, "d_model": 8, "nhead": 2, "num_encoder_layers": 2, "num_decoder_layers": 2}
+SMALL: dict[str, Any] = {
+    "src_vocab": 50,
+    "tgt_vocab": 60,
+    "d_model": 8,
+    "nhead": 2,
+    "num_encoder_layers": 2,
+    "num_decoder_layers": 2,
+}
 
 
 def check_parts(module: nn.Module, cells: int, attentions: int) -> None:
@@ -35,7 +42,9 @@ def check_parts(module: nn.Module, cells: int, attentions: int) -> None:
         assert (cell.eps, cell.ffn_norm.eps, cell.dropout, cell.init) == (0.5, 0.5, 0.25, "glorot")
         assert cell.norm.bias[1].eq(2).all()
         assert not cell.norm.bias[[0, 2]].any()
-    found = [part for part in module.modules() if isinstance(part, (dl.reference.SelfAttention, dl.reference.CrossAttention))]
+    found = [
+        part for part in module.modules() if isinstance(part, (dl.reference.SelfAttention, dl.reference.CrossAttention))
+    ]
     assert len(found) == attentions
     assert all((attention.dropout, attention.init) == (0.25, "glorot") for attention in found)
     assert all(part.bias is None for part in module.modules() if isinstance(part, nn.Linear))
@@ -72,7 +81,11 @@ def test_causal_hints_each_for_its_own_attention(merge: str, module: Any) -> Non
     tgt, memory = (torch.randn(BATCH, LENGTH, D, dtype=torch.float64) for _ in range(2))
     causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
     outputs = []
-    for hints, masks in (({"tgt_is_causal": True}, {"tgt_mask": causal}), ({"memory_is_causal": True}, {"memory_mask": causal}), ({}, {})):
+    for hints, masks in (
+        ({"tgt_is_causal": True}, {"tgt_mask": causal}),
+        ({"memory_is_causal": True}, {"memory_mask": causal}),
+        ({}, {}),
+    ):
         outputs.append(layer(tgt, memory, **hints)[0])
         assert_same(layer(tgt, memory, **hints), layer(tgt, memory, **masks))
         assert_same([decoder(tgt, memory, **hints)], [decoder(tgt, memory, **masks)])
@@ -90,14 +103,20 @@ def test_every_cell_is_shared(module: Any) -> None:
         for name in names:
             assert len({id(getattr(layer, name)) for layer in stack.layers}) == 1, name
         assert len({id(getattr(stack.layers[0], name)) for name in names}) == len(names)
-        assert len({id(layer.self_attn) for layer in stack.layers}) == len({id(layer.linear1) for layer in stack.layers}) == 3
+        assert (
+            len({id(layer.self_attn) for layer in stack.layers})
+            == len({id(layer.linear1) for layer in stack.layers})
+            == 3
+        )
 
 
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("init", ["lipschitz", "glorot"])
 def test_tables_of_a_model(init: str, module: Any) -> None:
     """Embeddings, learned positions and an untied output: drawn from U(+-sqrt((2 or 6) / (rows + D))), and drawn anew."""
-    model = module.DepthLSTMTransformer(**SMALL, init=init, positions="learned", max_len=70, tie_output=False, init_cell="learned")
+    model = module.DepthLSTMTransformer(
+        **SMALL, init=init, positions="learned", max_len=70, tie_output=False, init_cell="learned"
+    )
     tables = [model.src_embedding, model.tgt_embedding, model.output, model.src_positions, model.tgt_positions]
     cells = [model.encoder.initial_cell, model.decoder.initial_cell]
     with torch.no_grad():

@@ -48,7 +48,14 @@ ACTIVATE: dict[str, Callable[[float], float]] = {
 
 
 def gates_in_plain_python(
-    z: list[float], c: list[float], weight: Any, bias: Any, hidden: list[float] | None, norm: str, activation: str, eps: float
+    z: list[float],
+    c: list[float],
+    weight: Any,
+    bias: Any,
+    hidden: list[float] | None,
+    norm: str,
+    activation: str,
+    eps: float,
 ) -> tuple[list[float], list[float]]:
     """One row, scalar by scalar, from the formulas of the paper: nothing shared with the package."""
     size = len(c)
@@ -83,7 +90,14 @@ def test_definition(kind: str, norm: str, affine: bool) -> None:
     for row in range(3):
         hidden = tensors["hidden"][row].tolist() if kind == "given" else None
         wanted = gates_in_plain_python(
-            tensors["z"][row].tolist(), tensors["c"][row].tolist(), weight, bias, hidden, norm, options["activation"], 1e-3
+            tensors["z"][row].tolist(),
+            tensors["c"][row].tolist(),
+            weight,
+            bias,
+            hidden,
+            norm,
+            options["activation"],
+            1e-3,
         )
         torch.testing.assert_close(h[row], torch.tensor(wanted[0], dtype=F64), rtol=1e-13, atol=1e-13)
         torch.testing.assert_close(c[row], torch.tensor(wanted[1], dtype=F64), rtol=1e-13, atol=1e-13)
@@ -100,7 +114,10 @@ def test_gradcheck(kind: str, norm: str, affine: bool) -> None:
 
     inputs = [tensors[name].requires_grad_() for name in names]
     assert torch.autograd.gradcheck(function, inputs)
-    if kind in ("gelu", "given"):  # the second derivative comes from autograd: one activation and the path without one suffice
+    if kind in (
+        "gelu",
+        "given",
+    ):  # the second derivative comes from autograd: one activation and the path without one suffice
         assert torch.autograd.gradgradcheck(function, inputs)
 
 
@@ -157,12 +174,17 @@ def test_cell_gradcheck(norm: str) -> None:
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
-# What the error bound is worth: each mutant is the hand-written arithmetic in fp32 with one fault that a kernel could have.
+# What the error bound is worth: each mutant is the hand-written arithmetic in fp32 with one fault that a kernel could
+# have.
 def mutant(fault: str, tensors: dict[str, Tensor], grads: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     z, c, weight, bias = (tensors[name] for name in ("z", "c", "weight", "bias"))
     a = z.unflatten(-1, (4, -1))
     mean = a.mean(-1, keepdim=True)
-    variance = (a * a).mean(-1, keepdim=True) - mean**2 if fault == "one-pass variance" else (a - mean).square().mean(-1, keepdim=True)
+    variance = (
+        (a * a).mean(-1, keepdim=True) - mean**2
+        if fault == "one-pass variance"
+        else (a - mean).square().mean(-1, keepdim=True)
+    )
     if fault == "unbiased variance":
         variance = variance * a.shape[-1] / (a.shape[-1] - 1)
     r = torch.rsqrt(variance + (1e-5 if fault == "wrong eps" else 1e-6))
@@ -194,7 +216,13 @@ def mutant(fault: str, tensors: dict[str, Tensor], grads: tuple[Tensor, Tensor])
 
 
 FAULTS = ["gates swapped", "unbiased variance", "wrong eps", "sigmoid to 16 bits", "another gelu", "dh forgotten in t"]
-FAULTS += ["mean of u forgotten", "mean of u n forgotten", "one row not summed", "one element not written", "one-pass variance"]
+FAULTS += [
+    "mean of u forgotten",
+    "mean of u n forgotten",
+    "one row not summed",
+    "one element not written",
+    "one-pass variance",
+]
 
 
 @pytest.mark.parametrize("fault", ["", *FAULTS])
