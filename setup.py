@@ -44,7 +44,8 @@ class BuildExtension(build_ext):
         if builder.changed:
             if isinstance(builder.nvcc, Nvcc):
                 print(
-                    f"depthlstm_fast: CUDA C++ kernels for {', '.join(builder.nvcc.archs)} by nvcc {builder.nvcc.version}"
+                    f"depthlstm_fast: CUDA C++ kernels for {', '.join(builder.nvcc.archs)} "
+                    f"by nvcc {builder.nvcc.version}"
                 )
             else:
                 print(f"depthlstm_fast: CUDA C++ kernels are not part of this build: {builder.nvcc}")
@@ -92,7 +93,8 @@ def extensions() -> list[Extension]:
         return []
     if not sys.platform.startswith("linux"):
         print(
-            f"depthlstm_fast: the compiled kernels are built on Linux only; on {sys.platform} the reference backend is installed alone"
+            f"depthlstm_fast: the compiled kernels are built on Linux only; on "
+            f"{sys.platform} the reference backend is installed alone"
         )
         return []
     return [Extension("depthlstm_fast._C", sources=[], py_limited_api=True)]

@@ -123,7 +123,8 @@ def devices() -> str:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         found.append(
-            f"cuda:{index} {properties.name}, capability {properties.major}.{properties.minor}, {properties.total_memory >> 20} MiB"
+            f"cuda:{index} {properties.name}, capability {properties.major}.{properties.minor}, "
+            f"{properties.total_memory >> 20} MiB"
         )
     return "; ".join(["cpu", *found])
 

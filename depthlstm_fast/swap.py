@@ -109,7 +109,10 @@ def _obstacle(module: nn.Module, parts: _Parts) -> str | None:
         return f"{parts.norm} must have both weight and bias, or neither"
     act = getattr(module, parts.activation, None)
     if _activation_name(act) is None:
-        return f"{parts.activation} must be GELU, ReLU, Tanh, SiLU or Sigmoid; found {getattr(act, '__name__', type(act).__name__)}"
+        return (
+            f"{parts.activation} must be GELU, ReLU, Tanh, SiLU or Sigmoid; "
+            f"found {getattr(act, '__name__', type(act).__name__)}"
+        )
     drop = getattr(module, parts.dropout, None)
     if drop is not None and type(drop) is not nn.Dropout:
         return f"{parts.dropout} must be an nn.Dropout or None; found {type(drop).__name__}"
@@ -327,7 +330,8 @@ def swap(model: nn.Module, rules: Rules | None = None) -> SwapReport:
             if result is not module:
                 if module is model:
                     raise ValueError(
-                        f"model itself is a {before} that its rule replaces by another object; call the rule on it instead"
+                        f"model itself is a {before} that its rule replaces by "
+                        f"another object; call the rule on it instead"
                     )
                 result.train(module.training)
                 result.__dict__[_ORIGINAL] = (module,)  # in a tuple, so that it is no submodule

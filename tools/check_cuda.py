@@ -206,7 +206,8 @@ def markdown(budgets: dict[str, Any]) -> str:
             }
             lines += [
                 "",
-                f"{architecture}: {len(mine)} kernels, at most {most['registers']} registers, {most['stack']} bytes of stack,",
+                f"{architecture}: {len(mine)} kernels, at most {most['registers']} "
+                f"registers, {most['stack']} bytes of stack,",
             ]
             lines += [f"{most['spills']} spills, {most['shared']} bytes of shared memory."]
             if architecture == "sm_90":

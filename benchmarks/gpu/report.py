@@ -33,7 +33,8 @@ SHOWN_PLANS = 3
 TAIL_LINES = 25
 ALL_WELL = ("done",)
 METHOD = (
-    "Times are medians of the GPU's own time, contestants in turn, the cache cleared before each call; latencies and host times are the "
+    "Times are medians of the GPU's own time, contestants in turn, the cache "
+    "cleared before each call; latencies and host times are the "
     "host's. Errors are the check's: the largest over its bound, and eager's of the same tensor."
 )
 PLAN_HEADINGS = ("plan", "ms", "p10", "p90", "share of copy", "registers", "spills", "shared", "")
@@ -48,7 +49,10 @@ def machine_text(run: Run) -> str:
         if machine.get("gpu")
         else f"no GPU: {machine['cpu']}"
     )
-    text = f"{gpu}; Python {machine['python']}, torch {machine['torch']}, triton {machine.get('triton')}, depthlstm_fast at {commit}"
+    text = (
+        f"{gpu}; Python {machine['python']}, torch {machine['torch']}, triton "
+        f"{machine.get('triton')}, depthlstm_fast at {commit}"
+    )
     ceilings = run.get("ceilings")
     if ceilings:
         text += f"; a large copy moves {ceilings['copy_gb_per_s']:,.0f} GB/s, a large bf16 product runs at "
@@ -172,7 +176,10 @@ def counter_lines(run: Run, backend: str | None = None) -> list[str]:
             lines.append(f"{entry['backend']}: no counters: {entry['reason']}")
         for kernel in entry["kernels"]:
             share = "" if kernel["share_of_peak"] is None else f", {kernel['share_of_peak']:.0%} of the peak"
-            what = f"{entry['backend']} D={kernel['features']} {kernel['kernel']}: {kernel['gb_per_s']:,.0f} GB/s of memory{share}"
+            what = (
+                f"{entry['backend']} D={kernel['features']} {kernel['kernel']}: "
+                f"{kernel['gb_per_s']:,.0f} GB/s of memory{share}"
+            )
             lines.append(f"{what}, {kernel['megabytes']:,.1f} MB in {kernel['microseconds']:,.1f} us")
     return lines
 
@@ -187,7 +194,8 @@ def troubles(run: Run) -> list[str]:
     """What is absent, every red check, every job that did not end well, and what was left out."""
     lines = [f"without {backend}: {reason}" for backend, reason in run.get("absent", {}).items()]
     lines += [
-        f"check red: {check['subject']} {check['dtype']} {check['backend']} {check['size']}: {check['tensor']} error {check['error']:.2e}, "
+        f"check red: {check['subject']} {check['dtype']} {check['backend']} "
+        f"{check['size']}: {check['tensor']} error {check['error']:.2e}, "
         f"eager {check['eager_error']:.2e}"
         for check in run["checks"]
         if not check["passed"]

@@ -43,7 +43,10 @@ class Check:
     @property
     def summary(self) -> str:
         verdict = "green" if self.passed else "RED"
-        return f"{verdict}: {self.tensor} error {self.error:.1e} (eager {self.eager_error:.1e}), {self.used:.0%} of the bound"
+        return (
+            f"{verdict}: {self.tensor} error {self.error:.1e} (eager "
+            f"{self.eager_error:.1e}), {self.used:.0%} of the bound"
+        )
 
 
 def compare(

@@ -38,6 +38,9 @@ class Compiled:
             compiled = self._functions.setdefault(function, torch.compile(function, dynamic=False, mode=self.mode))
             first_call(compiled)
         except Exception as error:  # noqa: BLE001  whatever a rival dies of must not end the run
-            self.reason = f"torch.compile failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error) else ''}"
+            self.reason = (
+                f"torch.compile failed: {type(error).__name__}: "
+                f"{str(error).strip().splitlines()[0][:120] if str(error) else ''}"
+            )
             return None
         return compiled

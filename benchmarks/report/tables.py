@@ -156,7 +156,8 @@ def machine_text(run: Run) -> str:
     if re.fullmatch(r"\d+K", cache):
         cache = f"{int(cache[:-1]) / 1024:g} MiB"
     return (
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['isa']}, {cache} last-level cache, "
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} "
+        f"threads, {machine['isa']}, {cache} last-level cache, "
         f"{machine['memory_gib']} GiB; {machine['os']}, Python {machine['python']}, torch {machine['torch']}, "
         f"depthlstm_fast {machine['depthlstm_fast']} at {commit}; {run['date']}"
     )
@@ -229,7 +230,8 @@ def details(run: Run) -> str:
     lines += ["| " + " | ".join(detail_cells(row)) + " |" for row in rows]
     lines += [
         "",
-        "Rates count the bytes that have to move, or the FLOPs of the matrix products, by formula. Operator calls and the peak of torch's "
+        "Rates count the bytes that have to move, or the FLOPs of the matrix "
+        "products, by formula. Operator calls and the peak of torch's "
         "allocator are those of one call. Errors are against fp64, of the checked tensor that is nearest to its bound.",
     ]
     return "\n".join(lines) + "\n"

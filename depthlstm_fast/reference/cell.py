@@ -126,7 +126,8 @@ class DepthLSTMCell(nn.Module):
             checks.check_size("ffn_size", ffn_size)
         if norm == "none" and not bias and forget_bias != 0:
             raise ValueError(
-                f'forget_bias must be 0 with norm="none" and bias=False, which leave no bias to set; found {forget_bias}'
+                f'forget_bias must be 0 with norm="none" and bias=False, '
+                f"which leave no bias to set; found {forget_bias}"
             )
         self.input_size, self.hidden_size, self.hidden, self.norm_kind = input_size, hidden_size, hidden, norm
         self.ffn_size = (4 * hidden_size if ffn_size is None else ffn_size) if hidden == "ffn" else None
@@ -177,7 +178,8 @@ class DepthLSTMCell(nn.Module):
             checks.check_float_tensor("input", part)
             if part.dim() == 0 or part.shape[:-1] != inputs[0].shape[:-1]:
                 raise ValueError(
-                    f"input must have shapes (..., I) with one leading shape; found {[tuple(part.shape) for part in inputs]}"
+                    f"input must have shapes (..., I) with one leading shape; "
+                    f"found {[tuple(part.shape) for part in inputs]}"
                 )
         leading, size = inputs[0].shape[:-1], sum(part.shape[-1] for part in inputs)
         if size != self.input_size:

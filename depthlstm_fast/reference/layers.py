@@ -64,7 +64,10 @@ class _Layer(nn.Module):
         """(batch, length, D) from whatever layout the caller uses."""
         checks.check_float_tensor(argument, outside)
         if outside.dim() not in (2, 3) or outside.shape[-1] != self.d_model:
-            shape = f"({'batch, length' if self.batch_first else 'length, batch'}, {self.d_model}) or (length, {self.d_model})"
+            shape = (
+                f"({'batch, length' if self.batch_first else 'length, batch'}, "
+                f"{self.d_model}) or (length, {self.d_model})"
+            )
             raise ValueError(f"{argument} must have shape {shape}; found {tuple(outside.shape)}")
         if outside.dim() == 2:
             return outside.unsqueeze(0)
@@ -344,7 +347,8 @@ class DepthLSTMDecoderLayer(_Layer):
             raise ValueError(f"tgt must hold one position with a cache; found {h.shape[1]}")
         if h.shape[0] % cache.memory.shape[0]:
             raise ValueError(
-                f"tgt must have a multiple of the cache's {cache.memory.shape[0]} sources as its batch; found {h.shape[0]}"
+                f"tgt must have a multiple of the cache's {cache.memory.shape[0]} "
+                f"sources as its batch; found {h.shape[0]}"
             )
         if cache.keys is not None and cache.keys.shape[0] != h.shape[0]:
             raise ValueError(

@@ -404,7 +404,8 @@ class CachedDecoding:
         for index, cache in enumerate(self.caches):
             if cache.length != ids.shape[1]:
                 raise ValueError(
-                    f"use_cache must be False: decoder.layers.{index} passes its cache by (its forward was replaced or it is wrapped); "
+                    f"use_cache must be False: decoder.layers.{index} passes its cache "
+                    f"by (its forward was replaced or it is wrapped); "
                     f"found {cache.length} positions kept, wanted {ids.shape[1]}"
                 )
         return model.output(hidden[:, 0])

@@ -37,7 +37,8 @@ class _Stack(nn.Module):
         super().__init__()
         if not isinstance(layer, self.layer_class):
             raise TypeError(
-                f"layer must be a {self.layer_class.__name__}, whose forward returns (h, c); found {type(layer).__name__}"
+                f"layer must be a {self.layer_class.__name__}, whose forward "
+                f"returns (h, c); found {type(layer).__name__}"
             )
         checks.check_size("num_layers", num_layers)
         checks.check_name("init_cell", init_cell, INIT_CELLS)

@@ -61,7 +61,10 @@ def print_comparison(result: dict[str, Any]) -> None:
         table.add_row(side, f"{losses[0]:.4f}", f"{losses[-1]:.4f}", f"{result['heldout_loss'][side]:.4f}", speed)
     out.print(table)
     verdict = "agree" if result["losses_agree"] else "DISAGREE"
-    difference = f"{result['max_relative_loss_difference']:.1e} at most over {result['steps']} steps, {result['tolerance']:.0e} allowed"
+    difference = (
+        f"{result['max_relative_loss_difference']:.1e} at most over "
+        f"{result['steps']} steps, {result['tolerance']:.0e} allowed"
+    )
     out.print(f"losses {verdict}: relative difference {difference}")
     out.print(f"fused over reference: {result['speedup']:.2f}x tokens/s, median over steps taken in turn")
     print_examples(result["examples"])

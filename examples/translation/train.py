@@ -104,7 +104,8 @@ def score_test_set(corpus: Corpus, run: Path, beam_size: int, device: str) -> li
     print_examples(list(zip(sources, references, translations, strict=True))[:5])
     for score, copy in zip(scores, copied, strict=True):
         print(
-            f"test {score.name} {score.value:.2f}, of the source copied {copy.value:.2f}; beam {beam_size}, {score.signature}"
+            f"test {score.name} {score.value:.2f}, of the source copied "
+            f"{copy.value:.2f}; beam {beam_size}, {score.signature}"
         )
     return scores
 
@@ -223,7 +224,10 @@ def command_line() -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="STEPS",
-        help="in a row that are left out where loss or gradient is not finite; default: %(default)s, the first one ends the run",
+        help=(
+            "in a row that are left out where loss or gradient is not finite; "
+            "default: %(default)s, the first one ends the run"
+        ),
     )
     return parser
 

@@ -29,10 +29,13 @@ sys.path.remove(str(ROOT))
 
 SANITIZED = {
     "clean": "sanitize: done\n========= ERROR SUMMARY: 0 errors\n",
-    "FAULTS": "========= Invalid __global__ read of size 16 bytes\n=========     at narrow_backward_kernel+0x340 in gates.py:203\n"
+    "FAULTS": "========= Invalid __global__ read of size 16 bytes\n=========  "
+    "   at narrow_backward_kernel+0x340 in gates.py:203\n"
     "sanitize: done\n========= ERROR SUMMARY: 1 error\n",
     "time was up": "========= COMPUTE-SANITIZER\n",
-    "faults, none of them in our kernels": "===     at other+0x10\nsanitize: done\n=== RACECHECK SUMMARY: 2 hazards displayed\n",
+    "faults, none of them in our kernels": (
+        "===     at other+0x10\nsanitize: done\n=== RACECHECK SUMMARY: 2 hazards displayed\n"
+    ),
     "did not run to its end": "========= Error: Target application terminated before first instrumented API call\n",
 }
 
@@ -47,7 +50,10 @@ def test_verdicts_of_the_sanitizer(verdict: str) -> None:
     "kernel", ["forward_warp", "forward_block", "forward_any", "narrow_backward", "row_statistics", "wide_backward"]
 )
 def test_faults_in_cuda_kernels_are_ours_even_where_time_was_up(kernel: str) -> None:
-    line = f"=========     at void depthlstm::bfloat16_::<unnamed>::{kernel}<float, (int)4>(depthlstm::Launch)+0x340 in kernel.cu:203"
+    line = (
+        f"=========     at void depthlstm::bfloat16_::<unnamed>::{kernel}<float, "
+        f"(int)4>(depthlstm::Launch)+0x340 in kernel.cu:203"
+    )
     entry = programs.judge("racecheck", programs.Outcome(None, 60.0, line), "cuda")
     assert (entry["backend"], entry["verdict"], entry["ours"]) == ("cuda", "FAULTS", 1)
     assert not gpu_report.succeeded({"tests": [], "sanitizer": [entry], "jobs": [], "checks": []})
@@ -98,7 +104,10 @@ def test_counters_are_read() -> None:
 
 
 def test_counters_that_may_not_be_read() -> None:
-    output = "==PROF== Connected\n==ERROR== ERR_NVGPUCTRPERM - The user does not have permission to access Performance Counters.\n==PROF== end"
+    output = (
+        "==PROF== Connected\n==ERROR== ERR_NVGPUCTRPERM - The user does not have "
+        "permission to access Performance Counters.\n==PROF== end"
+    )
     entry = counters.judge("triton", programs.Outcome(1, 3.0, output), [(512, 8)])
     assert entry["kernels"] == []
     assert entry["reason"].startswith("ncu ended with status 1; ==ERROR== ERR_NVGPUCTRPERM")

@@ -185,7 +185,8 @@ for opcode in opcodes_of("atom"):
     target = f"{returned}, " if opcode.startswith("atom") else ""
     # the operands lie behind the word that changes
     BODIES[opcode] = (
-        f"{operand(0, 'b64')} st.b64 [%out+8], %d0; {operand(1, type_)} {operand(2, type_)} mov.b64 %d5, -1; mov.b32 %r0, -1; "
+        f"{operand(0, 'b64')} st.b64 [%out+8], %d0; {operand(1, type_)} "
+        f"{operand(2, type_)} mov.b64 %d5, -1; mov.b32 %r0, -1; "
         f"{opcode} {target}[%out+8], {', '.join(sources)}; " + (result(0, type_, returned) if target else "")
     )
 
@@ -345,7 +346,7 @@ for opcode in opcodes_of("barrier"):
 for opcode in opcodes_of("arrive"):
     waiting = opcode.replace("arrive", "sync")
     BODIES[opcode] = EXCHANGE.format(
-        before="setp.lt.u32 %p1, %index, 32;", barrier=f"@%p1 {opcode} 1, 64; @%p1 bra END_{len(BODIES)}; {waiting} 1, 64;", partner=63
+        before="setp.lt.u32 %p1, %index, 32;", barrier=(f"@%p1 {opcode} 1, " f"64; @%p1 bra " f"END_{len(BODIES)}; " f"{waiting} 1, 64;"), partner=63
     ) + f"END_{len(BODIES)}: bar.warp.sync -1;"  # fmt: skip
 for opcode in opcodes_of("barrier reduction"):
     target, stored = ("%p2", result(0, "pred", "%p2")) if opcode.endswith("pred") else ("%r2", result(0, "b32", "%r2"))

@@ -152,7 +152,8 @@ def read_aligned(source: Path, target: Path) -> list[Pair]:
     left, right = read_lines(source), read_lines(target)
     if len(left) != len(right):
         raise ValueError(
-            f"source and target must have equally many lines; found {len(left)} in {source} and {len(right)} in {target}"
+            f"source and target must have equally many lines; found "
+            f"{len(left)} in {source} and {len(right)} in {target}"
         )
     return [Pair(*pair) for pair in zip(left, right, strict=True)]
 

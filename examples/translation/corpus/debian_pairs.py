@@ -18,7 +18,8 @@ from .debian_text import Block, Row, normalize, word_set
 
 SENTENCE_END = re.compile(r"[.!?…][\"”“»)\]]?\s+")
 ABBREVIATIONS = word_set(
-    "e.g i.e etc vs cf no dr mr mrs st ca max min z.b d.h u.a o.ä usw bzw ggf evtl nr abb vgl inkl resp z tj např atd tzn apod p.ex"
+    "e.g i.e etc vs cf no dr mr mrs st ca max min z.b d.h u.a o.ä usw bzw "
+    "ggf evtl nr abb vgl inkl resp z tj např atd tzn apod p.ex"
 )
 
 
@@ -115,7 +116,8 @@ def document_rows(name: str, source: list[Block], target: list[Block]) -> Iterat
 COMMON_WORDS = {
     "en": word_set("the a of to and is in for this with that be are not or on you it as by from an can if"),
     "de": word_set(
-        "der die das und ist nicht ein eine zu den von mit für auf im wird werden sie oder kann dem des zum wenn als sich bei"
+        "der die das und ist nicht ein eine zu den von mit für auf im wird "
+        "werden sie oder kann dem des zum wenn als sich bei"
     ),
     "fr": word_set("le la les de des et est un une pour dans par sur que qui en du pas ou avec ce sont vous cette au"),
     "cs": word_set(

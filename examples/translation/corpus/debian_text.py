@@ -45,7 +45,8 @@ class BlockParser(HTMLParser):
     """Collects the blocks of an HTML page in ``blocks``; code, navigation and scripts are left out."""
 
     BLOCKS = word_set(
-        "p h1 h2 h3 h4 h5 h6 li td th dt dd title caption div section ul ol dl table tr article main body blockquote figcaption"
+        "p h1 h2 h3 h4 h5 h6 li td th dt dd title caption div section ul "
+        "ol dl table tr article main body blockquote figcaption"
     )
     SKIPPED = word_set("script style pre nav footer header textarea")
     STABLE_ID = re.compile(r"par_|hd_|bm_|tit")  # LibreOffice's help names its paragraphs alike in every language

@@ -131,6 +131,7 @@ def load_corpus(folder: Path) -> Corpus:
             )
         if encode_pairs(pairs, tokenizer, meta["longest"]) != examples[name]:
             raise DamagedError(
-                f"{name}.source.txt and {name}.target.txt in {folder} must be what {IDS} has the ids of; found other text"
+                f"{name}.source.txt and {name}.target.txt in {folder} must "
+                f"be what {IDS} has the ids of; found other text"
             )
     return Corpus(tokenizer, examples, texts, meta, hashlib.sha256((folder / IDS).read_bytes()).hexdigest())

@@ -140,7 +140,8 @@ def findings(study: Study) -> list[str]:
             overlap = min(found[variant]) <= max(found[best])
             others.append(f"{variant} {change(found[variant], found[best])}{' (the seeds overlap)' if overlap else ''}")
         lines.append(
-            f"{layers}+{layers} layers: {best} has the lowest dev cross entropy, {mean(found[best]):.3f}; then {', '.join(others)}."
+            f"{layers}+{layers} layers: {best} has the lowest dev cross entropy, "
+            f"{mean(found[best]):.3f}; then {', '.join(others)}."
         )
     shallow, deep = min(study["settings"]["depths"]), max(study["settings"]["depths"])
     for variant in study["variants"]:
@@ -159,7 +160,8 @@ def findings(study: Study) -> list[str]:
                 edge.append(f"{variant} {layers}+{layers}")
     if edge:
         lines.append(
-            f"The best learning rate is at the end of the grid tried, and may not be the best there is, for: {'; '.join(edge)}."
+            f"The best learning rate is at the end of the grid tried, and may "
+            f"not be the best there is, for: {'; '.join(edge)}."
         )
     return lines
 
@@ -235,7 +237,10 @@ def _finish(study: Study, figure: Any, title: str, path: Path) -> None:
     machine = study["machine"]
     figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold", color=INK)
     settings = study["settings"]
-    caption = f"{machine['cpu']}, {machine['cores']} cores · torch {machine['torch']} · d={settings['d_model']}, {settings['steps']} steps"
+    caption = (
+        f"{machine['cpu']}, {machine['cores']} cores · torch {machine['torch']} "
+        f"· d={settings['d_model']}, {settings['steps']} steps"
+    )
     figure.text(0.012, 0.012, caption, fontsize=9, color="#555555")
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -354,7 +354,10 @@ def test_errors_of_cuda(stand_in: Any, code: int, backward: bool) -> None:
     simulated.fail_once(code)
     with pytest.raises(RuntimeError, match=rf"{name}: as it was told \(CUDA error {code}\)") as caught:
         getattr(stand_in, name)(*(backward_arguments(inputs) if backward else inputs))
-    advice = "This library holds code for a simulated GPU; for another GPU, or a driver too old for its PTX, build it from source with "
+    advice = (
+        "This library holds code for a simulated GPU; for another GPU, or a "
+        "driver too old for its PTX, build it from source with "
+    )
     assert (advice + "DEPTHLSTM_CUDA_ARCHS set" in str(caught.value)) == (code in (98, 209, 222))
 
 

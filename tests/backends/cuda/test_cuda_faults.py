@@ -143,7 +143,10 @@ def test_write_out_of_bounds(tmp_path: Path) -> None:
 
 def test_wrong_mask(tmp_path: Path) -> None:
     """Vectors that are not there take part in the variance."""
-    loop = "#pragma unroll\n        for (int k = 0; k < K; ++k) {\n#pragma unroll\n            for (int j = v * W; j < (v + 1) * W; ++j) {\n"
+    loop = (
+        "#pragma unroll\n        for (int k = 0; k < K; ++k) {\n#pragma unroll\n "
+        "           for (int j = v * W; j < (v + 1) * W; ++j) {\n"
+    )
     masked = f"        if (!inside[v]) continue;\n{loop}                z[k][j] -= mean[k];"
     csrc = plant(tmp_path, "depth_lstm/cuda_gates.cuh", masked, masked.partition("\n")[2])
     done = run(library(csrc, "plain"), "plain", tmp_path / "plain")

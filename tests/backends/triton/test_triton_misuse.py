@@ -120,7 +120,10 @@ def test_broken_triton_is_reported_and_breaks_nothing(init: str, metadata: str, 
     (tmp_path / "triton-9.dist-info").mkdir()
     (tmp_path / "triton-9.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\n{metadata}\n")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]), "TRITON_INTERPRET": "1"}
-    script = "import torch, depthlstm_fast as dl; dl.depth_lstm_gates(torch.ones(1, 4), torch.ones(1, 1)); print(dl.backends()['triton'])"
+    script = (
+        "import torch, depthlstm_fast as dl; dl.depth_lstm_gates(torch.ones(1, "
+        "4), torch.ones(1, 1)); print(dl.backends()['triton'])"
+    )
     run = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120, check=False
     )
