@@ -21,7 +21,9 @@ class CallableModule(ModuleType):
 
 
 def make_callable(function: Callable[..., Any], name: str) -> None:
-    """Let the module ``name``, which has the name of ``function``, be called as it, with its signature and docstring."""
+    """Let the module ``name``, which has the name of ``function``, be called as it, with its signature and
+    docstring.
+    """
     module = sys.modules[name]
     module.__class__ = CallableModule
     module.__doc__ = function.__doc__

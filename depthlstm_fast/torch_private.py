@@ -75,7 +75,9 @@ def has_forward_gradients() -> bool:
 
 
 def constant_result(function: Any) -> Any:
-    """What torch.compiler.assume_constant_result does, without its import of torch._dynamo: tracers do not look inside."""
+    """What torch.compiler.assume_constant_result does, without its import of torch._dynamo: tracers do not look
+    inside.
+    """
     function._dynamo_marked_constant = True
     return function
 

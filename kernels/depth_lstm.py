@@ -54,7 +54,8 @@ def forward_kernel(
     h, c_out,  # (rows, D), written
     rows, z_stride, hidden_stride, c_stride, h_stride,
     eps, threshold, scale,  # dropout keeps an element whose random word is at least `threshold`, times `scale`
-    FEATURES: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    FEATURES: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     GATES: tl.constexpr = 4 if hidden is None else 3
     MASKED: tl.constexpr = BLOCK != FEATURES or ROWS > 1
@@ -85,7 +86,8 @@ def forward_kernel(
 
 @triton.jit
 def _gradients(
-    n, dh, dc, hidden, c, weight, bias, key, rows, row, column, first, inside, dh_stride, dc_stride, hidden_stride, c_stride,
+    n, dh, dc, hidden, c, weight, bias, key, rows, row, column, first, inside, dh_stride, dc_stride, hidden_stride,
+    c_stride,
     threshold, scale,
     FEATURES: tl.constexpr, ACTIVATION: tl.constexpr, FAST: tl.constexpr, GATES: tl.constexpr, MASKED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -176,7 +178,8 @@ def narrow_backward_kernel(
     partial,  # (programs, 2 or 1 or 3 times GATES, D) fp32, written: dweight, dbias, dz_bias
     rows, dh_stride, dc_stride, z_stride, hidden_stride, c_stride,
     eps, threshold, scale,
-    FEATURES: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, FAST: tl.constexpr, AFFINE_GRADIENT: tl.constexpr,
+    FEATURES: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, FAST: tl.constexpr,
+    AFFINE_GRADIENT: tl.constexpr,
     Z_BIAS_GRADIENT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     GATES: tl.constexpr = 4 if hidden is None else 3
@@ -198,7 +201,8 @@ def narrow_backward_kernel(
             mean, r, shift = row_statistics(n, column < FEATURES, eps, FEATURES, NORM, GATES, MASKED)
             n = normalise(n, mean, r, shift, inside, GATES, MASKED)
         da, dz_tiles, dg, dc_tile = _gradients(
-            n, dh, dc, hidden, c, weight, bias, key, rows, row, column, 0, inside, dh_stride, dc_stride, hidden_stride, c_stride,
+            n, dh, dc, hidden, c, weight, bias, key, rows, row, column, 0, inside, dh_stride, dc_stride,
+            hidden_stride, c_stride,
             threshold, scale, FEATURES, ACTIVATION, FAST, GATES, MASKED, ROWS, BLOCK,
         )  # fmt: skip
         if AFFINE_GRADIENT:  # here, not at the end: da need not live through the reduction
@@ -260,7 +264,8 @@ def row_sums_kernel(
             True,
         )
         _, u, _, _ = _gradients(
-            n, dh, dc, hidden, c, weight, bias, key, 1, row, column, first, inside, dh_stride, dc_stride, hidden_stride, c_stride,
+            n, dh, dc, hidden, c, weight, bias, key, 1, row, column, first, inside, dh_stride, dc_stride,
+            hidden_stride, c_stride,
             threshold, scale, FEATURES, ACTIVATION, FAST, GATES, True, 1, BLOCK,
         )  # fmt: skip
         sums = add_tiles(sums, u + products(u, n, GATES), 2 * GATES)
@@ -276,7 +281,8 @@ def wide_backward_kernel(
     dz, dhidden, dc_in, partial,  # as in narrow_backward_kernel
     rows, dh_stride, dc_stride, z_stride, hidden_stride, c_stride,
     threshold, scale,
-    FEATURES: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, FAST: tl.constexpr, AFFINE_GRADIENT: tl.constexpr,
+    FEATURES: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, FAST: tl.constexpr,
+    AFFINE_GRADIENT: tl.constexpr,
     Z_BIAS_GRADIENT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     GATES: tl.constexpr = 4 if hidden is None else 3
@@ -297,7 +303,8 @@ def wide_backward_kernel(
                 n, found[:GATES], found[GATES : 2 * GATES], found[2 * GATES : 3 * GATES], inside, GATES, False
             )
         da, dz_tiles, dg, dc_tile = _gradients(
-            n, dh, dc, hidden, c, weight, bias, key, rows, row, column, first, inside, dh_stride, dc_stride, hidden_stride, c_stride,
+            n, dh, dc, hidden, c, weight, bias, key, rows, row, column, first, inside, dh_stride, dc_stride,
+            hidden_stride, c_stride,
             threshold, scale, FEATURES, ACTIVATION, FAST, GATES, True, ROWS, BLOCK,
         )  # fmt: skip
         if AFFINE_GRADIENT:
@@ -392,7 +399,8 @@ def _dropout(seed: Tensor | None, dropout_p: float) -> tuple[int, float]:
 
 
 def gates_forward(
-    z: Tensor, z_bias: Tensor | None, hidden: Tensor | None, c: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None,
+    z: Tensor, z_bias: Tensor | None, hidden: Tensor | None, c: Tensor, weight: Tensor | None, bias: Tensor | None,
+    seed: Tensor | None,
     norm: int, activation: int, eps: float, dropout_p: float, h: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(h, c_out); h, where it is given, is written into: a matrix (rows, D) with any row stride."""
@@ -424,8 +432,10 @@ def gates_forward(
 
 
 def gates_backward(
-    dh: Tensor | None, dc: Tensor | None, z: Tensor, z_bias: Tensor | None, hidden: Tensor | None, c: Tensor, weight: Tensor | None,
-    bias: Tensor | None, seed: Tensor | None, norm: int, activation: int, eps: float, dropout_p: float, affine_gradient: bool,
+    dh: Tensor | None, dc: Tensor | None, z: Tensor, z_bias: Tensor | None, hidden: Tensor | None, c: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None, seed: Tensor | None, norm: int, activation: int, eps: float, dropout_p: float,
+    affine_gradient: bool,
     z_bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dz, dhidden, dc', dweight, dbias, dz_bias); those that were not asked for have no elements."""

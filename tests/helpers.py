@@ -187,7 +187,9 @@ def check_gates(
     condition: float = 0.0,
     backend: str = "cpp",
 ) -> dict[str, Tensor]:
-    """Run the fused gates, eager and fp64 on the same arguments and hold the first to the bound; returns its results."""
+    """Run the fused gates, eager and fp64 on the same arguments and hold the first to the bound; returns its
+    results.
+    """
     grads = cotangents(tensors) if grads is None else grads
     found = results(functools.partial(fused, backend=backend), tensors, grads, **options)
     check_results(found, tensors, options, grads, condition)

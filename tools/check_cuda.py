@@ -187,7 +187,7 @@ Registers are those of a thread; stack (bytes) and spills (instructions) are 0, 
 and stores are those of global memory in the code, as number x bits a thread. `c` is the type of the cell state, `gates` 4 or, with
 `hidden`, 3, `vectors` how many 16-byte vectors of each gate a thread holds. Where a parameter may be fp32 or 16-bit the code has both
 loads, one of which runs.
-"""
+"""  # noqa: E501
 
 
 def markdown(budgets: dict[str, Any]) -> str:

@@ -309,7 +309,7 @@ of compiled code, not timings. `python tools/check_kernels.py` holds the kernels
 
 Registers are those of a thread; stack (bytes) and spills (instructions) are 0, or the check fails; shared memory is bytes a program;
 loads and stores are those of global memory in the code, as number x bits a thread. On gfx942 registers are VGPRs, and widths are not read.
-"""
+"""  # noqa: E501
 SUMMARY = (
     "All cases by target and kernel: their largest figure, and the narrowest of their widest loads and stores in bits:"
 )

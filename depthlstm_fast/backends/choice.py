@@ -140,7 +140,9 @@ def _why_not(record: Backend, tensor: Tensor, op: str, features: int) -> str | N
 
 
 def is_exporting() -> bool:
-    """Whether torch.export or torch.onnx.export records this call, into PyTorch operators that need no library of ours."""
+    """Whether torch.export or torch.onnx.export records this call, into PyTorch operators that need no library of
+    ours.
+    """
     if is_export_flag_set():
         return True
     return not torch.compiler.is_compiling() and is_jit_tracing() and torch.onnx.is_in_onnx_export()

@@ -1,4 +1,6 @@
-"""The gates of the depth-wise LSTM as operators of torch: arguments, schemas, shapes for tracers, gradients, sharding."""
+"""The gates of the depth-wise LSTM as operators of torch: arguments, schemas, shapes for tracers, gradients,
+sharding.
+"""
 
 from __future__ import annotations
 

@@ -22,7 +22,9 @@ _SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: 
 
 
 def schema(arguments: list[Any], outputs: Any) -> str:
-    """A schema of NamedTuples one after the other: "(Tensor z, Tensor? bias, float eps) -> (Tensor h, Tensor c_out)"."""
+    """A schema of NamedTuples one after the other: "(Tensor z, Tensor? bias, float eps) -> (Tensor h, Tensor
+    c_out)".
+    """
 
     def listed(fields: Any) -> list[str]:
         hints = typing.get_type_hints(fields)

@@ -140,7 +140,9 @@ class DecoderCache:
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
     def reorder(self, rows: Tensor) -> None:
-        """Row i goes on from what row ``rows[i]`` has seen; rows int64, only ever moved within the beams of one source."""
+        """Row i goes on from what row ``rows[i]`` has seen; rows int64, only ever moved within the beams of one
+        source.
+        """
         if self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
 
@@ -184,7 +186,9 @@ class _Attention(nn.Module):
         return [part.transpose(1, 2) for part in heads.unbind(-3)]
 
     def _project(self, linear: nn.Module, x: Tensor) -> Tensor:
-        """linear(x), as a matrix where x is not dense: nn.Linear adds the bias of a strided batch in a pass of its own."""
+        """linear(x), as a matrix where x is not dense: nn.Linear adds the bias of a strided batch in a pass of its
+        own.
+        """
         return linear(x) if x.is_contiguous() else linear(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:

@@ -357,7 +357,9 @@ class DepthLSTMDecoderLayer(_Layer):
         return self._enter("memory", memory) if cache.memory_keys_values is None else memory
 
     def new_cache(self, memory: Tensor, memory_key_padding_mask: Tensor | None = None) -> DecoderCache:
-        """Start incremental decoding: memory (batch, S, D), mask (batch, S) bool or floating point; always batch first."""
+        """Start incremental decoding: memory (batch, S, D), mask (batch, S) bool or floating point; always batch
+        first.
+        """
         return new_cache(memory, memory_key_padding_mask, self.d_model)
 
     def step(self, tgt: Tensor, cache: DecoderCache, state: Tensor | None = None) -> tuple[Tensor, Tensor]:

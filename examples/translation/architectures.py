@@ -14,7 +14,9 @@ ARCHITECTURES = ("depth-lstm", "pre-norm", "post-norm")
 
 
 def _initialise(weight: Tensor, init: str) -> None:
-    """Draw a matrix (outputs, inputs); query, key and value of an attention, stacked, count as matrices of their own."""
+    """Draw a matrix (outputs, inputs); query, key and value of an attention, stacked, count as matrices of their
+    own.
+    """
     outputs, inputs = weight.shape
     outputs = inputs if outputs == 3 * inputs else outputs
     bound = math.sqrt(1 / inputs if init == "lipschitz" else 6 / (inputs + outputs))

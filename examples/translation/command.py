@@ -87,7 +87,9 @@ def results() -> TextIO:
 
 
 def occupy_closed_streams() -> None:
-    """Open the standard streams that are closed on nothing: else the next file to be opened is taken for one of them."""
+    """Open the standard streams that are closed on nothing: else the next file to be opened is taken for one of
+    them.
+    """
     for number in range(3):
         try:
             os.fstat(number)

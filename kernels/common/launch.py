@@ -62,7 +62,9 @@ def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def row_stride(tensor: Tensor) -> int | None:
-    """The distance between rows (all but the last dimension flattened) in elements; None where there is no single one."""
+    """The distance between rows (all but the last dimension flattened) in elements; None where there is no single
+    one.
+    """
     if tensor.is_contiguous():
         return tensor.shape[-1]
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:

@@ -31,7 +31,9 @@ def _add8(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
 
 @triton.jit
 def row_means(x, SETS: tl.constexpr, FEATURES: tl.constexpr, NORM: tl.constexpr, GATES: tl.constexpr):
-    """Means over the features of SETS * GATES tiles, (ROWS, 1) each; with norm="joint" over the features of all gates."""
+    """Means over the features of SETS * GATES tiles, (ROWS, 1) each; with norm="joint" over the features of all
+    gates.
+    """
     if SETS * GATES == 3:
         sums = tl.reduce(x, 1, _add3, keep_dims=True)
     elif SETS * GATES == 4:

@@ -234,7 +234,8 @@ def test_machine_has_a_folder_name() -> None:
 
 
 COMPARISON = {
-    "dataset": "builtin", "pairs": 24, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "steps": 4, "backend": "cpp",
+    "dataset": "builtin", "pairs": 24, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1,
+    "steps": 4, "backend": "cpp",
     "tolerance": 1e-3, "max_relative_loss_difference": 1e-6, "losses_agree": True,
     "tokens_per_second": {"reference": 100.0, "fused": 150.0}, "speedup": 1.5,
 }  # fmt: skip

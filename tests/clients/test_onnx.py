@@ -1,4 +1,6 @@
-"""ONNX by both of torch's exporters, run by ONNX Runtime. Run with onnx 1.23.2, onnxscript 0.7.2, onnxruntime 1.32.0."""
+"""ONNX by both of torch's exporters, run by ONNX Runtime. Run with onnx 1.23.2, onnxscript 0.7.2, onnxruntime
+1.32.0.
+"""
 
 from __future__ import annotations
 

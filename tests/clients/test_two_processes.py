@@ -1,4 +1,6 @@
-"""torch.distributed with two gloo processes: data, tensor and pipeline parallelism, sharded parameters and checkpoints."""
+"""torch.distributed with two gloo processes: data, tensor and pipeline parallelism, sharded parameters and
+checkpoints.
+"""
 
 from __future__ import annotations
 

@@ -163,7 +163,9 @@ def check_z_bias(path: Path, types: Types, variant: Variant, dtype: torch.dtype,
     lambda op, path: itertools.product([FULL, MIXED, HALF], op.variants) if op.name == "depth_lstm" else [],
 )
 def test_z_bias(op: Op, path: Path, types: Types, variant: Variant) -> None:
-    """The operator with z_bias is the function of z + z_bias, and the bias's gradient is the sum of z's over the rows."""
+    """The operator with z_bias is the function of z + z_bias, and the bias's gradient is the sum of z's over the
+    rows.
+    """
     check_z_bias(path, types, variant, types.affine)
 
 

@@ -1,4 +1,6 @@
-"""The translation example by torchrun: two gloo processes train what one does, and go on from where they were stopped."""
+"""The translation example by torchrun: two gloo processes train what one does, and go on from where they were
+stopped.
+"""
 
 from __future__ import annotations
 

@@ -69,7 +69,9 @@ def run(prepared: Path) -> Path:
 
 
 def smoothed_loss(model: Any, rows: list[tokenizer.Example], smoothing: float) -> tuple[Tensor, int]:
-    """Return the summed loss of ``rows``, one at a time and without padding, and the number of their predicted tokens."""
+    """Return the summed loss of ``rows``, one at a time and without padding, and the number of their predicted
+    tokens.
+    """
     total, count = torch.zeros(()), 0
     for source, target in rows:
         logs = model(torch.tensor([source]), torch.tensor([target[:-1]]))[0].log_softmax(-1)

@@ -140,7 +140,9 @@ def products(layer: nn.Module, inputs: list[Tensor]) -> int:
 def assert_folds(
     folded: nn.Module, plain: nn.Module, inputs: list[Tensor], folds: bool, tolerance: float = 1e-10
 ) -> None:
-    """The results are the plain layer's, with fewer products where ``folds``; under one seed, for the modes that drop."""
+    """The results are the plain layer's, with fewer products where ``folds``; under one seed, for the modes that
+    drop.
+    """
     for _ in range(2):  # the second call finds what the first has made
         found = []
         for layer in (folded, plain):

@@ -154,7 +154,9 @@ def counted(layers: Iterable[nn.Module]) -> list[nn.Module]:
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("kind", ["Encoder", "Decoder"])
 def test_gradient_checkpointing(kind: str, module: Any) -> None:
-    """Each layer runs once more in the backward pass, what is kept is its inputs alone, and the gradients are the same."""
+    """Each layer runs once more in the backward pass, what is kept is its inputs alone, and the gradients are the
+    same.
+    """
     made = stack(module, kind)
     given = [x.requires_grad_() for x in inputs(kind)[1:]]
     calls = counted(made.layers)

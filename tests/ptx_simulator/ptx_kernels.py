@@ -1,4 +1,6 @@
-"""Small kernels written in PTX for tests of single instructions: a body each, one library of all, one launch a kernel."""
+"""Small kernels written in PTX for tests of single instructions: a body each, one library of all, one launch a
+kernel.
+"""
 
 from __future__ import annotations
 

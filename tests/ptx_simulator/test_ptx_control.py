@@ -37,7 +37,8 @@ COPIES = """mul.wide.u32 %d1, %index, 16; shl.b32 %r1, %index, 4; add.u32 %r1, %
     cp.async.{cache}.shared.global.L2::128B [%r1], [%in], {size}{source_size};
     ld.shared.b64 %d2, [%r1]; st.b64 [%out], %d2; cp.async.commit_group;
     cp.async.ca.shared.global [%r1+512], [%in], 4; {wait}
-    ld.shared.v2.b64 {{%d2, %d3}}, [%r1]; st.b64 [%out+8], %d2; st.b64 [%out+16], %d3; ld.shared.b32 %r2, [%r1+512]; st.b32 [%out+24], %r2;
+    ld.shared.v2.b64 {{%d2, %d3}}, [%r1]; st.b64 [%out+8], %d2; st.b64 [%out+16], %d3;
+    ld.shared.b32 %r2, [%r1+512]; st.b32 [%out+24], %r2;
     cp.async.wait_all;"""
 # cache, bytes, bytes there are, how to wait, and the 32-bit words of the second copy that are there by then
 COPY_FORMS = {

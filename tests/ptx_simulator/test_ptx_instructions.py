@@ -1,4 +1,6 @@
-"""Every instruction of the simulator that computes, against formulas in exact arithmetic, on special and random values."""
+"""Every instruction of the simulator that computes, against formulas in exact arithmetic, on special and random
+values.
+"""
 
 from __future__ import annotations
 

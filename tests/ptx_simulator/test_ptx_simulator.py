@@ -274,7 +274,8 @@ extern __shared__ float memory[];
 __global__ void __launch_bounds__(64) kernel(float* out) { memory[threadIdx.x] = 1; *out = memory[threadIdx.x]; }
 extern "C" int launch_kernel(int threads, int shared, int allowed, float* out) {
     if (allowed) {
-        if (const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, allowed)) return error;
+        const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, allowed);
+        if (error) return error;
     }
     kernel<<<1, threads, shared>>>(out);
     return cudaGetLastError();
@@ -289,7 +290,8 @@ extern "C" int limits(int* found) {
     if (cudaSetDevice(2) == cudaSuccess || cudaGetLastError() == cudaSuccess) return -1;
     cudaSetDevice(1);
     cudaGetDevice(&found[7]);
-    return cudaSetDevice(0) | cudaGetDevice(&found[5]) | cudaDeviceSynchronize() | cudaStreamSynchronize(nullptr) | cudaPeekAtLastError();
+    return cudaSetDevice(0) | cudaGetDevice(&found[5]) | cudaDeviceSynchronize() | cudaStreamSynchronize(nullptr) |
+           cudaPeekAtLastError();
 }
 extern "C" int round_trip(float value, float* out) {
     float* memory;
@@ -339,7 +341,9 @@ extern "C" int launch_numbers(int x, int y, uint2* out, unsigned first) {
 
 
 def test_the_last_blocks_of_a_grid(folder: Path, tmp_path: Path) -> None:
-    """Numbered from where one says, along the last axis that has several; what was launched, and where, can be asked."""
+    """Numbered from where one says, along the last axis that has several; what was launched, and where, can be
+    asked.
+    """
     source = tmp_path / "blocks.cu"
     source.write_text(BLOCKS, encoding="utf-8")
     loaded = load(build([source], folder / "blocks.so"))

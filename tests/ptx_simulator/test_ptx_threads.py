@@ -311,7 +311,8 @@ for opcode in opcodes_of("matrix"):
             bar.warp.sync -1; {opcode} {registers}, [%r1]; {outputs}"""
     else:
         BODIES[opcode] = f"""{rows} ld.v4.b32 {{%r4, %r5, %r6, %r7}}, [%in]; {opcode} [%r1], {registers};
-            bar.warp.sync -1; ld.shared.v4.b32 {{%r4, %r5, %r6, %r7}}, [%r0]; st.v4.b32 [%out], {{%r4, %r5, %r6, %r7}};"""
+            bar.warp.sync -1; ld.shared.v4.b32 {{%r4, %r5, %r6, %r7}}, [%r0];
+            st.v4.b32 [%out], {{%r4, %r5, %r6, %r7}};"""
 
 
 def test_matrices(run: Run) -> None:
@@ -335,9 +336,8 @@ def test_matrices(run: Run) -> None:
 
 EXCHANGE = """{before} shl.b32 %r1, %index, 2; add.u32 %r1, %address, %r1; st.shared.b32 [%r1], %index;
     {barrier}
-    xor.b32 %r2, %index, {partner}; shl.b32 %r2, %r2, 2; add.u32 %r2, %address, %r2; ld.shared.b32 %r3, [%r2]; """ + result(
-    0, "b32", "%r3"
-)
+    xor.b32 %r2, %index, {partner}; shl.b32 %r2, %r2, 2; add.u32 %r2, %address, %r2;
+    ld.shared.b32 %r3, [%r2]; """ + result(0, "b32", "%r3")
 for opcode in opcodes_of("barrier"):
     BODIES[opcode] = EXCHANGE.format(before="", barrier=f"{opcode} 0;", partner=63)
     # two pairs of warps, each with a barrier of its own
@@ -345,9 +345,10 @@ for opcode in opcodes_of("barrier"):
     BODIES[f"{opcode} numbered"] = EXCHANGE.format(before="", barrier=numbered, partner=63)
 for opcode in opcodes_of("arrive"):
     waiting = opcode.replace("arrive", "sync")
-    BODIES[opcode] = EXCHANGE.format(
-        before="setp.lt.u32 %p1, %index, 32;", barrier=(f"@%p1 {opcode} 1, " f"64; @%p1 bra " f"END_{len(BODIES)}; " f"{waiting} 1, 64;"), partner=63
-    ) + f"END_{len(BODIES)}: bar.warp.sync -1;"  # fmt: skip
+    end = f"END_{len(BODIES)}"
+    barrier = f"@%p1 {opcode} 1, 64; @%p1 bra {end}; {waiting} 1, 64;"
+    exchange = EXCHANGE.format(before="setp.lt.u32 %p1, %index, 32;", barrier=barrier, partner=63)
+    BODIES[opcode] = exchange + f"{end}: bar.warp.sync -1;"
 for opcode in opcodes_of("barrier reduction"):
     target, stored = ("%p2", result(0, "pred", "%p2")) if opcode.endswith("pred") else ("%r2", result(0, "b32", "%r2"))
     again = stored.replace("[%out+0]", "[%out+8]")

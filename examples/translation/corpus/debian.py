@@ -101,10 +101,10 @@ DEVELOPER_MANUALS = "manpages-dev"
 # the packages of the English manual pages, some with their translations; not net-tools, whose translations are of other
 # versions
 MANUALS = """
-    manpages coreutils util-linux bsdutils mount fdisk systemd systemd-container udev procps passwd login e2fsprogs findutils tar grep sed
-    gzip man-db less nano cron rsyslog logrotate openssh-client gnupg gpg gpgv xz-utils bzip2 zip unzip parted dosfstools btrfs-progs
-    xfsprogs quota nfs-common iproute2 iputils-ping debconf adduser dpkg-dev apt-utils at acl attr cryptsetup-bin lvm2 mdadm
-    grub-common grub2-common
+    manpages coreutils util-linux bsdutils mount fdisk systemd systemd-container udev procps passwd login e2fsprogs
+    findutils tar grep sed gzip man-db less nano cron rsyslog logrotate openssh-client gnupg gpg gpgv xz-utils bzip2
+    zip unzip parted dosfstools btrfs-progs xfsprogs quota nfs-common iproute2 iputils-ping debconf adduser dpkg-dev
+    apt-utils at acl attr cryptsetup-bin lvm2 mdadm grub-common grub2-common
 """
 
 

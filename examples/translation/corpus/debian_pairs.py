@@ -182,7 +182,9 @@ def clean_rows(rows: Iterable[Row], language: str) -> tuple[list[Row], Counter[s
 
 
 def part_of(document: str, held_out: float = 0.02) -> str:
-    """Return the part that ``document`` belongs to, by the hash of its name: a share ``held_out`` each is dev and test."""
+    """Return the part that ``document`` belongs to, by the hash of its name: a share ``held_out`` each is dev and
+    test.
+    """
     fraction = int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big") / 2**64
     return "test" if fraction < held_out else "dev" if fraction < 2 * held_out else "train"
 

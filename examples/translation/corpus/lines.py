@@ -1,4 +1,6 @@
-"""Lines of text, read and written in one way by every program: UTF-8, and a line ends at a line feed and nowhere else."""
+"""Lines of text, read and written in one way by every program: UTF-8, and a line ends at a line feed and nowhere
+else.
+"""
 
 from __future__ import annotations
 

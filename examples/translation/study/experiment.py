@@ -208,7 +208,9 @@ def gradients(corpus: Corpus, base: Settings, depths: Sequence[int]) -> list[dic
 
 
 def costs(corpus: Corpus, base: Settings, layers: int, seconds: float) -> list[dict[str, Any]]:
-    """Speed of a training step and bytes kept for backward, the variants and plain PyTorch's depth-wise LSTM in turn."""
+    """Speed of a training step and bytes kept for backward, the variants and plain PyTorch's depth-wise LSTM in
+    turn.
+    """
     examples = BatchOrder(corpus.examples["train"], base.token_budget, 0)[0]
     batch, predicted = share(examples), target_tokens(examples)
     contestants = {"depth-lstm": "auto", PLAIN: "reference", "pre-norm": "auto", "post-norm": "auto"}

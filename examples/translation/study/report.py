@@ -230,7 +230,7 @@ One language pair of technical text, one width, {settings["steps"]} steps, no tr
 The learning rates are on a grid of factors of two.
 Dev cross entropy picks the learning rate and is then reported, so the first seed's figure is slightly too good, for all variants alike.
 The paper trains other sizes for far longer, and its figures are not compared with here.
-"""
+"""  # noqa: E501
 
 
 def _finish(study: Study, figure: Any, title: str, path: Path) -> None:

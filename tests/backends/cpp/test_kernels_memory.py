@@ -45,7 +45,9 @@ def call(
 @pytest.mark.parametrize(("norm", "affine", "kind"), CALLS)
 @pytest.mark.parametrize("isa", ISAS)
 def test_streamed_results_are_the_others(isa: str, norm: str, affine: bool, kind: str, types: Types) -> None:
-    """Whole vectors alone, as csrc/depth_lstm/cpu_op.cpp streams them: bit for bit, and not a byte beside the outputs."""
+    """Whole vectors alone, as csrc/depth_lstm/cpu_op.cpp streams them: bit for bit, and not a byte beside the
+    outputs.
+    """
     for rows, features in ((1, 64), (5, 64), (3, 192)):
         tensors, options = call(rows, features, types, norm, affine, kind)
         grads = cotangents(tensors)

@@ -57,7 +57,9 @@ def run(
     place: Place = lambda name, x: x,
     device: int = 0,
 ) -> dict[str, Tensor]:
-    """What helpers.results gives, with the names of csrc/depth_lstm/call.h for ``place``; with "z_more" forward alone."""
+    """What helpers.results gives, with the names of csrc/depth_lstm/call.h for ``place``; with "z_more" forward
+    alone.
+    """
     z, c = tensors["z"], tensors["c"]
     outputs = {"h": c.to(z.dtype), "c_out": c}
     if "z_more" not in tensors:

@@ -218,7 +218,9 @@ def test_values_of_a_decoding_step(backend: str, rows: int, beside: bool) -> Non
 @every_backend
 @pytest.mark.parametrize("merge", [None, "add", "concat", "cells"], ids=["encoder", "add", "concat", "cells"])
 def test_stacks_in_fp32(backend: str, merge: str | None) -> None:
-    """Layers that write beside each other's states, forward and every gradient, against the reference stack on the GPU."""
+    """Layers that write beside each other's states, forward and every gradient, against the reference stack on the
+    GPU.
+    """
     width, heads, kind = few(64, 8), 2, "Encoder" if merge is None else "Decoder"
     options: dict[str, Any] = {"dropout": 0.0, "batch_first": True, "device": DEVICE} | (
         {} if merge is None else {"merge": merge}

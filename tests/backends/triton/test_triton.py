@@ -177,7 +177,9 @@ def check_z_bias(
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("kind", ["gelu", "given"])
 def test_cell(kind: str, autocast: bool) -> None:
-    """The product, its bias and the gates as one node; under autocast in bf16 with c, the bias and the affine in fp32."""
+    """The product, its bias and the gates as one node; under autocast in bf16 with c, the bias and the affine in
+    fp32.
+    """
     counts = 3 if kind == "given" else 4
     shapes = {
         "x": (5, 6),

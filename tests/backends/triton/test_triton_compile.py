@@ -207,7 +207,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def launch_all(
-    rows: int, features: int = 64, dtype: torch.dtype = torch.bfloat16, left: int = 0, norm: int = 0, seed: int | None = None,
+    rows: int, features: int = 64, dtype: torch.dtype = torch.bfloat16, left: int = 0, norm: int = 0,
+    seed: int | None = None,
     eps: float = 1e-6, dropout_p: float = 0.1, expanded: bool = False,
 ) -> None:  # fmt: skip
     """Forward and backward, with ``left`` columns before each row of z, c and h; ``expanded``, every row of c and dc is

@@ -255,7 +255,9 @@ def run_last_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("scheme", "features"), [("narrow", 33), ("wide", 20)])
 def test_outputs_of_more_than_2_to_the_31_elements(scheme: str, features: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last row of h, of c and of every gradient by row, and in the wide scheme of the statistics, lies beyond 2^31."""
+    """The last row of h, of c and of every gradient by row, and in the wide scheme of the statistics, lies beyond
+    2^31.
+    """
     if scheme == "wide":
         monkeypatch.setattr(gates, "narrow_plans", lambda *_: [])
         monkeypatch.setattr(gates, "WIDE_PLANS", [launcher.Launch(1, {"ROWS": 2, "BLOCK": 16, "STAGES": 2})])
@@ -463,7 +465,8 @@ def import_kernels_from(folder):
     importlib.import_module("depthlstm_fast.backends.triton").kernels.cache_clear()
     importlib.import_module("depthlstm_fast.kernels.depth_lstm")
     new = {name: importlib.import_module(name) for name in old}
-    for held in [vars(module) for name, module in sys.modules.items() if name.startswith(("test_triton", "triton_helpers"))]:
+    names = [name for name in sys.modules if name.startswith(("test_triton", "triton_helpers"))]
+    for held in [vars(sys.modules[name]) for name in names]:
         for key, value in list(held.items()):
             for name, module in old.items():
                 if value is module:

@@ -67,7 +67,8 @@ count = []
 launch.compile_kernel = lambda *given, **named: count.append(1) or compiled(*given, **named)
 
 def call(rows, features, z_bias=None, left=0):
-    z, c = torch.randn(rows, 4 * features, dtype=torch.bfloat16), torch.randn(rows, left + features, dtype=torch.bfloat16)[:, left:]
+    z = torch.randn(rows, 4 * features, dtype=torch.bfloat16)
+    c = torch.randn(rows, left + features, dtype=torch.bfloat16)[:, left:]
     weight, bias = torch.ones(4, features), torch.zeros(4, features)
     gates.gates_forward(z, z_bias, None, c, weight, bias, None, 0, 0, 1e-6, 0.0)
     gates.gates_backward(c, None, z, z_bias, None, c, weight, bias, None, 0, 0, 1e-6, 0.0, True, z_bias is not None)

@@ -196,8 +196,13 @@ def test_checkpointing(reentrant: bool) -> None:
 @pytest.mark.parametrize("scheme", ["narrow", "wide"])
 @pytest.mark.parametrize(("norm", "affine", "kind"), CALLS)
 def test_every_element_is_written(
-    norm: str, affine: bool, kind: str, scheme: str, memory: Memory, request: pytest.FixtureRequest
-) -> None:  # noqa: F811
+    norm: str,
+    affine: bool,
+    kind: str,
+    scheme: str,
+    memory: Memory,  # noqa: F811
+    request: pytest.FixtureRequest,
+) -> None:
     """Outputs, partial sums and statistics: nothing of what the launcher allocates stays as it was."""
     if scheme == "wide":
         request.getfixturevalue("small_wide")

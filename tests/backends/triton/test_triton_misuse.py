@@ -23,7 +23,9 @@ ROOT = Path(__file__).resolve().parents[3]
 @needs_triton
 @pytest.mark.parametrize("place", range(4))
 def test_lazy_minus_signs_are_applied(place: int) -> None:
-    """The imaginary part of a conjugate is a view with a sign that is yet to be applied; kernels see memory, not signs."""
+    """The imaginary part of a conjugate is a view with a sign that is yet to be applied; kernels see memory, not
+    signs.
+    """
     tensors = [torch.randn(shape, device=DEVICE) for shape in ((5, 32), (5, 8), (4, 8), (4, 8))]
     tensors[place] = torch._neg_view(tensors[place])
     assert tensors[place].is_neg()

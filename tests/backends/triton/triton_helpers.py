@@ -88,7 +88,9 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Memory]:
 
 
 def make_small_wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The wide scheme for any D, in blocks of 16 and tiles of two rows: what costs seconds at 2049 features, in less."""
+    """The wide scheme for any D, in blocks of 16 and tiles of two rows: what costs seconds at 2049 features, in
+    less.
+    """
     monkeypatch.setattr(gates, "narrow_plans", lambda *_: [])
     monkeypatch.setattr(gates, "WIDE_PLANS", [launcher.Launch(1, {"ROWS": 2, "BLOCK": 16, "STAGES": 2})])
     monkeypatch.setattr(gates, "ROW_SUMS_PLAN", launcher.Launch(1, {"BLOCK": 16}))
