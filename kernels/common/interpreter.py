@@ -1,6 +1,6 @@
 """Triton's interpreter (TRITON_INTERPRET=1), made to compute what a GPU computes.
 
-Known to work, and needed, with Triton 3.6 to 3.9 (tests/test_triton_interpreter.py):
+Known to work, and needed, with Triton 3.6 to 3.9 (tests/backends/triton/test_triton_interpreter.py):
     fp32 -> bf16    truncates there; hardware rounds to nearest, ties to even.
     bf16 -> fp32    makes subnormal numbers zero there; hardware keeps them.
     loop bounds     numpy 2.4 refuses to make a Python int of the one-element arrays that Triton 3.6 keeps scalars in.
