@@ -4,12 +4,11 @@ there is no GPU.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 
 import pytest
 import torch
+from poisoned_malloc import POISONED
 
 # Triton decides once, when it is imported, whether it compiles kernels or interprets them, and nothing has imported it
 # yet.
@@ -19,24 +18,6 @@ if not torch.cuda.is_available():
 # Arguments that are drawn while test modules are imported, and the names of tests made of them, are the same in every
 # process.
 torch.manual_seed(0)
-
-M_PERTURB = -6  # glibc's malloc.h
-POISON = 0x100  # malloc fills with the complement of its low byte: 0xff, which is NaN in every floating-point type
-
-
-def poison_malloc(value: int = POISON) -> bool:
-    """Make glibc fill what malloc gives with NaN, or with the complement of ``value``; returns whether there is a glibc
-    that does.
-
-    torch's own filling of uninitialised memory reaches neither outputs allocated over the stable ABI nor the kernels'
-    scratch."""
-    if not sys.platform.startswith("linux"):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and mallopt(M_PERTURB, value) == 1
-
-
-POISONED = poison_malloc()
 
 
 def pytest_report_header() -> str:

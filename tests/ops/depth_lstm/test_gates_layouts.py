@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import conftest
+import poisoned_malloc
 import pytest
 import torch
 from helpers import (
@@ -143,7 +143,7 @@ def test_memory_that_is_not_aligned(dtype: torch.dtype, offset: int) -> None:
     assert_identical(found, results(fused, tensors, (dh, dc), **options))
 
 
-@pytest.mark.skipif(not conftest.POISONED, reason="the poison is glibc's")
+@pytest.mark.skipif(not poisoned_malloc.POISONED, reason="the poison is glibc's")
 @pytest.mark.parametrize("types", MAIN_TYPES, ids=str)
 @pytest.mark.parametrize(("norm", "affine", "kind"), CALLS)
 @pytest.mark.parametrize(("rows", "features"), [(1, 3), (3, 7), (40, 33), (70, 512)])
@@ -159,14 +159,14 @@ def test_memory_that_nobody_wrote(rows: int, features: int, norm: str, affine: b
     for fill in (0xFF, 0):  # of the bytes
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
         try:
-            conftest.poison_malloc(0x1FF - fill)
+            poisoned_malloc.poison_malloc(0x1FF - fill)
             internals.dirty_stack(1 << 18, fill)
             outputs = fused(**leaves, **options)
             # called on the way to the kernel's backward
             outputs[0].register_hook(lambda _, fill=fill: internals.dirty_stack(1 << 18, fill))
             gradients = torch.autograd.grad(outputs, list(leaves.values()), grads)
         finally:
-            conftest.poison_malloc()
+            poisoned_malloc.poison_malloc()
         found.append(
             {"h": outputs[0].detach(), "c_out": outputs[1].detach(), **dict(zip(leaves, gradients, strict=True))}
         )
@@ -175,5 +175,5 @@ def test_memory_that_nobody_wrote(rows: int, features: int, norm: str, affine: b
 
 
 def test_the_poison_works() -> None:
-    if conftest.POISONED:
+    if poisoned_malloc.POISONED:
         assert torch.empty(1 << 14).isnan().all()
