@@ -221,6 +221,7 @@ __device__ __forceinline__ void apply(float (&a)[W], float (&slope)[W]) {
 
 // g = act(a) in place; with a second array the slopes, too. One branch for W elements: the activation is the same for
 // all threads.
+// No default: cuda_launch.cu refuses other codes. A trap here cost backward a sixth more instructions and 8 registers.
 template <class... Arrays>
 __device__ __forceinline__ void activate(Activation activation, Arrays&... arrays) {
     switch (activation) {
@@ -229,7 +230,6 @@ __device__ __forceinline__ void activate(Activation activation, Arrays&... array
         DEPTHLSTM_ACTIVATIONS(DEPTHLSTM_CASE)
 #undef DEPTHLSTM_CASE
         case Activation::given: return;
-        default: __trap();  // no code of an activation: the identity must not be taken for it
     }
 }
 

@@ -57,6 +57,9 @@ Launch launch_of(const CudaCall& call) {
 template <class Body>
 cudaError_t on_device(const CudaCall& call, const Body& body) {
     if (call.gates.rows == 0) return cudaSuccess;
+    // the kernels would take another code for the identity
+    const bool known = call.gates.activation >= Activation(0) && call.gates.activation < Activation::given;
+    if (call.gates.hidden.data == nullptr && !known) return cudaErrorInvalidValue;
     const CurrentDevice current(call.device);
     GpuDevice device;
     if (current.error() != cudaSuccess) return current.error();

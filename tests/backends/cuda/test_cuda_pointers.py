@@ -7,6 +7,7 @@ Simulated on every machine: a GPU has no row that begins 2^33 elements after the
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import mmap
 import subprocess
@@ -17,10 +18,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cuda_calls import CudaCall
 from cuda_pointers import PARAMETERS, check, library
 from helpers import BF16, F32, Types, arguments, assert_identical, normal
 from test_dropout import mask_by_hand
 from torch import Tensor
+
+from depthlstm_fast.checks import ACTIVATIONS
 
 HERE = Path(__file__).resolve().parent
 FULL, HALF, MIXED = Types(F32, F32, F32), Types(BF16, BF16, BF16), Types(BF16, F32, F32)
@@ -67,6 +71,19 @@ def test_a_second_product_takes_a_block(types: Types, kind: str) -> None:
     tensors, options = given(MANY, 40, types, kind=kind)
     tensors["z_more"] = normal(*tensors["z"].shape, dtype=types.z)
     assert check(tensors, options) == ["forward_block"]
+
+
+@pytest.mark.parametrize("code", [-1, len(ACTIVATIONS), len(ACTIVATIONS) + 1])
+def test_a_code_of_no_activation_is_refused(code: int) -> None:
+    """Before a launch: to the kernels' switch it would be the identity. The first code after the list stands for
+    `hidden`, which is absent here.
+    """
+    call = CudaCall()
+    call.gates.rows, call.gates.features, call.gates.activation = 3, 8, code
+    invalid_value = 1
+    assert library().depthlstm_cuda_gates_forward(ctypes.byref(call)) == invalid_value
+    assert library().depthlstm_cuda_gates_backward(ctypes.byref(call)) == invalid_value
+    assert library().depthlstm_cuda_workspace_bytes(ctypes.byref(call)) == -invalid_value
 
 
 # --- alignment and strides
