@@ -23,7 +23,6 @@ from translation_helpers import (
     log_values,
     one_line,
     options,
-    prepare,
     start,
     train,
     training,
@@ -31,18 +30,6 @@ from translation_helpers import (
 
 SETTINGS = replace(SMALL, steps=8, dropout=0.1)
 EVERY: dict[str, int] = {"evaluate_every": 4, "checkpoint_every": 2, "beam_size": 1}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("prepared")
-    prepare.prepare(path, "builtin", vocab_size=120)
-    return path
-
-
-@pytest.fixture(scope="module")
-def prepared(folder: Path) -> corpus.Corpus:
-    return corpus.load_corpus(folder)
 
 
 def spoil(

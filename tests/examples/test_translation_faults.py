@@ -22,7 +22,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 from translation_helpers import (
+    EVERY,
     FOLDER,
+    FOUR_STEPS,
     SMALL,
     checkpoint,
     corpus,
@@ -35,27 +37,7 @@ from translation_helpers import (
     translate,
 )
 
-EVERY = ("--evaluate-every", "2", "--checkpoint-every", "2", "--beam-size", "1")
 MORE = [*options(replace(SMALL, steps=6)), *EVERY]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prepared folder and a run with checkpoints of steps 2 and 4."""
-    path = tmp_path_factory.mktemp("whole")
-    prepare.prepare(path / "corpus", "builtin", vocab_size=120)
-    assert (
-        train.main([str(path / "corpus"), "--output", str(path / "run"), *options(replace(SMALL, steps=4)), *EVERY])
-        == 0
-    )
-    return path
-
-
-@pytest.fixture
-def own(whole: Path, tmp_path: Path) -> Path:
-    """A copy to be damaged."""
-    shutil.copytree(whole, tmp_path / "own")
-    return tmp_path / "own"
 
 
 def cut(path: Path) -> None:
@@ -126,9 +108,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
         printed = capsys.readouterr().err
         assert printed.startswith(f"passed over for {old.name}: {new / name}") or f"found no file {name}" in printed
         assert printed.count("\n") == 1
-    assert (
-        train.main([str(own / "corpus"), "--output", str(own / "run"), *options(replace(SMALL, steps=4)), *EVERY]) == 0
-    )
+    assert train.main([str(own / "corpus"), "--output", str(own / "run"), *FOUR_STEPS]) == 0
     printed = capsys.readouterr()
     assert printed.err.count("passed over for checkpoint-00000002") == 1
     assert "going on from step 2 " in printed.out

@@ -10,20 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from translation_helpers import SMALL, checkpoint, log_values, options, prepare, start
+from translation_helpers import SMALL, checkpoint, log_values, options, start
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
 
 # no dropout: processes draw their own
 SETTINGS = replace(SMALL, dropout=0.0, accumulate=2)
 EVERY = ("--evaluate-every", "3", "--checkpoint-every", "3", "--beam-size", "1")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("prepared")
-    prepare.prepare(path, "builtin", vocab_size=120)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -34,18 +34,6 @@ from translation_helpers import (
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("prepared")
-    prepare.prepare(path, "builtin", vocab_size=120)
-    return path
-
-
-@pytest.fixture(scope="module")
-def prepared(folder: Path) -> corpus.Corpus:
-    return corpus.load_corpus(folder)
-
-
-@pytest.fixture(scope="module")
 def unbroken(prepared: corpus.Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of SMALL that nothing stopped."""
     run = tmp_path_factory.mktemp("runs") / "unbroken"

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 from translation_helpers import (
+    EVERY,
     FOLDER,
     SMALL,
     corpus,
@@ -30,27 +30,7 @@ from translation_helpers import (
 )
 
 PROGRAMS = ("prepare", "train", "translate", "compare", "study", "study_report", "debian")
-EVERY = ("--evaluate-every", "2", "--checkpoint-every", "2", "--beam-size", "1")
 GREEDY = ("--beam-size", "1", "--max-length", "2")
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prepared folder and a run with checkpoints of steps 2 and 4."""
-    path = tmp_path_factory.mktemp("whole")
-    prepare.prepare(path / "corpus", "builtin", vocab_size=120)
-    assert (
-        train.main([str(path / "corpus"), "--output", str(path / "run"), *options(replace(SMALL, steps=4)), *EVERY])
-        == 0
-    )
-    return path
-
-
-@pytest.fixture
-def own(whole: Path, tmp_path: Path) -> Path:
-    """A copy to be damaged."""
-    shutil.copytree(whole, tmp_path / "own")
-    return tmp_path / "own"
 
 
 def refuse(*_: Any, **__: Any) -> Any:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ from corpus import prepared as corpus  # noqa: E402
 sys.path.remove(str(FOLDER))
 
 __all__ = [
+    "EVERY",
     "FOLDER",
+    "FOUR_STEPS",
     "SMALL",
     "architectures",
     "batches",
@@ -63,6 +66,7 @@ __all__ = [
 ]
 
 SMALL = training.Settings(steps=6, token_budget=128, d_model=16, heads=2, layers=1, dropout=0.1, warmup_steps=4)
+EVERY = ("--evaluate-every", "2", "--checkpoint-every", "2", "--beam-size", "1")
 
 
 def program(name: str) -> Any:
@@ -82,6 +86,10 @@ def program(name: str) -> Any:
 def options(settings: training.Settings) -> list[str]:
     """Return ``settings`` as options of train.py."""
     return [f"--{name.replace('_', '-')}={value}" for name, value in vars(settings).items()]
+
+
+# of train.py; the fixture `whole` is such a run
+FOUR_STEPS = [*options(replace(SMALL, steps=4)), *EVERY]
 
 
 def one_line(program: Any, arguments: list[Any], capsys: pytest.CaptureFixture[str]) -> str:
