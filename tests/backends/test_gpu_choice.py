@@ -39,7 +39,9 @@ def why_not(tensor: Any, features: int) -> str | None:
 # where "cuda" can run
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1), (13, 0)])
+@pytest.mark.parametrize(
+    "capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1), (13, 0)]
+)
 def test_gpus_that_this_build_runs_on(capability: tuple[int, int]) -> None:
     assert cuda.architecture_limit(capability, HELD) is None
 
@@ -96,7 +98,7 @@ def test_limits_of_a_call(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         assert why_not(tensor_on("cuda:0", dtype), 65536) is None
     assert why_not(tensor_on("cuda:0", F64), 8) == "the CUDA kernels take float32, bfloat16 and float16; found float64"
     assert why_not(tensor_on("cpu"), 8) == "the CUDA kernels take CUDA tensors; found cpu"
-    assert dl.backends()["cuda"] == (True, "CUDA C++ kernels for 80, 90, 100 and PTX for 120")
+    assert dl.backends()["cuda"] == (True, "CUDA C++ kernels for 80, 90, 100 and PTX for 100")
     with pytest.raises(
         ValueError, match="backend='cuda' cannot run this call: the CUDA kernels take CUDA tensors; found cpu"
     ):
@@ -104,6 +106,7 @@ def test_limits_of_a_call(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="the CUDA kernels take CUDA tensors; found meta"), dl.use_backend("cuda"):
         dl.depth_lstm_gates(torch.randn(2, 8, device="meta"), torch.randn(2, 2, device="meta"))
     gpu((11, 0))
+    monkeypatch.setattr(cuda, "_architectures", ("80", "90", "100", "120-ptx"))
     for limit in (why_not(tensor_on("cuda:0"), 8), dl.backends()["cuda"].detail):
         assert limit.startswith("the GPU has compute capability 11.0; this build holds 80, 90, 100 and PTX for 120")
     cuda._known_gpu_limit.cache_clear()
