@@ -50,18 +50,18 @@ def each_row(
     return found
 
 
+def few_types(path: Path) -> list[Types]:
+    """Types decide how memory is read alone; a row of Triton's wide scheme, interpreted, takes a second."""
+    return path.main[:1] if path.name == "wide" else path.main
+
+
 def widths(op: Op, path: Path) -> list[tuple[str, Types, int]]:
     """Sums of 41 and of 164 equal numbers times 1/41 and 1/164 are, in fp32, not those numbers but for 0; of 2^n or 33
     they mostly are.
     """
     own = path.sizes[1] if path.name == "block" else 41
     more = [1, 2, 300, 512] if path.name in ("", "narrow", "any") else [own]
-    return [
-        (norm, types, features)
-        for norm in NORMALISED
-        for types in path.main
-        for features in dict.fromkeys([own, *more])
-    ]
+    return list(itertools.product(NORMALISED, few_types(path), dict.fromkeys([own, *more])))
 
 
 @cases("norm, types, features", widths)
@@ -78,7 +78,7 @@ def test_constant_rows(op: Op, path: Path, norm: str, types: Types, features: in
     assert largest[0] <= 2 * largest[1] + TINY[types.affine] * torch.finfo(types.affine).eps
 
 
-@cases("norm, types", lambda op, path: itertools.product(NORMALISED, path.main))
+@cases("norm, types", lambda op, path: itertools.product(NORMALISED, few_types(path)))
 def test_nearly_constant_rows(op: Op, path: Path, norm: str, types: Types) -> None:
     """One element a little off: the variance is of the order of eps, between the two regimes of 1/sqrt(var + eps)."""
     rows, features = path.sizes
