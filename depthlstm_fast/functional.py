@@ -9,7 +9,7 @@ from . import checks, sharding
 from .backends.choice import choose
 from .modes import autocast_dtype
 from .ops import depth_lstm_autograd
-from .ops.depth_lstm import ACTIVATION_CODES, NAME, NORM_CODES, Options, Tensors
+from .ops.depth_lstm import ACTIVATION_CODES, NAME, NORM_CODES, Options
 from .reference import depth_lstm as reference
 
 
@@ -74,7 +74,7 @@ def depth_lstm_gates(
         )
     key = _key(seed, z) if drops else None
     options = Options(NORM_CODES[norm], ACTIVATION_CODES[activation], eps, dropout_p if drops else 0.0)
-    return depth_lstm_autograd.gates(Tensors(z, None, hidden, c, weight, bias, key), options, chosen)
+    return depth_lstm_autograd.gates(z, None, hidden, c, weight, bias, key, options, chosen)
 
 
 def depth_lstm_cell(

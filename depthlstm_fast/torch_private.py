@@ -66,12 +66,12 @@ def has_saved_tensor_hooks() -> bool:
 
 def is_export_flag_set() -> bool:
     """Whether torch.export records. torch.compiler.is_exporting is also True under torch.compile in torch 2.11."""
-    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
+    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def has_forward_gradients() -> bool:
     """Whether torch.autograd.forward_ad.dual_level is open; its own question needs the tensors."""
-    return int(getattr(torch.autograd.forward_ad, "_current_level", -1)) >= 0
+    return getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
 
 
 def constant_result(function: Any) -> Any:

@@ -94,7 +94,7 @@ def with_z_bias(backend: str, tensors: dict[str, Tensor], device: str) -> tuple[
     z_bias = normal(tensors["z"].shape[-1:], tensors["z"].dtype, device).requires_grad_()
     hidden, weight, bias = (tensors.get(name) for name in ("hidden", "weight", "bias"))
     given = Tensors(tensors["z"], z_bias, hidden, tensors["c"], weight, bias, None)
-    outputs = depth_lstm_autograd.gates(given, Options(0, 0, 1e-6, 0.0), backend)
+    outputs = depth_lstm_autograd.gates(*given, Options(0, 0, 1e-6, 0.0), backend)
     return with_gradients(outputs, [z_bias, *tensors.values()], device)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import checks, sharding
 from ..torch_private import has_forward_gradients, is_export_flag_set, is_jit_tracing, is_transformed
 from .cuda import CUDA
-from .fastest import winner
+from .fastest import FASTEST, winner
 from .library import CPP
 from .record import Backend, BackendStatus
 from .triton import TRITON
@@ -22,6 +22,12 @@ from .triton import TRITON
 # A new backend is one more record here. Where nothing was measured "auto" takes the last that can run.
 RECORDS: dict[str, Backend] = {record.name: record for record in (CPP, CUDA, TRITON)}
 BACKENDS = ("auto", "reference", *RECORDS)
+# what "auto" tries on a CPU, and on a GPU
+AUTOMATIC = {
+    kind: tuple(name for name in reversed(RECORDS) if RECORDS[name].automatic_for == kind) for kind in ("cpu", "cuda")
+}
+
+EXPORTED = "export takes the decomposition into PyTorch operators"
 
 logger = logging.getLogger("depthlstm_fast")
 
@@ -31,6 +37,7 @@ _scoped: ContextVar[str | None] = ContextVar("depthlstm_fast.backend", default=N
 _scoped_for_tracers: str | None = (
     None  # _scoped once more: torch.compile reads no ContextVar, and has guards for globals only
 )
+_blocks = 0  # how many blocks of use_backend are open, in any thread: a call outside of all asks nothing more
 _last: str | None = None
 _logged: set[str] = set()
 
@@ -62,15 +69,22 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: as :func:`set_backend`.
     """
-    global _scoped_for_tracers
+    global _scoped_for_tracers, _blocks
     checks.check_name("name", name, BACKENDS)
     before = _scoped_for_tracers
     token, _scoped_for_tracers = _scoped.set(name), name
+    _blocks += 1
     try:
         yield
     finally:
+        _blocks -= 1
         _scoped.reset(token)
         _scoped_for_tracers = before
+
+
+def _scoped_name() -> str | None:
+    """The name of the innermost block of :func:`use_backend` around this call."""
+    return _scoped_for_tracers if torch.compiler.is_compiling() else _scoped.get()
 
 
 def last_backend() -> str | None:
@@ -89,7 +103,7 @@ def choose(requested: str | None, tensor: Tensor, op: str, features: int) -> str
     global _last
     name = requested
     if name is None:
-        name = (_scoped_for_tracers if torch.compiler.is_compiling() else _scoped.get()) or _default
+        name = _default if _blocks == 0 else _scoped_name() or _default
     if name == "auto":
         name = _fastest(tensor, op, features)
     elif name != "reference":
@@ -105,17 +119,15 @@ def choose(requested: str | None, tensor: Tensor, op: str, features: int) -> str
 
 def _fastest(tensor: Tensor, op: str, features: int) -> str:
     """What "auto" takes: the first that can run of the device's backends, the measured winner before the others."""
+    device = tensor.device.type
     # an unknown device is told why the backends for GPUs do not take it
-    kind = "cpu" if tensor.device.type == "cpu" else "cuda"
-    candidates = [record for record in reversed(RECORDS.values()) if record.automatic_for == kind]
-    best = winner(tensor, op, features)
-    if best is not None:
-        candidates.sort(key=lambda record: record.name != best)
+    candidates = AUTOMATIC["cpu" if device == "cpu" else "cuda"]
+    best = winner(tensor, op, features) if FASTEST and device == "cuda" else None
     reasons: list[str] = []
-    for record in candidates:
-        reason = _why_not(record, tensor, op, features)
+    for name in candidates if best is None else sorted(candidates, key=lambda name: name != best):
+        reason = _why_not(RECORDS[name], tensor, op, features)
         if reason is None:
-            return record.name
+            return name
         if reason not in reasons:
             reasons.append(reason)
     # export asks for the decomposition, which is no fallback
@@ -129,13 +141,15 @@ def _why_not(record: Backend, tensor: Tensor, op: str, features: int) -> str | N
     reason = record.why_not(tensor, op, features)
     if reason is not None:
         return reason
-    if is_exporting():
-        return "export takes the decomposition into PyTorch operators"
     if not torch.compiler.is_compiling():
+        if is_jit_tracing() and torch.onnx.is_in_onnx_export():
+            return EXPORTED
         if is_transformed():
             return "torch.func transforms need the decomposition into PyTorch operators"
         if has_forward_gradients():
             return "forward-mode differentiation needs the decomposition into PyTorch operators"
+    if is_export_flag_set():
+        return EXPORTED
     return None if type(tensor) is Tensor else sharding.why_not(tensor)
 
 

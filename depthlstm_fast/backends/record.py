@@ -22,10 +22,6 @@ class BackendStatus(NamedTuple):
     detail: str
 
 
-def _nothing(tensor: Tensor) -> str | None:
-    return None
-
-
 @dataclass(frozen=True)
 class Backend:
     """A backend with kernels of its own. A why-not is None where nothing speaks against a call, else the reason.
@@ -57,7 +53,7 @@ class Backend:
     widest: Mapping[str, int | None]
     status: Callable[[], BackendStatus]
     why_not_here: Callable[[], str | None]
-    why_not_on: Callable[[Tensor], str | None] = _nothing
+    why_not_on: Callable[[Tensor], str | None] | None = None
     kernels: Callable[[str], ModuleType] | None = None
     writes_into_buffer: bool = False
     adds_second_product: bool = False
@@ -73,9 +69,9 @@ class Backend:
             wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes[:-1])
             found = [str(dtype).removeprefix("torch.") for dtype in (self.dtypes[-1], tensor.dtype)]
             return f"the {self.title} kernels take {wanted} and {found[0]}; found {found[1]}"
-        if op not in self.widest:
-            return f"the {self.title} kernels have no {op}"
-        widest = self.widest[op]
+        widest = self.widest.get(op, 0)
         if widest is not None and features > widest:
+            if op not in self.widest:
+                return f"the {self.title} kernels have no {op}"
             return f"the {self.title} kernels take D up to {widest}; found {features}"
-        return self.why_not_on(tensor)
+        return None if self.why_not_on is None else self.why_not_on(tensor)

@@ -107,14 +107,25 @@ class CellFunction(torch.autograd.Function):
         return (*gradients, *slice_gradients(found.z, w, widths, slices_need))  # type: ignore[arg-type]
 
 
-def gates(tensors: Tensors, options: Options, backend: str) -> tuple[Tensor, Tensor]:
-    """h and c of the gates, with autograd."""
+def gates(
+    z: Tensor,
+    z_bias: Tensor | None,
+    hidden: Tensor | None,
+    c: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    options: Options,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """h and c of the gates, with autograd; the tensors are those of :class:`Tensors`."""
     if torch.compiler.is_compiling() or is_jit_tracing():
-        return _operators[backend].traced.forward(*tensors, *options)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        return GatesFunction.apply(*tensors, *options, backend)
+        return _operators[backend].traced.forward(z, z_bias, hidden, c, weight, bias, seed, *options)
+    given = (z, z_bias, hidden, c, weight, bias)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given):
+        return GatesFunction.apply(*given, seed, *options, backend)
     with below_autograd():
-        return _operators[backend].eager(tensors.z).forward(*tensors, *options)
+        return _operators[backend].eager(z).forward(z, z_bias, hidden, c, weight, bias, seed, *options)
 
 
 def cell(

@@ -29,7 +29,7 @@ from paths import (
 from torch import Tensor
 
 import depthlstm_fast as dl
-from depthlstm_fast.ops.depth_lstm import ACTIVATION_CODES, NORM_CODES, Options, Tensors
+from depthlstm_fast.ops.depth_lstm import ACTIVATION_CODES, NORM_CODES, Options
 from depthlstm_fast.ops.depth_lstm_autograd import gates
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's, of overflows
@@ -152,7 +152,7 @@ def check_z_bias(path: Path, types: Types, variant: Variant, dtype: torch.dtype,
     def by_operator(
         z: Tensor, c: Tensor, z_bias: Tensor, weight: Any = None, bias: Any = None, hidden: Any = None
     ) -> Any:
-        return gates(Tensors(z, z_bias, hidden, c, weight, bias, None), codes, path.backend)
+        return gates(z, z_bias, hidden, c, weight, bias, None, codes, path.backend)
 
     def plain(z: Tensor, c: Tensor, z_bias: Tensor, **others: Any) -> Any:
         return dl.reference.depth_lstm_gates(z + z_bias.to(z.dtype), c, **others, **options)

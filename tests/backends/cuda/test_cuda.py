@@ -36,7 +36,7 @@ from test_dropout import SEEDS, mask_by_hand, ties, words_by_hand
 from torch import Tensor
 
 import depthlstm_fast as dl
-from depthlstm_fast.ops.depth_lstm import ACTIVATION_CODES, NORM_CODES, Options, Tensors
+from depthlstm_fast.ops.depth_lstm import ACTIVATION_CODES, NORM_CODES, Options
 from depthlstm_fast.ops.depth_lstm_autograd import gates
 from depthlstm_fast.ops.registry import OPERATORS
 
@@ -109,7 +109,7 @@ def check_z_bias(tensors: dict[str, Tensor], options: dict[str, Any], dtype: tor
     def with_bias(
         z: Tensor, c: Tensor, z_bias: Tensor, weight: Any = None, bias: Any = None, hidden: Any = None
     ) -> tuple[Tensor, Tensor]:
-        return gates(Tensors(z, z_bias, hidden, c, weight, bias, None), codes, "cuda")
+        return gates(z, z_bias, hidden, c, weight, bias, None, codes, "cuda")
 
     def plain(z: Tensor, c: Tensor, z_bias: Tensor, **others: Any) -> tuple[Tensor, Tensor]:
         return dl.reference.depth_lstm_gates(z + z_bias.to(z.dtype), c, **others, **options)

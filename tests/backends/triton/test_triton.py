@@ -53,7 +53,7 @@ from triton_helpers import (  # noqa: F401, fixtures
 
 import depthlstm_fast as dl
 from depthlstm_fast.ops import depth_lstm_autograd
-from depthlstm_fast.ops.depth_lstm import ACTIVATION_CODES, NORM_CODES, Options, Tensors
+from depthlstm_fast.ops.depth_lstm import ACTIVATION_CODES, NORM_CODES, Options
 
 pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]  # numpy's, of overflows
 
@@ -157,7 +157,7 @@ def check_z_bias(
     def by_operator(
         z: Tensor, c: Tensor, z_bias: Tensor, weight: Any = None, bias: Any = None, hidden: Any = None
     ) -> Any:
-        return depth_lstm_autograd.gates(Tensors(z, z_bias, hidden, c, weight, bias, None), fixed, "triton")
+        return depth_lstm_autograd.gates(z, z_bias, hidden, c, weight, bias, None, fixed, "triton")
 
     def by_reference(z: Tensor, z_bias: Tensor, **rest: Any) -> Any:
         h, c = dl.reference.depth_lstm_gates(

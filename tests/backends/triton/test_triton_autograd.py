@@ -56,7 +56,8 @@ def test_operator_equals_function(norm: str, affine: bool, kind: str, z_bias: bo
     leaves = [x for x in inputs[:6] if x is not None]
     grads = (normal(4, 9, dtype=F32).to(DEVICE), normal(4, 9, dtype=F32).to(DEVICE))
     both = []
-    for outputs in (torch.ops.depthlstm_fast.triton_gates_forward(*inputs), gates(*split(tuple(inputs)), "triton")):
+    tensors, options = split(tuple(inputs))
+    for outputs in (torch.ops.depthlstm_fast.triton_gates_forward(*inputs), gates(*tensors, options, "triton")):
         both.append((*outputs, *torch.autograd.grad(outputs, leaves, grads)))
     for a, e in zip(*both, strict=True):
         assert torch.equal(a, e)
