@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -67,8 +69,22 @@ def processes(kind: str, device: str) -> Iterator[tuple[Processes, str]]:
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
         yield Processes(kind, dist.get_rank(), dist.get_world_size()), device
+    except BaseException as error:
+        forget_frames(error)
+        raise
     finally:
+        # A replica owns the group, too. One that outlives it ends with the interpreter, where torch 2.13 joins gloo's
+        # thread under the GIL, which that thread may be waiting for: the process then hangs.
+        gc.collect()
         dist.destroy_process_group()
+
+
+def forget_frames(error: BaseException) -> None:
+    """Drop what the frames that ``error`` and its causes came through hold, the model among it."""
+    found: BaseException | None = error
+    while found is not None:
+        traceback.clear_frames(found.__traceback__)
+        found = found.__context__
 
 
 def divide(model: nn.Module, group: Processes, device: str | torch.device) -> nn.Module:

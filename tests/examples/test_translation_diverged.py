@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from translation_helpers import (
     FOLDER,
     SMALL,
@@ -23,6 +25,7 @@ from translation_helpers import (
     log_values,
     one_line,
     options,
+    parallel,
     start,
     train,
     training,
@@ -222,6 +225,30 @@ def test_a_comparison_that_diverges_is_none(what: str, monkeypatch: pytest.Monke
     spoil(monkeypatch, {2}, what)
     with pytest.raises(training.DivergedError, match=r"^(reference|fused): the .* (in|after) step 2$"):
         compare.run_comparison(2, settings=SMALL, dataset=data.load_dataset("builtin"), progress=False, vocab_size=120)
+
+
+def test_an_error_holds_no_model() -> None:
+    """A replica that outlived its process group made some runs hang at their end."""
+    models: list[weakref.ref[nn.Module]] = []
+
+    def train() -> None:
+        model = nn.Linear(1, 1)
+        models.append(weakref.ref(model))
+        raise ValueError("a cause")
+
+    def run() -> None:
+        model = nn.Linear(1, 1)
+        models.append(weakref.ref(model))
+        try:
+            train()
+        except ValueError:
+            raise training.DivergedError("diverged") from None
+
+    with pytest.raises(training.DivergedError) as caught:
+        run()
+    assert all(model() is not None for model in models)
+    parallel.forget_frames(caught.value)
+    assert [model() for model in models] == [None, None]
 
 
 DRIVER = """

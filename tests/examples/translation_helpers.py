@@ -24,6 +24,7 @@ import checkpoint  # noqa: E402
 import command  # noqa: E402
 import compare  # noqa: E402
 import inference  # noqa: E402
+import parallel  # noqa: E402
 import prepare  # noqa: E402
 import scores  # noqa: E402
 import train  # noqa: E402
@@ -53,6 +54,7 @@ __all__ = [
     "log_values",
     "one_line",
     "options",
+    "parallel",
     "placeholders",
     "prepare",
     "program",
