@@ -2,7 +2,8 @@
 watches.
 
 python cuda_calls.py LIBRARY FOLDER SEED runs CALLS with the threads in the order that SEED gives, and writes
-FOLDER/<number>.npz."""
+FOLDER/<number>.npz.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a process of its own: pytest's paths are not there
+
 from ptx_simulator.device import copy, empty, load
 
 POINTER, INT64, INT32, DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_double
