@@ -18,7 +18,9 @@ STABLE_SYMBOLS = Path(__file__).with_name("torch-2.11-stable-symbols.txt")
 SYSTEM_VERSIONS = re.compile(r"@+(GLIBC|GLIBCXX|CXXABI|GCC)_")
 # The run-time library's own hooks, weak by design and defined nowhere in particular.
 HOOKS = {"__cxa_finalize", "__gmon_start__", "_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable"}
-LIBRARIES = re.compile(r"^(libtorch|libtorch_cpu|libstdc\+\+|libm|libgcc_s|libc|libpthread|libdl|librt|ld-linux-[\w-]+)\.so")
+LIBRARIES = re.compile(
+    r"^(libtorch|libtorch_cpu|libstdc\+\+|libm|libgcc_s|libc|libpthread|libdl|librt|ld-linux-[\w-]+)\.so"
+)
 
 needs_binutils = pytest.mark.skipif(
     shutil.which("nm") is None or shutil.which("readelf") is None, reason="nm and readelf (binutils) are not installed"
@@ -61,7 +63,9 @@ def test_needed_libraries() -> None:
     needed = re.findall(r"\(NEEDED\).*\[(.+?)\]", output("readelf", "-d", LIBRARY))
     assert {"libtorch.so", "libtorch_cpu.so"} <= set(needed)
     assert not [name for name in needed if not LIBRARIES.match(name)]
-    assert "RUNPATH" not in output("readelf", "-d", LIBRARY), "torch loads its own libraries; a path of the build machine must not be kept"
+    assert "RUNPATH" not in output("readelf", "-d", LIBRARY), (
+        "torch loads its own libraries; a path of the build machine must not be kept"
+    )
 
 
 @needs_binutils
@@ -76,7 +80,9 @@ def test_library_is_no_python_extension_and_exports_little() -> None:
 
 @needs_binutils
 def test_objects_of_one_instruction_set_leak_no_weak_symbol() -> None:
-    """The linker keeps one copy of a weak function, whichever comes first: an AVX-512 copy would then run on every CPU."""
+    """The linker keeps one copy of a weak function, whichever comes first: an AVX-512 copy would then run on every
+    CPU.
+    """
     objects = isa_objects()
     if not objects:
         pytest.skip("no object files in build/ninja: the library was not built from this tree")
@@ -114,7 +120,8 @@ def test_generic_object_has_no_wide_registers() -> None:
 @needs_library
 def test_library_carries_a_build_stamp() -> None:
     pattern = (
-        rb"depthlstm_fast build: version=([\d.]+);compiler=[^;]+;torch=[^;]+;isa=[\w,]*generic[\w,]*;sanitize=\w+;cuda=[^;]+;nvcc=[^;\0]+\0"
+        rb"depthlstm_fast build: "
+        rb"version=([\d.]+);compiler=[^;]+;torch=[^;]+;isa=[\w,]*generic[\w,]*;sanitize=\w+;cuda=[^;]+;nvcc=[^;\0]+\0"
     )
     found = re.search(pattern, LIBRARY.read_bytes())
     assert found
@@ -126,7 +133,7 @@ def fat_binaries(data: bytes) -> list[list[str]]:
     """The architectures of each CUDA fat binary in a library, as tools/build/settings.py calls them.
 
     A header (magic, version, its size, the entries' size), then entries: a header (kind 1 PTX or 2 machine code, its
-    size, the code's size, at 28 the architecture) and the code. """
+    size, the code's size, at 28 the architecture) and the code."""
     found = []
     for match in re.finditer(re.escape(struct.pack("<I", 0xBA55ED50)), data):
         _, _, header, size = struct.unpack_from("<IHHQ", data, match.start())

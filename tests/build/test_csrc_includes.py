@@ -1,4 +1,6 @@
-"""The include graph of csrc/: common/ knows no op, no op knows another, no file includes itself, in however many steps."""
+"""The include graph of csrc/: common/ knows no op, no op knows another, no file includes itself, in however many
+steps.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,11 @@ def room(name: str) -> str:
 
 def may_include(includer: str, included: str) -> bool:
     """decode/ drives the ops; an op has itself and common/."""
-    allowed = {"common": {"common"}, "": {room(name) for name in FILES}, "decode": {room(name) for name in FILES} - {""}}
+    allowed = {
+        "common": {"common"},
+        "": {room(name) for name in FILES},
+        "decode": {room(name) for name in FILES} - {""},
+    }
     return room(included) in allowed.get(room(includer), {room(includer), "common"})
 
 
@@ -60,7 +66,9 @@ def test_there_are_files_to_look_at() -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_includes_stay_in_their_room(name: str) -> None:
     wrong = [other for other in includes(name) if not may_include(name, other)]
-    assert not wrong, f"csrc/{name} includes {', '.join(wrong)}: common/ includes no op, an op includes itself and common/"
+    assert not wrong, (
+        f"csrc/{name} includes {', '.join(wrong)}: common/ includes no op, an op includes itself and common/"
+    )
 
 
 def test_no_file_includes_itself() -> None:

@@ -90,7 +90,10 @@ def test_a_spill_is_a_fault(tmp_path: Path) -> None:
     copied = tmp_path / "csrc"
     shutil.copytree(ROOT / "csrc", copied)
     (copied / "depth_lstm" / source.name).write_text(text, encoding="utf-8")
-    subprocess.run(["nvcc", *options, "-fatbin", "-o", str(binary), f"-I{copied}", str(copied / "depth_lstm" / source.name)], check=True)
+    subprocess.run(
+        ["nvcc", *options, "-fatbin", "-o", str(binary), f"-I{copied}", str(copied / "depth_lstm" / source.name)],
+        check=True,
+    )
     try:
         found = check_cuda.measure(binary)
     except check_cuda.ToolError as error:

@@ -91,7 +91,8 @@ def test_architectures_that_are_asked_for(
         ("75", "found '75'"),
         (
             "8.0",
-            "DEPTHLSTM_CUDA_ARCHS must list compute capabilities from 8.0 on, without their dot, as in \"80;90;120-ptx\"; found '8.0'",
+            "DEPTHLSTM_CUDA_ARCHS must list compute capabilities from 8.0 on, "
+            "without their dot, as in \"80;90;120-ptx\"; found '8.0'",
         ),
         ("sm_80", "found 'sm_80'"),
         ("90a", "found '90a'"),
@@ -99,7 +100,9 @@ def test_architectures_that_are_asked_for(
         ("80-ptx", "does not know 80-ptx"),
     ],
 )
-def test_architectures_that_cannot_be(build: ModuleType, monkeypatch: pytest.MonkeyPatch, asked: str, text: str) -> None:
+def test_architectures_that_cannot_be(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, asked: str, text: str
+) -> None:
     monkeypatch.setenv("DEPTHLSTM_CUDA_ARCHS", asked)
     with pytest.raises(SystemExit) as caught:
         build.cuda_archs("13.0", {"sm_80", "compute_120"})

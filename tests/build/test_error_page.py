@@ -1,7 +1,7 @@
 """docs/errors.md quotes the messages that the source raises, and every message of the package is on it.
 
 On the page ``…`` stands for what a message fills in. In the source that is an f-string's field, or in C++ an argument
-that is no literal. """
+that is no literal."""
 
 from __future__ import annotations
 
@@ -80,11 +80,18 @@ def same(quoted: str, text: str) -> bool:
 
 def package_files() -> list[Path]:
     folder = Path(depthlstm_fast.__file__).parent
-    return [path for path in folder.rglob("*.py") if "bench" not in path.relative_to(folder).parts] + list((ROOT / "kernels").rglob("*.py"))
+    return [path for path in folder.rglob("*.py") if "bench" not in path.relative_to(folder).parts] + list(
+        (ROOT / "kernels").rglob("*.py")
+    )
 
 
 def test_every_quoted_message_is_in_the_source() -> None:
-    files = [*package_files(), ROOT / "setup.py", *(ROOT / "tools" / "build").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]
+    files = [
+        *package_files(),
+        ROOT / "setup.py",
+        *(ROOT / "tools" / "build").rglob("*.py"),
+        *(ROOT / "examples").rglob("*.py"),
+    ]
     sources = {path: list(python_texts(path)) for path in files}
     texts = [text for found in sources.values() for text in found]
     texts += [text for path in (ROOT / "csrc").rglob("*.[ch]*") for text in cpp_texts(path)]

@@ -45,7 +45,11 @@ MODULES = find_modules()
 
 def module_of(name: str) -> str | None:
     """The module that a dotted name below the package is, or is an attribute of."""
-    for candidate in (name, f"{name}.__init__".removeprefix("."), f"{name.rpartition('.')[0]}.__init__".removeprefix(".")):
+    for candidate in (
+        name,
+        f"{name}.__init__".removeprefix("."),
+        f"{name.rpartition('.')[0]}.__init__".removeprefix("."),
+    ):
         if candidate in MODULES:
             return candidate
     return name.rpartition(".")[0] if name.rpartition(".")[0] in MODULES else None
@@ -62,7 +66,9 @@ def imports(module: str) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "depthlstm_fast":
             names = [".".join([*(node.module or "").split(".")[1:], alias.name]) for alias in node.names]
         elif isinstance(node, ast.Import):
-            names = [alias.name.partition(".")[2] for alias in node.names if alias.name.split(".")[0] == "depthlstm_fast"]
+            names = [
+                alias.name.partition(".")[2] for alias in node.names if alias.name.split(".")[0] == "depthlstm_fast"
+            ]
         else:
             continue
         for name in names:

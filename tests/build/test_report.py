@@ -39,7 +39,12 @@ def test_runs_as_a_module(tmp_path: Path) -> None:
     root = str(Path(depthlstm_fast.__file__).resolve().parent.parent)
     environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [sys.executable, "-m", "depthlstm_fast"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "depthlstm_fast"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("depthlstm_fast:")
@@ -53,7 +58,9 @@ def test_every_backend_is_listed() -> None:
 
 def test_missing_library_shows_the_first_compiler_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failure = tmp_path / "_C.build_failed.txt"
-    failure.write_text("depthlstm_fast: the C++ build failed. First error: gates.h:1: error: unknown type\n", encoding="utf-8")
+    failure.write_text(
+        "depthlstm_fast: the C++ build failed. First error: gates.h:1: error: unknown type\n", encoding="utf-8"
+    )
     monkeypatch.setattr(command, "LIBRARY", tmp_path / "_C.abi3.so")
     monkeypatch.setattr(command, "BUILD_FAILURE", failure)
     text = command.report()
@@ -61,7 +68,9 @@ def test_missing_library_shows_the_first_compiler_error(tmp_path: Path, monkeypa
     assert re.search(r"^built with:\s+none$", text, re.M)
 
 
-def test_missing_library_without_a_failed_build_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_library_without_a_failed_build_names_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(command, "LIBRARY", tmp_path / "_C.abi3.so")
     monkeypatch.setattr(command, "BUILD_FAILURE", tmp_path / "absent.txt")
     assert "pip install --no-build-isolation" in command.library()
@@ -87,7 +96,9 @@ def test_library_that_does_not_load_shows_the_loaders_words(tmp_path: Path, monk
         ),
     ],
 )
-def test_cuda_kernels_and_why_there_are_none(stamp: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_kernels_and_why_there_are_none(
+    stamp: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     library = tmp_path / "_C.abi3.so"
     monkeypatch.setattr(command, "LIBRARY", library)
     assert command.cuda_kernels() == "none (there is no library)"

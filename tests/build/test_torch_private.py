@@ -96,7 +96,10 @@ print("right without them")
 
 def test_right_without_them() -> None:
     """A torch that has dropped the names: slower, with the same values."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
     command = [sys.executable, "-c", WITHOUT, *torch_private.NAMES]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=120)
     assert run.stdout.strip().endswith("right without them"), run.stderr

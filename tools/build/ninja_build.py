@@ -55,7 +55,12 @@ class NinjaBuild:
         self.folder = ROOT / "build" / name
         self.folder.mkdir(parents=True, exist_ok=True)
         # messages name the sources as the repository does, whatever folder they were built in
-        self.includes = [f"-ffile-prefix-map={ROOT}/=", f"-I{ROOT / 'csrc'}", "-isystem", str(ROOT / "third_party" / "xsimd" / "include")]
+        self.includes = [
+            f"-ffile-prefix-map={ROOT}/=",
+            f"-I{ROOT / 'csrc'}",
+            "-isystem",
+            str(ROOT / "third_party" / "xsimd" / "include"),
+        ]
         # gcc spells the limit differently from clang; a template error floods the terminal without one.
         self.limit_flags = ["-ferror-limit=5"] if "clang" in self.identity else ["-fmax-errors=5"]
         self.sanitize_flags: list[str] = []
@@ -80,7 +85,10 @@ class NinjaBuild:
             for isa, flags in reversed(isas().items()):
                 isa_flags = [*flags, f"-DDEPTHLSTM_ISA={isa}", f"-DDEPTHLSTM_ISA_{isa.upper()}=1"]
                 units.append(Unit(f"{source.parent.name}/{source.stem}.{isa}.o", source, isa_flags))
-        units += [Unit(f"common/{source.stem}.o", source, isas()["generic"]) for source in sorted(CSRC.glob("common/cpu/*.cpp"))]
+        units += [
+            Unit(f"common/{source.stem}.o", source, isas()["generic"])
+            for source in sorted(CSRC.glob("common/cpu/*.cpp"))
+        ]
         if not units:
             fail(f"no C++ sources in {CSRC}: the source tree is incomplete")
         return units
@@ -95,7 +103,8 @@ class NinjaBuild:
             stem = f"cuda/{source.parent.name}/{source.stem}"
             if source.stem.endswith("_kernel"):
                 units += [
-                    Unit(f"{stem}.{z}.o", source, [*common, f"-DDEPTHLSTM_Z={z}", f"-DDEPTHLSTM_Z_{z.upper()}=1"]) for z in CUDA_DTYPES
+                    Unit(f"{stem}.{z}.o", source, [*common, f"-DDEPTHLSTM_Z={z}", f"-DDEPTHLSTM_Z_{z.upper()}=1"])
+                    for z in CUDA_DTYPES
                 ]
             else:
                 units.append(Unit(f"{stem}.o", source, common))
@@ -105,14 +114,20 @@ class NinjaBuild:
 
     def torch_units(self, name: str, flags: list[str]) -> list[Unit]:
         """The operators that torch sees, csrc/<op>/<name>.cpp."""
-        return [Unit(f"torch/{source.parent.name}_{name}.o", source, flags) for source in sorted(CSRC.glob(f"*/{name}.cpp"))]
+        return [
+            Unit(f"torch/{source.parent.name}_{name}.o", source, flags) for source in sorted(CSRC.glob(f"*/{name}.cpp"))
+        ]
 
     def library(self) -> Path:
         torch_folder, torch_version = find_torch()
         self.nvcc = "a build with sanitizers is without CUDA" if self.sanitize else find_nvcc()
-        cuda, nvcc = (",".join(self.nvcc.archs), self.nvcc.version) if isinstance(self.nvcc, Nvcc) else ("none", self.nvcc)
+        cuda, nvcc = (
+            (",".join(self.nvcc.archs), self.nvcc.version) if isinstance(self.nvcc, Nvcc) else ("none", self.nvcc)
+        )
         compiler, nvcc = (re.sub(r"[;'\"\\]", " ", text) for text in (self.identity, nvcc))
-        stamp = f"depthlstm_fast build: version={VERSION};compiler={compiler};torch={torch_version};isa={','.join(isas())}"
+        stamp = (
+            f"depthlstm_fast build: version={VERSION};compiler={compiler};torch={torch_version};isa={','.join(isas())}"
+        )
         stamp += f";sanitize={self.sanitize or 'none'};cuda={cuda};nvcc={nvcc}"
         headers = [
             "-isystem",
@@ -124,7 +139,14 @@ class NinjaBuild:
         about = Unit("library.o", CSRC / "library.cpp", [*isas()["generic"], f'-DDEPTHLSTM_BUILD_INFO="{stamp}"'])
         units = [*self.cpu_units(), *self.torch_units("cpu_op", flags), about]
         # --no-as-needed: the linker would drop libtorch.so, whose loading is what makes torch's symbols available.
-        link = ["-shared", f"-L{torch_folder / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
+        link = [
+            "-shared",
+            f"-L{torch_folder / 'lib'}",
+            "-Wl,--no-as-needed",
+            "-ltorch",
+            "-ltorch_cpu",
+            "-Wl,--as-needed",
+        ]
         link += ["-Wl,--exclude-libs,ALL", "-Wl,-z,relro,-z,now"]
         if not self.sanitize:
             link += ["-Wl,--no-undefined", f"-Wl,-rpath-link,{torch_folder / 'lib'}"]
@@ -145,7 +167,9 @@ class NinjaBuild:
 
         flags = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
         name = "_internals" + str(sysconfig.get_config_var("EXT_SUFFIX"))
-        return self.run(name, [*self.cpu_units(), Unit(f"testing.{sys.implementation.cache_tag}.o", source, flags)], ["-shared"])
+        return self.run(
+            name, [*self.cpu_units(), Unit(f"testing.{sys.implementation.cache_tag}.o", source, flags)], ["-shared"]
+        )
 
     def smoke(self) -> Path | None:
         source = ROOT / "tests" / "cpp" / "smoke.cpp"
@@ -202,11 +226,18 @@ class NinjaBuild:
         with open(self.folder / "lock", "w", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             # ninja names a file when it is done, which may be minutes later
-            planned = subprocess.run([*command, "-n", target], cwd=self.folder, text=True, capture_output=True, check=False).stdout
+            planned = subprocess.run(
+                [*command, "-n", target], cwd=self.folder, text=True, capture_output=True, check=False
+            ).stdout
             if objects := re.findall(r"^\[\d+/\d+\] compile (\S+)", planned, re.M):
                 print(f"depthlstm_fast: compiling {len(objects)} files: {', '.join(objects)}", flush=True)
             process = subprocess.Popen(
-                [*command, target], cwd=self.folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
+                [*command, target],
+                cwd=self.folder,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=environment,
             )
             for line in process.stdout or ():
                 lines.append(line.rstrip())
@@ -215,9 +246,14 @@ class NinjaBuild:
             returncode = process.wait()
         self.changed = not any("no work to do" in line for line in lines)
         if returncode:
-            first = next((line for line in lines if re.search(r"\berror *:|\bfatal *:|undefined reference", line)), None)
+            first = next(
+                (line for line in lines if re.search(r"\berror *:|\bfatal *:|undefined reference", line)), None
+            )
             reason = f"First error: {first or ' '.join(lines)[-500:]}"
             if any(line.startswith("FAILED: ") and "cuda/" in line for line in lines) and isinstance(self.nvcc, Nvcc):
-                fail(f"the CUDA build failed with nvcc {self.nvcc.version}; DEPTHLSTM_CUDA=0 builds without CUDA. {reason}")
+                fail(
+                    f"the CUDA build failed with nvcc {self.nvcc.version}; "
+                    f"DEPTHLSTM_CUDA=0 builds without CUDA. {reason}"
+                )
             fail(f"the C++ build failed with {self.identity}. {reason}")
         return self.folder / target

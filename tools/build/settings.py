@@ -17,7 +17,16 @@ LIBRARY = "_C.abi3.so"
 FAILURE_FILE = ROOT / "depthlstm_fast" / "_C.build_failed.txt"  # read by `python -m depthlstm_fast`
 
 COMMON_FLAGS = [
-    *("-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra"),
+    *(
+        "-std=c++20",
+        "-O3",
+        "-DNDEBUG",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-fvisibility-inlines-hidden",
+        "-Wall",
+        "-Wextra",
+    ),
     # errno and trap flags block vectorisation; NaN and infinity keep their meaning, so -ffast-math is out.
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
 ]

@@ -25,7 +25,9 @@ def find_torch() -> tuple[Path, str]:
     # Inside pip's isolated build these still point at the target environment.
     candidates += [os.path.join(sysconfig.get_paths()[key], "torch") for key in ("purelib", "platlib")]
     wanted = ("version.py", "include/torch")
-    folder = next((folder for folder in map(Path, candidates) if all((folder / name).exists() for name in wanted)), None)
+    folder = next(
+        (folder for folder in map(Path, candidates) if all((folder / name).exists() for name in wanted)), None
+    )
     if folder is None:
         fail(f"torch is not installed for {sys.executable}. Run: {TORCH_INSTALL} && pip install --no-build-isolation .")
     found = re.search(r"""__version__ = ['"](.+?)['"]""", (folder / "version.py").read_text(encoding="utf-8"))
@@ -42,10 +44,18 @@ def find_compiler() -> tuple[str, str]:
     names = [wanted] if wanted else ["g++", "c++", "clang++"]
     compiler = next((name for name in names if shutil.which(name.split()[0])), None)
     if compiler is None:
-        fail(f"no C++ compiler found (looked for {', '.join(names)}). Install one (Debian, Ubuntu: apt-get install g++) or set CXX.")
-    about = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True, check=False).stdout.splitlines()
+        fail(
+            f"no C++ compiler found (looked for {', '.join(names)}). Install "
+            f"one (Debian, Ubuntu: apt-get install g++) or set CXX."
+        )
+    about = subprocess.run(
+        [*compiler.split(), "--version"], capture_output=True, text=True, check=False
+    ).stdout.splitlines()
     identity = about[0] if about else compiler
-    probe = "#include <bit>\n#include <concepts>\ntemplate <std::integral T> T f(T x) { return x; }\nint main() { return f(0); }\n"
+    probe = (
+        "#include <bit>\n#include <concepts>\ntemplate <std::integral T> "
+        "T f(T x) { return x; }\nint main() { return f(0); }\n"
+    )
     command = [*compiler.split(), "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
     result = subprocess.run(command, input=probe, capture_output=True, text=True, check=False)
     if result.returncode:
@@ -74,7 +84,9 @@ def find_nvcc() -> Nvcc | str:
 
     def ask(*words: str) -> str:
         # nvcc writes its dry run to the standard error
-        return subprocess.run([path, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False).stdout
+        return subprocess.run(
+            [path, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        ).stdout
 
     version = re.search(r"release [\d.]+, V([\d.]+)", ask("--version"))
     if version is None:
@@ -84,7 +96,11 @@ def find_nvcc() -> Nvcc | str:
     archs = cuda_archs(version.group(1), set((ask("--list-gpu-code") + ask("--list-gpu-arch")).split()))
     # asked for, not guessed: the nvcc on PATH may be a script that lies elsewhere
     libraries = re.search(r"^#\$ LIBRARIES=(.*)$", ask("--dryrun", "-x", "cu", os.devnull, "-o", "unused"), re.M)
-    folders = [word.removeprefix("-L") for word in shlex.split(libraries.group(1) if libraries else "") if word.startswith("-L")]
+    folders = [
+        word.removeprefix("-L")
+        for word in shlex.split(libraries.group(1) if libraries else "")
+        if word.startswith("-L")
+    ]
     return Nvcc(path, version.group(1), archs, folders)
 
 
@@ -96,14 +112,21 @@ def cuda_archs(version: str, known: set[str]) -> list[str]:
         form = re.fullmatch(r"(\d+)(-ptx)?", arch)
         if form is None or int(form.group(1)) < 80:
             fail(
-                f'DEPTHLSTM_CUDA_ARCHS must list compute capabilities from 8.0 on, without their dot, as in "80;90;120-ptx"; found {arch!r}'
+                f"DEPTHLSTM_CUDA_ARCHS must list compute capabilities from 8.0 on, "
+                f'without their dot, as in "80;90;120-ptx"; found {arch!r}'
             )
         if ("compute_" if form.group(2) else "sm_") + form.group(1) not in known:
             unknown.append(arch)
     if wanted and unknown:
-        fail(f"nvcc {version} does not know {', '.join(unknown)} of DEPTHLSTM_CUDA_ARCHS; it knows {', '.join(sorted(known))}")
+        fail(
+            f"nvcc {version} does not know {', '.join(unknown)} of "
+            f"DEPTHLSTM_CUDA_ARCHS; it knows {', '.join(sorted(known))}"
+        )
     if unknown:
-        print(f"depthlstm_fast: nvcc {version} does not know {', '.join(unknown)}, which the CUDA kernels are then not compiled for")
+        print(
+            f"depthlstm_fast: nvcc {version} does not know {', '.join(unknown)}, "
+            f"which the CUDA kernels are then not compiled for"
+        )
     return list(dict.fromkeys(wanted)) or [arch for arch in CUDA_ARCHS if arch not in unknown]
 
 
@@ -111,14 +134,18 @@ def gencode(archs: list[str]) -> list[str]:
     """nvcc's flags. Machine code of one generation of GPUs, before and from 10.0, comes of one PTX: that of its oldest.
 
     Making PTX is half of nvcc's time. Between 8.0 and 9.0 it differs in one conversion of bfloat16, and the machine
-    code of the hot kernels in nothing. From 10.0 on nvcc 13.0 has another compiler, whose code is better. """
+    code of the hot kernels in nothing. From 10.0 on nvcc 13.0 has another compiler, whose code is better."""
     codes: dict[str, list[str]] = {}
     for arch in archs:
         number = arch.removesuffix("-ptx")
         peers = [other for other in archs if other.isdigit() and (int(other) < 100) == (int(number) < 100)]
         oldest = number if arch.endswith("-ptx") else min(peers, key=int)
         codes.setdefault(oldest, []).append(f"compute_{number}" if arch.endswith("-ptx") else f"sm_{number}")
-    return [word for oldest, made in codes.items() for word in ("-gencode", f"arch=compute_{oldest},code=[{','.join(made)}]")]
+    return [
+        word
+        for oldest, made in codes.items()
+        for word in ("-gencode", f"arch=compute_{oldest},code=[{','.join(made)}]")
+    ]
 
 
 def find_ninja() -> str:
