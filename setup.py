@@ -1,19 +1,20 @@
 """Builds depthlstm_fast/_C.abi3.so with the C++ compiler, nvcc where there is one, and ninja.
 
 The library uses PyTorch's stable ABI only and is loaded by torch.ops.load_library: it is no Python extension module, so
-one binary serves every Python and every torch from 2.11 on, CUDA's run-time library inside. Kernel sources (csrc/cpu,
-csrc/cuda) see neither torch nor Python; a source named *_kernel.cpp is compiled once per instruction set, one named
-*_kernel.cu once per dtype of z. ninja makes rebuilds incremental (the objects stay in build/).
+one binary serves every Python and every torch from 2.11 on, CUDA's run-time library inside. tools/build/ninja_build.py
+says which files of csrc/ are compiled how. ninja makes rebuilds incremental (the objects stay in build/).
 
     python setup.py build_ext --inplace    the library, into depthlstm_fast/
     python setup.py build_internals        tests/_internals.*.so: csrc/testing.cpp, a pybind11 module for the tests only
     python setup.py build_smoke            build/*/smoke: tests/cpp/smoke.cpp, the kernels without Python and torch
 
-Environment: CXX, MAX_JOBS, DEPTHLSTM_SANITIZE=address,undefined (own build folder, no CUDA), DEPTHLSTM_TESTING=1
-    (build_ext builds
-the internals too), DEPTHLSTM_NO_EXTENSION=1 (install the pure PyTorch part only), CUDA_HOME (else nvcc of PATH, else
-/usr/local/cuda), DEPTHLSTM_CUDA=0 (no CUDA kernels), DEPTHLSTM_CUDA_ARCHS="80;90;120-ptx" (machine code for GPUs of
-compute capability 8.0 and 9.0, PTX for 12.0 and what comes after it)."""
+Environment: CXX, MAX_JOBS, CUDA_HOME (else nvcc of PATH, else /usr/local/cuda), and of DEPTHLSTM_...:
+    SANITIZE=address,undefined     own build folder, no CUDA
+    TESTING=1                      build_ext builds the internals, too
+    NO_EXTENSION=1                 install the pure PyTorch part only
+    CUDA=0                         no CUDA kernels
+    CUDA_ARCHS="80;90;120-ptx"     machine code for GPUs of compute capability 8.0 and 9.0, PTX for 12.0 and later
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 are both right.
 
 ``import depthlstm_fast.swap as module`` reads the attribute of the package, where the function alone would stand in the
-module's place."""
+module's place.
+"""
 
 from __future__ import annotations
 

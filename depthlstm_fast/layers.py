@@ -6,7 +6,8 @@ What is fused: everything of the cell after its matrix product (:func:`depth_lst
 K-slices of the product (:func:`depth_lstm_cell`); with ``merge="add"`` the output projection of the cross-attention
 accumulates onto s. Where the backend can write h beside free columns, what comes before the next cell writes its input
 there, and the product reads both at once (:mod:`depthlstm_fast.ops.shared_buffer`). A submodule that is no longer a
-plain nn.Linear (LoRA, quantised, hooked, parametrised) is called as a module, and what follows it stays fused."""
+plain nn.Linear (LoRA, quantised, hooked, parametrised) is called as a module, and what follows it stays fused.
+"""
 
 from __future__ import annotations
 
@@ -184,7 +185,8 @@ class _FusedLayer(nn.Module):
         ``"add"``, where s is needed anyway and the D x D product would become a 4D x D one. Results differ by rounding.
         The folded weights are made on the first call and again when a source weight has changed, whatever changed it:
         their sources are kept, and compared value by value at each call, in ``generate()`` once. So a fold keeps twice
-        the numbers of the cell, and outside ``generate()`` it pays from some hundred tokens a call on."""
+        the numbers of the cell, and outside ``generate()`` it pays from some hundred tokens a call on.
+        """
         self.folds_output_projection, self._folds = enabled, None
 
     def train(self, mode: bool = True) -> _FusedLayer:

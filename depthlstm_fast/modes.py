@@ -45,7 +45,8 @@ def is_watched() -> bool:
     place.
 
     Selective activation checkpointing keeps results of operators by a dispatch mode, and plain checkpointing what is
-    saved for backward by hooks. torch.jit.trace records the operators themselves, and ONNX has none with ``out=``."""
+    saved for backward by hooks. torch.jit.trace records the operators themselves, and ONNX has none with ``out=``.
+    """
     if torch_private.dispatch_modes() > 0 or is_jit_tracing():
         return True
     return torch.is_grad_enabled() and torch_private.has_saved_tensor_hooks()

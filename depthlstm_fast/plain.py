@@ -1,7 +1,8 @@
 """Whether a module does no more than its class says, so that its parameters may be used without calling it.
 
 Hooks, wrappers, adapters and quantisers act when a module is called. Fused code that reads parameters past a module
-asks here first."""
+asks here first.
+"""
 
 from __future__ import annotations
 

@@ -36,7 +36,8 @@ class Layout(NamedTuple):
     tensor.
 
     "f" is the same on every rank. ``numbered`` says, of an operator's arguments, whether rows are numbered, as dropout
-    does: then they are not sharded."""
+    does: then they are not sharded.
+    """
 
     arguments: str
     outputs: Callable[[tuple[Any, ...]], str]

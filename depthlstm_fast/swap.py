@@ -3,7 +3,8 @@
 A module is changed by giving it another class where that suffices: the object, its parameters, buffers, hooks and names
 stay, so that optimisers, state_dicts and references to it keep working, wherever it sits, at the root of the model too.
 What the fused class does not cover at a call (a hook on a submodule, an argument of its own) is run by the original
-class's ``forward``."""
+class's ``forward``.
+"""
 
 from __future__ import annotations
 

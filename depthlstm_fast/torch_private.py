@@ -2,7 +2,8 @@
 more.
 
 Every other module of the package takes them from here; tests/build/test_torch_private.py looks each of them up in the
-torch that runs."""
+torch that runs.
+"""
 
 from __future__ import annotations
 

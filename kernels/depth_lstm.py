@@ -11,7 +11,8 @@ sums      adds the partial sums in a fixed order: no atomics, the same bits ever
 A tile is (ROWS, BLOCK). What belongs to the gates i, f, o, g is a tuple of four tiles, or of three where `hidden` gives
 g; the sums of all of them go through one reduction, which shares its barriers. An argument that is None is a
 compile-time constant. Everything is computed in fp32. Row numbers are int64, row strides are in elements, features are
-dense."""
+dense.
+"""
 
 from __future__ import annotations
 
@@ -368,7 +369,8 @@ def narrow_plans(features: int, sums: int, itemsize: int) -> list[Launch]:
     most without spills.
 
     Two stages fetch the next row while one is computed. Rows too long for any of it get no plan: they take the wide
-    scheme."""
+    scheme.
+    """
     if features > (2048 if sums <= 2 else 1024):
         return []
     rule = (8 if sums <= 2 and (features > 1024 or (features > 128 and itemsize == 2)) else 4, 2)

@@ -1,13 +1,14 @@
 """What the tests of kernels and operators share: random arguments, results with gradients, and the error bound.
 
 The bound: err(fused) <= 2 err(eager PyTorch, same dtypes) + tiny, both the largest absolute difference from the fp64
-    reference.
+reference.
 tiny = TINY eps max|exact| with the eps of the output's dtype. 16-bit results hardly need it: they are rounded once,
 eager's several times. In fp32 eager's largest error over a few dozen elements can be luckily small; the most that the
 kernels were seen to need is 3.7 eps. In fp64 eager is the reference itself, so that tiny is all there is: a few ulp of
 exp2 and erfc through some ten operations (9 eps seen), and absolute, because with D=2 a LayerNorm's gradient is what is
 left of terms of order 1 that cancel. A wrong formula is off by a share of the value itself; ``test_reference.py`` shows
-that the bound rejects such mutants."""
+that the bound rejects such mutants.
+"""
 
 from __future__ import annotations
 
@@ -157,7 +158,8 @@ def excess(found: Tensor, eager: Tensor, exact: Tensor, condition: float = 0.0) 
     """(the error of ``found``, what the bound allows); the largest absolute differences from ``exact``.
 
     ``condition`` is mean / standard deviation of a LayerNorm's rows: rounding their mean alone moves the results by
-    condition * eps / 2."""
+    condition * eps / 2.
+    """
     if exact.numel() == 0:
         return 0.0, 0.0
     error = (found.double() - exact).abs().max().item()

@@ -14,7 +14,8 @@ def poison_malloc(value: int = POISON) -> bool:
     that does.
 
     torch's own filling of uninitialised memory reaches neither outputs allocated over the stable ABI nor the kernels'
-    scratch."""
+    scratch.
+    """
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

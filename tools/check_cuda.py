@@ -1,12 +1,14 @@
 """Reads the CUDA C++ kernels out of the built library, without a GPU, and holds them to tools/cuda_budget.json.
 
-python tools/check_cuda.py             every kernel and architecture in depthlstm_fast/_C.abi3.so; exit 1 and a line a
-fault python tools/check_cuda.py --update    rewrites the budget of this nvcc, and docs/cuda_budget.md
+python tools/check_cuda.py             every kernel and architecture in depthlstm_fast/_C.abi3.so
+python tools/check_cuda.py --update    rewrites the budget of this nvcc, and docs/cuda_budget.md
 
+Faults are named a line each, with status 1.
 A fault is any spill or stack, more registers or shared memory than the budget, or fewer 128-bit loads and stores and
 more narrow ones. Another minor version of nvcc is another assembler: one that has no budget is held to the spills
 alone. cuobjdump comes with the CUDA toolkit; where that has none, Triton's wheel brings one. It must not be older than
-nvcc."""
+nvcc.
+"""
 
 from __future__ import annotations
 

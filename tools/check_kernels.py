@@ -1,12 +1,14 @@
 """Compiles every Triton kernel as the launcher would run it, without a GPU, and holds it to tools/kernel_budget.json.
 
-python tools/check_kernels.py            all cases for sm_80, sm_90, sm_100, gfx942: 5 minutes of CPU time; exit 1 and a
-line a fault python tools/check_kernels.py --quick    what matters most, nearly all on sm_90: half a minute python
-tools/check_kernels.py --update   rewrites the budget of this Triton, and docs/triton_budget.md
+python tools/check_kernels.py            all cases for sm_80, sm_90, sm_100, gfx942: 5 minutes of CPU time
+python tools/check_kernels.py --quick    what matters most, nearly all on sm_90: half a minute
+python tools/check_kernels.py --update   rewrites the budget of this Triton, and docs/triton_budget.md
 
+Faults are named a line each, with status 1.
 A fault is any spill, more registers or shared memory than the budget, or narrower loads and stores. Every version of
 Triton brings its own assembler, so each has a budget of its own; one that has none is held to the spills alone. Plans
-are those by rule, not by timing."""
+are those by rule, not by timing.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from .jobs import Run
 
 TORCH_NAMES = {"fp32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}
-DECISIVE = "gates forward + backward"  # what measured.py names the winner of
+DECISIVE = "gates forward + backward"  # what backends/fastest.py names the winner of
 FASTEST_FILE = "fastest.txt"
 
 

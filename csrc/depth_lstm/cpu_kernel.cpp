@@ -123,8 +123,8 @@ struct RowStatistics {
 // Scratch then holds z - mean as far as the mean is known. Where the row is nearly constant, the mean's rounding error
 // is most of what is left, and 1/sqrt(eps) would blow it up (z = 1000.3: h wrong by 0.4): so the second pass takes its
 // mean too. Not inlined: it is the same for every activation, and 112 copies of it took as long to compile as all the
-// rest. The call costs 20 to 40 ns a row: avx2, fp32, D=512 in the cache 1 to 3 % of forward, 1 % of backward; the
-// loops over a row are the same instructions.
+// rest. The call costs 20 to 40 ns a row: avx2, fp32, in the cache 1 to 3 % of forward and of backward at D=512, at
+// D=100 5 to 10 % and 5 to 6 %, at D=5 8 to 17 % and 3 to 9 %.
 template <class MZ, int K>
 __attribute__((noinline)) RowStatistics<typename ComputeType<MZ>::type, K> stage_row(
     const GatesCall& call, int64_t row, const typename ComputeType<MZ>::type* packed,

@@ -1,7 +1,8 @@
 """The gates and the cell of the depth-wise LSTM with autograd, for eager; tracers see the operators themselves.
 
 In eager an autograd.Function calls the operators below the dispatcher's autograd key: torch.library's own autograd
-costs three times that."""
+costs three times that.
+"""
 
 from __future__ import annotations
 

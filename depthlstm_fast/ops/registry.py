@@ -1,7 +1,8 @@
 """The operators of every op on every backend: OPERATORS[op][backend].
 
 A backend's operators of one op share the op's schema. The compiled library defines its own; those of kernels in Python
-are defined here. A tracer sees the operators, with the autograd that is registered here."""
+are defined here. A tracer sees the operators, with the autograd that is registered here.
+"""
 
 from __future__ import annotations
 

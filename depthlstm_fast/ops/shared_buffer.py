@@ -63,7 +63,8 @@ def take(h: Tensor, left: int) -> Tensor | None:
     write to one place.
 
     None where something watches, see :func:`is_watched`: recomputed by activation checkpointing, h would have no free
-    columns."""
+    columns.
+    """
     buffer = getattr(h, _ATTRIBUTE, None)
     if buffer is None or buffer.shape != (h.numel() // h.shape[-1], left + h.shape[-1]):
         return None

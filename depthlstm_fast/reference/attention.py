@@ -35,7 +35,8 @@ def initialise_linear(linear: nn.Module, init: str, matrices: int = 1) -> None:
 
     ``init="lipschitz"`` draws from U(+-1/sqrt(fan_in)); ``"glorot"`` is Xavier's uniform for each of the ``matrices``
     logical matrices stacked in the weight. A module with no plain ``weight`` that stands where an nn.Linear was is left
-    alone."""
+    alone.
+    """
     if not isinstance(linear, nn.Linear):
         return
     fan_out, fan_in = linear.weight.shape
@@ -117,7 +118,8 @@ class DecoderCache:
     ``memory`` is the encoder's output, (batch, S, D). The cross-attention makes its keys and values, (batch, nhead, S,
     D / nhead), at the first step, and the self-attention appends to its own, (rows, nhead, capacity, D / nhead) of
     which the first ``length`` positions are in use. ``rows`` is ``batch`` times the number of beams. There is no cell
-    state to keep: the depth-wise LSTM's state runs over the layers of one token and starts afresh with the next."""
+    state to keep: the depth-wise LSTM's state runs over the layers of one token and starts afresh with the next.
+    """
 
     memory: Tensor
     memory_mask: Tensor | None = None
@@ -205,9 +207,8 @@ class _Attention(nn.Module):
 class SelfAttention(_Attention):
     """Multi-head self-attention.
 
-    Parameters: ``in_proj`` (D -> 3D: queries, keys, values) and ``out_proj`` (D -> D), both nn.Linear. Dropout acts on
-        the attention
-    probabilities.
+    Parameters: ``in_proj`` (D -> 3D: queries, keys, values) and ``out_proj`` (D -> D), both nn.Linear.
+    Dropout acts on the attention probabilities.
 
     Raises:
         TypeError, ValueError: a size, a probability or a name is not what is wanted, or nhead does not divide d_model.
@@ -260,8 +261,7 @@ class CrossAttention(_Attention):
     """Multi-head attention to an encoder's output.
 
     Parameters: ``q_proj`` (D -> D), ``kv_proj`` (D -> 2D: keys, values) and ``out_proj`` (D -> D), all nn.Linear.
-        Dropout acts on the
-    attention probabilities.
+    Dropout acts on the attention probabilities.
 
     Raises:
         TypeError, ValueError: a size, a probability or a name is not what is wanted, or nhead does not divide d_model.

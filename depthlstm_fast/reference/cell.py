@@ -22,7 +22,8 @@ class GateNorm(nn.Module):
     It holds the parameters; the gates function applies them. A module of its own, so that what sorts parameters by
     module (weight decay, initialisation loops) can tell these two-dimensional parameters from matrices. The cell reads
     the parameters of a plain GateNorm directly, and calls any other: one with hooks, pruned, parametrised or wrapped by
-    an adapter."""
+    an adapter.
+    """
 
     def __init__(
         self, gates: int, features: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -84,9 +85,8 @@ class DepthLSTMCell(nn.Module):
             ``gates.bias``.
         init: "lipschitz" or "glorot", see :func:`initialise_linear`.
 
-    Parameters: ``gates.weight`` (4D, I + D), ``gates.bias`` (4D,), ``norm.weight`` and ``norm.bias`` (4, D); with
-        ``hidden="ffn"`` 3 in
-    place of 4, and ``ffn_in`` (I + D -> F), ``ffn_norm`` (F), ``ffn_out`` (F -> D).
+    Parameters: ``gates.weight`` (4D, I + D), ``gates.bias`` (4D,), ``norm.weight`` and ``norm.bias`` (4, D);
+    with ``hidden="ffn"`` 3 in place of 4, and ``ffn_in`` (I + D -> F), ``ffn_norm`` (F), ``ffn_out`` (F -> D).
 
     Raises:
         TypeError, ValueError: a size, name or number is not what is wanted, or forget_bias has no bias to go to.

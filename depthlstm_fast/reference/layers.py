@@ -366,7 +366,8 @@ class DepthLSTMDecoderLayer(_Layer):
         """:meth:`forward` with ``cache``, but tgt, state and the results are (rows, 1, D), always batch first.
 
         rows is the batch of the cache times any number of beams, the beams of one source side by side. The cache is
-        updated."""
+        updated.
+        """
         if self.batch_first:
             return self(tgt, cache.memory, state, cache=cache)
         above = None if state is None else state.transpose(0, 1)

@@ -141,7 +141,8 @@ class DepthLSTMTransformer(nn.Module):
         ``to_empty()`` and ``load_state_dict(assign=True)`` of a tied model, and ``reset_parameters()``, call it. Call
         it yourself after anything else that gave the two a parameter each. Where one of them is on the meta device the
         other's weight is taken. A layer that is no nn.Linear or nn.Embedding any more, and weights of different types,
-        are left as they are."""
+        are left as they are.
+        """
         if not self.tie_output or self._is_tied():
             return
         if not isinstance(self.output, nn.Linear) or not isinstance(self.tgt_embedding, nn.Embedding):
@@ -245,7 +246,8 @@ class DepthLSTMTransformer(nn.Module):
         """Logits (batch, L, tgt_vocab) for tgt (batch, L) int64 and memory (batch, S, D); causal.
 
         With ``return_hidden`` what ``output`` would be applied to, (batch, L, D): for losses that make the logits
-        themselves, in pieces. Raises as :meth:`encode`."""
+        themselves, in pieces. Raises as :meth:`encode`.
+        """
         self._check_ids("tgt", tgt, self.tgt_vocab, tgt.device.type == "cpu" if isinstance(tgt, Tensor) else True)
         hidden = self._decode(tgt, memory, tgt_key_padding_mask, memory_key_padding_mask)
         return hidden if return_hidden else self.output(hidden)

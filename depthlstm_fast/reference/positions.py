@@ -33,7 +33,8 @@ class Positions(nn.Module):
     """Adds a position's vector to each token's: a ``table`` of sines, or a learned ``weight`` (max_len, D).
 
     The table is no buffer, but a copy of what its sizes say, kept while its device and dtype fit. So nothing that fills
-    a model anew (``to_empty``, ``skip_init``, a checkpoint without it) can leave it wrong."""
+    a model anew (``to_empty``, ``skip_init``, a checkpoint without it) can leave it wrong.
+    """
 
     table: Tensor | None = None
 

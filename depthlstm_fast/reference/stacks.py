@@ -165,7 +165,8 @@ class DepthLSTMDecoder(_Stack):
         ``tgt_is_causal=None`` means False: the mask is used as it is, and not examined (torch looks whether it is
             causal).
         ``caches`` (of :meth:`new_caches`) is for incremental decoding: see ``cache`` in
-        :meth:`DepthLSTMDecoderLayer.forward`."""
+        :meth:`DepthLSTMDecoderLayer.forward`.
+        """
         checks.check_float_tensor("memory", memory)
         if caches is not None:
             if not isinstance(caches, list) or len(caches) != len(self.layers):

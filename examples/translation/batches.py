@@ -81,7 +81,8 @@ def share(examples: Sequence[Example], rank: int = 0, size: int = 1) -> Batch:
     """Return every ``size``-th of ``examples``, from number ``rank`` on, as one batch.
 
     A process that gets none has to run along with the others all the same: it gets the first, all of its targets
-    padding."""
+    padding.
+    """
     if mine := examples[rank::size]:
         return collate(mine)
     source, target = examples[0]

@@ -2,7 +2,8 @@
 
 A checkpoint is written to a folder ``*.partial``, flushed to the disk and then renamed, which either has happened or
 has not. One that is no longer wanted is renamed back before it is removed. So a folder ``checkpoint-00000100`` is
-complete, whenever the process was killed."""
+complete, whenever the process was killed.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Parallel text from Debian: English documentation and package descriptions with their German, French or Czech
-    translations.
+"""Parallel text from Debian: English documentation with its German, French or Czech translations.
 
+Package descriptions and manual pages are among it.
 The texts are under copyleft licences: they are fetched from the mirror that apt is set up for, and not kept in this
-repository."""
+repository.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,13 @@
-"""The paper's claim in small: does a depth-wise LSTM let deep models learn? Gradients at initialisation, dev cross
-entropy, speed, memory.
+"""The paper's claim in small: does a depth-wise LSTM let deep models learn?
+
+It measures gradients at initialisation, dev cross entropy, speed and memory.
 
 python examples/translation/prepare.py --data debian --language de --vocab-size 2000 corpus
-python examples/translation/study.py corpus --output study        goes on where it was stopped; some 40 minutes on two
-cores python examples/translation/study_report.py study --docs docs      writes docs/study.md, its pictures and
-docs/study.json"""
+python examples/translation/study.py corpus --output study
+    goes on where it was stopped; some 40 minutes on two cores
+python examples/translation/study_report.py study --docs docs
+    writes docs/study.md, its pictures and docs/study.json
+"""
 
 from __future__ import annotations
 

@@ -115,7 +115,8 @@ def dropout_factors(seed, row, first, threshold, scale, ROWS: tl.constexpr, BLOC
 
     Philox4x32-10 (Salmon et al., SC 2011) with the counter and key of dropout_mask in
     depthlstm_fast/reference/depth_lstm.py. One block of four words serves four features, so a quarter of the tile is
-    drawn and its words are interleaved."""
+    drawn and its words are interleaved.
+    """
     block = (first // 4 + tl.arange(0, BLOCK // 4))[None, :]
     row_low = (row & 0xFFFFFFFF).to(tl.uint32)
     row_high = (row >> 32).to(tl.uint32)

@@ -8,8 +8,8 @@ Known to work, and needed, with Triton 3.6 to 3.9 (tests/backends/triton/test_tr
                     as hardware does.
     language        is replaced anew at every call of a device function, which is half of the time; here once a launch.
 What stays different: scalars and loop variables are Python ints, which never overflow; programs run one after the
-    other, so no race
-and no missing barrier can show; arithmetic in bf16 is wrong, so the kernels convert to fp32 right after loading.
+other, so no race and no missing barrier can show; arithmetic in bf16 is wrong, so the kernels convert to fp32 right
+after loading.
 """
 
 from __future__ import annotations

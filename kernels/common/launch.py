@@ -4,7 +4,8 @@ dictionary lookup.
 triton.jit would specialise on the alignment of every single argument and spends more time on a call; here the caller
 says whether everything is aligned, N and the strides are never specialised on, and the compile gate
 (tools/check_kernels.py) compiles by the same function what the launcher runs. With TRITON_INTERPRET=1 the kernels run
-on the CPU, slowly, for tests."""
+on the CPU, slowly, for tests.
+"""
 
 from __future__ import annotations
 
@@ -111,7 +112,8 @@ def compile_kernel(
     """Compile ``kernel`` for run-time arguments of ``types`` (None: absent), for ``target`` or else the current GPU.
 
     ``aligned`` promises what :func:`is_aligned` checks of all pointers, and of an argument called x_stride for the rows
-    of x."""
+    of x.
+    """
     names = kernel.arg_names
     by_name = dict(zip(names, types, strict=False))
     signature = {name: by_name.get(name) or "constexpr" for name in names}

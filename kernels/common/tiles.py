@@ -149,7 +149,8 @@ def scale_and_shift(rest, eps, GATES: tl.constexpr):
     """(r, shift) with n = (z - mean) r + shift, from the means of z - mean and of its square.
 
     The shift takes out the rounding error of the mean: on a nearly constant row it is most of what is left of z - mean,
-    and r = 1 / sqrt(eps) would blow it up."""
+    and r = 1 / sqrt(eps) would blow it up.
+    """
     r, shift = (), ()
     for k in tl.static_range(GATES):
         variance = rest[GATES + k] - rest[k] * rest[k]
@@ -202,7 +203,8 @@ def load_affine(
 
     ``rows`` is never 0. A load in a branch is not pipelined: in a loop with stages Triton would copy the affine with
     every row into shared memory, past the L1 cache, which is 32D bytes a row from L2 where everything else is 24D from
-    memory (cp.async.cg, seen in the machine code for sm_90)."""
+    memory (cp.async.cg, seen in the machine code for sm_90).
+    """
     weights, biases = zeros(GATES, 1, BLOCK), zeros(GATES, 1, BLOCK)
     if rows > 0:
         weights = load_gates(weight + column, column < FEATURES, FEATURES, GATES, MASKED)

@@ -2,7 +2,8 @@
 
 The first call for a (kernel, GPU, Triton, D, dtypes, flags) times every candidate on its own tensors, whatever their
 number of rows, and the fastest is kept, in this process and in Triton's cache folder for those that follow. Never while
-a CUDA graph is captured."""
+a CUDA graph is captured.
+"""
 
 from __future__ import annotations
 

@@ -133,7 +133,8 @@ def fat_binaries(data: bytes) -> list[list[str]]:
     """The architectures of each CUDA fat binary in a library, as tools/build/settings.py calls them.
 
     A header (magic, version, its size, the entries' size), then entries: a header (kind 1 PTX or 2 machine code, its
-    size, the code's size, at 28 the architecture) and the code."""
+    size, the code's size, at 28 the architecture) and the code.
+    """
     found = []
     for match in re.finditer(re.escape(struct.pack("<I", 0xBA55ED50)), data):
         _, _, header, size = struct.unpack_from("<IHHQ", data, match.start())

@@ -1,7 +1,8 @@
 """docs/errors.md quotes the messages that the source raises, and every message of the package is on it.
 
 On the page ``…`` stands for what a message fills in. In the source that is an f-string's field, or in C++ an argument
-that is no literal."""
+that is no literal.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 ended.
 
 Both processes run the same checks in the same order. A check that fails in one process alone leaves the two out of
-step, so it is the last."""
+step, so it is the last.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The whole Transformer at its usual size, 6 + 6 layers of d = 512: compiled, under autocast and with checkpointing.
 
 Forward and backward are held to the reference by the bound of helpers.py: the largest error against fp64 is at most
-twice that of the eager reference at the same precision."""
+twice that of the eager reference at the same precision.
+"""
 
 from __future__ import annotations
 

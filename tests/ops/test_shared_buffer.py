@@ -65,7 +65,8 @@ def check(found: dict[str, Tensor], model: torch.nn.Module, call: Callable[..., 
     """Hold ``found`` to twice the error of eager fp32, both against ``call(model, *inputs)`` by the reference in fp64.
 
     Errors are relative to the largest value of a result, and eager's is the largest of all results: a chain of cells
-    has results whose error in eager is luckily small."""
+    has results whose error in eager is luckily small.
+    """
     exact, doubled = copy.deepcopy(model).double(), [x.double() for x in inputs]
     with dl.use_backend("reference"):
         eager = gradients(model, lambda: call(model, *inputs))

@@ -3,4 +3,5 @@ CUDA thread.
 
 build.py makes a shared library of .cu files or of PTX; translate.py turns PTX into C++, an instruction at a time by the
 table in instructions.py; runtime/ holds what the C++ calls: arithmetic, memory, barriers, and a stand-in for the CUDA
-runtime."""
+runtime.
+"""

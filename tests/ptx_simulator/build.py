@@ -252,7 +252,8 @@ def build(
     ``mode`` is plain, asan or tsan; ``defines`` are macros such as "NAME=1"; ``units``, (source, flags of nvcc) each,
     stand in for ``sources`` where a file is compiled several times. Beside what the sources export there are
     ptx_launch, ptx_error and the others of runtime/launch.cpp. RuntimeError has the first lines of what a compiler
-    says."""
+    says.
+    """
     if mode not in MODES:
         raise ValueError(f"mode is one of {', '.join(MODES)}, not {mode}")
     output, folder = output.absolute(), work_folder(output.absolute())

@@ -1,7 +1,8 @@
 """What PTX instructions compute, in exact arithmetic of Python's: formulas that share nothing with the simulator's C++.
 
 Operands and results are the bits of registers. A formula gets an opcode, such as "add.rm.ftz.f32", and the operands'
-bits."""
+bits.
+"""
 
 from __future__ import annotations
 

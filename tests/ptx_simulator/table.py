@@ -2,7 +2,8 @@
 
 A new opcode goes beside its kin, in instructions.py or memory_instructions.py: a form such as "add{,.rn}{.f32,.f64}"
 stands for one opcode of each choice of the braces. What it computes goes to runtime/, and its test to
-tests/test_ptx_instructions.py, which fails for an opcode of this table that it does not know."""
+tests/test_ptx_instructions.py, which fails for an opcode of this table that it does not know.
+"""
 
 from __future__ import annotations
 

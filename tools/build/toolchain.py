@@ -134,7 +134,8 @@ def gencode(archs: list[str]) -> list[str]:
     """nvcc's flags. Machine code of one generation of GPUs, before and from 10.0, comes of one PTX: that of its oldest.
 
     Making PTX is half of nvcc's time. Between 8.0 and 9.0 it differs in one conversion of bfloat16, and the machine
-    code of the hot kernels in nothing. From 10.0 on nvcc 13.0 has another compiler, whose code is better."""
+    code of the hot kernels in nothing. From 10.0 on nvcc 13.0 has another compiler, whose code is better.
+    """
     codes: dict[str, list[str]] = {}
     for arch in archs:
         number = arch.removesuffix("-ptx")

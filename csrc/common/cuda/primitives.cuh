@@ -1,4 +1,4 @@
-// What gate_math.h needs of a GPU's float, and the element types of tensors.
+// What activations.h needs of a GPU's float, and the element types of tensors.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -2,7 +2,8 @@
     translations.
 
 The texts are under copyleft licences: they are fetched from the mirror that apt is set up for, and not kept in this
-repository."""
+repository.
+"""
 
 from __future__ import annotations
 

@@ -70,7 +70,8 @@ class Archive:
     ``root``.
 
     apt runs with lists and a cache of its own: those of the system are neither read nor written, and its hooks do not
-    run."""
+    run.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()  # apt runs in other folders

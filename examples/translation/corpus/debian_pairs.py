@@ -55,7 +55,8 @@ def align_sentences(source: list[str], target: list[str]) -> list[Pair]:
     """Align the sentences of a paragraph by their lengths; sentences without a counterpart are left out.
 
     W. A. Gale and K. W. Church, "A Program for Aligning Sentences in Bilingual Corpora", Computational Linguistics
-    19(1), 1993."""
+    19(1), 1993.
+    """
     best = {(0, 0): 0.0}
     step: dict[tuple[int, int], tuple[int, int]] = {}
     for i in range(len(source) + 1):
@@ -92,7 +93,8 @@ def align_blocks(source: list[Block], target: list[Block], shortest: int = 3, hi
 
     Where the documents differ, a run of such blocks counts if it has an identifier (a signature with ``#``), or if it
     has ``shortest`` blocks or more whose ``length_cost`` is ``highest`` or less in the mean: of true pairs it is near
-    1, as its exponential is uniform."""
+    1, as its exponential is uniform.
+    """
     left, right = [block.signature for block in source], [block.signature for block in target]
     if left == right:
         return [Pair(a.text, b.text) for a, b in zip(source, target, strict=True)]
@@ -193,7 +195,8 @@ def split_rows(rows: Iterable[Row], most: int = 60) -> dict[str, list[Row]]:
     """Split by document, and drop sentences of train that dev or test have, and of dev that test has, on either side.
 
     Dev and test take sentences of 4 to 60 words, and ``most`` of a document at most, so that no long one outweighs the
-    others."""
+    others.
+    """
     parts: dict[str, list[Row]] = {"train": [], "dev": [], "test": []}
     taken = Counter[str]()
     for row in rows:

@@ -246,7 +246,8 @@ def description_rows(
     """Yield the paragraphs of the descriptions in apt's ``Translation`` lists, given as texts.
 
     ``sources`` gives each binary package's source package: one document, as its binary packages share most of their
-    text."""
+    text.
+    """
     descriptions = {
         stanza["Description-md5"]: stanza["Description-en"]
         for text in english

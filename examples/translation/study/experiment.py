@@ -3,7 +3,8 @@
 Every model has as many matrix weights at the same depth, sees the same batches, and has its own learning rate.
 The rate is that of a grid with the lowest dev cross entropy with the first seed; the grid is prolonged while the best
 is at its end. The other seeds then run with that rate. Each run is one thread of one process, as many at once as there
-are cores; the speed is measured before, with nothing beside it."""
+are cores; the speed is measured before, with nothing beside it.
+"""
 
 from __future__ import annotations
 

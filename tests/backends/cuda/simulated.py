@@ -3,7 +3,8 @@ above other kernels.
 
 ``load`` has the CUDA kernels below, simulated (ptx_simulator); ``stand_in`` the CPU kernels (cpp/cuda_stand_in.cpp),
 for tests of the binding alone, which need no nvcc. ``use`` makes either of them the "cuda" backend, for CPU tensors, as
-long as a test runs."""
+long as a test runs.
+"""
 
 from __future__ import annotations
 

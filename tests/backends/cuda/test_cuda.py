@@ -3,7 +3,8 @@ them.
 
 The sizes are those beside a boundary: of a vector of 16 bytes, of the rows that a warp and a block hold, of the three
 forward kernels and the two schemes of backward. test_cuda_binding.py tests the Python and C++ above the kernels,
-test_cuda_faults.py looks for races and for accesses beside a buffer."""
+test_cuda_faults.py looks for races and for accesses beside a buffer.
+"""
 
 from __future__ import annotations
 

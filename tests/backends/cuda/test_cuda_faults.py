@@ -1,7 +1,8 @@
 """The CUDA C++ kernels under sanitizers, and what they and a comparison of values find: faults that the tests plant.
 
 The kernels are simulated from their PTX, with the threads between two barriers in random order. The faults go into a
-copy of csrc/, in which only the kernels that a few calls in fp32 need are left, so that it compiles in seconds."""
+copy of csrc/, in which only the kernels that a few calls in fp32 need are left, so that it compiles in seconds.
+"""
 
 from __future__ import annotations
 

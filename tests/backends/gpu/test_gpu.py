@@ -3,7 +3,8 @@ what only a GPU can show.
 
 Whatever the kernels allocate is NaN before they write it. Rehearsed without a GPU: DEPTHLSTM_REHEARSE=1 runs, on tiny
 sizes, the tests that the CPU can run, with Triton's interpreter and with what stands in for the CUDA kernels in the
-tests of their binding."""
+tests of their binding.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@ on the CPU.
 
 Interpreted, a program costs 10 to 50 ms whatever its size and a row of the wide scheme half a second. So the rows are
 few and the sizes are those beside a boundary: of a tile (BLOCK features, ROWS rows), of the narrow scheme, of what a
-register file holds. All memory that the launcher allocates is NaN between guards, and all arguments lie in NaN."""
+register file holds. All memory that the launcher allocates is NaN between guards, and all arguments lie in NaN.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Triton's interpreter: that it computes what a GPU computes, and two tests of the kernels that only it allows.
 
 It can run the last programs of a grid alone, on memory that is not there, and it can run kernels that were broken on
-purpose: each such mutation turns a named test of the Triton kernels red."""
+purpose: each such mutation turns a named test of the Triton kernels red.
+"""
 
 from __future__ import annotations
 

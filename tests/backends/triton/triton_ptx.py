@@ -2,7 +2,8 @@
 its own.
 
 python triton_ptx.py FOLDER ROWS FEATURES DTYPE SCHEME prints the largest error of each result over that of eager
-PyTorch, as JSON."""
+PyTorch, as JSON.
+"""
 
 from __future__ import annotations
 
