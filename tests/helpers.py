@@ -31,7 +31,7 @@ DEVICE = (
 )  # of tests that run on either; Triton's kernels are interpreted on the CPU
 
 
-def _absence(backend: str) -> str | None:
+def absence(backend: str) -> str | None:
     """Why the tests of a backend are skipped; None where it can run and DEPTHLSTM_BACKEND does not ask for another."""
     status, wanted = dl.backends()[backend], os.environ.get("DEPTHLSTM_BACKEND") or "auto"
     if not status.available:
@@ -39,9 +39,9 @@ def _absence(backend: str) -> str | None:
     return None if wanted in ("auto", backend) else f"DEPTHLSTM_BACKEND={wanted}"
 
 
-HAS_CPP, HAS_TRITON = _absence("cpp") is None, _absence("triton") is None
-needs_cpp = pytest.mark.skipif(not HAS_CPP, reason=_absence("cpp") or "")
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason=_absence("triton") or "")
+HAS_CPP, HAS_TRITON = absence("cpp") is None, absence("triton") is None
+needs_cpp = pytest.mark.skipif(not HAS_CPP, reason=absence("cpp") or "")
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason=absence("triton") or "")
 
 TINY = {F16: 1, BF16: 1, F32: 8, F64: 64}
 

@@ -19,11 +19,10 @@ from helpers import (
     F16,
     F32,
     F64,
-    HAS_CPP,
-    HAS_TRITON,
     NORMS,
     TYPES,
     Types,
+    absence,
     arguments,
     assert_bound,
     cotangents,
@@ -92,7 +91,10 @@ class Path(NamedTuple):
             ``rows_of``.
         rows: beside every boundary of rows.
         types: every combination of dtypes that it takes. ``main``: one for each type of memory, and the mixture
-            autocast makes.
+            autocast makes. ``every_kernel``: those that have kernels of their own.
+        row_group: rows that end with a chunk or tile, and one more begun.
+        native: runs on the CPU as compiled: quick enough for full products, in fp64, too, and exact below the smallest
+            normal number.
     """
 
     backend: str
@@ -102,7 +104,14 @@ class Path(NamedTuple):
     rows: list[tuple[int, int]]
     types: list[Types]
     main: list[Types]
+    every_kernel: list[Types]
     rows_of: Callable[[int], int]
+    row_group: int
+    native: bool = False
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.native else DEVICE
 
     def __str__(self) -> str:
         return f"{self.backend}-{self.name}" if self.name else self.backend
@@ -119,25 +128,40 @@ CPP_ROWS_AND_FEATURES = [
 CPP_MAIN = [FULL, DOUBLE, HALF, HALF16, MIXED]
 
 
-def gpu_path(
-    backend: str, name: str, sizes: tuple[int, int], features: list[int], rows: list[tuple[int, int]], rows_each: int
-) -> Path:
-    return Path(backend, name, sizes, features, rows, GPU_TYPES, GPU_MAIN, lambda features: rows_each)
+def triton(name: str, sizes: tuple[int, int], features: list[int], rows: list[tuple[int, int]], row_group: int) -> Path:
+    kernels = [FULL, HALF]
+    return Path("triton", name, sizes, features, rows, GPU_TYPES, GPU_MAIN, kernels, lambda features: 3, row_group)
+
+
+def cuda(name: str, sizes: tuple[int, int], features: list[int], rows: list[tuple[int, int]], rows_each: int) -> Path:
+    kernels = [FULL, MIXED]
+    return Path("cuda", name, sizes, features, rows, GPU_TYPES, GPU_MAIN, kernels, lambda features: rows_each, sizes[0])
 
 
 PATHS = [
-    Path("cpp", "", (17, 33), [*WIDTHS, 1600, 2048, 4096], CPP_ROWS_AND_FEATURES, TYPES, CPP_MAIN, lambda features: 17),
+    Path(
+        backend="cpp",
+        name="",
+        sizes=(17, 33),
+        features=[*WIDTHS, 1600, 2048, 4096],
+        rows=CPP_ROWS_AND_FEATURES,
+        types=TYPES,
+        main=CPP_MAIN,
+        every_kernel=TYPES,
+        rows_of=lambda features: 17,
+        row_group=70,
+        native=True,
+    ),
     # BLOCK = D and one column beside it (masked and not), one row a tile and several, and rows that are not a power of
     # two
-    gpu_path("triton", "narrow", (5, 7), WIDTHS, list(itertools.product((0, 1, 2, 3, 17, 40), (1, 33))), 3),
+    triton("narrow", (5, 7), WIDTHS, list(itertools.product((0, 1, 2, 3, 17, 40), (1, 33))), 33),
     # for any D, in blocks of 16 and tiles of two rows: see make_small_wide
-    gpu_path("triton", "wide", (3, 20), [20, 32], [(1, 20), (5, 20)], 3),
+    triton("wide", (3, 20), [20, 32], [(1, 20), (5, 20)], 5),
     # V vectors of a lane; then of a thread of a block, of narrow backward (2048) and of what a block holds (8192); then
     # no whole vectors
-    gpu_path("cuda", "warp", (MANY, 40), [8, 128, 136, 256, 264, 512, 520, 1024], [(MANY, 16)], MANY),
-    gpu_path("cuda", "block", (3, 40), [16, 1032, 2048, 2056, 4096, 4104, 8192], [(1, 16), (3, 16), (FEW, 16)], 2),
-    gpu_path(
-        "cuda",
+    cuda("warp", (MANY, 40), [8, 128, 136, 256, 264, 512, 520, 1024], [(MANY, 16)], MANY),
+    cuda("block", (3, 40), [16, 1032, 2048, 2056, 4096, 4104, 8192], [(1, 16), (3, 16), (FEW, 16)], 2),
+    cuda(
         "any",
         (3, 41),
         [1, 2, 3, 7, 31, 33, 63, 1001, 8200],
@@ -148,11 +172,9 @@ PATHS = [
 
 
 def _absent(backend: str) -> str | None:
-    if backend == "cpp":
-        return None if HAS_CPP else dl.backends()["cpp"].detail
-    if backend == "triton":
-        return None if HAS_TRITON else dl.backends()["triton"].detail
-    return None  # simulated where there is no GPU; says itself where it cannot be
+    if backend == "cuda":
+        return None  # simulated where there is no GPU; says itself where it cannot be
+    return absence(backend)
 
 
 def _words(value: Any) -> str:
@@ -186,7 +208,7 @@ def make(
     path: Path, rows: Any, features: int, types: Types, variant: tuple[str, bool, str]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Arguments on the path's device."""
-    return arguments(rows, features, types, *variant, device="cpu" if path.backend == "cpp" else DEVICE)
+    return arguments(rows, features, types, *variant, device=path.device)
 
 
 def fused(op: Op, path: Path, **named: Any) -> tuple[Tensor, ...]:
@@ -235,5 +257,5 @@ def dropout(path: Path, seed: int = 77, p: float = 0.3) -> dict[str, Any]:
     return {
         "dropout_p": p,
         "training": True,
-        "seed": torch.tensor([seed], device="cpu" if path.backend == "cpp" else DEVICE),
+        "seed": torch.tensor([seed], device=path.device),
     }

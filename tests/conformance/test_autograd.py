@@ -75,9 +75,7 @@ def test_every_subset_of_gradients(op: Op, path: Path, wanted: str) -> None:
 
 
 def undefined(op: Op, path: Path) -> Any:
-    return itertools.product(
-        ["h", "c"], op.variants, [FULL, *path.main[1:2], MIXED] if path.backend == "cpp" else [FULL]
-    )
+    return itertools.product(["h", "c"], op.variants, [FULL, *path.main[1:2], MIXED] if path.native else [FULL])
 
 
 @cases("used, variant, types", undefined)

@@ -143,7 +143,7 @@ def test_gradients_that_are_beyond_fp16_on_the_way(op: Op, path: Path) -> None:
 
 @cases(
     "types, kind",
-    lambda op, path: itertools.product(path.main if path.backend == "cpp" else path.main[:3], ACTIVATIONS),
+    lambda op, path: itertools.product(path.main if path.native else path.main[:3], ACTIVATIONS),
     one_path=True,
 )
 def test_saturated_gates(op: Op, path: Path, types: Types, kind: str) -> None:
@@ -163,9 +163,7 @@ def test_saturated_gates(op: Op, path: Path, types: Types, kind: str) -> None:
     assert all(value.isfinite().all() for value in found.values())
 
 
-@cases(
-    "types", lambda op, path: path.main if path.backend == "cpp" else []
-)  # a GPU's one-instruction exponentials flush them
+@cases("types", lambda op, path: path.main if path.native else [])  # a GPU's one-instruction exponentials flush them
 def test_subnormals(op: Op, path: Path, types: Types) -> None:
     """Inputs and results below the smallest normal number are kept, not flushed."""
     isa = ctypes.CDLL(str(LIBRARY)).depthlstm_cpu_isa
@@ -181,7 +179,7 @@ def test_subnormals(op: Op, path: Path, types: Types) -> None:
 
 
 def changed_rows(op: Op, path: Path) -> list[Any]:
-    types = [FULL, path.main[-1]] if path.backend == "cpp" else [FULL]
+    types = [FULL, path.main[-1]] if path.native else [FULL]
     return [(t, variant) for t in types for variant in op.variants]
 
 
@@ -190,8 +188,7 @@ def test_rows_do_not_see_each_other(op: Op, path: Path, types: Types, variant: A
     """Changing one row, to NaN even, changes no other row, bit for bit; and a row alone gives what it gives among
     others.
     """
-    # on the CPU the ends of the first and of the last chunk, elsewhere those of a tile
-    rows = {"cpp": 70, "triton": 33 if path.name == "narrow" else 5}.get(path.backend, path.sizes[0])
+    rows = path.row_group
     changed = sorted({0, 31, 32, rows - 1} & set(range(rows)))
     tensors, options = make(path, rows, path.sizes[1], types, variant)
     grads = cotangents(tensors)
@@ -220,7 +217,7 @@ def test_rows_do_not_see_each_other(op: Op, path: Path, types: Types, variant: A
 
 @cases(
     "types, norm",
-    lambda op, path: itertools.product(path.main if path.backend == "cpp" else [FULL, HALF], [*NORMALISED, "none"]),
+    lambda op, path: itertools.product(path.main if path.native else [FULL, HALF], [*NORMALISED, "none"]),
 )
 def test_nan_and_infinity_stay_where_they_belong(op: Op, path: Path, types: Types, norm: str) -> None:
     """Each special value in each place: what comes out is NaN or infinite exactly where the reference's is."""
@@ -262,7 +259,7 @@ def test_nan_gradients_stay_in_their_row(op: Op, path: Path, argument: str) -> N
         assert torch.equal(after[key][:, clean], before[key][:, clean])
 
 
-@cases("dtype", lambda op, path: [F32, F64] if path.backend == "cpp" else [F32])
+@cases("dtype", lambda op, path: [F32, F64] if path.native else [F32])
 def test_affine_of_zeros(op: Op, path: Path, dtype: torch.dtype) -> None:
     """gamma = 0 leaves constant gates: dz is 0, dgamma is not."""
     tensors, options = make(path, *path.sizes, Types(dtype, dtype, dtype), op.variants[0])

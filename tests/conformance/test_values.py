@@ -39,8 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # nump
 # formulas of fp32 and with those of 16-bit results; on CUDA norm and activation are branches. Triton's wide scheme
 # shares its formulas with the narrow one.
 def every_kernel(op: Op, path: Path) -> Iterable[tuple[Types, Variant]]:
-    types = {"cpp": path.types, "triton": [FULL, HALF], "cuda": [FULL, MIXED]}[path.backend]
-    return itertools.product(types, op.variants if path.name == "wide" else op.every_variant)
+    return itertools.product(path.every_kernel, op.variants if path.name == "wide" else op.every_variant)
 
 
 @cases("types, variant", every_kernel)
@@ -62,7 +61,7 @@ def test_types(op: Op, path: Path, types: Types, variant: Variant) -> None:
 
 # Each shape of call at each size on the CPU; elsewhere the shape rotates, so that neighbouring sizes differ in it.
 def sizes(op: Op, path: Path) -> Iterable[tuple[int, Types, Variant]]:
-    if path.backend == "cpp":
+    if path.native:
         # the other memory types load and store their last, partial vector by code of their own
         others = itertools.product([1, 2, 3, 7, 31, 33, 65, 129, 512, 1000], path.main[1:4], op.variants[:1])
         return itertools.chain(itertools.product(path.features, [FULL, MIXED], op.variants), others)
@@ -100,7 +99,7 @@ def test_leading_shapes(op: Op, path: Path, shape: tuple[int, ...], variant: Var
 @cases(
     "norm, eps, types",
     lambda op, path: itertools.product(
-        ["gate", "joint"], [0.0, 1e-12, 0.5, 1e6], [FULL, HALF16] if path.backend == "cpp" else [FULL]
+        ["gate", "joint"], [0.0, 1e-12, 0.5, 1e6], [FULL, HALF16] if path.native else [FULL]
     ),
 )
 def test_eps(op: Op, path: Path, norm: str, eps: float, types: Types) -> None:
