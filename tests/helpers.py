@@ -120,18 +120,18 @@ def cotangents(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def results(
-    function: Callable[..., tuple[Tensor, Tensor]],
+    function: Callable[..., tuple[Tensor, ...]],
     tensors: dict[str, Tensor],
-    grads: tuple[Tensor, Tensor],
+    grads: tuple[Tensor, ...],
+    outputs: tuple[str, ...] = ("h", "c_out"),
     **options: Any,
 ) -> dict[str, Tensor]:
-    """h, c_out and the gradient of every tensor ("dz", "dc", ...) under the cotangents."""
+    """Outputs by name, and the gradient of every tensor ("dz", "dc", ...) under the cotangents."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
-    h, c = function(**leaves, **options)
-    found = torch.autograd.grad((h, c), list(leaves.values()), grads)
+    made = function(**leaves, **options)
+    found = torch.autograd.grad(made, list(leaves.values()), grads)
     return {
-        "h": h.detach(),
-        "c_out": c.detach(),
+        **{name: output.detach() for name, output in zip(outputs, made, strict=True)},
         **{f"d{name}": gradient for name, gradient in zip(leaves, found, strict=True)},
     }
 

@@ -10,7 +10,7 @@ import pytest
 import simulated
 import triton_helpers
 from helpers import DEVICE
-from paths import Path
+from suite import Path
 
 import depthlstm_fast as dl
 

@@ -1,31 +1,30 @@
 """What the conformance suite runs on: every op, on every path that a call can take through a backend's kernels.
 
-A new op is one record in OPS, a new backend its paths in PATHS; every test of this folder then has them.
+A new op is a file op_<name>.py with its record ``OP``. A new backend is one more path in the record of each op that it
+has. The tests of this folder then run on them.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 from collections.abc import Callable, Iterable
+from pathlib import Path as File
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from helpers import (
     BF16,
-    CALLS,
     DEVICE,
     F16,
     F32,
     F64,
-    NORMS,
     TYPES,
     Types,
     absence,
-    arguments,
     assert_bound,
-    cotangents,
     double,
     results,
 )
@@ -33,53 +32,12 @@ from torch import Tensor
 from triton_helpers import among_nan
 
 import depthlstm_fast as dl
-from depthlstm_fast.checks import ACTIVATIONS
 
 FULL, HALF, MIXED = Types(F32, F32, F32), Types(BF16, BF16, BF16), Types(BF16, F32, F32)
 HALF16, MIXED16, DOUBLE = Types(F16, F16, F16), Types(F16, F16, F32), Types(F64, F64, F64)
 GPU_TYPES = [types for types in TYPES if types.z != F64]
 GPU_MAIN = [FULL, HALF, HALF16, MIXED, MIXED16]
-# forward takes a warp a row above 4 rows a multiprocessor; a simulated GPU has two of them
-FEW = 8 if DEVICE == "cpu" else 4 * torch.cuda.get_device_properties(0).multi_processor_count
-MANY = FEW + 1
-
-
-class Op(NamedTuple):
-    """An op as the suite calls it.
-
-    Attributes:
-        name: its name in depthlstm_fast.ops.registry.OPERATORS.
-        function: the public function, which takes ``backend``.
-        reference: its twin in PyTorch, the oracle in fp64.
-        variants: (norm, affine, kind): every shape of call, as ``arguments`` of helpers takes them.
-        every_variant: the full product.
-        rows: tensors, results and gradients with one row for each of the input's.
-        sums: the gradients that are sums over rows.
-    """
-
-    name: str
-    function: Callable[..., tuple[Tensor, ...]]
-    reference: Callable[..., tuple[Tensor, ...]]
-    variants: list[tuple[str, bool, str]]
-    every_variant: list[tuple[str, bool, str]]
-    rows: tuple[str, ...]
-    sums: tuple[str, ...]
-
-
-OPS = [
-    Op(
-        name="depth_lstm",
-        function=dl.depth_lstm_gates,
-        reference=dl.reference.depth_lstm_gates,
-        variants=CALLS,
-        every_variant=[(*norm, kind) for norm in NORMS for kind in (*ACTIVATIONS, "given")],
-        rows=("h", "c_out", "dz", "dc", "dhidden"),
-        sums=("dweight", "dbias"),
-    )
-]
-
-
-Variant = tuple[str, bool, str]
+Variant = tuple[Any, ...]
 
 
 class Path(NamedTuple):
@@ -117,58 +75,46 @@ class Path(NamedTuple):
         return f"{self.backend}-{self.name}" if self.name else self.backend
 
 
-WIDTHS = [1, 2, 3, 7, 31, 33, 63, 65, 127, 129, 511, 512, 768, 1000, 1024]
-# Beside, on and beyond every vector width (2 to 16 lanes), a Philox block (4) and a group of them (64), and model
-# widths up to 4096. Parameter gradients are summed by chunks of at least 32 rows and at most 64 of them: beside and on
-# both limits.
-CPP_ROWS = [0, 1, 2, 3, 17, 31, 32, 33, 64, 65, 1000, 2047, 2048, 2049]
-CPP_ROWS_AND_FEATURES = [
-    (rows, features) for rows in CPP_ROWS for features in (1, 5, 33, 512) if features != 512 or rows <= 1000
-]
-CPP_MAIN = [FULL, DOUBLE, HALF, HALF16, MIXED]
+class Op(NamedTuple):
+    """An op as the suite calls it.
+
+    Attributes:
+        name: its name in depthlstm_fast.ops.registry.OPERATORS.
+        function: the public function, which takes ``backend``.
+        reference: its twin in PyTorch, the oracle in fp64.
+        arguments: (leading shape, features, types, *variant, device=) -> named tensors, options.
+        cotangents: named tensors -> a random gradient for each output.
+        variants: what ``arguments`` is given to make every shape of call once; ``every_variant``: the full product.
+        outputs: their names.
+        rows: tensors, results and gradients with one row for each of the input's.
+        sums: the gradients that are sums over rows.
+        parameters: the tensors without rows.
+        linear_in: the gradients that do not depend on their own tensor, whose NaN they then do not show.
+        has_dropout: whether it takes ``dropout_p``, ``training`` and ``seed``.
+        paths: through the kernels of every backend that has the op.
+    """
+
+    name: str
+    function: Callable[..., tuple[Tensor, ...]]
+    reference: Callable[..., tuple[Tensor, ...]]
+    arguments: Callable[..., tuple[dict[str, Tensor], dict[str, Any]]]
+    cotangents: Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
+    variants: list[Variant]
+    every_variant: list[Variant]
+    outputs: tuple[str, ...]
+    rows: tuple[str, ...]
+    sums: tuple[str, ...]
+    parameters: set[str]
+    linear_in: set[str]
+    has_dropout: bool
+    paths: list[Path]
 
 
-def triton(name: str, sizes: tuple[int, int], features: list[int], rows: list[tuple[int, int]], row_group: int) -> Path:
-    kernels = [FULL, HALF]
-    return Path("triton", name, sizes, features, rows, GPU_TYPES, GPU_MAIN, kernels, lambda features: 3, row_group)
-
-
-def cuda(name: str, sizes: tuple[int, int], features: list[int], rows: list[tuple[int, int]], rows_each: int) -> Path:
-    kernels = [FULL, MIXED]
-    return Path("cuda", name, sizes, features, rows, GPU_TYPES, GPU_MAIN, kernels, lambda features: rows_each, sizes[0])
-
-
-PATHS = [
-    Path(
-        backend="cpp",
-        name="",
-        sizes=(17, 33),
-        features=[*WIDTHS, 1600, 2048, 4096],
-        rows=CPP_ROWS_AND_FEATURES,
-        types=TYPES,
-        main=CPP_MAIN,
-        every_kernel=TYPES,
-        rows_of=lambda features: 17,
-        row_group=70,
-        native=True,
-    ),
-    # BLOCK = D and one column beside it (masked and not), one row a tile and several, and rows that are not a power of
-    # two
-    triton("narrow", (5, 7), WIDTHS, list(itertools.product((0, 1, 2, 3, 17, 40), (1, 33))), 33),
-    # for any D, in blocks of 16 and tiles of two rows: see make_small_wide
-    triton("wide", (3, 20), [20, 32], [(1, 20), (5, 20)], 5),
-    # V vectors of a lane; then of a thread of a block, of narrow backward (2048) and of what a block holds (8192); then
-    # no whole vectors
-    cuda("warp", (MANY, 40), [8, 128, 136, 256, 264, 512, 520, 1024], [(MANY, 16)], MANY),
-    cuda("block", (3, 40), [16, 1032, 2048, 2056, 4096, 4104, 8192], [(1, 16), (3, 16), (FEW, 16)], 2),
-    cuda(
-        "any",
-        (3, 41),
-        [1, 2, 3, 7, 31, 33, 63, 1001, 8200],
-        list(itertools.product((0, 1, 2, 3, 17, MANY), (1, 33))),
-        2,
-    ),
-]
+@functools.cache
+def ops() -> list[Op]:
+    """The records of the files op_*.py."""
+    names = sorted(file.stem for file in File(__file__).parent.glob("op_*.py"))
+    return [importlib.import_module(name).OP for name in names]
 
 
 def _absent(backend: str) -> str | None:
@@ -183,15 +129,20 @@ def _words(value: Any) -> str:
 
 
 def cases(
-    names: str = "", choose: Callable[[Op, Path], Iterable[Any]] = lambda op, path: [()], one_path: bool = False
+    names: str = "",
+    choose: Callable[[Op, Path], Iterable[Any]] = lambda op, path: [()],
+    one_path: bool = False,
+    only: str | None = None,
 ) -> Any:
     """Every op on every path, with further arguments ``names`` that ``choose`` lists for each.
 
-    ``one_path`` takes the first path of each backend alone: for what does not reach the kernels.
+    ``one_path`` takes the first path of each backend alone: for what does not reach the kernels. ``only`` names the one
+    op that a test is about.
     """
     arguments = names.replace(",", " ").split()
     found, seen = [], set()
-    for op, path in itertools.product(OPS, PATHS):
+    chosen = [op for op in ops() if only in (None, op.name)]
+    for op, path in itertools.chain.from_iterable(itertools.product([op], op.paths) for op in chosen):
         if one_path and (op.name, path.backend) in seen:
             continue
         seen.add((op.name, path.backend))
@@ -205,10 +156,10 @@ def cases(
 
 
 def make(
-    path: Path, rows: Any, features: int, types: Types, variant: tuple[str, bool, str]
+    op: Op, path: Path, shape: Any, features: int, types: Types, variant: Variant
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Arguments on the path's device."""
-    return arguments(rows, features, types, *variant, device=path.device)
+    return op.arguments(shape, features, types, *variant, device=path.device)
 
 
 def fused(op: Op, path: Path, **named: Any) -> tuple[Tensor, ...]:
@@ -222,21 +173,28 @@ def surrounded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: among_nan(tensor) for key, tensor in tensors.items()}
 
 
-def run(
-    op: Op, path: Path, tensors: dict[str, Tensor], grads: tuple[Tensor, Tensor], **options: Any
+def plain(
+    op: Op, tensors: dict[str, Tensor], grads: tuple[Tensor, ...], exact: bool = False, **options: Any
 ) -> dict[str, Tensor]:
+    """The reference's outputs and gradients; in fp64 where ``exact``."""
+    if exact:
+        tensors, grads = double(tensors), tuple(grad.double() for grad in grads)
+    return results(op.reference, tensors, grads, op.outputs, **options)
+
+
+def run(op: Op, path: Path, tensors: dict[str, Tensor], grads: tuple[Tensor, ...], **options: Any) -> dict[str, Tensor]:
     """Outputs and gradients, with every argument and gradient in the middle of NaN."""
-    around = (among_nan(grads[0]), among_nan(grads[1]))
-    return results(functools.partial(fused, op, path), surrounded(tensors), around, **options)
+    around = tuple(among_nan(grad) for grad in grads)
+    return results(functools.partial(fused, op, path), surrounded(tensors), around, op.outputs, **options)
 
 
 def three(
-    op: Op, path: Path, tensors: dict[str, Tensor], options: dict[str, Any], grads: tuple[Tensor, Tensor] | None = None
+    op: Op, path: Path, tensors: dict[str, Tensor], options: dict[str, Any], grads: tuple[Tensor, ...] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """The results of the kernels, of eager in the same dtypes, and in fp64."""
-    grads = cotangents(tensors) if grads is None else grads
-    exact = results(op.reference, double(tensors), (grads[0].double(), grads[1].double()), **options)
-    return run(op, path, tensors, grads, **options), results(op.reference, tensors, grads, **options), exact
+    grads = op.cotangents(tensors) if grads is None else grads
+    eager, exact = (plain(op, tensors, grads, exact, **options) for exact in (False, True))
+    return run(op, path, tensors, grads, **options), eager, exact
 
 
 def check(
@@ -244,7 +202,7 @@ def check(
     path: Path,
     tensors: dict[str, Tensor],
     options: dict[str, Any],
-    grads: tuple[Tensor, Tensor] | None = None,
+    grads: tuple[Tensor, ...] | None = None,
     condition: float = 0.0,
 ) -> dict[str, Tensor]:
     """Hold the kernels to the error bound; returns their results."""
@@ -253,9 +211,8 @@ def check(
     return found
 
 
-def dropout(path: Path, seed: int = 77, p: float = 0.3) -> dict[str, Any]:
-    return {
-        "dropout_p": p,
-        "training": True,
-        "seed": torch.tensor([seed], device=path.device),
-    }
+def dropout(op: Op, path: Path, seed: int = 77, p: float = 0.3) -> dict[str, Any]:
+    """Options that turn dropout on, where the op has it."""
+    if not op.has_dropout:
+        return {}
+    return {"dropout_p": p, "training": True, "seed": torch.tensor([seed], device=path.device)}

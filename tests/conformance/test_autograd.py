@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import F32, Types, assert_identical, cotangents, normal
-from paths import FULL, MIXED, Op, Path, Variant, cases, dropout, fused, make, run
+from helpers import F32, Types, assert_identical, normal
+from suite import FULL, MIXED, Op, Path, Variant, cases, dropout, fused, make, run
 
 import depthlstm_fast as dl
 
@@ -17,10 +17,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # nump
 
 @cases("variant, types", lambda op, path: itertools.product(op.variants[:2], [FULL, MIXED]))
 def test_nothing_given_is_written(op: Op, path: Path, variant: Variant, types: Types) -> None:
-    tensors, options = make(path, *path.sizes, types, variant)
-    options.update(dropout(path))
-    grads = cotangents(tensors)
-    given = {**tensors, "seed": options["seed"], "dh": grads[0], "dc": grads[1]}
+    tensors, options = make(op, path, *path.sizes, types, variant)
+    options.update(dropout(op, path))
+    grads = op.cotangents(tensors)
+    given = {**tensors, **{f"gradient {number}": grad for number, grad in enumerate(grads)}}
+    given |= {name: option for name, option in options.items() if isinstance(option, torch.Tensor)}
     before = {name: tensor.clone() for name, tensor in given.items()}
     versions = {name: tensor._version for name, tensor in given.items()}
     leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
@@ -30,7 +31,8 @@ def test_nothing_given_is_written(op: Op, path: Path, variant: Variant, types: T
     assert {name: tensor._version for name, tensor in given.items()} == versions
     assert_identical({name: tensor.detach() for name, tensor in given.items()}, before)
     assert_identical(
-        dict(zip("hc", [output.detach() for output in outputs], strict=True)), dict(zip("hc", kept, strict=True))
+        dict(zip(op.outputs, [output.detach() for output in outputs], strict=True)),
+        dict(zip(op.outputs, kept, strict=True)),
     )
     for output in outputs:
         for name, tensor in given.items():
@@ -39,10 +41,10 @@ def test_nothing_given_is_written(op: Op, path: Path, variant: Variant, types: T
 
 @cases("variant", lambda op, path: op.variants)
 def test_backward_twice_gives_twice_the_gradient(op: Op, path: Path, variant: Variant) -> None:
-    tensors, options = make(path, *path.sizes, FULL, variant)
+    tensors, options = make(op, path, *path.sizes, FULL, variant)
     leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
     outputs = fused(op, path, **leaves, **options)
-    grads = cotangents(tensors)
+    grads = op.cotangents(tensors)
     torch.autograd.backward(outputs, grads, retain_graph=True)
     once = {name: tensor.grad.clone() for name, tensor in leaves.items()}
     torch.autograd.backward(outputs, grads)
@@ -56,11 +58,11 @@ def subsets(op: Op, path: Path) -> list[str]:
     return ["-".join(subset) for size in range(len(names) + 1) for subset in itertools.combinations(names, size)]
 
 
-@cases("wanted", subsets, one_path=True)
+@cases("wanted", subsets, one_path=True, only="depth_lstm")
 def test_every_subset_of_gradients(op: Op, path: Path, wanted: str) -> None:
     names = wanted.split("-")
-    tensors, options = make(path, *path.sizes, FULL, ("gate", True, "given" if "hidden" in names else "gelu"))
-    grads = cotangents(tensors)
+    tensors, options = make(op, path, *path.sizes, FULL, ("gate", True, "given" if "hidden" in names else "gelu"))
+    grads = op.cotangents(tensors)
     every = run(op, path, tensors, grads, **options)
     leaves = {name: tensor.detach().requires_grad_(name in names) for name, tensor in tensors.items()}
     outputs = fused(op, path, **leaves, **options)
@@ -78,10 +80,10 @@ def undefined(op: Op, path: Path) -> Any:
     return itertools.product(["h", "c"], op.variants, [FULL, *path.main[1:2], MIXED] if path.native else [FULL])
 
 
-@cases("used, variant, types", undefined)
+@cases("used, variant, types", undefined, only="depth_lstm")
 def test_undefined_gradients_are_zeros(op: Op, path: Path, used: str, variant: Variant, types: Types) -> None:
-    tensors, options = make(path, *path.sizes, types, variant)
-    dh, dc = cotangents(tensors)
+    tensors, options = make(op, path, *path.sizes, types, variant)
+    dh, dc = op.cotangents(tensors)
     dh, dc = (dh, torch.zeros_like(dc)) if used == "h" else (torch.zeros_like(dh), dc)
     wanted = run(op, path, tensors, (dh, dc), **options)
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
@@ -94,17 +96,17 @@ def test_undefined_gradients_are_zeros(op: Op, path: Path, used: str, variant: V
 @cases(one_path=True)
 def test_neither_gradient(op: Op, path: Path) -> None:
     """An output can be in the graph and yet get no gradient: nothing may crash on it."""
-    tensors, options = make(path, 5, 17, FULL, op.variants[0])
+    tensors, options = make(op, path, 5, 17, FULL, op.variants[0])
     leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
-    h, c = fused(op, path, **leaves, **options)
+    outputs = fused(op, path, **leaves, **options)
     extra = normal(3).requires_grad_()
-    gradients = torch.autograd.grad((extra * 2).sum(), [extra, h, c, *leaves.values()], allow_unused=True)
-    assert gradients[1:] == (None,) * (len(leaves) + 2)
+    gradients = torch.autograd.grad((extra * 2).sum(), [extra, *outputs, *leaves.values()], allow_unused=True)
+    assert gradients[1:] == (None,) * (len(leaves) + len(outputs))
 
 
 @cases(one_path=True)
 def test_no_graph_without_gradients(op: Op, path: Path) -> None:
-    tensors, options = make(path, 5, 17, FULL, op.variants[0])
+    tensors, options = make(op, path, 5, 17, FULL, op.variants[0])
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             assert not fused(op, path, **tensors, **options)[0].requires_grad
@@ -115,19 +117,20 @@ def test_no_graph_without_gradients(op: Op, path: Path) -> None:
 
 @cases("variant", lambda op, path: op.variants[:2], one_path=True)
 def test_kept_for_backward(op: Op, path: Path, variant: Variant) -> None:
-    """Only what was given is kept: z, c', the affine, hidden and the seed, no copy and nothing derived."""
-    tensors, options = make(path, 5, 17, FULL, variant)
-    options.update(dropout(path))
+    """Only what was given is kept, no copy and nothing derived."""
+    tensors, options = make(op, path, 5, 17, FULL, variant)
+    options.update(dropout(op, path))
     kept: list[Any] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         fused(op, path, **{name: tensor.requires_grad_() for name, tensor in tensors.items()}, **options)
-    given = {tensor.data_ptr() for tensor in (*tensors.values(), options["seed"])}
+    seed = [options["seed"]] if op.has_dropout else []
+    given = {tensor.data_ptr() for tensor in (*tensors.values(), *seed)}
     assert {tensor.data_ptr() for tensor in kept} == given
 
 
-@cases(one_path=True)
+@cases(one_path=True, only="depth_lstm")
 def test_saved_tensors_must_not_change(op: Op, path: Path) -> None:
-    tensors, options = make(path, 5, 17, FULL, op.variants[0])
+    tensors, options = make(op, path, 5, 17, FULL, op.variants[0])
     leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
     z = leaves["z"] * 1
     h, _ = fused(op, path, **{**leaves, "z": z}, **options)
@@ -138,15 +141,15 @@ def test_saved_tensors_must_not_change(op: Op, path: Path) -> None:
 
 @cases("variant", lambda op, path: op.variants[:2], one_path=True)
 def test_double_backward_is_refused_with_a_hint(op: Op, path: Path, variant: Variant) -> None:
-    tensors, options = make(path, 5, 8, FULL, variant)
+    tensors, options = make(op, path, 5, 8, FULL, variant)
     leaves = [tensor.requires_grad_() for tensor in tensors.values()]
     outputs = fused(op, path, **tensors, **options)
-    gradients = torch.autograd.grad(outputs, leaves, cotangents(tensors), create_graph=True)
+    gradients = torch.autograd.grad(outputs, leaves, op.cotangents(tensors), create_graph=True)
     for gradient in gradients:
         with pytest.raises(RuntimeError, match=r'no second derivative; use backend="reference"'):
             torch.autograd.grad(gradient, leaves, torch.randn_like(gradient), retain_graph=True, allow_unused=True)
     outputs = op.function(**tensors, **options, backend="reference")  # what the hint says works
-    gradients = torch.autograd.grad(outputs, leaves, cotangents(tensors), create_graph=True)
+    gradients = torch.autograd.grad(outputs, leaves, op.cotangents(tensors), create_graph=True)
     assert torch.autograd.grad(gradients[0].square().sum(), leaves[0])[0].any()
     assert dl.last_backend() == "reference"
 
@@ -154,9 +157,9 @@ def test_double_backward_is_refused_with_a_hint(op: Op, path: Path, variant: Var
 @cases(one_path=True)
 def test_gradients_may_be_kept_in_the_graph(op: Op, path: Path) -> None:
     """create_graph=True alone, as some optimisers and hooks use it, changes no gradient."""
-    tensors, options = make(path, 5, 8, FULL, op.variants[0])
+    tensors, options = make(op, path, 5, 8, FULL, op.variants[0])
     leaves = [tensor.requires_grad_() for tensor in tensors.values()]
-    grads = cotangents(tensors)
+    grads = op.cotangents(tensors)
     plain = torch.autograd.grad(fused(op, path, **tensors, **options), leaves, grads)
     kept = torch.autograd.grad(fused(op, path, **tensors, **options), leaves, grads, create_graph=True)
     for a, e in zip(kept, plain, strict=True):

@@ -21,12 +21,10 @@ from helpers import (
     Types,
     assert_bound,
     assert_identical,
-    cotangents,
     double,
     normal,
-    results,
 )
-from paths import FULL, HALF, MIXED16, Op, Path, cases, check, dropout, fused, make, run, three
+from suite import FULL, HALF, MIXED16, Op, Path, cases, check, dropout, fused, make, plain, run, three
 from torch import Tensor
 
 from depthlstm_fast.backends.library import LIBRARY
@@ -64,11 +62,11 @@ def widths(op: Op, path: Path) -> list[tuple[str, Types, int]]:
     return list(itertools.product(NORMALISED, few_types(path), dict.fromkeys([own, *more])))
 
 
-@cases("norm, types, features", widths)
+@cases("norm, types, features", widths, only="depth_lstm")
 def test_constant_rows(op: Op, path: Path, norm: str, types: Types, features: int) -> None:
     """n is 0, and 1/sqrt(eps) = 1000 multiplies whatever the rounding of the mean leaves in its place."""
     values = [0.0, 1.0, 0.3, 1000.3, -6.5e4] * (2 if path.name == "warp" else 1)
-    tensors, options = make(path, len(values), features, types, (norm, True, "gelu"))
+    tensors, options = make(op, path, len(values), features, types, (norm, True, "gelu"))
     z = torch.tensor(values).unsqueeze(1).expand(-1, 4 * features)
     tensors["z"] = z.to(types.z).contiguous().to(tensors["z"].device)
     found, eager, exact = each_row(op, path, tensors, options, [0.0] * len(values))
@@ -78,11 +76,11 @@ def test_constant_rows(op: Op, path: Path, norm: str, types: Types, features: in
     assert largest[0] <= 2 * largest[1] + TINY[types.affine] * torch.finfo(types.affine).eps
 
 
-@cases("norm, types", lambda op, path: itertools.product(NORMALISED, few_types(path)))
+@cases("norm, types", lambda op, path: itertools.product(NORMALISED, few_types(path)), only="depth_lstm")
 def test_nearly_constant_rows(op: Op, path: Path, norm: str, types: Types) -> None:
     """One element a little off: the variance is of the order of eps, between the two regimes of 1/sqrt(var + eps)."""
     rows, features = path.sizes
-    tensors, options = make(path, rows, features, types, (norm, True, "gelu"))
+    tensors, options = make(op, path, rows, features, types, (norm, True, "gelu"))
     tensors["z"] = torch.full_like(tensors["z"], 0.5)
     tensors["z"][:, ::features] = 0.5 + 2**-7
     check(op, path, tensors, options, condition=100)
@@ -98,10 +96,11 @@ def test_nearly_constant_rows(op: Op, path: Path, norm: str, types: Types) -> No
         for d in (path.sizes[1], 512)
         if path.name in ("", "narrow", "any") or d != 512
     ],
+    only="depth_lstm",
 )
 def test_mean_far_beyond_deviation(op: Op, path: Path, norm: str, types: Types, features: int) -> None:
     ratios = [1e2, 1e3, 1e4, 1e5, 1e6][: 3 if types.z == F16 else 5] * (2 if path.name == "warp" else 1)
-    tensors, options = make(path, len(ratios), features, types, (norm, True, "gelu"))
+    tensors, options = make(op, path, len(ratios), features, types, (norm, True, "gelu"))
     tensors["z"] = (
         (normal(len(ratios), 4 * features) + torch.tensor(ratios).unsqueeze(1)).to(types.z).to(tensors["z"].device)
     )
@@ -112,11 +111,12 @@ def test_mean_far_beyond_deviation(op: Op, path: Path, norm: str, types: Types, 
 @cases(
     "norm, types",
     lambda op, path: itertools.product(NORMALISED, [types for types in path.main if types.z in (F16, BF16)]),
+    only="depth_lstm",
 )
 def test_values_near_the_largest_of_fp16(op: Op, path: Path, norm: str, types: Types) -> None:
     """Their squares and sums are beyond fp16 by far; the results are ordinary numbers."""
     rows, features = path.sizes
-    tensors, options = make(path, rows, features, types, (norm, True, "gelu"))
+    tensors, options = make(op, path, rows, features, types, (norm, True, "gelu"))
     signs = torch.randn(tensors["z"].shape).sign()
     tensors["z"] = (
         (signs * 6.4e4 + normal(*signs.shape, scale=500)).clamp(-65504, 65504).to(types.z).to(tensors["z"].device)
@@ -125,17 +125,17 @@ def test_values_near_the_largest_of_fp16(op: Op, path: Path, norm: str, types: T
     assert all(value.isfinite().all() for value in found.values())
 
 
-@cases()
+@cases(only="depth_lstm")
 def test_gradients_that_are_beyond_fp16_on_the_way(op: Op, path: Path) -> None:
     """Those of the pre-activations, which r makes small again; eager in fp16 has no digit of them, and the bound would
     allow anything.
     """
     rows, features = path.sizes
-    tensors, options = make(path, rows, features, MIXED16, op.variants[0])
+    tensors, options = make(op, path, rows, features, MIXED16, op.variants[0])
     tensors["z"] = normal(rows, 4 * features, scale=2e4).clamp(-6e4, 6e4).to(F16).to(tensors["z"].device)
     tensors["c"] *= 1000
-    dh, dc = (5e3 * x for x in cotangents(tensors))
-    exact = results(op.reference, double(tensors), (dh.double(), dc.double()), **options)
+    dh, dc = (5e3 * x for x in op.cotangents(tensors))
+    exact = plain(op, tensors, (dh, dc), exact=True, **options)
     assert exact["dbias"].abs().max() > 3 * torch.finfo(F16).max
     for key, value in run(op, path, tensors, (dh, dc), **options).items():
         assert (value - exact[key]).abs().max() <= 1e-3 * exact[key].abs().max(), key
@@ -145,6 +145,7 @@ def test_gradients_that_are_beyond_fp16_on_the_way(op: Op, path: Path) -> None:
     "types, kind",
     lambda op, path: itertools.product(path.main if path.native else path.main[:3], ACTIVATIONS),
     one_path=True,
+    only="depth_lstm",
 )
 def test_saturated_gates(op: Op, path: Path, types: Types, kind: str) -> None:
     """Without a norm nothing bounds a: far from zero exp overflows or underflows, and nothing may become NaN."""
@@ -155,7 +156,7 @@ def test_saturated_gates(op: Op, path: Path, types: Types, kind: str) -> None:
         steps = steps[:-1]  # eager's own products overflow beyond
     a = torch.cat((steps, -steps)).double()
     grid = torch.stack([x.flatten() for x in torch.meshgrid(a, a, indexing="ij")])
-    tensors, options = make(path, 1, grid.shape[1], types, ("none", False, kind))
+    tensors, options = make(op, path, 1, grid.shape[1], types, ("none", False, kind))
     # i and f run along one axis, g along the other
     z = torch.cat((grid[0], grid[0].flip(0), grid[1].flip(0), grid[1])).to(types.z).unsqueeze(0)
     tensors["z"] = z.to(tensors["z"].device)
@@ -163,7 +164,9 @@ def test_saturated_gates(op: Op, path: Path, types: Types, kind: str) -> None:
     assert all(value.isfinite().all() for value in found.values())
 
 
-@cases("types", lambda op, path: path.main if path.native else [])  # a GPU's one-instruction exponentials flush them
+@cases(
+    "types", lambda op, path: path.main if path.native else [], only="depth_lstm"
+)  # a GPU's one-instruction exponentials flush them
 def test_subnormals(op: Op, path: Path, types: Types) -> None:
     """Inputs and results below the smallest normal number are kept, not flushed."""
     isa = ctypes.CDLL(str(LIBRARY)).depthlstm_cpu_isa
@@ -171,7 +174,7 @@ def test_subnormals(op: Op, path: Path, types: Types) -> None:
     if types.z == BF16 and isa() == b"avx512_bf16":
         pytest.skip("the CPU's own bf16 conversion takes subnormals, 1e-38, for zeros")
     smallest = torch.finfo(types.c).smallest_normal
-    tensors, options = make(path, 3, 40, types, ("none", False, "relu"))
+    tensors, options = make(op, path, 3, 40, types, ("none", False, "relu"))
     tensors["c"] = (normal(3, 40, scale=smallest / 8)).to(types.c)
     tensors["z"] = torch.where(torch.arange(160) >= 120, -tensors["z"].abs(), tensors["z"])  # g = 0
     found = check(op, path, tensors, options)
@@ -190,27 +193,27 @@ def test_rows_do_not_see_each_other(op: Op, path: Path, types: Types, variant: A
     """
     rows = path.row_group
     changed = sorted({0, 31, 32, rows - 1} & set(range(rows)))
-    tensors, options = make(path, rows, path.sizes[1], types, variant)
-    grads = cotangents(tensors)
+    tensors, options = make(op, path, rows, path.sizes[1], types, variant)
+    grads = op.cotangents(tensors)
     before = run(op, path, tensors, grads, **options)
     by_row = [key for key in op.rows if key in before]
     others = torch.ones(rows, dtype=torch.bool)
     others[changed] = False
     spoilt = {key: tensor.clone() for key, tensor in tensors.items()}
-    for key in {"z", "c", "hidden"} & spoilt.keys():
+    for key in tensors.keys() - op.parameters:
         spoilt[key][changed] = torch.nan
     after = run(op, path, spoilt, grads, **options)
     for key in by_row:
         assert torch.equal(after[key][others], before[key][others]), key
-        assert after[key][~others].isnan().any(-1).all() or key == "dc", key
+        assert after[key][~others].isnan().any(-1).all() or key in op.linear_in, key
     assert all(
         after[key].isnan().any() for key in op.sums if key in after
     )  # NaN is passed on, not lost in a comparison
     if path.name == "warp":
         return  # a row alone is taken by a block, whose sums have another order
     row = changed[-1]
-    alone = {key: tensor if key in ("weight", "bias") else tensor[row] for key, tensor in tensors.items()}
-    single = run(op, path, alone, (grads[0][row], grads[1][row]), **options)
+    alone = {key: tensor if key in op.parameters else tensor[row] for key, tensor in tensors.items()}
+    single = run(op, path, alone, tuple(grad[row] for grad in grads), **options)
     for key in by_row:
         assert torch.equal(single[key], before[key][row]), key
 
@@ -218,13 +221,14 @@ def test_rows_do_not_see_each_other(op: Op, path: Path, types: Types, variant: A
 @cases(
     "types, norm",
     lambda op, path: itertools.product(path.main if path.native else [FULL, HALF], [*NORMALISED, "none"]),
+    only="depth_lstm",
 )
 def test_nan_and_infinity_stay_where_they_belong(op: Op, path: Path, types: Types, norm: str) -> None:
     """Each special value in each place: what comes out is NaN or infinite exactly where the reference's is."""
     specials = [torch.nan, torch.inf, -torch.inf]
     features = path.sizes[1]
     for kind in ACTIVATIONS:
-        tensors, options = make(path, 5 * len(specials), features, types, (norm, False, kind))
+        tensors, options = make(op, path, 5 * len(specials), features, types, (norm, False, kind))
         for number, special in enumerate(specials):
             for gate in range(4):
                 tensors["z"][5 * number + gate, gate * features + 3] = special
@@ -240,12 +244,12 @@ def test_nan_and_infinity_stay_where_they_belong(op: Op, path: Path, types: Type
             assert torch.equal(a.double()[b.isinf()], b[b.isinf()]), kind
 
 
-@cases("argument", lambda op, path: ["dh", "dc", "c", "hidden"])
+@cases("argument", lambda op, path: ["dh", "dc", "c", "hidden"], only="depth_lstm")
 def test_nan_gradients_stay_in_their_row(op: Op, path: Path, argument: str) -> None:
     """And in their column of the parameters' gradients."""
     rows, features = max(path.sizes[0], 4), path.sizes[1]
-    tensors, options = make(path, rows, features, FULL, ("gate", True, "given"))
-    every = {**tensors, **dict(zip(("dh", "dc"), cotangents(tensors), strict=True))}
+    tensors, options = make(op, path, rows, features, FULL, ("gate", True, "given"))
+    every = {**tensors, **dict(zip(("dh", "dc"), op.cotangents(tensors), strict=True))}
     before = run(op, path, tensors, (every["dh"], every["dc"]), **options)
     every[argument] = every[argument].clone()
     every[argument][2, 3] = torch.nan
@@ -259,10 +263,10 @@ def test_nan_gradients_stay_in_their_row(op: Op, path: Path, argument: str) -> N
         assert torch.equal(after[key][:, clean], before[key][:, clean])
 
 
-@cases("dtype", lambda op, path: [F32, F64] if path.native else [F32])
+@cases("dtype", lambda op, path: [F32, F64] if path.native else [F32], only="depth_lstm")
 def test_affine_of_zeros(op: Op, path: Path, dtype: torch.dtype) -> None:
     """gamma = 0 leaves constant gates: dz is 0, dgamma is not."""
-    tensors, options = make(path, *path.sizes, Types(dtype, dtype, dtype), op.variants[0])
+    tensors, options = make(op, path, *path.sizes, Types(dtype, dtype, dtype), op.variants[0])
     tensors["weight"] = torch.zeros_like(tensors["weight"])
     found = check(op, path, tensors, options)
     assert not found["dz"].any()
@@ -273,9 +277,9 @@ def test_affine_of_zeros(op: Op, path: Path, dtype: torch.dtype) -> None:
 def test_runs_are_identical(op: Op, path: Path) -> None:
     """The same bits every time, whichever thread and block come first."""
     rows = 47 if DEVICE == "cpu" and path.backend == "cuda" else path.sizes[0] if DEVICE == "cpu" else 40_000
-    tensors, options = make(path, rows, path.sizes[1], path.main[-1], op.variants[0])
-    options.update(dropout(path))
-    grads = cotangents(tensors)
+    tensors, options = make(op, path, rows, path.sizes[1], path.main[-1], op.variants[0])
+    options.update(dropout(op, path))
+    grads = op.cotangents(tensors)
     first = run(op, path, tensors, grads, **options)
     for seed in range(1, 4):
         if path.backend == "cuda" and DEVICE == "cpu":

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BF16, F16, F32, F64, Types, assert_bound, cotangents, double, normal, results
-from paths import (
+from helpers import BF16, F16, F32, F64, Types, assert_bound, double, normal, results
+from suite import (
     FULL,
     HALF,
     HALF16,
@@ -23,6 +23,7 @@ from paths import (
     dropout,
     fused,
     make,
+    plain,
     run,
     surrounded,
 )
@@ -44,7 +45,7 @@ def every_kernel(op: Op, path: Path) -> Iterable[tuple[Types, Variant]]:
 
 @cases("types, variant", every_kernel)
 def test_error_bound(op: Op, path: Path, types: Types, variant: Variant) -> None:
-    check(op, path, *make(path, *path.sizes, types, variant))
+    check(op, path, *make(op, path, *path.sizes, types, variant))
 
 
 # Types decide how memory is read and written; with dropout, which has one more operand.
@@ -54,8 +55,8 @@ def test_error_bound(op: Op, path: Path, types: Types, variant: Variant) -> None
 )
 def test_types(op: Op, path: Path, types: Types, variant: Variant) -> None:
     """h takes z's type and c keeps its own: a cell given in fp32 stays in fp32 over depth."""
-    tensors, options = make(path, *path.sizes, types, variant)
-    found = check(op, path, tensors, {**options, **dropout(path)})
+    tensors, options = make(op, path, *path.sizes, types, variant)
+    found = check(op, path, tensors, {**options, **dropout(op, path)})
     assert (found["h"].dtype, found["c_out"].dtype) == (types.z, types.c)
 
 
@@ -73,12 +74,12 @@ def sizes(op: Op, path: Path) -> Iterable[tuple[int, Types, Variant]]:
 def test_features(op: Op, path: Path, features: int, types: Types, variant: Variant) -> None:
     # few rows in fp64: with D=2 a row of two numbers that are nearly equal has a gradient without digits
     rows = path.rows_of(features) if types in (FULL, MIXED) else 5
-    check(op, path, *make(path, rows, features, types, variant))
+    check(op, path, *make(op, path, rows, features, types, variant))
 
 
 @cases("rows, features", lambda op, path: path.rows)
 def test_rows(op: Op, path: Path, rows: int, features: int) -> None:
-    found = check(op, path, *make(path, rows, features, FULL, op.variants[0]))
+    found = check(op, path, *make(op, path, rows, features, FULL, op.variants[0]))
     if rows == 0:
         assert not any(found[name].any() for name in op.sums)
 
@@ -89,8 +90,8 @@ def test_rows(op: Op, path: Path, rows: int, features: int) -> None:
     one_path=True,
 )
 def test_leading_shapes(op: Op, path: Path, shape: tuple[int, ...], variant: Variant) -> None:
-    found = check(op, path, *make(path, shape, 9, FULL, variant))
-    assert found["h"].shape == found["c_out"].shape == (*shape, 9)
+    found = check(op, path, *make(op, path, shape, 9, FULL, variant))
+    assert all(found[name].shape == (*shape, 9) for name in op.outputs)
     if 0 in shape:
         assert not any(found[name].any() for name in op.sums if name in found)
 
@@ -101,16 +102,17 @@ def test_leading_shapes(op: Op, path: Path, shape: tuple[int, ...], variant: Var
     lambda op, path: itertools.product(
         ["gate", "joint"], [0.0, 1e-12, 0.5, 1e6], [FULL, HALF16] if path.native else [FULL]
     ),
+    only="depth_lstm",
 )
 def test_eps(op: Op, path: Path, norm: str, eps: float, types: Types) -> None:
-    tensors, options = make(path, path.sizes[0], path.sizes[1], types, (norm, True, "gelu"))
+    tensors, options = make(op, path, path.sizes[0], path.sizes[1], types, (norm, True, "gelu"))
     check(op, path, tensors, {**options, "eps": eps})
 
 
-@cases(one_path=True)
+@cases(one_path=True, only="depth_lstm")
 def test_names_differ(op: Op, path: Path) -> None:
     """A name that ran another's code would pass a comparison with a reference that makes the same mistake."""
-    tensors, _ = make(path, 5, 16, FULL, ("gate", False, "gelu"))
+    tensors, _ = make(op, path, 5, 16, FULL, ("gate", False, "gelu"))
     outputs = [fused(op, path, **tensors, norm=norm)[0] for norm in dl.checks.NORMS]
     outputs += [fused(op, path, **tensors, activation=name)[0] for name in dl.checks.ACTIVATIONS[1:]]
     for a, b in itertools.combinations(outputs, 2):
@@ -122,9 +124,9 @@ def test_fp32_results_beside_16_bit_ones(op: Op, path: Path, types: Types) -> No
     """What is given and returned in fp32 has the accuracy of fp32, which eager's own errors in 16 bits would not ask
     for.
     """
-    tensors, options = make(path, *path.sizes, types, op.variants[0])
-    grads = cotangents(tensors)
-    exact = results(op.reference, double(tensors), (grads[0].double(), grads[1].double()), **options)
+    tensors, options = make(op, path, *path.sizes, types, op.variants[0])
+    grads = op.cotangents(tensors)
+    exact = plain(op, tensors, grads, exact=True, **options)
     for key, value in run(op, path, tensors, grads, **options).items():
         if value.dtype == F32:
             error = (value - exact[key]).abs().max() / exact[key].abs().max()
@@ -133,64 +135,61 @@ def test_fp32_results_beside_16_bit_ones(op: Op, path: Path, types: Types) -> No
             )  # a rounding to fp16 is 5e-4, the formulas for 16-bit results are 5e-5
 
 
-@cases()
+@cases(only="depth_lstm")
 def test_slope_of_relu_at_zero(op: Op, path: Path) -> None:
     """0, as torch has it: exact zeros are common in what ReLU is given."""
     rows, features = path.sizes
-    tensors, options = make(path, rows, features, FULL, ("none", False, "relu"))
+    tensors, options = make(op, path, rows, features, FULL, ("none", False, "relu"))
     tensors["z"][:, 3 * features :] = 0
     assert not check(op, path, tensors, options)["dz"][:, 3 * features :].any()
 
 
-def check_z_bias(path: Path, types: Types, variant: Variant, dtype: torch.dtype, shift: float = 0.0) -> None:
-    tensors, options = make(path, *path.sizes, types, variant)
+def check_z_bias(op: Op, path: Path, types: Types, variant: Variant, dtype: torch.dtype, shift: float = 0.0) -> None:
+    tensors, options = make(op, path, *path.sizes, types, variant)
     tensors["z_bias"] = normal(tensors["z"].shape[1], dtype=dtype, shift=shift).to(tensors["z"].device)
     codes = Options(NORM_CODES[options["norm"]], ACTIVATION_CODES[options["activation"]], 1e-6, 0.0)
-    grads = cotangents(tensors)
+    grads = op.cotangents(tensors)
 
     def by_operator(
         z: Tensor, c: Tensor, z_bias: Tensor, weight: Any = None, bias: Any = None, hidden: Any = None
     ) -> Any:
         return gates(z, z_bias, hidden, c, weight, bias, None, codes, path.backend)
 
-    def plain(z: Tensor, c: Tensor, z_bias: Tensor, **others: Any) -> Any:
+    def unfused(z: Tensor, c: Tensor, z_bias: Tensor, **others: Any) -> Any:
         return dl.reference.depth_lstm_gates(z + z_bias.to(z.dtype), c, **others, **options)
 
-    exact = results(plain, double(tensors), (grads[0].double(), grads[1].double()))
-    assert_bound(results(by_operator, surrounded(tensors), grads), results(plain, tensors, grads), exact, shift)
+    exact = results(unfused, double(tensors), (grads[0].double(), grads[1].double()))
+    assert_bound(results(by_operator, surrounded(tensors), grads), results(unfused, tensors, grads), exact, shift)
 
 
-@cases(
-    "types, variant",
-    lambda op, path: itertools.product([FULL, MIXED, HALF], op.variants) if op.name == "depth_lstm" else [],
-)
+@cases("types, variant", lambda op, path: itertools.product([FULL, MIXED, HALF], op.variants), only="depth_lstm")
 def test_z_bias(op: Op, path: Path, types: Types, variant: Variant) -> None:
     """The operator with z_bias is the function of z + z_bias, and the bias's gradient is the sum of z's over the
     rows.
     """
-    check_z_bias(path, types, variant, types.affine)
+    check_z_bias(op, path, types, variant, types.affine)
 
 
 OTHER_BIASES = [(MIXED, BF16), (Types(BF16, F32, BF16), F32), (MIXED16, F16), (HALF16, F32)]
 
 
-@cases("types, dtype", lambda op, path: OTHER_BIASES if op.name == "depth_lstm" else [])
+@cases("types, dtype", lambda op, path: OTHER_BIASES, only="depth_lstm")
 def test_z_bias_of_another_type_than_the_affine(op: Op, path: Path, types: Types, dtype: torch.dtype) -> None:
-    check_z_bias(path, types, op.variants[0], dtype)
+    check_z_bias(op, path, types, op.variants[0], dtype)
 
 
-@cases("norm", lambda op, path: ["gate", "joint"] if op.name == "depth_lstm" else [])
+@cases("norm", lambda op, path: ["gate", "joint"], only="depth_lstm")
 def test_large_z_bias(op: Op, path: Path, norm: str) -> None:
     """Each pass over a row reads z + z_bias: the shift takes out the rounding error of the mean, not a mean of
     something else.
     """
-    check_z_bias(path, FULL, (norm, True, "gelu"), F32, shift=1e4)
+    check_z_bias(op, path, FULL, (norm, True, "gelu"), F32, shift=1e4)
 
 
 @cases("variant", lambda op, path: op.every_variant if F64 in [types.z for types in path.types] else [])
 def test_gradcheck_of_the_kernel(op: Op, path: Path, variant: Variant) -> None:
-    tensors, options = make(path, (2, 2), 5, Types(F64, F64, F64), variant)
-    options.update(dropout(path) if variant == op.variants[0] else {})
+    tensors, options = make(op, path, (2, 2), 5, Types(F64, F64, F64), variant)
+    options.update(dropout(op, path) if variant == op.variants[0] else {})
     names = list(tensors)
 
     def function(*values: Tensor) -> tuple[Tensor, ...]:
