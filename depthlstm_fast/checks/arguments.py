@@ -53,7 +53,7 @@ def check_eps(argument: str, found: Any) -> None:
 
 def check_shape(argument: str, found: Tensor, wanted: tuple[int, ...]) -> None:
     """Raise ValueError unless ``found`` has the shape ``wanted``."""
-    if tuple(found.shape) != tuple(wanted):
+    if found.shape != wanted:
         raise ValueError(f"{argument} must have shape {tuple(wanted)}; found {tuple(found.shape)}")
 
 

@@ -39,14 +39,15 @@ def _check_state(
     seed: Tensor | None,
 ) -> None:
     check_companion("c", c, z_name, z)
-    if c.dim() == 0 or c.shape[-1] == 0:
-        raise ValueError(f"c must have shape (..., D) with D >= 1; found {tuple(c.shape)}")
-    features = c.shape[-1]
+    shape = c.shape
+    features = shape[-1] if shape else 0
+    if features == 0:
+        raise ValueError(f"c must have shape (..., D) with D >= 1; found {tuple(shape)}")
     if features > MAX_FEATURES:
         raise ValueError(f"c must have at most {MAX_FEATURES} features; found {features}")
     if hidden is not None:
         check_companion("hidden", hidden, z_name, z, mixed=False)
-        check_shape("hidden", hidden, tuple(c.shape))
+        check_shape("hidden", hidden, shape)
     if (weight is None) != (bias is None):
         missing, given = ("weight", "bias") if weight is None else ("bias", "weight")
         raise ValueError(f"{missing} must be given with {given}, or both be None; found {missing}=None")
@@ -85,7 +86,8 @@ def check_gates(
     """
     check_float_tensor("z", z)
     _check_state("z", z, c, hidden, weight, bias, norm, seed)
-    check_shape("z", z, (*c.shape[:-1], (4 if hidden is None else 3) * c.shape[-1]))
+    *leading, features = c.shape
+    check_shape("z", z, (*leading, (4 if hidden is None else 3) * features))
 
 
 def check_cell(
@@ -113,7 +115,7 @@ def check_cell(
         if x.shape[-1] == 0:
             raise ValueError(f"x must have at least one feature; found {tuple(x.shape)}")
     _check_state("h", h, c, hidden, weight, bias, norm, seed)
-    check_shape("c", c, tuple(h.shape))
+    check_shape("c", c, h.shape)
     rows = (4 if hidden is None else 3) * h.shape[-1]
     check_companion("w", w, "h", h, mixed=False)
     check_shape("w", w, (rows, sum(x.shape[-1] for x in inputs) + h.shape[-1]))
