@@ -13,6 +13,7 @@ from .layers import (
     DepthLSTMEncoderLayer,
     fold_output_projections,
 )
+from .memory import empty_cache, keep_memory, memory_stats
 from .models import DepthLSTMTransformer, param_groups
 from .swap import SwapReport, swap_rnmt_cell, unswap
 
@@ -42,5 +43,8 @@ __all__ = [
     "last_backend",
     "set_backend",
     "use_backend",
+    "keep_memory",
+    "memory_stats",
+    "empty_cache",
     "reference",
 ]

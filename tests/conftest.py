@@ -10,10 +10,15 @@ import pytest
 import torch
 from poisoned_malloc import POISONED
 
+from depthlstm_fast import memory
+
 # Triton decides once, when it is imported, whether it compiles kernels or interprets them, and nothing has imported it
 # yet.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Blocks of the pool that are handed out again are poisoned like malloc's memory.
+memory.poison(True)
 
 # Arguments that are drawn while test modules are imported, and the names of tests made of them, are the same in every
 # process.

@@ -19,6 +19,7 @@ FLOORS = (
     ("modes", "sharding"),
     ("checks",),
     ("backends", "kernels", "reference"),
+    ("memory",),
     ("ops",),
     ("functional",),
     ("layers",),

@@ -14,6 +14,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "common/cpu/pool.h"
 #include "common/types.h"
 
 #if !defined(STABLE_TORCH_ERROR_CODE_CHECK)  // torch 2.11 has this name only
@@ -56,20 +57,38 @@ inline TensorDevice device_of(const Tensor& tensor) {
     return device;
 }
 
-// Fresh outputs of this size come from mmap on a CPU, and their page faults cost more than the kernel: huge pages make
-// them few. (N=4096, D=512, fp32 backward, noisy host: 16.5 ms before, 4.8 ms with torch's own THP_MEM_ALLOC_ENABLE=1,
+// Without the pool, outputs of this size come from mmap on a CPU, and their page faults cost more than the kernel: huge
+// pages make them few. (N=4096, D=512, fp32 backward, noisy host: 16.5 ms before, 4.8 ms with torch's own THP_MEM_ALLOC_ENABLE=1,
 // 5 to 13 ms with this.)
-constexpr int64_t huge_bytes = int64_t(4) << 20;
-
 inline void use_huge_pages([[maybe_unused]] const Tensor& tensor, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
-    if (bytes < huge_bytes || !tensor.is_cpu()) return;
+    if (bytes < pool_least_bytes || !tensor.is_cpu()) return;
     constexpr uintptr_t page = 4096;
     const uintptr_t begin = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + page - 1) / page * page;
     const uintptr_t end = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + uintptr_t(bytes)) / page * page;
     // advice only: where the kernel knows no huge pages nothing changes
     (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
+}
+
+// A tensor in a block of the pool; nothing where the tensor is small, on another device, or the pool has no memory.
+inline std::optional<Tensor> from_pool(const int64_t* sizes, const int64_t* strides, int64_t dims, int32_t dtype,
+                                       TensorDevice device) {
+    static const int32_t float64 = aoti_torch_dtype_float64(), float32 = aoti_torch_dtype_float32();
+    int64_t bytes = dtype == float64 ? 8 : dtype == float32 ? 4 : 2;
+    for (int64_t i = 0; i < dims; ++i) bytes *= sizes[i];
+    if (bytes < pool_least_bytes || device.type != aoti_torch_device_type_cpu()) return std::nullopt;
+    int64_t capacity = 0;
+    void* block = pool_take(bytes, &capacity);
+    if (block == nullptr) return std::nullopt;
+    const auto give_back = [](void* data, void* context) { pool_give_back(data, reinterpret_cast<int64_t>(context)); };
+    AtenTensorHandle handle;
+    const AOTITorchError error =
+        torch_from_blob(block, dims, sizes, strides, 0, dtype, device.type, device.index, &handle,
+                        aoti_torch_layout_strided(), nullptr, 0, give_back, reinterpret_cast<void*>(capacity));
+    if (error != AOTI_TORCH_SUCCESS) pool_give_back(block, capacity);
+    STABLE_TORCH_ERROR_CODE_CHECK(error);
+    return Tensor(handle);
 }
 
 inline Tensor empty(const int64_t* sizes, int64_t dims, int32_t dtype, TensorDevice device) {
@@ -80,9 +99,12 @@ inline Tensor empty(const int64_t* sizes, int64_t dims, int32_t dtype, TensorDev
         strides[i] = stride;
         stride *= std::max<int64_t>(sizes[i], 1);
     }
+    if (const auto pooled = from_pool(sizes, strides, dims, dtype, device)) return *pooled;
     AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_empty_strided(dims, sizes, strides, dtype, device.type, device.index, &handle));
+    // the stable ABI gives a code in place of the allocator's message
+    const AOTITorchError error =
+        aoti_torch_empty_strided(dims, sizes, strides, dtype, device.type, device.index, &handle);
+    STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "torch cannot allocate memory for an output of ", stride, " elements");
     return Tensor(handle);
 }
 
