@@ -1,5 +1,6 @@
-"""Fixtures and markers shared by all tests; poisoned memory: whatever nobody wrote is NaN; Triton's interpreter where
-there is no GPU.
+"""Fixtures and markers shared by all tests.
+
+Unwritten memory is NaN. Triton is interpreted on machines without a GPU.
 """
 
 from __future__ import annotations
@@ -10,13 +11,11 @@ import pytest
 import torch
 from poisoned_malloc import POISONED
 
-# Triton decides once, when it is imported, whether it compiles kernels or interprets them, and nothing has imported it
-# yet.
+# Triton decides at its import whether it compiles or interprets kernels. It is not imported before this line.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Arguments that are drawn while test modules are imported, and the names of tests made of them, are the same in every
-# process.
+# Arguments drawn at the import of test modules, and test names made of them, are the same in every process.
 torch.manual_seed(0)
 
 
@@ -35,5 +34,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
-    """A test may not depend on which tests ran before it."""
+    """Fix the seed, because a test may not depend on the tests before it."""
     torch.manual_seed(0)

@@ -1,5 +1,6 @@
-"""generate with its decoder's step compiled: the same tokens, and a number of graphs that does not grow with the
-length.
+"""generate with a compiled decoder step.
+
+The tokens are the same, and the number of graphs does not grow with the length.
 """
 
 from __future__ import annotations
