@@ -2,7 +2,7 @@
 
 Where possible a module only gets another class. The object, its parameters, buffers, hooks and names stay. Optimisers,
 state_dicts and references to the module keep working, for the root of the model too. The original class's ``forward``
-runs calls that the fused class does not cover (a hook on a submodule, an argument of its own).
+runs calls that the fused class does not cover (a hook on a submodule, an additional argument).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 // The activations and their list, once for scalars and SIMD vectors, host and device.
 //
-// V is a floating-point value or vector. Primitives<V> supplies what differs between them:
+// V is a floating-point value or vector. Primitives<V> supplies the operations that differ:
 //     Scalar, fma(a, b, c), exp2<fast>(x), reciprocal<fast>(x) for x >= 1, clamp(x, low, high),
 //     select_negative(x, yes, no), abs(x), erfc(x)
 // NaN must pass through every primitive. `fast` is for 16-bit results: its errors are about 5e-5, a tenth of an fp16

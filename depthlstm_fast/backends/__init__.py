@@ -1,6 +1,6 @@
 """The backends and the choice between them.
 
-record, library, cuda and triton describe the backends. choice and fastest pick the one that runs a call.
+record, library, cuda and triton describe the backends. choice and fastest pick the backend of a call.
 """
 
 from ..callable_module import make_callable

@@ -30,7 +30,7 @@ class Backend:
     Each "why not" is the reason against a call, or None.
 
     Attributes:
-        name: what ``backend=`` takes.
+        name: the value of ``backend=``.
         title: the name in messages, as in "the CUDA kernels".
         prefix: prefix of its operators' names in torch.ops.depthlstm_fast, as in cuda_gates_forward.
         automatic_for: the device type for which "auto" tries it.
@@ -39,7 +39,7 @@ class Backend:
         dtypes: the accepted dtypes of z.
         widest: the largest D of each op that the backend has, or None where every D fits.
         status: whether the backend can run here at all.
-        why_not_here: what this machine, this torch or this build lacks.
+        why_not_here: the reason against this machine, this torch or this build.
         why_not_on: the reason against the tensor's own device; asked when everything else fits.
         kernels: the Python module with an op's kernels; None where the compiled library defines the operators.
         writes_into_buffer: whether forward can write h into a part of a wider matrix.

@@ -31,7 +31,7 @@ def once_differentiable(backward: Callable[..., Grads]) -> Callable[..., Grads]:
         if not torch.is_grad_enabled():
             return outputs
         present = [output for output in outputs if output is not None]
-        # the error depends on the gradients' sources, because torch.autograd.grad runs only what leads to its inputs
+        # the error depends on the gradients' sources: torch.autograd.grad runs only nodes that lead to its inputs
         sources = [tensor for tensor in (*grads, *saved) if tensor is not None and tensor.requires_grad]
         marked = iter(
             delayed_error(_SECOND_DERIVATIVE, [*(output.detach().requires_grad_() for output in present), *sources])

@@ -54,7 +54,7 @@ class Operators(NamedTuple):
 
 
 class Op(NamedTuple):
-    """What the registry needs to know of an op.
+    """The facts of an op that the registry needs.
 
     Attributes:
         name: its name in OPERATORS and in the folders of kernels.
@@ -68,8 +68,8 @@ class Op(NamedTuple):
         gradients: (ctx, saved tensors, kernels, *output gradients) -> the gradients of the forward operator's
             arguments.
         layouts: how DTensor shards forward and backward.
-        direct: (operators, torch.ops namespace, prefix) -> what eager calls on a library's operators; None for the
-            operators alone.
+        direct: (operators, torch.ops namespace, prefix) -> the functions of eager calls on a library's operators; None
+            for the operators alone.
     """
 
     name: str

@@ -113,7 +113,7 @@ def attention_mask(
 
 @dataclass
 class DecoderCache:
-    """What one decoder layer keeps between the steps of incremental decoding.
+    """The state of one decoder layer between the steps of incremental decoding.
 
     ``memory`` is the encoder's output, (batch, S, D). The cross-attention makes its keys and values, (batch, nhead, S,
     D / nhead), at the first step. The self-attention appends to its own, (rows, nhead, capacity, D / nhead); the first
@@ -154,7 +154,7 @@ def new_cache(memory: Tensor, key_padding: Tensor | None, d_model: int) -> Decod
     """Return an empty cache for memory (batch, S, D) and its padding mask (batch, S).
 
     Raises:
-        TypeError, ValueError: memory or the mask is not what is wanted.
+        TypeError, ValueError: memory or the mask is invalid.
     """
     checks.check_float_tensor("memory", memory)
     if memory.dim() != 3 or memory.shape[-1] != d_model:
@@ -213,7 +213,7 @@ class SelfAttention(_Attention):
     Dropout acts on the attention probabilities.
 
     Raises:
-        TypeError, ValueError: a size, a probability or a name is not what is wanted, or nhead does not divide d_model.
+        TypeError, ValueError: a size, a probability or a name is invalid, or nhead does not divide d_model.
     """
 
     def __init__(
@@ -266,7 +266,7 @@ class CrossAttention(_Attention):
     Dropout acts on the attention probabilities.
 
     Raises:
-        TypeError, ValueError: a size, a probability or a name is not what is wanted, or nhead does not divide d_model.
+        TypeError, ValueError: a size, a probability or a name is invalid, or nhead does not divide d_model.
     """
 
     def __init__(

@@ -89,7 +89,7 @@ class DepthLSTMCell(nn.Module):
     ``hidden="ffn"`` 3 replaces 4, and ``ffn_in`` (I + D -> F), ``ffn_norm`` (F), ``ffn_out`` (F -> D) are added.
 
     Raises:
-        TypeError, ValueError: a size, name or number is not what is wanted, or forget_bias has no bias to go to.
+        TypeError, ValueError: a size, name or number is invalid, or forget_bias has no bias to go to.
     """
 
     def __init__(
@@ -213,7 +213,7 @@ class DepthLSTMCell(nn.Module):
             (h, c), both (..., D); h in the type of the gates' product, c in that of c'.
 
         Raises:
-            TypeError, ValueError: naming the argument, what was wanted and what was found.
+            TypeError, ValueError: the message names the argument, the wanted and the found value.
         """
         inputs, h, c = self._unpack(input, state)
         x = torch.cat((*inputs, h), dim=-1)

@@ -1,4 +1,4 @@
-"""The depth-wise LSTM step in plain PyTorch: the definition that every kernel is held to.
+"""The depth-wise LSTM step in plain PyTorch: the definition for every kernel.
 
     z   = W [x ; h'] + b                rows in the order i, f, o, g
     a_k = gamma_k * n_k + beta_k        n_k = (z_k - mean) / sqrt(var + eps)
@@ -106,7 +106,7 @@ def depth_lstm_gates_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """Compute the backward pass that the kernels follow.
 
-    It starts from what the kernels keep: z, c, the affine and the dropout seed. Shapes are those of the forward pass.
+    It starts from the kept tensors: z, c, the affine and the dropout seed. Shapes are those of the forward pass.
     Dropout is applied if a seed is given. Everything is computed in z's dtype.
 
     Returns:

@@ -14,7 +14,7 @@ Reorder = Callable[[Tensor], None]
 
 
 class Settings(NamedTuple):
-    """What a search needs besides the logits."""
+    """Arguments of a search besides the logits."""
 
     batch: int
     beams: int
@@ -100,7 +100,7 @@ def beam_search(next_logits: NextLogits, reorder: Reorder, settings: Settings) -
     """Return the best hypothesis that ``beams`` beams find for each source.
 
     Every step looks at the best 2 * beams continuations. Among the first ``beams``, those that end in eos_id are
-    hypotheses. The first ``beams`` continuations that do not end go on. At max_length the first ``beams`` are
+    hypotheses. The first ``beams`` continuations that do not end continue. At max_length the first ``beams`` are
     hypotheses whether they end or not. A source is finished with ``beams`` hypotheses.
 
     Args:

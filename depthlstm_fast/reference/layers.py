@@ -143,7 +143,7 @@ class DepthLSTMEncoderLayer(_Layer):
     ``linear2``, ``ffn_cell.*``.
 
     Raises:
-        TypeError, ValueError: a size, name or number is not what is wanted.
+        TypeError, ValueError: a size, name or number is invalid.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class DepthLSTMEncoderLayer(_Layer):
             result is not NaN.
 
         Raises:
-            TypeError, ValueError: naming the argument, what was wanted and what was found.
+            TypeError, ValueError: the message names the argument, the wanted and the found value.
         """
         h, c = self._enter_states("src", src, state)
         arguments = ("src_mask", "src_key_padding_mask")
@@ -230,7 +230,7 @@ class DepthLSTMDecoderLayer(_Layer):
     With ``merge="cells"`` also ``cross_cell.*``, with ``sublayer=True`` also ``linear1``, ``linear2``, ``ffn_cell.*``.
 
     Raises:
-        TypeError, ValueError: a size, name or number is not what is wanted.
+        TypeError, ValueError: a size, name or number is invalid.
     """
 
     def __init__(
@@ -306,7 +306,7 @@ class DepthLSTMDecoderLayer(_Layer):
             result is not NaN.
 
         Raises:
-            TypeError, ValueError: naming the argument, what was wanted and what was found.
+            TypeError, ValueError: the message names the argument, the wanted and the found value.
         """
         begun = isinstance(cache, DecoderCache) and cache.keys is not None
         if begun and state is not None and self.batch_first and tgt.dim() == 3:

@@ -44,7 +44,7 @@ class DepthLSTMTransformer(nn.Module):
     could be seen. With a tied output layer that row is also trained as an output.
 
     Raises:
-        TypeError, ValueError: a size, name or number is not what is wanted.
+        TypeError, ValueError: a size, name or number is invalid.
     """
 
     encoder_layer_class: type[DepthLSTMEncoderLayer] = DepthLSTMEncoderLayer
@@ -222,8 +222,8 @@ class DepthLSTMTransformer(nn.Module):
         The mask is ``src == pad_id`` if None.
 
         Raises:
-            TypeError, ValueError: naming the argument, what was wanted and what was found. The range of ids is checked
-                only where that does not stall a device: on the CPU, outside torch.compile.
+            TypeError, ValueError: the message names the argument, the wanted and the found value. The range of ids is
+                checked only where that does not stall a device: on the CPU, outside torch.compile.
         """
         self._check_ids("src", src, self.src_vocab, src.device.type == "cpu" if isinstance(src, Tensor) else True)
         padding = src == self.pad_id if src_key_padding_mask is None else src_key_padding_mask
@@ -323,7 +323,7 @@ class DepthLSTMTransformer(nn.Module):
             ``return_scores`` also the scores, (batch,).
 
         Raises:
-            TypeError, ValueError: naming the argument, what was wanted and what was found; logits are NaN.
+            TypeError, ValueError: the message names the argument, the wanted and the found value; logits are NaN.
         """
         self._check_ids("src", src, self.src_vocab)
         max_length = self.max_len if max_length is None else max_length

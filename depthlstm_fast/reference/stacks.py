@@ -103,7 +103,7 @@ class DepthLSTMEncoder(_Stack):
     its activations.
 
     Raises:
-        TypeError, ValueError: layer is of another kind, or a size or name is not what is wanted.
+        TypeError, ValueError: layer is of another kind, or a size or name is invalid.
     """
 
     layer_class = DepthLSTMEncoderLayer

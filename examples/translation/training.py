@@ -34,7 +34,7 @@ class Settings:
     autocast.
 
     Raises:
-        ValueError: a number or name is not what is wanted.
+        ValueError: a number or name is invalid.
     """
 
     steps: int = 800

@@ -1,6 +1,6 @@
 """Launch plans found by timing instead of by rule: opt-in by DEPTHLSTM_AUTOTUNE=1.
 
-The first call for a (kernel, GPU, Triton, D, dtypes, flags) times every candidate on its own tensors, whatever their
+The first call for a (kernel, GPU, Triton, D, dtypes, flags) times every candidate on its own tensors, with any
 number of rows. The fastest plan is kept in this process, and in Triton's cache folder for later ones. Nothing is timed
 while a CUDA graph is captured.
 """

@@ -54,7 +54,7 @@ def test_sources_padded_on_the_left_are_put_right(source: Tensor) -> None:
 def test_mask_stands_in_for_the_padding_token(source: Tensor) -> None:
     """Check masking as by a tokenizer's attention_mask == 0.
 
-    Masked tokens are not seen, whatever their id. An unmasked pad_id is a token.
+    Masked tokens are not seen, for any id. An unmasked pad_id is a token.
     """
     made, target = model().eval(), batch(3)[1]
     filled = padded(source, "right", fill=5)

@@ -33,7 +33,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # sums in another order
 
 
 def same_model(**options: Any) -> Any:
-    """Return the same model on both processes, whatever they have drawn before."""
+    """Return the same model on both processes, independent of earlier draws."""
     torch.manual_seed(0)
     return model(**options)
 

@@ -56,7 +56,7 @@ def test_dropout_of_layers(kind: str, options: dict[str, Any], inner: dict[str, 
         assert torch.equal(torch.get_rng_state(), state), name
         assert torch.equal(found[0], wanted[0]), name
         assert torch.equal(found[1], wanted[1]), name
-        site.training = True  # its own mode counts, whatever its parent's
+        site.training = True  # its own mode counts, not its parent's
         assert not torch.equal(layer(*given)[1], wanted[1]), name
         site.dropout = 0.0
         layer.train()

@@ -217,7 +217,7 @@ def test_cell(kind: str, autocast: bool) -> None:
     assert_bound(found, eager, exact)
 
 
-# --- what cannot run
+# --- refused calls
 
 
 @pytest.mark.parametrize(

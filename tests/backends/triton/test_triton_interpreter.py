@@ -77,7 +77,7 @@ def run(kernel: Any, grid: tuple[int, ...], *given: Any, **constants: Any) -> No
     launcher.launch(kernel, grid, given, {}, launcher.Launch(1, constants), False)
 
 
-# --- what a GPU computes
+# --- agreement with a GPU
 
 
 def nearest_bf16(bits: np.ndarray) -> np.ndarray:

@@ -114,7 +114,7 @@ def test_eps_that_no_float_holds() -> None:
             "raise RuntimeError('boom')",
             "Name: triton",
             "do not import: RuntimeError: boom",
-        ),  # what an interrupted pip leaves
+        ),  # left by an interrupted pip
     ],
     ids=["raises", "old", "no version"],
 )

@@ -29,7 +29,7 @@ struct Thread {
     const Location* at;  // where the thread waits
     u32 waits_for;       // the barrier's number, or the mask of lanes
     WarpOperation operation;
-    void* order;  // what it acquires when it continues
+    void* order;  // the address that it acquires when it continues
     u32 barrier_result[3];
     u32 lane_values[32];
     std::vector<Copy> open_copies;
