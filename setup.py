@@ -1,14 +1,16 @@
-"""Builds depthlstm_fast/_C.abi3.so with the C++ compiler, nvcc where there is one, and ninja.
+"""Build depthlstm_fast/_C.abi3.so with the C++ compiler, nvcc if present, and ninja.
 
-The library uses PyTorch's stable ABI only and is loaded by torch.ops.load_library: it is no Python extension module, so
-one binary serves every Python and every torch from 2.11 on, CUDA's run-time library inside. tools/build/ninja_build.py
-says which files of csrc/ are compiled how. ninja makes rebuilds incremental (the objects stay in build/).
+The library uses PyTorch's stable ABI only, and torch.ops.load_library loads it. It is not a Python extension module.
+One binary therefore serves every Python and every torch from 2.11 on. It contains CUDA's run-time library.
+tools/build/ninja_build.py says how each file of csrc/ is compiled. ninja makes rebuilds incremental; the objects stay
+in build/.
 
     python setup.py build_ext --inplace    the library, into depthlstm_fast/
     python setup.py build_internals        tests/_internals.*.so: csrc/testing.cpp, a pybind11 module for the tests only
     python setup.py build_smoke            build/*/smoke: tests/cpp/smoke.cpp, the kernels without Python and torch
 
-Environment: CXX, MAX_JOBS, CUDA_HOME (else nvcc of PATH, else /usr/local/cuda), and of DEPTHLSTM_...:
+Environment: CXX, MAX_JOBS, CUDA_HOME (else nvcc of PATH, else /usr/local/cuda), and with the prefix DEPTHLSTM_:
+
     SANITIZE=address,undefined     own build folder, no CUDA
     TESTING=1                      build_ext builds the internals, too
     NO_EXTENSION=1                 install the pure PyTorch part only
@@ -76,7 +78,7 @@ class BuildSmoke(BuildInternals):
 
 
 def place(built: Path, target: Path) -> None:
-    """Copies by rename: a process that has the old library mapped keeps it intact."""
+    """Copy by rename: a process that has mapped the old library keeps it intact."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
     shutil.copy2(built, partial)

@@ -1,4 +1,4 @@
-"""Holds a package without its library to the reference: forward and backward of a layer run on it."""
+"""Compare a package without its library with the reference: forward and backward of a layer run on it."""
 
 import torch
 

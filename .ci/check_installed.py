@@ -1,4 +1,7 @@
-"""Trains an installed package three steps: python .ci/check_installed.py FOLDER, which the package must come from."""
+"""Train an installed package for three steps: python .ci/check_installed.py FOLDER.
+
+The package must come from FOLDER.
+"""
 
 import sys
 

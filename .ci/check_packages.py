@@ -1,8 +1,8 @@
-"""Holds a wheel and an sdist to the tree they were made of: python .ci/check_packages.py dist
+"""Compare a wheel and an sdist with their source tree: python .ci/check_packages.py dist.
 
-The wheel has every module of the package, the compiled library, the version of pyproject.toml and the licences.
-It has nothing beside the package.
-The sdist has every source that a build, the tests, the benchmarks and the examples read, and no build product.
+The wheel has every module of the package, the compiled library, the version of pyproject.toml and the licences. It has
+nothing outside the package. The sdist has every source that a build, the tests, the benchmarks and the examples read,
+and no build product.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "depthlstm_fast"
-LINKED = {"kernels": "kernels", "bench": "benchmarks"}  # a link in the package, and the folder that it stands for
+LINKED = {"kernels": "kernels", "bench": "benchmarks"}  # a link in the package, and its target folder
 SDIST = {
     "csrc": ("*",),
     "third_party": ("*",),
@@ -34,14 +34,14 @@ PRODUCTS = (".so", ".o", ".pyc", ".partial")
 
 
 def version() -> str:
-    """The version as pyproject.toml has it."""
+    """Return the version in pyproject.toml."""
     found = re.search(r'^version = "(.+?)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
     assert found, "pyproject.toml names no version"
     return found[1]
 
 
 def below(folder: str, *patterns: str) -> Iterator[str]:
-    """The files of ``folder`` that match one of ``patterns``, as paths from the root."""
+    """Yield the files of ``folder`` that match one of ``patterns``, as paths from the root."""
     for pattern in patterns:
         for path in (ROOT / folder).rglob(pattern):
             if path.is_file() and "__pycache__" not in path.parts and not path.name.endswith(PRODUCTS):
@@ -49,7 +49,7 @@ def below(folder: str, *patterns: str) -> Iterator[str]:
 
 
 def check_wheel(folder: Path) -> None:
-    """Raise AssertionError where the one wheel in ``folder`` lacks a file, or holds one too many."""
+    """Raise AssertionError if the single wheel in ``folder`` lacks a file or has an additional one."""
     (wheel,) = folder.glob("*.whl")
     assert wheel.name == f"{PACKAGE}-{version()}-cp310-abi3-linux_{platform.machine()}.whl", wheel.name
     names = set(zipfile.ZipFile(wheel).namelist())
@@ -68,7 +68,7 @@ def check_wheel(folder: Path) -> None:
 
 
 def check_sdist(folder: Path) -> None:
-    """Raise AssertionError where the one sdist in ``folder`` lacks a file, or holds a build product."""
+    """Raise AssertionError if the single sdist in ``folder`` lacks a file or has a build product."""
     (sdist,) = folder.glob("*.tar.gz")
     assert sdist.name == f"{PACKAGE}-{version()}.tar.gz", sdist.name
     with tarfile.open(sdist) as archive:

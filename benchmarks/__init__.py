@@ -1,6 +1,6 @@
 """The benchmark suite; see benchmarks/README.md.
 
-`make bench`, `python -m depthlstm_fast.bench` or `pytest benchmarks --benchmark-only` runs it.
+`make bench`, `python -m depthlstm_fast.bench` and `pytest benchmarks --benchmark-only` run it.
 """
 
 from pathlib import Path

@@ -7,7 +7,7 @@ import sys
 
 
 def missing() -> list[str]:
-    """Packages that the suite needs and that are not installed."""
+    """Return the names of packages that the suite needs and that are not installed."""
     return [name for name in ("matplotlib", "rich") if importlib.util.find_spec(name) is None]
 
 

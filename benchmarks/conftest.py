@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """What the suite's own reports say about the machine, beside what pytest-benchmark says."""
+    """Add the machine description of the suite's own reports to that of pytest-benchmark."""
     machine_info["depthlstm_fast"] = machine.describe()
 
 
@@ -42,7 +42,7 @@ def place(settings: Settings) -> Place:
 
 @pytest.fixture(autouse=True)
 def compiled_backend() -> Iterator[None]:
-    """A call that would fall back raises instead of being timed."""
+    """Make a call that would fall back raise instead of being timed."""
     status = dl.backends()[registry.BACKEND]
     if not status.available:
         pytest.fail(
@@ -55,7 +55,7 @@ def compiled_backend() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def checked() -> Callable[[str], list[Check]]:
-    """The checks that a subject stands on, each made once."""
+    """Return a function that makes the checks of a subject, each once."""
     known: dict[str, list[Check]] = {}
 
     def find(subject: str) -> list[Check]:

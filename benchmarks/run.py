@@ -1,4 +1,7 @@
-"""The benchmark suite: checks first, then one table; `python -m depthlstm_fast.bench`, or `make bench`."""
+"""Run the benchmark suite: checks first, then one table.
+
+`python -m depthlstm_fast.bench` or `make bench` runs it.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ from .report import plots, roofline, scaling_plots, tables
 from .subjects import layer, registry, scaling, translation
 from .subjects.registry import SUBJECTS, checked, compile_all
 
-# of the translation's training, which stops where its time is up
+# limit of the translation's training
 TRANSLATION_SECONDS = 30
 TABLE = tuple(name for name, subject in SUBJECTS.items() if subject.in_table)
 NAMES = (*TABLE, "scaling", "translation")
@@ -39,15 +42,15 @@ ROOT = Path(dl.__file__).resolve().parents[1]
 
 
 def default_output() -> Path:
-    """Where results go: into the source tree, where there is one."""
+    """Return the folder for results, inside the source tree if there is one."""
     return Path("depthlstm_fast_bench") if CHECKOUT is None else CHECKOUT / "benchmarks" / "results" / "latest"
 
 
 class Bar:
-    """Progress on stderr, silent where that is no terminal."""
+    """Progress on stderr; silent if that is not a terminal."""
 
     def __init__(self, subjects: list[str], settings: Settings) -> None:
-        # one for each repetition, as many as a subject makes at least
+        # one tick for each repetition of a subject's minimum
         self.ticks = {
             "checks": sum(len(subject.dtypes) for subject in checked(subjects)),
             "compile": len(COMPILE_DTYPES),
@@ -59,7 +62,7 @@ class Bar:
             TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(),
         )
-        # redrawn by hand: a thread that redraws would be timed with the rest
+        # redrawn by hand, because a redrawing thread would be timed with the rest
         console = Console(stderr=True)
         self.progress = Progress(
             *columns, console=console, disable=not console.is_terminal, auto_refresh=False, transient=True
@@ -83,7 +86,7 @@ class Bar:
         self.since = now
 
     def tick(self) -> None:
-        # more repetitions than the fewest must not push the bar past the stage
+        # repetitions above the minimum must not push the bar past the stage
         self.count = min(self.count + 1, self.ticks[self.stage])
         self.progress.update(self.task, completed=self.before + self.count, refresh=True)
 
@@ -120,7 +123,7 @@ def fill_compiler_cache(references: Compiled, bar: Bar) -> None:
 
 
 def measure(subjects: list[str], settings: Settings, bar: Bar, found: list[Check]) -> list[Row]:
-    """All rows but the translation's; a subject whose check is red is not timed."""
+    """Return all rows but the translation's; a subject with a red check is not timed."""
     place = Place(Compiled(settings.compile))
     if settings.compile and any(SUBJECTS[name].compile is not None for name in subjects):
         bar.start("compile", "compiling the eager baselines")
@@ -141,14 +144,14 @@ def measure(subjects: list[str], settings: Settings, bar: Bar, found: list[Check
 
 
 def curves(settings: Settings, bar: Bar, found: list[Check]) -> list[Curve]:
-    """The curves of scaling; none where a check is red."""
+    """Return the curves of scaling; none if a check is red."""
     bar.start("scaling", "timing: scaling")
     torch.manual_seed(0)
     return [] if registry.failure(found, "scaling") else scaling.measure_curves(settings, bar.tick)
 
 
 def translate(settings: Settings, bar: Bar, found: list[Check]) -> tuple[Row, dict[str, Any] | None]:
-    """The last row, and what the example returned; it draws its own progress bar."""
+    """Return the last row, and the example's result; the example draws its own progress bar."""
     bar.start("translation", "training translation models")
     red = registry.failure(found, "translation")
     if red is not None:
@@ -167,7 +170,7 @@ def translate(settings: Settings, bar: Bar, found: list[Check]) -> tuple[Row, di
 
 
 def show(run: dict[str, Any], folder: Path) -> None:
-    """Checks, table, footnotes and translations on stdout."""
+    """Print checks, table, footnotes and translations on stdout."""
     console = Console(highlight=False)
     if console.width < 120:
         # a narrower table would cut numbers; a line that the terminal wraps can still be read
@@ -195,7 +198,7 @@ def show(run: dict[str, Any], folder: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Return 0, or 1 where a check is red, or 2 where there is nothing to measure."""
+    """Return 0, or 1 if a check is red, or 2 if there is nothing to measure."""
     started = time.perf_counter()
     parser = command_line()
     options = parser.parse_args(arguments)

@@ -2,9 +2,9 @@
 
     pytest benchmarks --benchmark-only --benchmark-autosave      --quick for a look, -k gates for a part
 
-The times of pytest-benchmark are those of the fused call, for the rows on bytes those of the forward call that keeps
-them; rivals, ratios, rates, operator calls, memory and errors are in ``extra_info``. A call of the overhead rows is
-the whole batch (``calls``).
+pytest-benchmark's times are those of the fused call. For the rows on bytes they are those of the forward call that
+keeps them. Rivals, ratios, rates, operator calls, memory and errors are in ``extra_info``. A call of the overhead rows
+is the whole batch (``calls``).
 """
 
 from __future__ import annotations

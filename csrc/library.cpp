@@ -1,4 +1,4 @@
-// What the library says of itself, read through ctypes by the report command: it must work where the operators do not.
+// The library's own facts, read through ctypes by the report command. They must work where the operators do not.
 #include "common/activations.h"
 #include "common/cpu/isa.h"
 #include "common/cpu/pool.h"

@@ -1,5 +1,5 @@
-// For the tests alone: the scalar formulas, the kernels of each instruction set through depth_lstm/cpu.h, and a dirty
-// stack.
+// Bindings for the tests only: the scalar formulas, the kernels of each instruction set through depth_lstm/cpu.h, a
+// dirty stack.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -42,7 +42,7 @@ py::dict formulas(T a) {
     return found;
 }
 
-// The formulas for 16-bit results, whose polynomials differ
+// The formulas for 16-bit results, whose polynomials differ.
 py::dict fast_formulas(float a) {
     py::dict found;
     const Normal<float> n = normal<true>(a);
@@ -85,8 +85,8 @@ std::unique_ptr<void, Free> memory(int64_t bytes) {
     return std::unique_ptr<void, Free>(std::aligned_alloc(64, std::size_t((bytes + 127) / 64 * 64)));
 }
 
-// The GatesCall at `address` by one instruction set's kernels: forward where h is set, else backward, in chunks of
-// `chunk_rows`.
+// Runs the GatesCall at `address` with one instruction set's kernels, in chunks of `chunk_rows`: forward if h is set,
+// else backward.
 void run(const std::string& isa, uintptr_t address, int64_t chunk_rows) {
     const GatesKernels& kernels = kernels_of(isa);
     const GatesCall& call = *reinterpret_cast<const GatesCall*>(address);
@@ -106,8 +106,7 @@ void run(const std::string& isa, uintptr_t address, int64_t chunk_rows) {
     if (call.h.data == nullptr) kernels.reduce(call, partials.get(), chunks, 0, kernels.feature_blocks(call));
 }
 
-// Leaves `bytes` of the stack below the caller filled with `fill` (0xff is NaN in every type): what a later call finds
-// there.
+// Fills `bytes` of the stack below the caller with `fill` (0xff is NaN in every type), for a later call to find.
 __attribute__((noinline)) void dirty_stack(std::size_t bytes, int fill) {
     char* room = static_cast<char*>(alloca(bytes));
     std::memset(room, fill, bytes);

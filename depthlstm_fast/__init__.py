@@ -20,7 +20,7 @@ from .swap import SwapReport, swap_rnmt_cell, unswap
 if _TYPE_CHECKING:
     from .backends import backends
     from .swap import swap
-else:  # modules that are called as the function of their name
+else:  # both modules can be called as the function of their name
     from . import backends, swap  # type: ignore[assignment]
 
 __version__ = "0.1.0"

@@ -1,4 +1,7 @@
-"""`python -m depthlstm_fast`: a report to paste into a bug report. It explains what is missing and never fails."""
+"""Report for bug reports: `python -m depthlstm_fast`.
+
+The report explains what is missing and never fails.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,7 @@ def operating_system() -> str:
 
 
 def cpu_info() -> dict[str, str]:
-    """The first processor's entries in /proc/cpuinfo; empty where there is no such file."""
+    """Return the first processor's entries in /proc/cpuinfo, or an empty dict without that file."""
     source = Path("/proc/cpuinfo")
     if not source.is_file():
         return {}
@@ -77,14 +80,14 @@ def chosen_isa() -> str:
 
 
 def library_problem() -> str | None:
-    """Why the compiled library cannot be used, or None when it loads."""
+    """Say why the compiled library cannot be used; None when it loads."""
     if not LIBRARY.is_file():
         if BUILD_FAILURE.is_file():
             return "not built. " + BUILD_FAILURE.read_text(encoding="utf-8", errors="replace").strip()
         command = "pip install --no-build-isolation . (in a checkout: python setup.py build_ext --inplace)"
         return f"{LIBRARY.name} is not in {FOLDER}. Build it: {command}"
     try:
-        # torch.ops.load_library hides the loader's own words behind a second exception.
+        # torch.ops.load_library hides the loader's message behind a second exception.
         ctypes.CDLL(str(LIBRARY))
     except OSError as error:
         command = "pip install --no-build-isolation --force-reinstall --no-deps ."
@@ -97,7 +100,10 @@ def library() -> str:
 
 
 def build_stamp() -> str:
-    """Read from the file's bytes, so that a library that does not load still says what it was built for."""
+    """Return the library's build stamp.
+
+    The stamp is read from the file's bytes, so that a library that does not load still says what it was built for.
+    """
     if not LIBRARY.is_file():
         return "none"
     found = STAMP.search(LIBRARY.read_bytes())
@@ -163,7 +169,10 @@ SECTIONS: list[tuple[str, Callable[[], str]]] = [
 
 
 def guarded(ask: Callable[[], str]) -> str:
-    """A report that stops at the first surprise would hide the rest, so any error becomes its line."""
+    """Return the answer of ``ask``, or its error as text.
+
+    An error becomes its own line, because a report that stopped there would hide the rest.
+    """
     try:
         return ask()
     except Exception as error:  # noqa: BLE001
@@ -171,7 +180,7 @@ def guarded(ask: Callable[[], str]) -> str:
 
 
 def report() -> str:
-    """The report as text, one `name: value` a line."""
+    """Return the report as text, one `name: value` a line."""
     lines = [(name, guarded(ask)) for name, ask in SECTIONS]
     try:
         lines += backend_lines()

@@ -1,7 +1,6 @@
-"""The activations: every name with its function and derivative in PyTorch. csrc/common/activations.h and
-    kernels/common/formulas.py follow.
+"""The activations: each name with its function and derivative in PyTorch.
 
-The order gives the operators' codes.
+The order gives the operators' codes. csrc/common/activations.h and kernels/common/formulas.py repeat the list.
 """
 
 from __future__ import annotations
@@ -66,5 +65,5 @@ ACTIVATIONS = tuple(FUNCTIONS)
 
 
 def activate(a: Tensor, activation: str) -> Tensor:
-    """act(a); raises KeyError for a name that is not in FUNCTIONS."""
+    """Return act(a); raises KeyError for a name that is not in FUNCTIONS."""
     return FUNCTIONS[activation].value(a)

@@ -1,8 +1,7 @@
-"""Modules that share their name with a function of the package: ``dl.swap(model)`` and ``import depthlstm_fast.swap``
-are both right.
+"""Modules that are called as a function of the same name.
 
-``import depthlstm_fast.swap as module`` reads the attribute of the package, where the function alone would stand in the
-module's place.
+``dl.swap(model)`` and ``import depthlstm_fast.swap as module`` both work. The import reads the attribute of the
+package, where the plain function would hide the module.
 """
 
 from __future__ import annotations
@@ -15,16 +14,14 @@ from typing import Any
 
 
 class CallableModule(ModuleType):
-    """A module that is called as its function of the same name."""
+    """A module that runs its function of the same name when called."""
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         return self.__dict__[self.__name__.rpartition(".")[2]](*arguments, **options)
 
 
 def make_callable(function: Callable[..., Any], name: str) -> None:
-    """Let the module ``name``, which has the name of ``function``, be called as it, with its signature and
-    docstring.
-    """
+    """Let the module ``name`` be called as ``function``, with its signature and docstring."""
     module = sys.modules[name]
     module.__class__ = CallableModule
     module.__doc__ = function.__doc__

@@ -1,4 +1,7 @@
-"""The functions of the public API: arguments checked, a backend chosen, the call made."""
+"""The functions of the public API.
+
+Each function checks its arguments, chooses a backend and makes the call.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ def depth_lstm_gates(
     seed: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What follows the GEMM in one depth-wise LSTM step: LayerNorm, gates and cell update, fused.
+    """Run everything after the GEMM of one depth-wise LSTM step: LayerNorm, gates and cell update, fused.
 
     With z in the order i, f, o, g and a_k = weight_k * (z_k - mean) / sqrt(var + eps) + bias_k:
     g = dropout(activation(a_g)), c_out = sigmoid(a_f) * c + sigmoid(a_i) * g, h = sigmoid(a_o) * c_out.
@@ -36,22 +39,22 @@ def depth_lstm_gates(
 
     Args:
         z: (..., 4D), or (..., 3D) in the order i, f, o with ``hidden``; float32, float64, bfloat16 or float16.
-        c: (..., D), the cell of the layer below; dtype of z, or float32 beside a 16-bit z (it is then kept in float32).
+        c: (..., D), the cell of the layer below; dtype of z, or float32 beside a 16-bit z. c_out has the dtype of c.
         weight, bias: (4, D), or (3, D) with ``hidden``; dtype of z, or float32 beside a 16-bit z; None for no affine.
-        hidden: (..., D), dtype of z: g before dropout, given instead of being computed from z.
-        norm: "gate" (statistics of each gate's D features), "joint" (of all of them), "none" (no LayerNorm, no affine).
+        hidden: (..., D), dtype of z: g before dropout, in place of a g computed from z.
+        norm: "gate" (statistics of each gate's D features), "joint" (of all gates), "none" (no LayerNorm, no affine).
         activation: "gelu" (erf), "gelu_tanh", "relu", "tanh", "silu" or "sigmoid"; not used with ``hidden``.
         eps: added to the biased variance.
         dropout_p: probability in [0, 1) with which an element of g is zeroed when ``training``.
-        seed: int64 of shape (1,), the dropout mask's key; drawn from torch's generator where None.
+        seed: int64 of shape (1,), the dropout mask's key; None draws it from torch's generator.
         backend: "auto", "reference", "cpp", "cuda" or "triton"; None for the default (:func:`set_backend`).
 
     Returns:
         h (..., D) in the dtype of z, and c_out (..., D) in the dtype of c.
 
     Raises:
-        TypeError: an argument is no floating-point tensor, or of a dtype that does not go with z.
-        ValueError: a shape, device, name or number is not what is wanted, or the backend cannot run the call.
+        TypeError: an argument is not a floating-point tensor, or its dtype does not match z.
+        ValueError: a shape, device, name or number is wrong, or the backend cannot run the call.
         RuntimeError: double backward through a fused backend.
     """
     checks.check_options(norm, activation, eps, dropout_p)
@@ -96,22 +99,23 @@ def depth_lstm_cell(
     backend: str | None = None,
     left: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """One step of the depth-wise LSTM: z = w [x ; h] + b, then :func:`depth_lstm_gates`, as one autograd node.
+    """Run one step of the depth-wise LSTM: z = w [x ; h] + b, then :func:`depth_lstm_gates`, as one autograd node.
 
-    [x ; h] is not built (but for the few rows of a decoding step without gradients, where that is faster; on CUDA two
-    products are made then, and the gates add them up), and between the product and the outputs nothing is kept but z.
+    [x ; h] is not built, and only z is kept between the product and the outputs. A decoding step of few rows without
+    gradients is the exception: there building [x ; h] is faster. On CUDA such a step makes two products, and the gates
+    add them up.
 
     Args:
         x: (..., I), or a tuple of tensors (..., I_1), (..., I_2), ... that stand for their concatenation.
         h, c: (..., D), output and cell of the layer below.
         w: (4D, I + D), or (3D, I + D) with ``hidden``; rows in the order i, f, o, g, columns x first.
         b: (4D), (3D) with ``hidden``, or None.
-        left: a hint: the width of the next cell's input. Where the backend can (Triton and CUDA, in eager), h becomes
-            the right part of a buffer (..., left + D) whose left part is free, so that x can be written beside it and
-            the next product reads [x ; h] in place. h is then not contiguous.
+        left: a hint, the width of the next cell's input. Triton and CUDA in eager then make h the right part of a
+            buffer (..., left + D) with a free left part. x can be written into it, and the next product reads [x ; h]
+            in place. This h is not contiguous.
 
-    x, h, w and hidden share one dtype (under autocast they are cast to its dtype); b, c, weight and bias may be float32
-    beside a 16-bit one. The other arguments, returns and errors are those of :func:`depth_lstm_gates`.
+    x, h, w and hidden share one dtype; autocast casts them to its own. b, c, weight and bias may be float32 beside a
+    16-bit dtype. The other arguments, returns and errors are those of :func:`depth_lstm_gates`.
     """
     inputs = x if isinstance(x, tuple) else (x,)
     checks.check_options(norm, activation, eps, dropout_p)
@@ -136,7 +140,7 @@ def depth_lstm_cell(
 
 
 def _key(seed: Tensor | None, like: Tensor) -> Tensor:
-    """The dropout mask's key for a call on ``like``: one for all ranks beside a DTensor."""
+    """Return the dropout mask's key for a call on ``like``; beside a DTensor all ranks share one key."""
     return sharding.replicated(reference.draw_seed(like.device) if seed is None else seed, like, source_rank=0)
 
 

@@ -1,12 +1,14 @@
-"""The layers of :mod:`depthlstm_fast.reference` with their cells fused; parameters keep their names, so state_dicts
-interchange.
+"""The layers of :mod:`depthlstm_fast.reference` with fused cells.
 
-What is fused: everything of the cell after its matrix product (:func:`depth_lstm_gates`); [x ; h'] is never
-    concatenated, x and h' are
-K-slices of the product (:func:`depth_lstm_cell`); with ``merge="add"`` the output projection of the cross-attention
-accumulates onto s. Where the backend can write h beside free columns, what comes before the next cell writes its input
-there, and the product reads both at once (:mod:`depthlstm_fast.ops.shared_buffer`). A submodule that is no longer a
-plain nn.Linear (LoRA, quantised, hooked, parametrised) is called as a module, and what follows it stays fused.
+Parameters keep their names, so state_dicts interchange. Three parts are fused:
+
+- Everything in the cell after its matrix product (:func:`depth_lstm_gates`).
+- The product itself: x and h' are K-slices, and [x ; h'] is never concatenated (:func:`depth_lstm_cell`).
+- With ``merge="add"`` the output projection of the cross-attention, which accumulates onto s.
+
+Some backends can write h beside free columns. The projection before the next cell then writes its output into these
+columns, and one product reads both (:mod:`depthlstm_fast.ops.shared_buffer`). A submodule that is not a plain nn.Linear
+(LoRA, quantised, hooked, parametrised) is called as a module. The gates after it stay fused.
 """
 
 from __future__ import annotations
@@ -35,10 +37,10 @@ def _is_plain_attention(module: nn.Module) -> bool:
 
 
 def _accumulate(base: Tensor, x: Tensor, weight: Tensor, fresh: bool) -> Tensor:
-    """base + x W^T for matrices, the product accumulating onto base: in place where ``fresh`` says that base is nobody
-    else's.
+    """Return base + x W^T for matrices; the product accumulates onto base.
 
-    A fresh base must not be a view: autograd would copy it back and forth.
+    It accumulates in place where ``fresh`` says that no other code holds base. A fresh base must not be a view, because
+    autograd would copy it back and forth.
     """
     # autocast does not reach in-place products
     if fresh and not (torch.compiler.is_compiling() or is_watched()) and autocast_dtype(base.device.type) is None:
@@ -51,12 +53,13 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def linear_slices(inputs: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None) -> Tensor:
-    """W [inputs] + b without the concatenation; inputs (..., I_j) with the I_j adding to the columns of weight (R, I)
-    -> (..., R).
+    """Return W [inputs] + b without the concatenation.
+
+    Inputs (..., I_j), whose I_j add up to the columns of weight (R, I) -> (..., R).
     """
-    if is_jit_traced():  # the exporter to ONNX takes the sizes of the view below for constants
+    if is_jit_traced():  # the ONNX exporter takes the sizes of the view below for constants
         return F.linear(torch.cat(inputs, dim=-1), weight, bias)
-    # one split: its backward writes the weight's gradient once, where a slice each would write zeros and add
+    # the backward of one split writes the weight's gradient once; separate slices would each write zeros and add
     first, *rest = weight.split([x.shape[-1] for x in inputs], dim=1)
     total = F.linear(_rows(inputs[0]), first, bias)
     for x, columns in zip(inputs[1:], rest, strict=True):
@@ -65,7 +68,7 @@ def linear_slices(inputs: tuple[Tensor, ...], weight: Tensor, bias: Tensor | Non
 
 
 def _linear_into(buffer: Tensor | None, first: int, linear: Any, x: Tensor, base: Tensor | None = None) -> Tensor:
-    """base + linear(x), written into ``buffer`` from column ``first`` on where that can be."""
+    """Return base + linear(x), written into ``buffer`` from column ``first`` on where possible."""
     if buffer is None or not is_plain_linear(linear):
         return linear(x) if base is None else base + linear(x)
     weight, bias = linear.weight, linear.bias
@@ -84,7 +87,7 @@ def _attend_into(
     arguments: tuple,
     options: dict[str, Any],
 ) -> Tensor:
-    """The attention's output, written into ``buffer`` from column ``first`` on where that can be."""
+    """Return the attention's output, written into ``buffer`` from column ``first`` on where possible."""
     if buffer is None or not _is_plain_attention(attention):
         return attention(*arguments, **options)
     return _linear_into(buffer, first, attention.out_proj, attention.context(*arguments, **options))
@@ -92,7 +95,7 @@ def _attend_into(
 
 class DepthLSTMCell(reference.DepthLSTMCell):
     __doc__ = reference.DepthLSTMCell.__doc__
-    # the width of the next cell's input, which the layer or the stack that holds the two sets; see depth_lstm_cell
+    # Width of the next cell's input (see depth_lstm_cell). The layer or stack that holds both cells sets it.
     left = 0
 
     def forward(
@@ -125,7 +128,7 @@ class DepthLSTMCell(reference.DepthLSTMCell):
     def _folded_step(
         self, inputs: tuple[Tensor, ...], state: tuple[Tensor, Tensor], fold: Fold
     ) -> tuple[Tensor, Tensor]:
-        """:meth:`forward` with the weights of ``fold``, the last of inputs being the attention's context."""
+        """Run :meth:`forward` with the weights of ``fold``; the last input is the attention's context."""
         inputs, h, c = self._unpack(inputs, state)
         hidden = None
         if fold.ffn_weight is not None:
@@ -134,7 +137,7 @@ class DepthLSTMCell(reference.DepthLSTMCell):
 
 
 class Fold(NamedTuple):
-    """A cell's weights with an output projection folded in, and copies of what they were made from."""
+    """A cell's weights with an output projection folded in, and copies of their sources."""
 
     sources: list[Tensor]
     weight: Tensor
@@ -146,8 +149,9 @@ class Fold(NamedTuple):
 def _fold_linear(
     linear: nn.Linear, projection: nn.Linear, first: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """``linear`` with ``projection`` folded into the columns from ``first`` on: computed in fp64 (fp32 for half types),
-    rounded once.
+    """Fold ``projection`` into the columns of ``linear`` from ``first`` on.
+
+    The product is computed in fp64 (fp32 for half types) and rounded once.
     """
     exact = (
         torch.float64
@@ -165,8 +169,9 @@ def _fold_linear(
 
 
 class _FusedLayer(nn.Module):
-    """What the fused layers share: projections that write beside h, and folding of output projections into the cell,
-    for inference.
+    """Base of the fused layers.
+
+    Its projections write beside h, and output projections can be folded into the cell for inference.
     """
 
     d_model: int
@@ -174,18 +179,18 @@ class _FusedLayer(nn.Module):
 
     folds_output_projection: bool = False
     _folds: dict[str, Fold] | None = None
-    _trusted: set[str] | None = None  # inside trusted_folds(): the folds that have been compared with their sources
+    _trusted: set[str] | None = None  # the folds that were compared with their sources inside trusted_folds()
 
     def fold_output_projection(self, enabled: bool = True) -> None:
-        """Use W_x W_o, computed once, in place of W_o and then W_x: one D x D product less for each attention that is
-        folded.
+        """Use the precomputed product W_x W_o in place of W_o and then W_x.
 
-        Only in eval mode with gradients off, outside torch.compile, and where it saves work: in encoder layers; in
-        decoder layers with ``merge="cells"`` both attentions, with ``"concat"`` the cross-attention; not with
-        ``"add"``, where s is needed anyway and the D x D product would become a 4D x D one. Results differ by rounding.
-        The folded weights are made on the first call and again when a source weight has changed, whatever changed it:
-        their sources are kept, and compared value by value at each call, in ``generate()`` once. So a fold keeps twice
-        the numbers of the cell, and outside ``generate()`` it pays from some hundred tokens a call on.
+        Each folded attention saves one D x D product. Results differ by rounding. A fold is used only in eval mode with
+        gradients off and outside torch.compile. Encoder layers fold their attention, decoder layers with
+        ``merge="cells"`` both attentions, with ``"concat"`` the cross-attention. With ``"add"`` nothing is folded: s is
+        needed anyway, and the D x D product would become a 4D x D one. The first call makes the folded weights, and a
+        call after any change of a source weight makes them anew. The layer keeps copies of the sources and compares
+        them value by value at each call, in ``generate()`` once. A fold therefore keeps twice the numbers of the cell.
+        Outside ``generate()`` it pays from some hundred tokens a call on.
         """
         self.folds_output_projection, self._folds = enabled, None
 
@@ -201,8 +206,9 @@ class _FusedLayer(nn.Module):
         return {**self.__dict__, "_folds": None, "_trusted": None}
 
     def _fold(self, name: str, attention: SelfAttention | CrossAttention, cell: nn.Module, first: int) -> Fold | None:
-        """The folded weights of ``cell`` for ``attention``, whose context takes the columns from ``first`` on; None
-        where not to fold.
+        """Return the weights of ``cell`` folded for ``attention``, or None where folding does not apply.
+
+        The attention's context takes the columns from ``first`` on.
         """
         if (
             not self.folds_output_projection
@@ -241,9 +247,10 @@ class _FusedLayer(nn.Module):
         return fold
 
     def _is_up_to_date(self, name: str, fold: Fold, sources: list[Tensor]) -> bool:
-        """Whether the sources hold the values that ``fold`` was made from.
+        """Return whether the sources hold the values that ``fold`` was made from.
 
-        By value: fused optimisers, ``parameter.data`` and other processes change weights and no version counter.
+        Values are compared because fused optimisers, ``parameter.data`` and other processes change weights without a
+        version counter.
         """
         if self._trusted is not None and name in self._trusted:
             return True
@@ -264,13 +271,14 @@ class _FusedLayer(nn.Module):
         before: tuple[Tensor, ...] = (),
         buffer: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Attention, then the cell called ``name``; ``before`` comes before the attention's output in the cell's input.
+        """Run the attention, then the cell called ``name``.
 
-        The attention's output is written into ``buffer``, or where nothing comes before it, beside the state.
+        ``before`` precedes the attention's output in the cell's input. The output is written into ``buffer``; without
+        ``before`` it is written beside the state.
         """
         cell = getattr(self, name)
         width = sum(x.shape[-1] for x in before)
-        # neither a fake tensor nor another subclass: weights made from one must not be kept
+        # a fake tensor or another subclass would leave weights that must not be kept
         fold = self._fold(name, attention, cell, width) if type(state[0]) in (Tensor, nn.Parameter) else None
         if fold is not None:
             return cell._folded_step((*before, attention.context(*arguments, **options)), state, fold)
@@ -317,7 +325,7 @@ class DepthLSTMDecoderLayer(_FusedLayer, reference.DepthLSTMDecoderLayer):
         return self.cell(self._add_cross_attention(self.self_attn(h, **self_options), cross_options, buffer), (h, c))
 
     def _add_cross_attention(self, s: Tensor, options: dict[str, Any], buffer: Tensor | None) -> Tensor:
-        """s + CrossAttn(s), the output projection accumulating onto s; written into ``buffer`` where there is one."""
+        """Return s + CrossAttn(s), written into ``buffer`` if given; the output projection accumulates onto s."""
         projection = self.cross_attn.out_proj
         if not is_plain_linear(projection) or not _is_plain_attention(self.cross_attn) or is_jit_traced():
             return s + self.cross_attn(s, **options)
@@ -325,13 +333,13 @@ class DepthLSTMDecoderLayer(_FusedLayer, reference.DepthLSTMDecoderLayer):
         if buffer is not None:
             return _linear_into(buffer, 0, projection, context, s)
         weight, bias = projection.weight, projection.bias
-        # s + b costs what copying s into the product's output would: the product then accumulates in place
+        # s + b costs as much as a copy of s into the output, and the product then accumulates in place
         base = _rows(s) if bias is None else _rows(s) + bias.to(s.dtype)  # type: ignore[operator]
         return _accumulate(base, _rows(context), weight, bias is not None).view(s.shape)  # type: ignore[arg-type]
 
 
 def _connect(layers: Iterable[nn.Module]) -> None:
-    """Tell each cell the width of the next one's input."""
+    """Tell each cell the width of the next cell's input."""
     cells = [
         getattr(layer, name)
         for layer in layers
@@ -358,8 +366,9 @@ class DepthLSTMDecoder(reference.DepthLSTMDecoder):
 
 @contextlib.contextmanager
 def trusted_folds(model: nn.Module) -> Iterator[None]:
-    """Compare each fold in ``model`` with its sources once, not at every call: nothing changes the weights inside the
-    block.
+    """Compare each fold in ``model`` with its sources once instead of at every call.
+
+    Nothing may change the weights inside the block.
     """
     layers = [
         module for module in model.modules() if isinstance(module, _FusedLayer) and module.folds_output_projection
@@ -374,12 +383,12 @@ def trusted_folds(model: nn.Module) -> Iterator[None]:
 
 
 def fold_output_projections(model: nn.Module, enabled: bool = True) -> int:
-    """Call ``fold_output_projection(enabled)`` on every fused layer in ``model``; returns how many there are.
+    """Call ``fold_output_projection(enabled)`` on every fused layer in ``model``; return their number.
 
-    Folding is for inference, see :meth:`DepthLSTMEncoderLayer.fold_output_projection` for what it does and when.
+    Folding is for inference. :meth:`DepthLSTMEncoderLayer.fold_output_projection` says what it does and when.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is not a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; found {type(model).__name__}")

@@ -1,4 +1,4 @@
-"""The fused translation Transformer, and how to group parameters for an optimiser."""
+"""The fused translation Transformer, and parameter groups for an optimiser."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ NORMS = (reference.GateNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.
 
 
 def param_groups(model: nn.Module, weight_decay: float = 0.01) -> list[dict[str, Any]]:
-    """Two groups for an optimiser: parameters that decay, and those that must not.
+    """Return two parameter groups for an optimiser: with and without weight decay.
 
-    No decay for everything with fewer than two dimensions (biases, learned initial states) and for the parameters of
-    normalisations, of which the gates' are two-dimensional, (4, D). Frozen parameters are left out; shared ones come
-    once.
+    Parameters with fewer than two dimensions (biases, learned initial states) do not decay. Parameters of
+    normalisations do not decay either; the gates' are two-dimensional, (4, D). Frozen parameters are left out, and
+    shared parameters appear once.
 
     Returns:
         [{"params": [...], "weight_decay": weight_decay}, {"params": [...], "weight_decay": 0.0}], usable as
         ``torch.optim.AdamW(param_groups(model))``.
 
     Raises:
-        TypeError, ValueError: model is no module, or weight_decay is not a finite number of at least 0.
+        TypeError, ValueError: model is not a module, or weight_decay is not a finite number of at least 0.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; found {type(model).__name__}")
@@ -49,7 +49,7 @@ def param_groups(model: nn.Module, weight_decay: float = 0.01) -> list[dict[str,
         raise TypeError(f"weight_decay must be a float; found {type(weight_decay).__name__}")
     if not 0.0 <= weight_decay < math.inf:
         raise ValueError(f"weight_decay must be finite and not negative; found {weight_decay}")
-    # those of a parametrisation or an adapter inside a normalisation, too
+    # includes the parameters of a parametrisation or an adapter inside a normalisation
     normalising = {
         parameter for module in model.modules() if isinstance(module, NORMS) for parameter in module.parameters()
     }

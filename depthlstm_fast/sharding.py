@@ -1,4 +1,4 @@
-"""DTensor: how it shards the operators, and plain tensors made to go with one."""
+"""DTensor: sharding rules of the operators, and plain tensors made to go with a DTensor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is a DTensor; torch.distributed.tensor is not imported for the answer."""
+    """Return whether ``tensor`` is a DTensor, without importing torch.distributed.tensor."""
     if type(tensor) is Tensor:
         return False
     module: Any = sys.modules.get("torch.distributed.tensor")
@@ -19,7 +19,7 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 
 def replicated(tensor: Tensor, like: Tensor, source_rank: int | None = None) -> Tensor:
-    """``tensor`` as it is, or beside a DTensor ``like`` replicated on its mesh.
+    """Return ``tensor``, replicated on the mesh of ``like`` if that is a DTensor.
 
     Each rank keeps its own values, or takes those of ``source_rank`` where that is given.
     """
@@ -32,11 +32,10 @@ def replicated(tensor: Tensor, like: Tensor, source_rank: int | None = None) -> 
 
 
 class Layout(NamedTuple):
-    """How an operator's arguments and outputs lie, one letter each: "r" rows, "f" features, "s" a sum over rows, "-" no
-    tensor.
+    """Layout of an operator's arguments and outputs, one letter each.
 
-    "f" is the same on every rank. ``numbered`` says, of an operator's arguments, whether rows are numbered, as dropout
-    does: then they are not sharded.
+    "r" is rows, "f" features (the same on every rank), "s" a sum over rows, "-" no tensor. ``numbered`` says, given an
+    operator's arguments, whether rows are numbered, as dropout does. Numbered rows are not sharded.
     """
 
     arguments: str
@@ -53,15 +52,16 @@ def add_operator(operator: Any, layout: Layout) -> None:
 
 
 def why_not(tensor: Tensor) -> str | None:
-    """Why the operators cannot take ``tensor``, for a DTensor of a torch that registers no sharding; None where they
-    can.
+    """Say why the operators cannot take ``tensor``; None where they can.
+
+    The reason concerns a DTensor under a torch without sharding registration.
     """
     return _register() if is_dtensor(tensor) else None
 
 
 @functools.cache
 def _register() -> str | None:
-    """Tell DTensor how the operators shard: by rows, unless dropout numbers them, and never by features."""
+    """Tell DTensor to shard the operators by rows, unless dropout numbers them, and never by features."""
     try:
         from torch.distributed.tensor import Partial, Replicate, Shard
         from torch.distributed.tensor.experimental import register_sharding

@@ -1,9 +1,8 @@
-"""Fusing the depth-wise LSTM cells of a model that already exists, in place, and undoing it.
+"""Fuse the depth-wise LSTM cells of an existing model in place, and undo it.
 
-A module is changed by giving it another class where that suffices: the object, its parameters, buffers, hooks and names
-stay, so that optimisers, state_dicts and references to it keep working, wherever it sits, at the root of the model too.
-What the fused class does not cover at a call (a hook on a submodule, an argument of its own) is run by the original
-class's ``forward``.
+Where possible a module only gets another class. The object, its parameters, buffers, hooks and names stay. Optimisers,
+state_dicts and references to the module keep working, for the root of the model too. The original class's ``forward``
+runs calls that the fused class does not cover (a hook on a submodule, an additional argument).
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     reference.DepthLSTMDecoder: layers.DepthLSTMDecoder,
     reference.DepthLSTMTransformer: models.DepthLSTMTransformer,
 }
-# What swap leaves in a module's __dict__, so that unswap finds it in copies of the model too
+# Keys that swap leaves in a module's __dict__, so that unswap also finds them in copies of the model.
 _CLASS, _ORIGINAL = "_depthlstm_swapped_class", "_depthlstm_swapped_module"
 
 
 class Swapped(NamedTuple):
-    """A module that was changed: its name in the model ("" for the model itself), and its class before and after."""
+    """A changed module: its name in the model ("" for the model itself), and its class before and after."""
 
     name: str
     before: str
@@ -44,7 +43,7 @@ class Swapped(NamedTuple):
 
 
 class Left(NamedTuple):
-    """A module that looks like a depth-wise LSTM cell and was left as it is, and why."""
+    """A module that looks like a depth-wise LSTM cell but was left as it is, and the reason."""
 
     name: str
     kind: str
@@ -53,8 +52,9 @@ class Left(NamedTuple):
 
 @dataclass
 class SwapReport:
-    """What :func:`swap` or :func:`unswap` did: the modules it changed, those it left, and the names of those that were
-    fused before.
+    """The result of :func:`swap` or :func:`unswap`.
+
+    It lists the changed modules, the modules left alone, and the names of those that were fused before.
     """
 
     changed: list[Swapped] = field(default_factory=list)
@@ -73,7 +73,7 @@ class SwapReport:
 
 
 def _activation_name(act: Any) -> str | None:
-    """The name of an activation module or function among those that are fused; None where it is none of them."""
+    """Return the name of a fusible activation module or function; None for any other."""
     if type(act) is nn.GELU:
         return "gelu_tanh" if act.approximate == "tanh" else "gelu"
     modules: dict[Any, str] = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.SiLU: "silu", nn.Sigmoid: "sigmoid"}
@@ -85,7 +85,7 @@ def _activation_name(act: Any) -> str | None:
 
 
 class _Parts(NamedTuple):
-    """The names of the attributes that a cell of the LSTMCell4RNMT shape is made of."""
+    """The attribute names of a cell of the LSTMCell4RNMT shape."""
 
     projection: str = "trans"
     norm: str = "normer"
@@ -94,7 +94,7 @@ class _Parts(NamedTuple):
 
 
 def _obstacle(module: nn.Module, parts: _Parts) -> str | None:
-    """Why ``module`` is no cell of this shape that can be fused, or None."""
+    """Say why ``module`` is not a fusible cell of this shape; None if it is."""
     projection, norm = getattr(module, parts.projection, None), getattr(module, parts.norm, None)
     if not isinstance(projection, nn.Linear):
         return f"{parts.projection} must be an nn.Linear; found {type(projection).__name__}"
@@ -123,7 +123,7 @@ def _obstacle(module: nn.Module, parts: _Parts) -> str | None:
 
 
 class _FusedRNMTCell(nn.Module):
-    """Put before a cell's class: fuses its forward(input, (h, c)) -> (h, c)."""
+    """Base placed before a cell's class; it fuses the cell's forward(input, (h, c)) -> (h, c)."""
 
     _plain_class: type[nn.Module]
     _parts: _Parts
@@ -146,7 +146,7 @@ class _FusedRNMTCell(nn.Module):
         return depth_lstm_gates(projection(torch.cat((input, h), -1)), c, norm.weight, norm.bias, **options)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        # the class is made at run time: a pickle names the original one
+        # the class is made at run time, so a pickle names the original one
         return _new_fused_cell, (self._plain_class, tuple(self._parts)), self.__dict__
 
 
@@ -173,8 +173,9 @@ def _change_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
 @torch.no_grad()
 def _computes_another(module: nn.Module, fused: type[nn.Module], parts: _Parts) -> str | None:
-    """A reason if ``module`` gives something else than the fused class on random numbers: attributes alone do not show
-    a formula.
+    """Say how ``module`` differs from the fused class on random numbers; None where it does not.
+
+    Attributes alone do not show a formula.
     """
     weight: Tensor = getattr(module, parts.projection).weight
     if weight.is_meta:
@@ -222,23 +223,25 @@ def swap_rnmt_cell(
     activation: str = "act",
     dropout: str = "drop",
 ) -> nn.Module:
-    """Fuse one cell of the ``LSTMCell4RNMT`` shape in place; a rule for :func:`swap` where attributes have other names.
+    """Fuse one cell of the ``LSTMCell4RNMT`` shape in place.
 
         z = projection([x ; h'])                 nn.Linear(I + D, 4D), rows in the order i, f, o, g
         i, f, o, g = norm(z as (..., 4, D))      nn.LayerNorm((4, D)): statistics over all four (``norm="joint"`` here)
         c = sigmoid(f) c' + sigmoid(i) dropout(activation(g)),    h = sigmoid(o) c
 
-    forward(x, (h', c')) -> (h, c). That ``module`` computes this is tried on three rows of random numbers. Dropout
-    keeps its probability, but draws its masks from a counter-based generator seeded by torch's.
+    The cell's forward is forward(x, (h', c')) -> (h, c). Three rows of random numbers check that ``module`` computes
+    this. The function serves as a rule for :func:`swap` where attributes have other names. Dropout keeps its
+    probability, but draws its masks from a counter-based generator seeded by torch's.
 
     Args:
-        module: the cell; projection, norm, activation, dropout: the names of its attributes.
+        module: the cell.
+        projection, norm, activation, dropout: the names of its attributes.
 
     Returns:
         ``module`` itself.
 
     Raises:
-        ValueError: ``module`` is no such cell, with the reason.
+        ValueError: ``module`` is not such a cell, with the reason.
     """
     parts = _Parts(projection, norm, activation, dropout)
     if isinstance(module, _FusedRNMTCell):
@@ -254,8 +257,9 @@ def swap_rnmt_cell(
 
 
 def _fuse(module: nn.Module, rules: Rules) -> nn.Module | None:
-    """The fused form of ``module``, itself if changed in place; None where it is no candidate; ValueError with a reason
-    to leave it.
+    """Return the fused form of ``module``, which is ``module`` itself if changed in place.
+
+    The result is None for a module that is no candidate. A ValueError gives the reason to leave a candidate.
     """
     for match, build in rules.items():
         if isinstance(module, match) if isinstance(match, type) else match(module):
@@ -284,23 +288,23 @@ def _is_fused(module: nn.Module) -> bool:
 def swap(model: nn.Module, rules: Rules | None = None) -> SwapReport:
     """Replace the depth-wise LSTM cells and layers in ``model`` by fused ones, in place.
 
-    Modules of :mod:`depthlstm_fast.reference` become their fused twins, and cells of the ``LSTMCell4RNMT`` shape,
-    recognised by their attributes and by what they compute, are fused as :func:`swap_rnmt_cell` says. Parameters are
-    shared: the same objects under the same names. A module used in several places is changed once. A second call
-    changes nothing.
+    Modules of :mod:`depthlstm_fast.reference` become their fused twins. Cells of the ``LSTMCell4RNMT`` shape are fused
+    as :func:`swap_rnmt_cell` says. Their attributes and their results identify them. Parameters are shared: the same
+    objects under the same names. A module used in several places is changed once. A second call changes nothing.
 
     Args:
-        model: any module; it may itself be what is swapped.
-        rules: tried before the rules above: from a module class, or a predicate of a module, to a function that takes
-            such a module and returns the module to put in its place (or the same one, changed in place), with the
-            parameters of the given one. A ValueError that it raises is a reason to leave the module.
+        model: any module; it may itself be swapped.
+        rules: a dict from a module class, or a predicate of a module, to a function; tried before the rules above. The
+            function takes a matching module and returns the module for its place, or the same module changed in place.
+            The result must have the parameters of the given module. A ValueError of the function is a reason to leave
+            the module.
 
     Returns:
         A :class:`SwapReport`; print it.
 
     Raises:
         ValueError: nothing in ``model`` can be swapped, or ``model`` itself matches a rule that returns another object.
-        TypeError: ``model`` is no module, or a rule returned none.
+        TypeError: ``model`` is not a module, or a rule returned none.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; found {type(model).__name__}")
@@ -335,7 +339,7 @@ def swap(model: nn.Module, rules: Rules | None = None) -> SwapReport:
                         f"another object; call the rule on it instead"
                     )
                 result.train(module.training)
-                result.__dict__[_ORIGINAL] = (module,)  # in a tuple, so that it is no submodule
+                result.__dict__[_ORIGINAL] = (module,)  # the tuple keeps it from becoming a submodule
                 done[module] = done[result] = result
                 return result
         for child_name, child in list(module._modules.items()):
@@ -351,11 +355,15 @@ def swap(model: nn.Module, rules: Rules | None = None) -> SwapReport:
 
 
 def unswap(model: nn.Module) -> SwapReport:
-    """Undo :func:`swap`: every module gets back its class, or its place. Parameters keep their values. Returns what was
-        changed.
+    """Undo :func:`swap`: give every module its class, or its place, back.
+
+    Parameters keep their values.
+
+    Returns:
+        A :class:`SwapReport` of the changes.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; found {type(model).__name__}")

@@ -1,8 +1,7 @@
-"""Private names of torch, each with the reason, the versions it was seen in, and what runs where a torch has it no
-more.
+"""Private names of torch, each with its reason and its fallback for a torch without it.
 
-Every other module of the package takes them from here; tests/build/test_torch_private.py looks each of them up in the
-torch that runs.
+Every other module of the package takes them from here. tests/build/test_torch_private.py looks each name up in the
+installed torch.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor
 
 
 def _find(path: str, fallback: Any) -> Any:
-    """The attribute of torch at the dotted ``path``, or ``fallback``."""
+    """Return the attribute of torch at the dotted ``path``, or ``fallback``."""
     found: Any = torch
     for name in path.split("."):
         found = getattr(found, name, None)
@@ -37,54 +36,56 @@ NAMES = (
     "autograd.forward_ad._current_level",
 )
 
-# Whether torch.jit.trace records: torch.jit.is_tracing without its two Python calls, 0.5 us of the 20 us of a gates
-#     call.
+# Whether torch.jit.trace records. torch.jit.is_tracing makes two Python calls more: 0.5 us of the 20 us of a gates
+# call.
 is_jit_tracing: Callable[[], bool] = _find("_C._is_tracing", torch.jit.is_tracing)
 
-# Whether a torch.func transform (vmap, grad, ...) is active. torch has no public question; without this one, none is
-# seen.
+# Whether a torch.func transform (vmap, grad, ...) is active. torch has no public test. Without the name none is seen.
 is_transformed: Callable[[], bool] = _find("_C._are_functorch_transforms_active", lambda: False)
 
-# How many dispatch modes look on (FlopCounterMode, selective checkpointing). Without the name every call counts as
+# Number of active dispatch modes (FlopCounterMode, selective checkpointing). Without the name every call counts as
 # watched.
 dispatch_modes: Callable[[], int] = _find("_C._len_torch_dispatch_stack", lambda: 1)
 
-# The hooks of torch.autograd.graph.saved_tensors_hooks, None where there are none. Without the name there always seem
-# to be some.
+# The hooks of torch.autograd.graph.saved_tensors_hooks, or None. Without the name hooks always seem to be there.
 _saved_tensor_hooks: Callable[[bool], Any] = _find(
     "_C._autograd._top_saved_tensors_default_hooks", lambda ignore_fx: ()
 )
 
-# Calls operators below the dispatcher's autograd key, in an autograd.Function: a third of the cost of torch.library's
-# own autograd. Without the name the operators' registered autograd runs, without gradients, inside the Function.
+# Calls operators below the dispatcher's autograd key, in an autograd.Function, for a third of the cost of
+# torch.library's own autograd. Without the name the registered autograd runs inside the Function, without gradients.
 below_autograd: Callable[[], Any] = _find("_C._AutoDispatchBelowAutograd", contextlib.nullcontext)
 
 
 def has_saved_tensor_hooks() -> bool:
-    """Whether what is saved for backward goes through hooks of the caller's, as under activation checkpointing."""
+    """Return whether tensors saved for backward go through the caller's hooks, as under activation checkpointing."""
     return _saved_tensor_hooks(False) is not None
 
 
 def is_export_flag_set() -> bool:
-    """Whether torch.export records. torch.compiler.is_exporting is also True under torch.compile in torch 2.11."""
+    """Return whether torch.export records.
+
+    torch.compiler.is_exporting is also True under torch.compile in torch 2.11.
+    """
     return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def has_forward_gradients() -> bool:
-    """Whether torch.autograd.forward_ad.dual_level is open; its own question needs the tensors."""
+    """Return whether torch.autograd.forward_ad.dual_level is open; the public query needs the tensors."""
     return getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
 
 
 def constant_result(function: Any) -> Any:
-    """What torch.compiler.assume_constant_result does, without its import of torch._dynamo: tracers do not look
-    inside.
+    """Mark ``function`` as torch.compiler.assume_constant_result does: tracers do not look inside.
+
+    torch's own decorator would import torch._dynamo.
     """
     function._dynamo_marked_constant = True
     return function
 
 
 class _DelayedError(torch.autograd.Function):
-    """The tensors as they are; their backward raises."""
+    """Return the tensors unchanged; their backward raises."""
 
     @staticmethod
     def forward(ctx: Any, message: str, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -97,8 +98,9 @@ class _DelayedError(torch.autograd.Function):
 
 
 def delayed_error(message: str, tensors: list[Tensor]) -> tuple[Tensor, ...]:
-    """The tensors, with ``message`` raised where a derivative of them is asked for: torch's once_differentiable is
-    built on it.
+    """Return the tensors; a derivative of them raises ``message``.
+
+    torch's once_differentiable is built on the same function.
     """
     error = _find("_C._functions.DelayedError", None)
     return _DelayedError.apply(message, *tensors) if error is None else error(message.encode(), len(tensors))(*tensors)

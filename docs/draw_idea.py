@@ -1,4 +1,4 @@
-"""Draws docs/idea.png, a residual layer beside a depth-wise LSTM layer: python docs/draw_idea.py"""
+"""Draw docs/idea.png, a residual layer beside a depth-wise LSTM layer: python docs/draw_idea.py."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Point = tuple[float, float]
 
 
 def box(axes: Axes, x: float, y: float, width: float, height: float, text: str, color: str, size: float = 10) -> None:
-    """A rounded box about (x, y)."""
+    """Draw a rounded box about (x, y)."""
     corner = (x - width / 2, y - height / 2)
     axes.add_patch(FancyBboxPatch(corner, width, height, "round,pad=0,rounding_size=0.12", fc=color, ec=INK, lw=1.2))
     axes.text(x, y, text, ha="center", va="center", fontsize=size, color=INK, linespacing=1.6)
 
 
 def line(axes: Axes, *points: Point, color: str = INK, width: float = 1.6, head: bool = True) -> None:
-    """A line through ``points``, with a head at the last one."""
+    """Draw a line through ``points``, with a head at the last one."""
     *before, start, end = points
     xs, ys = zip(*before, start, strict=True)
     axes.plot(xs, ys, color=color, lw=width, solid_capstyle="round", solid_joinstyle="round")
@@ -38,7 +38,7 @@ def addition(axes: Axes, x: float, y: float) -> None:
 
 
 def residual(axes: Axes) -> None:
-    """A pre-norm layer: each of two sub-layers adds its output to the stream."""
+    """Draw a pre-norm layer: each of two sub-layers adds its output to the stream."""
     stream, branch = 1.1, 3.0
     line(axes, (stream, 0.25), (stream, 6.75), color=H, width=2.2)
     for low, name, color in ((0.75, "attention", ATTENTION), (3.75, "feed-forward\nnetwork", NETWORK)):
@@ -54,7 +54,10 @@ def residual(axes: Axes) -> None:
 
 
 def depth_lstm(axes: Axes) -> None:
-    """An encoder layer of this package: a cell takes the attention's output and both states of the layer below."""
+    """Draw an encoder layer of this package.
+
+    A cell takes the attention's output and both states of the layer below.
+    """
     carry, stream, branch, cell_low, cell_high = 0.75, 2.2, 3.9, 3.35, 6.05
     middle = (carry + branch) / 2
     line(axes, (stream, 0.25), (stream, cell_low), color=H, width=2.2)

@@ -1,1 +1,4 @@
-"""Triton kernels, one file an op; installed as depthlstm_fast.kernels and imported when one first runs."""
+"""Triton kernels, one file for each op.
+
+The package is installed as depthlstm_fast.kernels. The first run of an op imports its file.
+"""

@@ -1,17 +1,18 @@
 """The gates of the depth-wise LSTM on a GPU, in Triton: one forward kernel, and two schemes of backward.
 
-forward   a program takes a tile of rows, all gates of them in registers: one pass over memory, 7D elements a row.
-narrow    backward for rows that fit the registers beside the sums of the parameter gradients: 12D elements a row.
-          Programs stay on the GPU and loop over tiles of rows, so that each leaves one partial sum of the parameter
-          gradients.
-wide      backward for longer rows, in two kernels and 19D elements a row: `row_sums` takes the statistics and the two
-          LayerNorm means of every row; `wide_backward` then works on tiles of a few features, in which no row is long.
-sums      adds the partial sums in a fixed order: no atomics, the same bits every time.
+forward: one pass over memory, 7D elements a row. A program takes a tile of rows, with all gates of them in registers.
 
-A tile is (ROWS, BLOCK). What belongs to the gates i, f, o, g is a tuple of four tiles, or of three where `hidden` gives
-g; the sums of all of them go through one reduction, which shares its barriers. An argument that is None is a
-compile-time constant. Everything is computed in fp32. Row numbers are int64, row strides are in elements, features are
-dense.
+narrow: backward for rows that fit the registers beside the sums of the parameter gradients, 12D elements a row.
+Programs stay on the GPU and loop over tiles of rows. Each leaves one partial sum of the parameter gradients.
+
+wide: backward for longer rows, in two kernels, 19D elements a row. `row_sums` takes the statistics and the two
+LayerNorm means of every row. `wide_backward` then works on tiles of a few features, so no row is long for it.
+
+sums: adds the partial sums in a fixed order. It uses no atomics and gives the same bits every time.
+
+A tile is (ROWS, BLOCK). Values of the gates i, f, o, g are a tuple of four tiles, or of three if `hidden` gives g. One
+reduction takes the sums of all of them, which share its barriers. An argument that is None is a compile-time constant.
+Everything is computed in fp32. Row numbers are int64, row strides are in elements, features are dense.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def forward_kernel(
     if NORM != "none":
         mean, r, shift = row_statistics(a, inside, eps, FEATURES, NORM, GATES, MASKED)
         a = normalise(a, mean, r, shift, inside, GATES, False)
-    if BLOCK >= 8192:  # 512 threads have 128 registers each, all of them in use while the statistics are taken
+    if BLOCK >= 8192:  # 512 threads have 128 registers each, and the statistics use all of them
         c_in = load(c + row * c_stride + column, inside, MASKED)
     if weight is not None:
         weights, biases = load_affine(weight, bias, column, 1, FEATURES, GATES, MASKED, BLOCK)
@@ -93,7 +94,7 @@ def _gradients(
     FEATURES: tl.constexpr, ACTIVATION: tl.constexpr, FAST: tl.constexpr, GATES: tl.constexpr, MASKED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(da, u, dhidden, dc'): da and u = weight * da of the gates, dhidden with `hidden` only.
+    """Return (da, u, dhidden, dc'): da and u = weight * da of the gates, dhidden with `hidden` only.
 
     See cell_backward in csrc/depth_lstm/math.h.
     """
@@ -130,7 +131,7 @@ def _gradients(
 
 @triton.jit
 def _accumulate_affine(sums, da, n, GATES: tl.constexpr):
-    """The sums over rows of da n and of da: dweight and dbias. What follows them in `sums` stays."""
+    """Add da n and da to the sums over rows for dweight and dbias; later entries of `sums` stay."""
     new = ()
     for k in tl.static_range(GATES):
         new = new + (sums[k] + da[k] * n[k],)
@@ -141,7 +142,7 @@ def _accumulate_affine(sums, da, n, GATES: tl.constexpr):
 
 @triton.jit
 def _accumulate_z_bias(sums, dz, GATES: tl.constexpr, COUNT: tl.constexpr):
-    """The sums over rows of dz, which are the last of `sums`."""
+    """Add dz to its sums over rows, the last entries of `sums`."""
     new = sums[: COUNT - GATES]
     for k in tl.static_range(GATES):
         new = new + (sums[COUNT - GATES + k] + dz[k],)
@@ -165,7 +166,7 @@ def _store_dz(dz_tiles, dz, row, column, inside, FEATURES: tl.constexpr, GATES: 
 
 @triton.jit
 def _store_sums(sums, partial, program, column, COUNT: tl.constexpr, FEATURES: tl.constexpr):
-    """Tiles summed over their rows, as rows of FEATURES of this program's part of `partial`."""
+    """Sum tiles over their rows and store them as rows of FEATURES in this program's part of `partial`."""
     if COUNT > 0:
         at = partial + program.to(tl.int64) * (COUNT * FEATURES) + column
         for k in tl.static_range(COUNT):
@@ -174,7 +175,7 @@ def _store_sums(sums, partial, program, column, COUNT: tl.constexpr, FEATURES: t
 
 @triton.jit
 def narrow_backward_kernel(
-    dh, dc, z, z_bias, hidden, c, weight, bias, seed,  # as in forward; dh and dc None for zeros
+    dh, dc, z, z_bias, hidden, c, weight, bias, seed,  # as in forward; a dh or dc of None stands for zeros
     dz, dhidden, dc_in,  # written
     partial,  # (programs, 2 or 1 or 3 times GATES, D) fp32, written: dweight, dbias, dz_bias
     rows, dh_stride, dc_stride, z_stride, hidden_stride, c_stride,
@@ -193,9 +194,8 @@ def narrow_backward_kernel(
         row = (tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
         inside = (row < rows) & (column < FEATURES)
         z_row = row
-        if (
-            ROWS > 1
-        ):  # a row that is not there repeats the last one: of zeros, r would be infinite with eps = 0, and NaN the sums
+        # A row past the end repeats the last one: for zeros and eps = 0, r would be infinite and the sums NaN.
+        if ROWS > 1:
             z_row = tl.minimum(row, rows - 1)
         n = load_z(z, z_bias, z_stride, z_row, column, column < FEATURES, rows, FEATURES, GATES, MASKED, BLOCK)
         if NORM != "none":
@@ -206,11 +206,10 @@ def narrow_backward_kernel(
             hidden_stride, c_stride,
             threshold, scale, FEATURES, ACTIVATION, FAST, GATES, MASKED, ROWS, BLOCK,
         )  # fmt: skip
-        if AFFINE_GRADIENT:  # here, not at the end: da need not live through the reduction
+        if AFFINE_GRADIENT:  # here, so that da need not live through the reduction
             sums = _accumulate_affine(sums, da, n, GATES)
-        _store_states(
-            dg, dc_tile, dhidden, dc_in, row, column, inside, FEATURES, MASKED
-        )  # now: the reduction waits, and needs registers
+        # stored before the reduction, which waits anyway and needs registers
+        _store_states(dg, dc_tile, dhidden, dc_in, row, column, inside, FEATURES, MASKED)
         if NORM != "none":
             means = row_means(dz_tiles + products(dz_tiles, n, GATES), 2, FEATURES, NORM, GATES)
             dz_tiles = layer_norm_backward(dz_tiles, n, r, means[:GATES], means[GATES:], GATES)
@@ -231,7 +230,10 @@ def row_sums_kernel(
     eps, threshold, scale,
     FEATURES: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row in blocks, three times over: it comes from memory once and then from the cache."""
+    """Take the sums of a row in blocks, in three passes.
+
+    The row comes from memory once and then from the cache.
+    """
     GATES: tl.constexpr = 4 if hidden is None else 3
     row = (tl.program_id(0).to(tl.int64) + tl.arange(0, 1))[:, None]
     key = load_key(seed)
@@ -328,7 +330,7 @@ def sums_kernel(
     programs, columns, width,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Adds the programs' partial sums, in an order that does not depend on time."""
+    """Add the programs' partial sums, in an order that does not depend on time."""
     column = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for first in tl.range(0, programs, ROWS):
@@ -348,8 +350,9 @@ def sums_kernel(
 
 
 def tile_plan(features: int, elements: int, **more: int) -> Launch:
-    """Rows of ``features`` at ``elements`` a thread: several rows to a warp where they are short, several warps to a
-    row where long.
+    """Plan rows of ``features`` at ``elements`` a thread.
+
+    A warp takes several short rows, and a long row takes several warps.
     """
     block = max(16, triton.next_power_of_2(features))
     return Launch(max(1, block // (32 * elements)), {"ROWS": max(1, 32 * elements // block), "BLOCK": block, **more})
@@ -357,19 +360,20 @@ def tile_plan(features: int, elements: int, **more: int) -> Launch:
 
 @functools.cache
 def forward_plans(features: int) -> list[Launch]:
-    """By rule (the first) 16 elements a thread: 80 instructions an element of D=512 in bf16 on sm_90, where 8 take 107
-    and 4 take 154.
+    """Return the forward plans; the rule's plan is the first, 16 elements a thread.
+
+    It takes 80 instructions an element of D=512 in bf16 on sm_90. A plan of 8 elements takes 107, a plan of 4 takes
+    154.
     """
     return [tile_plan(features, elements) for elements in (16, 8, 4) if features <= 4096 or elements > 4]
 
 
 @functools.cache
 def narrow_plans(features: int, sums: int, itemsize: int) -> list[Launch]:
-    """By rule 8 elements a thread beside the sums of dweight and dbias, 4 for fp32 and beside those of dz_bias: the
-    most without spills.
+    """Return the narrow plans; by rule each has the most elements a thread without spills.
 
-    Two stages fetch the next row while one is computed. Rows too long for any of it get no plan: they take the wide
-    scheme.
+    That is 8 beside the sums of dweight and dbias, and 4 for fp32 and beside the sums of dz_bias. Two stages fetch the
+    next row while one is computed. Longer rows get no plan and take the wide scheme.
     """
     if features > (2048 if sums <= 2 else 1024):
         return []
@@ -405,7 +409,7 @@ def gates_forward(
     seed: Tensor | None,
     norm: int, activation: int, eps: float, dropout_p: float, h: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(h, c_out); h, where it is given, is written into: a matrix (rows, D) with any row stride."""
+    """Return (h, c_out); a given h, a matrix (rows, D) with any row stride, is written in place."""
     features = c.shape[-1]
     c_out = torch.empty(c.shape, dtype=c.dtype, device=c.device)
     if h is None:
@@ -440,7 +444,7 @@ def gates_backward(
     affine_gradient: bool,
     z_bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dz, dhidden, dc', dweight, dbias, dz_bias); those that were not asked for have no elements."""
+    """Return (dz, dhidden, dc', dweight, dbias, dz_bias); gradients that are not wanted have no elements."""
     features, device = c.shape[-1], z.device
     rows = c.numel() // features
     affine_gradient, z_bias_gradient = affine_gradient and weight is not None, z_bias_gradient and z_bias is not None

@@ -1,5 +1,6 @@
-"""Fixtures and markers shared by all tests; poisoned memory: whatever nobody wrote is NaN; Triton's interpreter where
-there is no GPU.
+"""Fixtures and markers shared by all tests.
+
+Unwritten memory is NaN. Triton is interpreted on machines without a GPU.
 """
 
 from __future__ import annotations
@@ -10,18 +11,16 @@ import pytest
 import torch
 from poisoned_malloc import POISONED
 
-from depthlstm_fast import memory
-
-# Triton decides once, when it is imported, whether it compiles kernels or interprets them, and nothing has imported it
-# yet.
+# Triton and the package decide at their import whether kernels are interpreted. Neither is imported before this line.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Blocks of the pool that are handed out again are poisoned like malloc's memory.
+from depthlstm_fast import memory  # noqa: E402
+
+# A block of the pool is filled with NaN before it is handed out again, as malloc fills its memory.
 memory.poison(True)
 
-# Arguments that are drawn while test modules are imported, and the names of tests made of them, are the same in every
-# process.
+# Arguments drawn at the import of test modules, and test names made of them, are the same in every process.
 torch.manual_seed(0)
 
 
@@ -40,5 +39,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
-    """A test may not depend on which tests ran before it."""
+    """Fix the seed, because a test may not depend on the tests before it."""
     torch.manual_seed(0)

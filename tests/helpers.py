@@ -1,13 +1,16 @@
-"""What the tests of kernels and operators share: random arguments, results with gradients, and the error bound.
+"""Helpers of the tests of kernels and operators: random arguments, results with gradients, and the error bound.
 
-The bound: err(fused) <= 2 err(eager PyTorch, same dtypes) + tiny, both the largest absolute difference from the fp64
-reference.
-tiny = TINY eps max|exact| with the eps of the output's dtype. 16-bit results hardly need it: they are rounded once,
-eager's several times. In fp32 eager's largest error over a few dozen elements can be luckily small; the most that the
-kernels were seen to need is 3.7 eps. In fp64 eager is the reference itself, so that tiny is all there is: a few ulp of
-exp2 and erfc through some ten operations (9 eps seen), and absolute, because with D=2 a LayerNorm's gradient is what is
-left of terms of order 1 that cancel. A wrong formula is off by a share of the value itself; ``test_reference.py`` shows
-that the bound rejects such mutants.
+The bound is err(fused) <= 2 err(eager PyTorch, same dtypes) + tiny. Both errors are the largest absolute difference
+from the fp64 reference. tiny is TINY eps max|exact|, with the eps of the output's dtype:
+
+- 16-bit results hardly need it. They are rounded once, eager's several times.
+- In fp32 eager's largest error over a few dozen elements can be luckily small. The kernels were seen to need at most
+  3.7 eps.
+- In fp64 eager is the reference itself, so tiny is the whole bound: a few ulp of exp2 and erfc through some ten
+  operations (9 eps seen). It is absolute, because with D=2 a LayerNorm's gradient is the rest of cancelling terms of
+  order 1.
+
+A wrong formula differs by a share of the value itself. ``test_reference.py`` shows that the bound rejects such mutants.
 """
 
 from __future__ import annotations
@@ -26,13 +29,12 @@ from depthlstm_fast.checks import ACTIVATIONS
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
-DEVICE = (
-    "cuda" if torch.cuda.is_available() else "cpu"
-)  # of tests that run on either; Triton's kernels are interpreted on the CPU
+# device of tests that run on either; on the CPU Triton's kernels are interpreted
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def absence(backend: str) -> str | None:
-    """Why the tests of a backend are skipped; None where it can run and DEPTHLSTM_BACKEND does not ask for another."""
+    """Say why the tests of a backend are skipped; None if it can run and DEPTHLSTM_BACKEND names no other."""
     status, wanted = dl.backends()[backend], os.environ.get("DEPTHLSTM_BACKEND") or "auto"
     if not status.available:
         return f"no {backend} backend: {status.detail}"
@@ -47,7 +49,7 @@ TINY = {F16: 1, BF16: 1, F32: 8, F64: 64}
 
 
 class Types(NamedTuple):
-    """dtypes of (z, hidden, h), of c, and of the affine."""
+    """The dtypes of (z, hidden, h), of c, and of the affine."""
 
     z: torch.dtype
     c: torch.dtype
@@ -57,10 +59,10 @@ class Types(NamedTuple):
         return "-".join(str(dtype).removeprefix("torch.").replace("float", "f") for dtype in self)
 
 
-# every combination that is accepted
+# every accepted combination
 TYPES = [Types(F32, F32, F32), Types(F64, F64, F64)]
 TYPES += [Types(z, c, affine) for z in (BF16, F16) for c in (z, F32) for affine in (z, F32)]
-# one for each type of memory, and the mixture that autocast makes
+# one for each type of memory, and autocast's mixture
 MAIN_TYPES = [
     Types(F32, F32, F32),
     Types(F64, F64, F64),
@@ -71,7 +73,7 @@ MAIN_TYPES = [
 
 NORMS = [("gate", True), ("gate", False), ("joint", True), ("joint", False), ("none", False)]  # norm, affine
 KINDS = [*ACTIVATIONS, "given"]  # "given": hidden instead of an activation
-# every shape of call once: what differs between them in the Python above the kernels
+# every shape of call once: the cases that differ in the Python above the kernels
 CALLS = [
     ("gate", True, "gelu"),
     ("gate", False, "given"),
@@ -95,7 +97,7 @@ def arguments(
     kind: str = "gelu",
     device: str = "cpu",
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Random tensors and the options for ``depth_lstm_gates`` on rows of ``shape``."""
+    """Return random tensors and the options for ``depth_lstm_gates`` on rows of ``shape``."""
     leading = (shape,) if isinstance(shape, int) else shape
     gates = 3 if kind == "given" else 4
     tensors = {
@@ -114,7 +116,10 @@ def arguments(
 
 
 def cotangents(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Random gradients of h and c. Never ones: a LayerNorm's gradient of a sum is zero, whatever the kernel does."""
+    """Return random gradients of h and c.
+
+    They are never ones: a LayerNorm's gradient of a sum is zero for every kernel.
+    """
     z, c = tensors["z"], tensors["c"]
     return normal(*c.shape, dtype=z.dtype).to(c.device), normal(*c.shape, dtype=c.dtype).to(c.device)
 
@@ -126,7 +131,7 @@ def results(
     outputs: tuple[str, ...] = ("h", "c_out"),
     **options: Any,
 ) -> dict[str, Tensor]:
-    """Outputs by name, and the gradient of every tensor ("dz", "dc", ...) under the cotangents."""
+    """Return outputs by name, and the gradient of every tensor ("dz", "dc", ...) under the cotangents."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
     made = function(**leaves, **options)
     found = torch.autograd.grad(made, list(leaves.values()), grads)
@@ -137,14 +142,14 @@ def results(
 
 
 def fused(*positional: Any, backend: str = "cpp", **named: Any) -> tuple[Tensor, Tensor]:
-    """``depth_lstm_gates`` by a fused backend, which is then known to have run."""
+    """Run ``depth_lstm_gates`` by a fused backend, and check that this backend ran."""
     outputs = dl.depth_lstm_gates(*positional, backend=backend, **named)
     assert dl.last_backend() == backend
     return outputs
 
 
 def fused_cell(*positional: Any, backend: str = "cpp", **named: Any) -> tuple[Tensor, Tensor]:
-    """``depth_lstm_cell`` by a fused backend, which is then known to have run."""
+    """Run ``depth_lstm_cell`` by a fused backend, and check that this backend ran."""
     outputs = dl.depth_lstm_cell(*positional, backend=backend, **named)
     assert dl.last_backend() == backend
     return outputs
@@ -155,9 +160,9 @@ def double(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def excess(found: Tensor, eager: Tensor, exact: Tensor, condition: float = 0.0) -> tuple[float, float]:
-    """(the error of ``found``, what the bound allows); the largest absolute differences from ``exact``.
+    """Return (the error of ``found``, the allowed error) as the largest absolute differences from ``exact``.
 
-    ``condition`` is mean / standard deviation of a LayerNorm's rows: rounding their mean alone moves the results by
+    ``condition`` is mean / standard deviation of a LayerNorm's rows. Rounding their mean alone moves the results by
     condition * eps / 2.
     """
     if exact.numel() == 0:
@@ -174,7 +179,7 @@ def excess(found: Tensor, eager: Tensor, exact: Tensor, condition: float = 0.0) 
 def assert_bound(
     found: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor], condition: float = 0.0
 ) -> None:
-    """Each result has the type and shape of eager's and keeps the bound."""
+    """Check that each result has the type and shape of eager's and keeps the bound."""
     assert found.keys() == eager.keys() == exact.keys()
     for name in found:
         assert (found[name].dtype, found[name].shape) == (eager[name].dtype, eager[name].shape), name
@@ -189,8 +194,9 @@ def check_gates(
     condition: float = 0.0,
     backend: str = "cpp",
 ) -> dict[str, Tensor]:
-    """Run the fused gates, eager and fp64 on the same arguments and hold the first to the bound; returns its
-    results.
+    """Run the fused gates, eager and fp64 on the same arguments, and compare the first with the bound.
+
+    Returns the results of the fused gates.
     """
     grads = cotangents(tensors) if grads is None else grads
     found = results(functools.partial(fused, backend=backend), tensors, grads, **options)
@@ -205,14 +211,14 @@ def check_results(
     grads: tuple[Tensor, Tensor],
     condition: float = 0.0,
 ) -> None:
-    """Hold ``found``, results of some gates on these arguments, to the bound."""
+    """Compare ``found``, results of some gates on these arguments, with the bound."""
     eager = results(dl.reference.depth_lstm_gates, tensors, grads, **options)
     exact = results(dl.reference.depth_lstm_gates, double(tensors), (grads[0].double(), grads[1].double()), **options)
     assert_bound(found, eager, exact, condition)
 
 
 def assert_identical(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """Bit for bit, NaN equal to NaN."""
+    """Check for equality bit for bit, with NaN equal to NaN."""
     assert found.keys() == wanted.keys()
     for name in found:
         torch.testing.assert_close(

@@ -1,13 +1,12 @@
-"""Reads the CUDA C++ kernels out of the built library, without a GPU, and holds them to tools/cuda_budget.json.
+"""Read the CUDA C++ kernels from the built library, without a GPU, and check them against tools/cuda_budget.json.
 
-python tools/check_cuda.py             every kernel and architecture in depthlstm_fast/_C.abi3.so
-python tools/check_cuda.py --update    rewrites the budget of this nvcc, and docs/cuda_budget.md
+    python tools/check_cuda.py             every kernel and architecture in depthlstm_fast/_C.abi3.so
+    python tools/check_cuda.py --update    rewrites the budget of this nvcc, and docs/cuda_budget.md
 
-Faults are named a line each, with status 1.
-A fault is any spill or stack, more registers or shared memory than the budget, or fewer 128-bit loads and stores and
-more narrow ones. Another minor version of nvcc is another assembler: one that has no budget is held to the spills
-alone. cuobjdump comes with the CUDA toolkit; where that has none, Triton's wheel brings one. It must not be older than
-nvcc.
+Each fault is printed on its own line, and the exit status is then 1. A fault is any spill or stack, more registers or
+shared memory than the budget, or fewer 128-bit loads and stores and more narrow ones. Each minor version of nvcc has
+its own assembler. A version without a budget is checked for spills only. cuobjdump comes with the CUDA toolkit or, if
+that lacks it, with Triton's wheel. It must not be older than nvcc.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ LIBRARY = ROOT / "depthlstm_fast" / "_C.abi3.so"
 BUDGET = ROOT / "tools" / "cuda_budget.json"
 PAGE = ROOT / "docs" / "cuda_budget.md"
 Figures = dict[str, Any]  # registers, stack, spills, shared, loads and stores by width in bits, instructions
-Budget = dict[str, Figures]  # by "sm_90 forward_warp z=bfloat16 c=float gates=4 vectors=2"
+Budget = dict[str, Figures]  # by names such as "sm_90 forward_warp z=bfloat16 c=float gates=4 vectors=2"
 
 # the template parameters of each kernel after the type of c, by name
 PARAMETERS = {
@@ -47,7 +46,7 @@ class ToolError(Exception):
 
 
 def cuobjdump() -> str:
-    """The disassembler: the toolkit's, else the one in Triton's wheel."""
+    """Return the disassembler: the toolkit's, else the one in Triton's wheel."""
     places = [shutil.which("cuobjdump"), "/usr/local/cuda/bin/cuobjdump"]
     triton = importlib.util.find_spec("triton")
     if triton is not None and triton.origin is not None:
@@ -59,14 +58,14 @@ def cuobjdump() -> str:
 
 
 def build_info(library: Path) -> dict[str, str]:
-    """What the library says of how it was built."""
-    found = re.search(rb"depthlstm_fast build: ([^\0]+)", library.read_bytes())  # loading it would need torch
+    """Return the library's build stamp as a dict."""
+    found = re.search(rb"depthlstm_fast build: ([^\0]+)", library.read_bytes())  # loading the library would need torch
     text = found[1].decode() if found else ""
     return dict(part.split("=", 1) for part in text.split(";") if "=" in part)
 
 
 def nvcc_version(library: Path) -> str:
-    """The minor version of the nvcc that built it, as "13.0"."""
+    """Return the minor version of the nvcc that built the library, such as "13.0"."""
     return ".".join(re.findall(r"\d+", build_info(library).get("nvcc", ""))[:2]) or "unknown"
 
 
@@ -78,7 +77,7 @@ def run(command: list[str], text: str | None = None) -> str:
 
 
 def name_of(demangled: str) -> str:
-    """'forward_warp z=bfloat16 c=float gates=4 vectors=2' of a demangled kernel."""
+    """Return 'forward_warp z=bfloat16 c=float gates=4 vectors=2' for a demangled kernel."""
     found = re.search(r"(?:z_(\w+)::)?\(anonymous namespace\)::(\w+)(?:<(.*)>)?\(", demangled)
     if found is None:
         raise ToolError(f"unknown kernel {demangled}")
@@ -91,7 +90,7 @@ def name_of(demangled: str) -> str:
 
 
 def instructions_of(sass: str) -> Figures:
-    """Spills, widths and number of the instructions of one kernel."""
+    """Count spills, widths and instructions of one kernel."""
     loads: collections.Counter[int] = collections.Counter()
     stores: collections.Counter[int] = collections.Counter()
     spills = count = 0
@@ -112,7 +111,7 @@ def instructions_of(sass: str) -> Figures:
 
 
 def measure(library: Path) -> Budget:
-    """The figures of every kernel in the library."""
+    """Return the figures of every kernel in the library."""
     tool = cuobjdump()
     usage, sass = run([tool, "-res-usage", str(library)]), run([tool, "-sass", str(library)])
     resources: dict[tuple[str, str], Figures] = {}
@@ -141,7 +140,7 @@ def measure(library: Path) -> Budget:
 
 
 def faults(found: Figures, budget: Figures | None) -> list[str]:
-    """What is wrong with a kernel, and what is worse than its budget; without a budget spills alone are wrong."""
+    """List a kernel's errors and figures worse than its budget; without a budget only spills count."""
     lines = []
     if found["stack"] or found["spills"]:
         lines.append(f"spills: {found['spills']} instructions, {found['stack']} bytes of stack a thread")
@@ -159,7 +158,7 @@ def faults(found: Figures, budget: Figures | None) -> list[str]:
 
 
 def all_faults(found: Budget, budget: Budget | None) -> list[str]:
-    """The faults of all kernels, and where library and budget do not hold the same kernels."""
+    """List the faults of all kernels, and kernels that only the library or only the budget has."""
     lines = [f"{name}: {fault}" for name in found for fault in faults(found[name], budget and budget.get(name))]
     if budget is not None:
         architectures = {name.split()[0] for name in found}
@@ -193,7 +192,7 @@ loads, one of which runs.
 
 
 def markdown(budgets: dict[str, Any]) -> str:
-    """docs/cuda_budget.md: a table for each architecture, of z in bfloat16, and the worst of all."""
+    """Return docs/cuda_budget.md: a table for each architecture, of z in bfloat16, and the worst of all."""
     lines = PAGE_HEAD.splitlines()
     for version, budget in sorted(budgets.items()):
         table: Budget = budget["kernels"]
@@ -225,7 +224,7 @@ def markdown(budgets: dict[str, Any]) -> str:
 
 
 def dump(budgets: dict[str, Any]) -> str:
-    """The budget as JSON with one line a kernel, so that a diff reads well."""
+    """Return the budget as JSON with one line a kernel, so that a diff is easy to read."""
     parts = []
     for version, budget in sorted(budgets.items()):
         rows = ",\n".join(

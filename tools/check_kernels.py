@@ -1,13 +1,12 @@
-"""Compiles every Triton kernel as the launcher would run it, without a GPU, and holds it to tools/kernel_budget.json.
+"""Compile every Triton kernel as the launcher would, without a GPU, and check it against tools/kernel_budget.json.
 
-python tools/check_kernels.py            all cases for sm_80, sm_90, sm_100, gfx942: 5 minutes of CPU time
-python tools/check_kernels.py --quick    what matters most, nearly all on sm_90: half a minute
-python tools/check_kernels.py --update   rewrites the budget of this Triton, and docs/triton_budget.md
+    python tools/check_kernels.py            all cases for sm_80, sm_90, sm_100, gfx942: 5 minutes of CPU time
+    python tools/check_kernels.py --quick    the most important cases, nearly all on sm_90: half a minute
+    python tools/check_kernels.py --update   rewrites the budget of this Triton, and docs/triton_budget.md
 
-Faults are named a line each, with status 1.
-A fault is any spill, more registers or shared memory than the budget, or narrower loads and stores. Every version of
-Triton brings its own assembler, so each has a budget of its own; one that has none is held to the spills alone. Plans
-are those by rule, not by timing.
+Each fault is printed on its own line, and the exit status is then 1. A fault is any spill, more registers or shared
+memory than the budget, or narrower loads and stores. Every version of Triton brings its own assembler, so each has its
+own budget. A version without a budget is checked for spills only. Plans are those by rule, not by timing.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ class Case(NamedTuple):
 
 
 class Compilation(NamedTuple):
-    """What launch.compile_kernel is asked for, with the name it has in the budget."""
+    """The arguments of launch.compile_kernel, with the compilation's name in the budget."""
 
     name: str
     quick: bool
@@ -92,7 +91,7 @@ class Compilation(NamedTuple):
 
 
 def cases() -> Iterator[Case]:
-    """Every call that is checked; of calls that need the same kernel the first gives the name."""
+    """Yield every checked call; of calls with the same kernel the first gives the name."""
     for features in SIZES:
         yield Case("sm_90", features, "bf16", quick=True)
         yield Case("sm_90", features, "bf16", ("z_bias",), quick=features == 512)
@@ -125,7 +124,10 @@ def cases() -> Iterator[Case]:
 
 
 def record(case: Case) -> Iterator[Compilation]:
-    """The kernels that a call launches: the launcher runs on small CPU tensors up to the launch itself."""
+    """Yield the kernels that a call launches.
+
+    The launcher runs on small CPU tensors up to the launch itself.
+    """
     z_type, z_bias_type, c_type, affine_type = TYPES[case.types]
     gate_count = 3 if "hidden" in case.options else 4
     width = gate_count * case.features
@@ -163,7 +165,7 @@ def record(case: Case) -> Iterator[Compilation]:
 
 
 def compilations() -> list[Compilation]:
-    """What all cases need, each different kernel once."""
+    """Return the compilations of all cases, each different kernel once."""
     different: dict[tuple[Any, ...], Compilation] = {}
     for compilation in itertools.chain.from_iterable(map(record, cases())):
         different.setdefault(compilation[2:], compilation)
@@ -179,14 +181,15 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def _width(modifiers: list[str]) -> str:
-    """Bits a thread moves with an instruction LDG.E.128 and the like; no number means 32, U16 and the signed forms say
-    so.
+    """Return the bits a thread moves with an instruction such as LDG.E.128.
+
+    No number means 32; U16 and the signed forms name theirs.
     """
     return next((word.lstrip("US") for word in modifiers if re.fullmatch(r"[US]?(8|16|64|128|256)", word)), "32")
 
 
 def nvidia_figures(cubin: bytes) -> Figures:
-    """What cuobjdump and nvdisasm say of a kernel."""
+    """Return the figures of a kernel from cuobjdump and nvdisasm."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -215,7 +218,7 @@ def nvidia_figures(cubin: bytes) -> Figures:
 
 
 def amd_figures(assembly: str) -> Figures:
-    """The same from the metadata of AMD's assembly, without the widths."""
+    """Return the figures from the metadata of AMD's assembly, without the widths."""
 
     def number(name: str) -> int:
         found = re.search(rf"\.{name}:\s+(\d+)", assembly)
@@ -251,7 +254,7 @@ def widest(counts: dict[str, int]) -> int:
 
 
 def faults(found: Figures, budget: Figures | None) -> list[str]:
-    """What is wrong with a kernel, and what is worse than its budget; without a budget spills alone are wrong."""
+    """List a kernel's errors and figures worse than its budget; without a budget only spills count."""
     lines = []
     if found["stack"] or found["spills"]:
         lines.append(f"spills: {found['spills']} instructions, {found['stack']} bytes a thread")
@@ -265,7 +268,7 @@ def faults(found: Figures, budget: Figures | None) -> list[str]:
         if widest(found[name]) < width:
             lines.append(f"the widest of its {name} has {widest(found[name])} bits, its budget is {width}")
             continue
-        # fewer wide ones alone may be an improvement: something is not loaded any more
+        # fewer wide ones alone may be an improvement: a load is gone
         wide, wanted = found[name].get(str(width), 0), budget[name].get(str(width), 0)
         if wide < wanted and sum(found[name].values()) - wide > sum(budget[name].values()) - wanted:
             lines.append(f"{wide} {name} of {width} bits and more narrow ones, its budget is {wanted}")
@@ -273,7 +276,7 @@ def faults(found: Figures, budget: Figures | None) -> list[str]:
 
 
 def all_faults(found: Budget, budget: Budget | None, names: set[str]) -> list[str]:
-    """The faults of all kernels, and where budget and cases (their ``names``) do not match."""
+    """List the faults of all kernels, and mismatches between the budget and the cases' ``names``."""
     lines = [f"{name}: {fault}" for name in found for fault in faults(found[name], budget and budget.get(name))]
     if budget is not None:
         lines += [f"{name}: not in the budget (--update)" for name in found if name not in budget]
@@ -282,7 +285,7 @@ def all_faults(found: Budget, budget: Budget | None, names: set[str]) -> list[st
 
 
 def widths(counts: dict[str, int]) -> str:
-    """ "9x128 1x64"; "-" where nothing was counted."""
+    """Format "9x128 1x64"; "-" if nothing was counted."""
     return " ".join(f"{count}x{width}" for width, count in counts.items()) or "-"
 
 
@@ -296,7 +299,7 @@ def cells(name: str, figures: Figures) -> tuple[str, ...]:
 
 
 def version() -> str:
-    """Triton's minor version, as "3.6"."""
+    """Return Triton's minor version, such as "3.6"."""
     return ".".join(triton.__version__.split(".")[:2])
 
 
@@ -318,7 +321,7 @@ SUMMARY = (
 
 
 def markdown(budgets: dict[str, Any]) -> str:
-    """docs/triton_budget.md."""
+    """Return docs/triton_budget.md."""
     versions = sorted(budgets, key=lambda text: [int(part) for part in text.split(".")])
     lines = PAGE_HEAD.splitlines()
     for name in versions:
@@ -355,7 +358,7 @@ def markdown(budgets: dict[str, Any]) -> str:
 
 
 def dump(budgets: dict[str, Any]) -> str:
-    """The budget as JSON with one line a kernel, so that a diff reads well."""
+    """Return the budget as JSON with one line a kernel, so that a diff is easy to read."""
     parts = []
     for name, budget in sorted(budgets.items()):
         head = "".join(f"  {json.dumps(key)}: {json.dumps(budget[key])},\n" for key in ("triton", "assemblers"))
@@ -365,7 +368,7 @@ def dump(budgets: dict[str, Any]) -> str:
 
 
 def measure_all(wanted: Iterable[Compilation], jobs: int) -> Iterator[tuple[str, Figures]]:
-    """(name, figures) of each, in the order asked for."""
+    """Yield (name, figures) of each compilation, in the given order."""
     wanted = list(wanted)
     with multiprocessing.get_context("fork").Pool(max(1, min(jobs, len(wanted)))) as pool:
         yield from zip((asked.name for asked in wanted), pool.imap(measure, wanted), strict=True)

@@ -1,4 +1,4 @@
-"""`python -m depthlstm_fast.bench.gpu`: what `make gpu` runs."""
+"""`python -m depthlstm_fast.bench.gpu`: the command of `make gpu`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What `make gpu` measures with: the sizes of its problems, and the way from a problem to its rows."""
+"""The instruments of `make gpu`: the sizes of its problems, and the way from a problem to its rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .checker import Checker
 
 BF16, FP32 = torch.bfloat16, torch.float32
 MOST_REPETITIONS = 400
-Needed = tuple[str, torch.dtype, int]  # subject, dtype, D of the check that a problem stands on
+Needed = tuple[str, torch.dtype, int]  # subject, dtype, D of the check that a problem needs
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class Sizes:
     gates: tuple[tuple[int, int, torch.dtype], ...]
     cells: tuple[tuple[int, int], ...]
     layers: tuple[tuple[int, int, int, int], ...]
-    stack: tuple[int, int, int, int, int]  # as a layer, and how many of them
+    stack: tuple[int, int, int, int, int]  # a layer's four sizes, and the number of layers
     memory: tuple[int, int]
     few: tuple[int, tuple[int, ...]]  # D, and numbers of rows
     check_elements: int  # of c in a check
     copied_bytes: int = 1 << 30
     matrix: int = 8192
     calls: int = overhead.CALLS_AT_ONCE
-    main: int = 3  # the first of the gates' problems, which the targets are about
+    main: int = 3  # index of the first of the gates' problems with targets
 
 
 FULL = Sizes(
@@ -70,10 +70,10 @@ TINY = Sizes(
 
 @dataclass
 class Bench:
-    """What every problem needs.
+    """The common state of all problems.
 
     Attributes:
-        verified: the checks on tensors that are timed, by subject, backend, dtype and size of the row.
+        verified: the checks on timed tensors, by subject, backend, dtype and size of the row.
     """
 
     device: torch.device
@@ -86,13 +86,13 @@ class Bench:
     verified: dict[tuple[str, str, str, str], Check] = field(default_factory=dict)
 
     def reset(self) -> None:
-        """Forget what was compiled, so that no limit on recompilations is met, and release memory."""
+        """Forget compiled code, so that no limit on recompilations is reached, and release memory."""
         if self.settings.compile:
             torch._dynamo.reset()
         release(self.device)
 
     def watch(self, clock: str) -> Stopwatch:
-        """The stopwatch of a clock, made once: that of events has a large buffer."""
+        """Return the stopwatch of a clock; it is made once, because the stopwatch of events has a large buffer."""
         if clock not in self.watches:
             self.watches[clock] = stopwatch(self.device, clock)
         return self.watches[clock]
@@ -101,7 +101,7 @@ class Bench:
         return Place(Compiled(self.settings.compile and compile, mode), self.device, backends, gpu=True)
 
     def failure(self, problem: Problem, backend: str) -> str | None:
-        """What is wrong with a backend on the tensors that are timed; None where nothing is, or nothing checks it."""
+        """Say what is wrong with a backend on the timed tensors; None if nothing is, or nothing checks it."""
         if problem.verify is None:
             return None
         key = (problem.row.subject, backend, problem.row.dtype, problem.row.size)
@@ -112,7 +112,7 @@ class Bench:
         return None if made.passed else f"{made.subject} {made.dtype} {made.size} {made.summary}"
 
     def rows(self, make: Maker, needed: Needed, compile: bool = True, mode: str | None = None) -> Iterator[Row]:
-        """The problem's rows, red ones first; a backend whose check is red is not timed.
+        """Yield the problem's rows, red ones first; a backend with a red check is not timed.
 
         Args:
             compile, mode: whether torch.compile is among the rivals, and in which mode.

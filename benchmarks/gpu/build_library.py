@@ -1,10 +1,10 @@
-"""The library for this machine's GPU, as `make gpu` needs it.
+"""Build the library for this machine's GPU, as `make gpu` needs it.
 
-It has the CPU's kernels, and the CUDA kernels for that GPU alone. The build has a limit of time.
+The library has the CPU's kernels, and the CUDA kernels for that GPU alone. The build has a time limit.
 
     python -m depthlstm_fast.bench.gpu.build_library
 
-The exit status is 0 where the library is there and up to date. A run can go on without it.
+The exit status is 0 if the library exists and is up to date. A run can go on without it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NVCC_PLACES = ("nvcc", "/usr/local/cuda/bin/nvcc")
 
 
 def architecture() -> str | None:
-    """The GPU's compute capability as DEPTHLSTM_CUDA_ARCHS has it, such as "90"; None without a GPU."""
+    """Return the GPU's compute capability in the form of DEPTHLSTM_CUDA_ARCHS, such as "90"; None without a GPU."""
     import torch
 
     return "{}{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else None
@@ -33,7 +33,7 @@ def has_nvcc() -> bool:
 
 
 def runs_here() -> bool:
-    """Whether the library that is there has CUDA kernels for this GPU."""
+    """Return whether the present library has CUDA kernels for this GPU."""
     import depthlstm_fast as dl
 
     return dl.backends()["cuda"].available
@@ -42,7 +42,7 @@ def runs_here() -> bool:
 def build(found: str | None, limit: float = LIMIT_SECONDS) -> str | None:
     """Build for the architecture ``found``, unless DEPTHLSTM_CUDA_ARCHS names others.
 
-    Why there is nothing new, or None.
+    Returns why there is no new library, or None.
     """
     variables = {"DEPTHLSTM_CUDA_ARCHS": os.environ.get("DEPTHLSTM_CUDA_ARCHS") or found} if found else {}
     process = programs.start([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], None, variables)

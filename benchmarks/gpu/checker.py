@@ -1,10 +1,9 @@
-"""Correct before fast, on the GPU.
+"""Checks against the fp64 reference on the GPU, before any timing.
 
-A row is timed only where its backend, dtype and width have been held to the fp64 reference.
-
-fp64 and eager run on the same GPU. The bound is that of the tests: twice eager's error and one rounding of the
-largest value, eight in fp32, where eager's largest error can be luckily small. What the gates allocate holds NaN
-before they write it, so that an element that no kernel writes is found.
+A row is timed only if a check has passed its backend, dtype and width. fp64 and eager run on the same GPU. The bound is
+that of the tests: twice eager's error and one rounding of the largest value. In fp32 it is eight roundings, because
+eager's largest error can be luckily small. The gates' outputs hold NaN before the kernels write them, so that an
+unwritten element is found.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ class Checker:
     """Checks on demand, each made once.
 
     Args:
-        rows: how many rows a check of width D takes.
-        heads, tokens: of the layer's check.
-        on_check: told of every new check.
+        rows: function from the width D to the number of rows of a check.
+        heads, tokens: sizes of the layer's check.
+        on_check: called with every new check.
     """
 
     def __init__(
@@ -45,7 +44,7 @@ class Checker:
         self.found: dict[Key, Check] = {}
 
     def check(self, subject: str, backend: str, dtype: torch.dtype, features: int) -> Check:
-        """The check of one backend at one width; one that raises is red."""
+        """Return the check of one backend at one width; a check that raises is red."""
         key = (subject, backend, dtype, features)
         if key not in self.found:
             torch.manual_seed(features)
@@ -63,7 +62,7 @@ class Checker:
         return self.found[key]
 
     def failure(self, subject: str, backend: str, dtype: torch.dtype, features: int) -> str | None:
-        """Why no number of that may be shown; None where its check is green."""
+        """Say why no number of this key may be shown; None if its check is green."""
         made = self.check(subject, backend, dtype, features)
         return None if made.passed else f"{subject} {made.dtype} {made.size} {made.summary}"
 

@@ -1,6 +1,6 @@
-"""Triton and CUDA C++ side by side, from a run's rows.
+"""Comparison of Triton and CUDA C++ from a run's rows.
 
-Their winners are the entries of depthlstm_fast/backends/fastest.py.
+The winners are the entries of depthlstm_fast/backends/fastest.py.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 from .jobs import Run
 
 TORCH_NAMES = {"fp32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}
-DECISIVE = "gates forward + backward"  # what backends/fastest.py names the winner of
+DECISIVE = "gates forward + backward"  # the measurement that decides the winner in backends/fastest.py
 FASTEST_FILE = "fastest.txt"
 
 
 class Pair(NamedTuple):
     """Two rows of one measurement, whose contestants took turns.
 
-    ``winner`` is None where they differ by no more than their spread.
+    ``winner`` is None if they differ by no more than their spread.
     """
 
     triton: dict[str, Any]
@@ -25,7 +25,7 @@ class Pair(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """How many times faster CUDA C++ is than Triton, by the medians."""
+        """Return how many times faster CUDA C++ is than Triton, by the medians."""
         return self.triton["values"]["fused"]["median"] / self.cuda["values"]["fused"]["median"]
 
     @property
@@ -37,9 +37,9 @@ class Pair(NamedTuple):
 
 
 def pairs(run: Run) -> list[Pair]:
-    """What both backends were timed on, in the order of the run.
+    """Return the measurements that both backends have, in the order of the run.
 
-    Rows of one backend alone, and red ones, are left out.
+    Rows of a single backend, and red rows, are left out.
     """
     found: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
     for row in run["rows"]:
@@ -50,7 +50,7 @@ def pairs(run: Run) -> list[Pair]:
 
 
 def pair_lines(run: Run) -> list[list[str]]:
-    """A table: what, both medians, their ratio, the faster one; its headings first."""
+    """Return a table, headings first: the measurement, both medians, their ratio, the faster backend."""
     table = [["Triton and CUDA C++ (medians)", "Triton", "CUDA C++", "CUDA over Triton", "faster"]]
     for pair in pairs(run):
         row = pair.cuda
@@ -63,7 +63,7 @@ def pair_lines(run: Run) -> list[list[str]]:
 
 
 def red(run: Run, dtype: str, features: int) -> bool:
-    """Whether a check of the gates of that dtype and width is red, of either backend."""
+    """Return whether a check of the gates of that dtype and width is red, for either backend."""
     sizes = [
         (check, check["size"].split())
         for check in run["checks"]
@@ -73,7 +73,10 @@ def red(run: Run, dtype: str, features: int) -> bool:
 
 
 def fastest_entries(run: Run) -> list[str]:
-    """Lines of the table FASTEST: problems with a clear winner whose checks are green, of a run on a GPU."""
+    """Return lines for the table FASTEST, of a run on a GPU.
+
+    A line is a problem with a clear winner and green checks.
+    """
     gpu, place = run["machine"].get("gpu"), run["machine"].get("name")
     lines = []
     for pair in pairs(run) if gpu and not run.get("rehearsal") else []:
@@ -92,7 +95,7 @@ def fastest_entries(run: Run) -> list[str]:
 
 
 def fastest_text(run: Run) -> str:
-    """The file ``fastest.txt``: what can be pasted into depthlstm_fast/backends/fastest.py, and which run it is of."""
+    """Return the text of ``fastest.txt``: lines for depthlstm_fast/backends/fastest.py, and the run they come from."""
     machine = run["machine"]
     commit = (machine.get("commit") or "an unknown commit")[:14] + (" with changes" if machine.get("dirty") else "")
     lines = ["# For FASTEST in depthlstm_fast/backends/fastest.py."]

@@ -1,13 +1,12 @@
-"""What the kernels reach by the GPU's own counters: bytes that memory moved while a kernel ran.
+"""Memory traffic of the kernels by the GPU's own counters.
 
 ncu (Nsight Compute) reads them:
 
     python -m depthlstm_fast.bench.gpu.counters cuda bfloat16 512 65536 1024 65536
 
-That command, under ncu, makes the calls: of a backend, in a dtype, for (D, rows) pairs.
-
-ncu measures each kernel alone, with cold caches, at whatever clocks the GPU has. Reading counters may need a
-permission: what ncu says of that is kept in place of numbers.
+This command, under ncu, makes the calls of a backend in a dtype, for (D, rows) pairs. ncu measures each kernel alone,
+with cold caches, at the GPU's current clocks. Reading counters may need a permission. Without it ncu's message is kept
+in place of numbers.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ Size = tuple[int, int]  # D, rows
 
 
 def command(tool: str, backend: str, dtype: str, sizes: Sequence[Size]) -> list[str]:
-    """ncu on this file."""
+    """Return the command that runs ncu on this file."""
     flags = ["--csv", "--print-units", "base", "--clock-control", "none", "--print-kernel-base", "function"]
     flags += ["--profile-from-start", "off", "--metrics"]
     words = [str(number) for size in sizes for number in size]
@@ -56,13 +55,13 @@ def command(tool: str, backend: str, dtype: str, sizes: Sequence[Size]) -> list[
 
 
 def short_name(kernel: str) -> str:
-    """The name without namespaces, template arguments and parameters."""
+    """Return the kernel's name without namespaces, template arguments and parameters."""
     plain = re.sub(r"<unnamed>::|\(anonymous namespace\)::", "", kernel.strip().removeprefix("void "))
     return re.split(r"[<(]", plain)[0].split("::")[-1].strip()
 
 
 def parse(output: str, sizes: Sequence[Size]) -> list[dict[str, Any]]:
-    """A row for each kernel; each size begins with its forward kernel, of which it has one."""
+    """Return a row for each kernel; each size begins with its single forward kernel."""
     lines = output.splitlines()
     start = next((index for index, line in enumerate(lines) if line.startswith('"ID"')), None)
     if start is None:
@@ -94,12 +93,12 @@ def parse(output: str, sizes: Sequence[Size]) -> list[dict[str, Any]]:
 
 
 def without(backend: str, reason: str, seconds: float = 0.0) -> dict[str, Any]:
-    """The entry of a backend that there are no counters of."""
+    """Return the entry of a backend without counters."""
     return {"backend": backend, "kernels": [], "reason": reason, "seconds": round(seconds, 1)}
 
 
 def judge(backend: str, outcome: Outcome, sizes: Sequence[Size]) -> dict[str, Any]:
-    """One backend's kernels, or why ncu told nothing."""
+    """Return one backend's kernels, or the reason why ncu gave none."""
     kernels = parse(outcome.output, sizes)
     if kernels:
         return without(backend, "", outcome.seconds) | {"kernels": kernels}
@@ -110,7 +109,7 @@ def judge(backend: str, outcome: Outcome, sizes: Sequence[Size]) -> dict[str, An
 
 
 def main(backend: str, dtype: str, *words: str) -> None:
-    """Forward and backward of each size once to warm up, then once more for the profiler."""
+    """Run forward and backward of each size once to warm up, then once more for the profiler."""
     import torch
 
     import depthlstm_fast as dl

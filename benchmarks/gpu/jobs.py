@@ -1,6 +1,6 @@
-"""Jobs under one budget of time.
+"""Jobs under one time budget.
 
-Each job is guarded. What it found is written down at once. What did not run is listed.
+An error in a job does not end the run. Results are written down at once, and jobs that did not run are listed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from ..measure.rows import Row, row_data
 
 Run = dict[str, Any]
-GRACE_SECONDS = 15.0  # by how much a job may outlast the budget before it is stopped
+GRACE_SECONDS = 15.0  # how long a job may outlast the budget before it is stopped
 TRACEBACK_CHARACTERS = 3000
 
 
@@ -27,8 +27,8 @@ class Job:
 
     Attributes:
         run: does the work; the rows that it yields are written down one by one.
-        need: seconds that must be left in the budget for it to start.
-        limit: seconds after which it is taken to hang.
+        need: seconds that must be left in the budget for the job to start.
+        limit: seconds after which the job counts as hanging.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Budget:
 
 
 def write_text(path: Path, text: str) -> None:
-    """``text`` to ``path`` by way of a rename: a kill leaves the old file or the new one."""
+    """Write ``text`` to ``path`` through a rename: a kill leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
@@ -57,9 +57,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 class Recorder:
-    """What a run has found so far, in memory and in ``folder``.
+    """The results of a run so far, in memory and in ``folder``.
 
-    The folder has results.json, and whatever ``render`` writes beside it.
+    The folder has results.json, and the files that ``render`` writes beside it.
     """
 
     def __init__(self, folder: Path, run: Run, render: Callable[[Run, Path], None] | None = None) -> None:
@@ -81,7 +81,7 @@ class Recorder:
         self.save()
 
     def note(self, job: str, stage: str, status: str, seconds: float = 0.0, detail: str = "") -> None:
-        """How a job ended: "done", "failed", "skipped", "crashed" or "hung"."""
+        """Note how a job ended: "done", "failed", "skipped", "crashed" or "hung"."""
         self.add(
             "jobs", {"name": job, "stage": stage, "status": status, "seconds": round(seconds, 1), "detail": detail}
         )
@@ -91,7 +91,7 @@ class Recorder:
 
 
 def read_run(folder: Path) -> Run | None:
-    """What an earlier process wrote into ``folder``; None where there is nothing that can be read."""
+    """Return the results of an earlier process in ``folder``; None if there are no readable ones."""
     try:
         return json.loads((folder / "results.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -107,10 +107,10 @@ def run_jobs(
     describe: Callable[[Row], str] = repr,
     after: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run ``jobs`` in order, without those that an earlier process has attempted.
+    """Run ``jobs`` in order, except those that an earlier process has attempted.
 
-    ``state`` holds the running job and the moment until which it may run, for a process that watches this one.
-    ``after`` is called after each job and may end the process.
+    ``state`` tells a watching process which job runs and until when it may run. ``after`` is called after each job and
+    may end the process.
     """
     attempted = recorder.attempted()
     for job in jobs:

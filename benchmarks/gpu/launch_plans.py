@@ -1,7 +1,8 @@
-"""Launch plans of the Triton kernels, timed against each other: what the rules in kernels/depth_lstm.py are tuned from.
+"""Launch plans of the Triton kernels, timed against each other.
 
-A candidate replaces the rule of one kernel; what it computes is compared with the default's before it is timed. All
-candidates of a kernel and a width take turns, together with a copy of the same bytes.
+The rules in kernels/depth_lstm.py are tuned from these times. A candidate replaces the rule of one kernel. Its results
+are compared with the default's before it is timed. All candidates of a kernel and a width take turns, together with a
+copy of the same bytes.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ FULL = (
 TINY = (("forward", 128), ("narrow", 128))
 ROWS = {128: 3, 512: 65536, 1024: 65536, 2048: 32768, 4096: 16384}
 WARPS = (1, 2, 4, 8, 16)
-TOLERANCE = {torch.bfloat16: 2.0**-6, torch.float32: 1e-4}  # of the largest value: only the order of sums differs
+TOLERANCE = {torch.bfloat16: 2.0**-6, torch.float32: 1e-4}  # share of the largest value: only the order of sums differs
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Candidate:
     """A plan in place of one rule.
 
     Attributes:
-        patches: the names in kernels/depth_lstm.py that are replaced, and by what.
-        resident: the number of resident warps that the persistent kernels count on; 0 where that plays no part.
+        patches: the replaced names in kernels/depth_lstm.py, with their new values.
+        resident: the number of resident warps that the persistent kernels assume; 0 if it plays no part.
     """
 
     kind: str
@@ -58,7 +59,7 @@ def power_of_two(number: int) -> int:
 
 
 def _tiles(features: int, elements: Sequence[int], rows: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(warps, rows, block) of tiles with so many elements a thread."""
+    """Yield (warps, rows, block) of tiles with the given numbers of elements a thread."""
     block = power_of_two(features)
     found = {
         (block * count // (32 * each), count, block)
@@ -70,13 +71,13 @@ def _tiles(features: int, elements: Sequence[int], rows: Sequence[int]) -> Itera
 
 
 def by_rule(rule: Callable[..., list[Any]], features: int) -> list[Any]:
-    """The plans that a rule gives for bf16, with gradients of the affine and of no z_bias."""
+    """Return the rule's plans for bf16, with gradients of the affine and without that of z_bias."""
     known = {"features": features, "sums": 2, "itemsize": BF16.itemsize}
     return rule(**{name: known[name] for name in inspect.signature(rule).parameters})
 
 
 def candidates(module: Any, kind: str, features: int) -> list[Candidate]:
-    """The default plan of one kernel first, then others."""
+    """Return the default plan of one kernel first, then the others."""
     launch = module.Launch
     found: list[Candidate] = []
 
@@ -86,7 +87,7 @@ def candidates(module: Any, kind: str, features: int) -> list[Candidate]:
             found.append(one)
 
     def patched(name: str, plan: Any, resident: int) -> dict[str, Any]:
-        """One plan for a kernel; the other schemes of backward are kept from being chosen."""
+        """Return the patches for one plan of a kernel, which also exclude the other schemes of backward."""
         patches: dict[str, Any] = {"WARPS": resident} if resident else {}
         if name == "WIDE_PLANS":
             return patches | {name: [plan], "narrow_plans": lambda *_: []}
@@ -108,7 +109,7 @@ def candidates(module: Any, kind: str, features: int) -> list[Candidate]:
             add(warps, constants, resident, False, patched("narrow_plans", launch(warps, constants), resident))
     elif kind == "wide":
         default = module.WIDE_PLANS[0]
-        # where a width takes the narrow scheme by rule, the wide one has no default
+        # a width that takes the narrow scheme by rule has no default for the wide one
         add(
             default.warps,
             dict(default.constants),
@@ -131,7 +132,7 @@ def candidates(module: Any, kind: str, features: int) -> list[Candidate]:
 
 
 class Patches:
-    """Sets names of kernels/depth_lstm.py, and sets back what another candidate had changed."""
+    """Sets names of kernels/depth_lstm.py, and resets names that another candidate had changed."""
 
     def __init__(self, module: Any) -> None:
         self.module = module
@@ -172,9 +173,9 @@ class KernelCall:
 
 
 def resources(run: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], dict[str, int | None]]:
-    """What ``run`` returns, and the most registers, spills and shared memory of the kernels it loads.
+    """Return the results of ``run``, and the most registers, spills and shared memory of the kernels it loads.
 
-    None where Triton does not say.
+    A number is None if Triton does not report it.
     """
     compiled = getattr(importlib.import_module(LAUNCHER), "_compiled", None)
     known = dict(compiled) if isinstance(compiled, dict) else {}
@@ -196,9 +197,9 @@ def resources(run: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...]
 
 
 def mismatch(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> str | None:
-    """How results differ from those of the default plan by more than the order of sums explains.
+    """Say how results differ from those of the default plan; None if they do not.
 
-    None where they do not.
+    Differences that the order of sums explains do not count.
     """
     for index, (one, other) in enumerate(zip(found, wanted, strict=True)):
         if other.numel():
@@ -211,7 +212,7 @@ def mismatch(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> str | None:
 def explore(
     bench: Bench, kind: str, features: int, seconds: float = 2.0, most: int | None = None
 ) -> list[dict[str, Any]]:
-    """One entry for each candidate: its plan, its time or why there is none, its resources."""
+    """Return one entry for each candidate: its plan, its time or the reason for none, its resources."""
     bench.reset()
     kernel = KernelCall(kind, features, bench.device)
     patches = Patches(kernel.module)
@@ -235,7 +236,7 @@ def explore(
             patches.apply(one.patches)
             try:
                 name = f"{one.warps} {one.constants}"
-                if name in known:  # the same kernels, another number of programs
+                if name in known:  # the same kernels with another number of programs
                     found = kernel.call()
                 else:
                     found, known[name] = resources(kernel.call)
@@ -275,7 +276,7 @@ def explore(
 def compile_share(index: int, count: int, device: torch.device) -> None:
     """Compile every ``count``-th candidate, from ``index`` on, into Triton's cache on disk.
 
-    A plan that does not compile is passed over.
+    A plan that does not compile is skipped.
     """
     module = importlib.import_module(MODULE)
     patches = Patches(module)

@@ -1,6 +1,6 @@
-"""Fills the compilers' caches on disk for the benchmark process: Triton and inductor use one core each.
+"""Fill the compilers' caches on disk for the benchmark process: Triton and inductor use one core each.
 
-    python -m depthlstm_fast.bench.gpu.prepare gates 512 65536 bfloat16    the problems that will be timed
+    python -m depthlstm_fast.bench.gpu.prepare gates 512 65536 bfloat16    the timed problems
     python -m depthlstm_fast.bench.gpu.prepare cell 512 65536
     python -m depthlstm_fast.bench.gpu.prepare layer 512 8 32 512
     python -m depthlstm_fast.bench.gpu.prepare few 512 8                   the compiled reference on few rows
@@ -34,9 +34,9 @@ LIMIT_SECONDS = 150
 
 
 def use_no_timings_of_others() -> None:
-    """What inductor finds by timing while other processes use the GPU shall not be kept.
+    """Keep inductor from storing timings that it takes while other processes use the GPU.
 
-    Called in the benchmark process, too.
+    The benchmark process calls it, too.
     """
     import torch._inductor.config as config
 
@@ -45,53 +45,53 @@ def use_no_timings_of_others() -> None:
 
 
 def run_once(problem: Problem, contestants: Sequence[str]) -> None:
-    """One call of each, which compiles it; ``compile`` was compiled when the problem was made."""
+    """Call each contestant once, which compiles it; ``compile`` was compiled when the problem was made."""
     with torch.set_grad_enabled(problem.grad):
         for name in contestants:
             problem.runs[name]()
 
 
 def prepare_gates(features: int, rows: int, dtype: torch.dtype, place: Place) -> None:
-    """Triton's gates and the reference, forward and backward."""
+    """Prepare Triton's gates and the reference, forward and backward."""
     for make in (gates.forward, gates.training):
         run_once(make(place, dtype, rows, features), [name for name in place.backends if name == "triton"])
 
 
 def prepare_cell(features: int, rows: int, place: Place) -> None:
-    """The compiled reference cell, with x and h apart and beside each other."""
+    """Prepare the compiled reference cell, with x and h apart and side by side."""
     for beside in (False, True):
         torch._dynamo.reset()
         cell.training(place, BF16, rows, features, beside)
 
 
 def prepare_layer(place: Place, features: int, heads: int, batch: int, length: int) -> None:
-    """The layers, each compiled, the fused one with every backend."""
+    """Prepare the layers, each compiled, the fused one with every backend."""
     problem = layer.training(place, BF16, features, heads, batch, length, all_compiled=True)
     run_once(problem, list(problem.runs))
 
 
 def prepare_few(features: int, rows: int, device: torch.device) -> None:
-    """The compiled reference on few rows, as plain calls and with CUDA graphs."""
+    """Prepare the compiled reference on few rows, as plain calls and with CUDA graphs."""
     for mode in (None, latency.GRAPHS):
         latency.few_rows(Place(Compiled(mode=mode), device, (), gpu=True), BF16, rows, features)
 
 
 def gates_tasks(sizes: Sizes) -> list[list[str]]:
-    """The arguments of the tasks that the gates need."""
+    """Return the arguments of the tasks that the gates need."""
     return [
         ["gates", str(features), str(rows), str(dtype).removeprefix("torch.")] for features, rows, dtype in sizes.gates
     ]
 
 
 def layer_tasks(sizes: Sizes) -> list[list[str]]:
-    """Those of the other rivals; what takes longest first."""
+    """Return the arguments of the other rivals' tasks, the longest first."""
     found = [["layer", *map(str, size)] for size in sizes.layers]
     found += [["cell", *map(str, size)] for size in sizes.cells]
     return [*found, *(["few", str(sizes.few[0]), str(rows)] for rows in sizes.few[1])]
 
 
 class Pool:
-    """Tasks in processes of their own, ``width`` at a time."""
+    """Tasks in separate processes, ``width`` at a time."""
 
     def __init__(self, waiting: Sequence[Sequence[str]], width: int, flags: Sequence[str] = ()) -> None:
         self.waiting, self.width, self.flags = [list(task) for task in waiting], max(1, width), list(flags)
@@ -102,7 +102,7 @@ class Pool:
         self.turn()
 
     def turn(self) -> bool:
-        """Start what can be started; whether anything is left."""
+        """Start as many tasks as possible; return whether any is left."""
         for name, process in list(self.running.items()):
             if process.poll() is not None:
                 del self.running[name]
@@ -115,7 +115,7 @@ class Pool:
         return bool(self.waiting or self.running)
 
     def wait(self, seconds: float) -> str:
-        """Wait at most so long, then end what still runs; a line on how it went."""
+        """Wait at most ``seconds``, then end the tasks that still run; return a line about the outcome."""
         begun = time.perf_counter()
         while self.turn() and time.perf_counter() - begun < seconds:
             time.sleep(0.1)
@@ -141,7 +141,7 @@ def main(arguments: list[str]) -> None:
     subject, *words = [word for word in arguments if not word.startswith("--")]
     device = torch.device("cpu" if rehearse else "cuda")
     use_no_timings_of_others()
-    signal.alarm(LIMIT_SECONDS)  # ends this process where the run has forgotten it
+    signal.alarm(LIMIT_SECONDS)  # ends this process if the run has forgotten it
     place = Place(Compiled(compile), device, tuple(backends), gpu=True)
     if subject == "gates":
         prepare_gates(int(words[0]), int(words[1]), getattr(torch, words[2]), place)

@@ -1,6 +1,6 @@
 """Programs that a run starts: pytest and compute-sanitizer.
 
-Each has a process group of its own and a limit. The end of its output is kept.
+Each has its own process group and a time limit. The end of its output is kept.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import IO, Any
 ROOT = Path(__file__).resolve().parents[2]
 TAIL_CHARACTERS = 6000
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-# parts of the names of our kernels, those of Triton and those of CUDA C++
+# parts of the kernels' names: those of Triton, then those of CUDA C++
 KERNELS = (
     *("forward_kernel", "row_sums_kernel", "sums_kernel", "narrow_backward", "wide_backward"),
     *("forward_warp", "forward_block", "forward_any", "row_statistics"),
@@ -32,7 +32,7 @@ KERNELS = (
 
 @dataclass
 class Outcome:
-    """How a program ended: its exit status, None where its time was up, and the end of what it printed."""
+    """The end of a program: its exit status (None after a timeout), and the end of its output."""
 
     code: int | None
     seconds: float
@@ -42,9 +42,9 @@ class Outcome:
 def start(
     command: Sequence[str], output: IO[bytes] | None, environment: Mapping[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
-    """Start a program in the repository's root, in a process group of its own.
+    """Start a program in the repository's root, in its own process group.
 
-    With ``output`` None it prints where this one does.
+    Without ``output`` it prints to this process's output.
     """
     variables = {**os.environ, **(environment or {})}
     return subprocess.Popen(
@@ -59,9 +59,9 @@ def start(
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a program of :func:`start` and what it has started.
+    """End a program of :func:`start` and the processes it has started.
 
-    Pytest, when interrupted, still reports what it has done.
+    An interrupted pytest still reports the tests it has run.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         if process.poll() is not None:
@@ -82,7 +82,7 @@ def run_all(
     environment: Mapping[str, str] | None = None,
     on_end: Callable[[str, Outcome], None] = lambda name, outcome: None,
 ) -> dict[str, Outcome]:
-    """Run programs side by side, each for at most ``limit`` seconds; ``on_end`` is told of each as it ends."""
+    """Run programs side by side, each for at most ``limit`` seconds; ``on_end`` is called with each as it ends."""
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         paths = {name: Path(folder) / f"{index}.log" for index, name in enumerate(commands)}
@@ -117,9 +117,9 @@ def has(module: str) -> bool:
 
 
 def pytest_command(path: str, report: Path, workers: int, extra: Sequence[str] = ()) -> list[str]:
-    """pytest on one file.
+    """Return the pytest command for one file.
 
-    It runs in several processes and with a limit for each test where the plugins for that are installed.
+    With the plugins for it, pytest runs in several processes and limits each test's time.
     """
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path, f"--junitxml={report}", *extra]
     if workers > 1 and has("xdist"):
@@ -130,14 +130,14 @@ def pytest_command(path: str, report: Path, workers: int, extra: Sequence[str] =
 
 
 def counts(suite: ET.Element) -> dict[str, int]:
-    """Tests of a JUnit suite by how they ended."""
+    """Count the tests of a JUnit suite by outcome."""
     found = {name: int(suite.get(name, "0")) for name in ("tests", "failures", "errors", "skipped")}
     passed = found["tests"] - found["failures"] - found["errors"] - found["skipped"]
     return {"passed": passed, "failed": found["failures"] + found["errors"], "skipped": found["skipped"]}
 
 
 def failing(suite: ET.Element) -> list[str]:
-    """A line for each test that failed: its name and the first line of what was wrong."""
+    """Return a line for each failed test: its name and the first line of its error."""
     lines = []
     for case in suite.iter("testcase"):
         for fault in [*case.findall("failure"), *case.findall("error")]:
@@ -147,7 +147,7 @@ def failing(suite: ET.Element) -> list[str]:
 
 
 def append_suite(suites: Path, report: Path) -> ET.Element | None:
-    """Move the suite that pytest wrote to ``report`` into the collection ``suites``; None where it wrote none."""
+    """Move pytest's suite in ``report`` into the collection ``suites``; None if pytest wrote none."""
     try:
         found = ET.parse(report).getroot()
     except (OSError, ET.ParseError):
@@ -173,7 +173,7 @@ def run_tests(
     extra: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """One test file: how it ended, in words and in numbers, and the end of its output."""
+    """Run one test file; return its outcome in words and numbers, and the end of its output."""
     entry: dict[str, Any] = {"name": path, "status": "absent", "counts": {}, "failing": [], "seconds": 0.0, "tail": ""}
     if not (ROOT / path).is_file():
         return entry
@@ -181,7 +181,7 @@ def run_tests(
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
         outcome = run_all({path: pytest_command(path, report, workers, extra)}, limit, variables)[path]
-        if workers > 1 and "Different tests were collected" in outcome.output:  # some name a test after random numbers
+        if workers > 1 and "Different tests were collected" in outcome.output:  # random numbers in some tests' names
             outcome = run_all(
                 {path: pytest_command(path, report, 1, extra)}, max(10.0, limit - outcome.seconds), variables
             )[path]
@@ -202,7 +202,7 @@ def run_tests(
 
 
 def find_tool(name: str) -> str | None:
-    """The path of a program that comes with CUDA, None where this machine has none."""
+    """Return the path of a program that comes with CUDA; None if this machine lacks it."""
     candidates = [shutil.which(name), f"/usr/local/cuda/bin/{name}"]
     nvcc = shutil.which("nvcc")
     if nvcc:
@@ -211,13 +211,13 @@ def find_tool(name: str) -> str | None:
 
 
 def sanitizer_commands(tool: str, backend: str) -> dict[str, list[str]]:
-    """Every check of compute-sanitizer on sanitize.py."""
+    """Return the command of every check of compute-sanitizer on sanitize.py."""
     script = [sys.executable, "-m", f"{__package__}.sanitize", backend]
     return {check: [tool, "--tool", check, "--print-limit", "20", "--error-exitcode", "9", *script] for check in TOOLS}
 
 
 def verdict(check: str, backend: str, said: str, seconds: float = 0.0) -> dict[str, Any]:
-    """The entry of a check that nothing was counted by."""
+    """Return the entry of a check without counts."""
     return {
         "check": check,
         "backend": backend,
@@ -230,7 +230,7 @@ def verdict(check: str, backend: str, said: str, seconds: float = 0.0) -> dict[s
 
 
 def judge(check: str, outcome: Outcome, backend: str = "") -> dict[str, Any]:
-    """The verdict on one check: faults that name a kernel of ours, and all that it counted."""
+    """Return the verdict on one check: faults that name one of the package's kernels, and all counted faults."""
     ours = sum(
         1
         for line in outcome.output.splitlines()
@@ -249,7 +249,7 @@ def judge(check: str, outcome: Outcome, backend: str = "") -> dict[str, Any]:
         said = "faults, none of them in our kernels"
     else:
         said = "clean"
-    # what stands at the end is the summary; the first faults are what tells
+    # the summary stands at the end, and the first faults say most
     output = (
         outcome.output if len(outcome.output) < 4000 else outcome.output[:2500] + "\n[...]\n" + outcome.output[-1500:]
     )

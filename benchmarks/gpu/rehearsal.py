@@ -1,7 +1,7 @@
-"""The "cuda" backend of a rehearsal: its operators on CPU tensors, above the CPU's kernels.
+"""The "cuda" backend of a rehearsal: its operators on CPU tensors, on top of the CPU's kernels.
 
-Simulated (tests/backends/cuda/simulated.py, ``load``) the real kernels take seconds a call; what is rehearsed is the
-run.
+The real kernels, simulated (tests/backends/cuda/simulated.py, ``load``), take seconds a call. A rehearsal tests the run
+only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ TESTS = Path(__file__).resolve().parents[2] / "tests"
 
 
 def stand_in_for_cuda() -> str | None:
-    """Make CPU tensors run on "cuda" for the rest of this process; why that cannot be, or None."""
+    """Make CPU tensors run on "cuda" for the rest of this process; return why that is impossible, or None."""
     places = [str(TESTS), str(TESTS / "backends" / "cuda")]
     sys.path[:0] = places
     try:

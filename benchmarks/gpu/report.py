@@ -1,6 +1,6 @@
-"""A run of `make gpu` as plain text, Markdown and pictures.
+"""Reports of a `make gpu` run as plain text, Markdown and pictures.
 
-They are made from results.json alone, so that a run that was cut off has them as well.
+They are made from results.json alone, so that an interrupted run has them as well.
 
     python -m depthlstm_fast.bench.gpu.report benchmarks/results/MACHINE     prints the text
 """
@@ -41,7 +41,7 @@ PLAN_HEADINGS = ("plan", "ms", "p10", "p90", "share of copy", "registers", "spil
 
 
 def machine_text(run: Run) -> str:
-    """GPU, versions, commit and date in one sentence."""
+    """Return GPU, versions, commit and date in one sentence."""
     machine = run["machine"]
     commit = (machine.get("commit") or "unknown commit")[:14] + (" with changes" if machine.get("dirty") else "")
     gpu = (
@@ -69,12 +69,12 @@ def judged(first: str, target: str) -> str:
 
 
 def cells(row: dict[str, Any], several: bool) -> list[str]:
-    """A row's texts, in the order of HEADINGS."""
+    """Return a row's texts, in the order of HEADINGS."""
     if row["failure"] is not None:
         return [label(row, several), "check red", *[""] * (len(HEADINGS) - 2)]
     numbers, against = row["numbers"], value_text(row, "against")
     fused = judged(value_text(row, "fused"), figure_text(row, "fused")[1])
-    # a rate of bytes says something where a copy is the floor
+    # a rate of bytes is useful only against a copy
     rate = f"{numbers['gb_per_s']:,.0f}" if "gb_per_s" in numbers and row["against"].startswith("copy") else ""
     error = f"{numbers['error']:.1e} ({numbers['eager_error']:.1e})" if "error" in numbers else ""
     figures = [judged(*figure_text(row, column)) for column in ("eager", "compile", "against")]
@@ -95,7 +95,7 @@ def several_backends(run: Run) -> bool:
 
 
 def columns_text(table: Sequence[Sequence[str]]) -> list[str]:
-    """A table in columns: the first to the left, the others to the right."""
+    """Format a table in columns: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = []
     for first, *others in table:
@@ -108,7 +108,10 @@ SHORT = {"nn.TransformerEncoderLayer": "residual", "nn.TransformerEncoder": "res
 
 
 def compact(row: dict[str, Any], several: bool) -> list[str]:
-    """A row for the terminal: what, fused, over eager, over compiled, against the floor, GB/s, error."""
+    """Return a row for the terminal.
+
+    Its texts are the measurement, fused, over eager, over compiled, against the floor, GB/s, error.
+    """
     what = label(row, several).replace("forward + backward", "fwd+bwd").replace("bytes kept by", "bytes of")
     if row["failure"] is not None:
         return [what, "check red", "", "", "", "", ""]
@@ -121,13 +124,13 @@ def compact(row: dict[str, Any], several: bool) -> list[str]:
 
 
 def tally(run: Run) -> tuple[int, int]:
-    """How many targets were reached, and how many there are among the rows that may be shown."""
+    """Return the number of reached targets and of all targets, in rows that may be shown."""
     verdicts = [figure["reached"] for row in run["rows"] if row["failure"] is None for figure in row["figures"]]
     return sum(verdict is True for verdict in verdicts), sum(verdict is not None for verdict in verdicts)
 
 
 def plan_groups(run: Run) -> dict[str, list[dict[str, Any]]]:
-    """The plans by kernel and width, the fastest first, those without a time last."""
+    """Return the plans by kernel and width, the fastest first, those without a time last."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for plan in run["plans"]:
         groups.setdefault(f"{plan['kind']} D={plan['features']}", []).append(plan)
@@ -143,7 +146,7 @@ def plan_text(plan: dict[str, Any]) -> str:
 
 
 def plan_lines(run: Run) -> list[str]:
-    """For each group the default's time and the fastest plans."""
+    """Return the default's time and the fastest plans of each group."""
     lines = []
     for name, plans in plan_groups(run).items():
         if plans[0]["failure"] is not None:
@@ -167,7 +170,7 @@ def sanitizer_line(entry: dict[str, Any]) -> str:
 
 
 def counter_lines(run: Run, backend: str | None = None) -> list[str]:
-    """What ncu said of each kernel, or why it said nothing; of one backend or of all."""
+    """Return ncu's figures of each kernel, or the reason for none; of one backend or of all."""
     lines = []
     for entry in run.get("counters", []):
         if backend not in (None, entry["backend"]):
@@ -185,13 +188,13 @@ def counter_lines(run: Run, backend: str | None = None) -> list[str]:
 
 
 def table_lines(table: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table, its headings first; the first column to the left, the others to the right."""
+    """Format a Markdown table, headings first; the first column to the left, the others to the right."""
     head, *rows = ("| " + " | ".join(texts) + " |" for texts in table)
     return [head, "|---|" + "---:|" * (len(table[0]) - 1), *rows]
 
 
 def troubles(run: Run) -> list[str]:
-    """What is absent, every red check, every job that did not end well, and what was left out."""
+    """List absent backends, red checks, jobs that did not end well, and omissions."""
     lines = [f"without {backend}: {reason}" for backend, reason in run.get("absent", {}).items()]
     lines += [
         f"check red: {check['subject']} {check['dtype']} {check['backend']} "
@@ -210,7 +213,10 @@ def troubles(run: Run) -> list[str]:
 
 
 def text(run: Run) -> str:
-    """The whole run for a terminal; what matters most stands last, because a terminal shows the end."""
+    """Return the whole run for a terminal.
+
+    The most important lines stand last, because a terminal shows the end.
+    """
     several = several_backends(run)
     lines = [machine_text(run), *(line[:300] for line in troubles(run)[:20]), *(line[:230] for line in plan_lines(run))]
     lines += [f"counters of {line[:230]}" for line in counter_lines(run)]
@@ -235,7 +241,7 @@ def fenced(content: str) -> list[str]:
 
 
 def markdown(run: Run) -> str:
-    """The whole run, with the ends of the outputs and every traceback."""
+    """Return the whole run in Markdown, with the ends of the outputs and every traceback."""
     several = several_backends(run)
     lines = [f"# {run['machine'].get('gpu') or 'Rehearsal'}", "", f"Measured on {machine_text(run)}.", ""]
     if run.get("rehearsal"):
@@ -290,7 +296,7 @@ def markdown(run: Run) -> str:
 
 
 def plans_markdown(run: Run) -> str:
-    """Every plan, a table for each kernel and width."""
+    """Return every plan in Markdown, one table for each kernel and width."""
     lines = ["# Launch plans", "", f"Measured on {machine_text(run)}.", ""]
     for name, plans in plan_groups(run).items():
         lines += [f"## {name}", "", "| " + " | ".join(PLAN_HEADINGS) + " |", "|---|" + "---:|" * 7 + "---|"]
@@ -309,7 +315,10 @@ def plans_markdown(run: Run) -> str:
 
 
 def render(run: Run, folder: Path) -> None:
-    """report.md; fastest.txt where two backends were timed; plans.json and plans.md where there are any."""
+    """Write report.md into ``folder``.
+
+    fastest.txt is added if two backends were timed, plans.json and plans.md if there are plans.
+    """
     write_text(folder / "report.md", markdown(run))
     if compare.pairs(run):
         write_text(folder / compare.FASTEST_FILE, compare.fastest_text(run))
@@ -321,7 +330,7 @@ def render(run: Run, folder: Path) -> None:
 
 
 def succeeded(run: Run) -> bool:
-    """Whether every check is green, every test passed and every job that was tried ended well."""
+    """Return whether every check is green, every test passed and every attempted job ended well."""
     tests = all(entry["status"] in ("passed", "absent") for entry in run["tests"])
     sanitized = not any(entry["verdict"] == "FAULTS" for entry in run["sanitizer"])
     jobs = all(job["status"] in (*ALL_WELL, "skipped") for job in run["jobs"])

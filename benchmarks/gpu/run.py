@@ -1,14 +1,14 @@
-"""Everything that can be told on a GPU, unattended and within one budget of time.
+"""Check, time and test the GPU kernels, unattended and within one time budget.
 
 `make gpu` or `python -m depthlstm_fast.bench.gpu` runs it.
 
-Checks come before timings, what tells most comes first, and every result is written down as it comes: results.json,
-report.md, fastest.txt, plans.json, plans.md, tests.xml, speed.png and floor.png in the folder that OUT names, else in
-benchmarks/results/MACHINE. The jobs run in a process of their own: where one crashes it or hangs, it is started again
-behind that job.
+Checks come before timings, and the most informative measurements come first. Every result is written down at once. The
+files are results.json, report.md, fastest.txt, plans.json, plans.md, tests.xml, speed.png and floor.png. They go to the
+folder that OUT names, else to benchmarks/results/MACHINE. The jobs run in a separate process. If a job crashes it or
+hangs, the process is started again behind that job.
 
---rehearse runs every path on the CPU, on tiny sizes, with Triton's interpreter and, in the place of the CUDA kernels,
-those of the CPU; its numbers mean nothing and go to a temporary folder.
+--rehearse runs every path on the CPU, on tiny sizes, with Triton's interpreter.
+The CPU's kernels then stand in for the CUDA kernels. The numbers mean nothing and go to a temporary folder.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from .jobs import Budget, Recorder, read_run, row_data, run_jobs
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 FILES = ("results.json", "report.md", "fastest.txt", "plans.json", "plans.md", "tests.xml", "speed.png", "floor.png")
-BACKENDS = ("triton", "cuda")  # under test, those of them that are available
+BACKENDS = ("triton", "cuda")  # the backends under test, as far as they are available
 STAGES = (
     *("report", "prepare", "checks", "gates", "cell", "layer", "memory", "host", "pictures"),
     *("tests", "sanitizer", "counters", "plans", "autotune"),
 )
-# exit statuses of the worker: there is nothing to measure; the GPU's context is lost, so that it is started again
+# exit statuses of the worker: nothing to measure; the GPU's context is lost, so the worker is started again
 NO_GPU, LOST = 2, 70
 
 
@@ -69,7 +69,7 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def asked_folder(options: argparse.Namespace) -> Path | None:
-    """The folder that was asked for; None for benchmarks/results/MACHINE."""
+    """Return the requested folder; None for benchmarks/results/MACHINE."""
     asked = options.output or (Path(os.environ["OUT"]) if os.environ.get("OUT") else None)
     if asked is None and options.rehearse:
         return Path(tempfile.gettempdir()) / "depthlstm-rehearsal"
@@ -85,7 +85,7 @@ def describe_row(row: Row) -> str:
 
 
 def probe(options: argparse.Namespace) -> int:
-    """0 where there is a GPU, or none is needed; else NO_GPU and a line that says so."""
+    """Return 0 if there is a GPU, or none is needed; otherwise print a line and return NO_GPU."""
     import torch
 
     if options.rehearse or torch.cuda.is_available():
@@ -95,7 +95,7 @@ def probe(options: argparse.Namespace) -> int:
 
 
 def backends_under_test(asked: list[str] | None, rehearse: bool) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The backends that were asked for, or all, without those that cannot run here; and of the latter, why."""
+    """Return the requested backends, or all, that can run here, and the reasons for the missing ones."""
     import depthlstm_fast as dl
 
     from .rehearsal import stand_in_for_cuda
@@ -113,7 +113,7 @@ def backends_under_test(asked: list[str] | None, rehearse: bool) -> tuple[tuple[
 
 
 def work(options: argparse.Namespace) -> int:
-    """The worker: run the jobs that no earlier process has attempted."""
+    """Run the jobs that no earlier process has attempted, as the worker."""
     if probe(options) != 0:
         return NO_GPU
     import torch
@@ -193,7 +193,7 @@ def end(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Return 0 where all is well, 1 where a check, a test or a job is not, 2 where there is nothing to measure."""
+    """Return 0 if all is well, 1 if a check, a test or a job failed, 2 if there is nothing to measure."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = command_line().parse_args(arguments)
     options.started = options.started or time.time()
@@ -201,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.rehearse and folder is not None and RESULTS.resolve() in folder.parents:
         print("make gpu: a rehearsal is no result: name another folder", file=sys.stderr)
         return NO_GPU
-    # sent to a run that takes too long: the children are ended, and what was measured is printed
+    # SIGTERM stops a run that takes too long: it ends the children and prints the results so far
     signal.signal(signal.SIGTERM, end)
     if options.probe:
         return probe(options)

@@ -1,12 +1,12 @@
 """Small calls of every kernel, for compute-sanitizer.
 
-They take every scheme of a backend, both sides of a tile's edge, dropout, and a given g.
+They cover every scheme of a backend, both sides of a tile's edge, dropout, and a given g.
 
-python -m depthlstm_fast.bench.gpu.sanitize cuda     or triton
+    python -m depthlstm_fast.bench.gpu.sanitize cuda     or triton
 
-PYTORCH_NO_CUDA_MEMORY_CACHING=1 gives every tensor an allocation of its own, so that an access past its end is
-seen. Every launch is instrumented, so that the operators are called without the GEMM of a cell, and numbers are made
-and looked at on the CPU.
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 gives every tensor its own allocation, so that an access past its end is seen. Every
+launch is instrumented. The operators are therefore called without the GEMM of a cell, and the CPU makes and checks the
+numbers.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ CASES: dict[str, list[Case]] = {
         (4096, 3, DROPOUT),
         (64, 7, {"norm": "none"}),
     ],
-    # forward: a row by block for few rows, up to 1, 2 and 4 vectors a thread; `any` for 33, 100 in 16 bits and 8200;
-    # then a row by warp, for more than 4 rows a multiprocessor. Backward: narrow up to 2048 in whole vectors, else
+    # Forward: few rows take a block each, with 1, 2 and 4 vectors a thread. The widths 33, 100 in 16 bits and 8200 take
+    # `any`. More than 4 rows a multiprocessor take a warp each. Backward: narrow up to 2048 in whole vectors, else
     # wide.
     "cuda": [
         *(
@@ -54,7 +54,7 @@ CASES: dict[str, list[Case]] = {
 TINY: list[Case] = [(16, 3, DROPOUT), (17, 2, {"norm": "joint"}), (8, 2, {"norm": "none"})]
 BF16, F32 = torch.bfloat16, torch.float32
 TYPES = ((BF16, BF16), (BF16, F32), (F32, F32))  # of z and of c
-MANY_ROWS = 5  # for each multiprocessor, in the cases of 0 rows
+MANY_ROWS = 5  # rows for each multiprocessor, in the cases of 0 rows
 
 
 def rows_of(rows: int, device: str) -> int:
@@ -90,7 +90,7 @@ def with_gradients(outputs: tuple[Tensor, ...], leaves: Sequence[Tensor], device
 
 
 def with_z_bias(backend: str, tensors: dict[str, Tensor], device: str) -> tuple[Tensor, ...]:
-    """What a cell calls: the GEMM's bias added by the gates, and its gradient."""
+    """Call the gates as a cell does: with the GEMM's bias, and its gradient."""
     z_bias = normal(tensors["z"].shape[-1:], tensors["z"].dtype, device).requires_grad_()
     hidden, weight, bias = (tensors.get(name) for name in ("hidden", "weight", "bias"))
     given = Tensors(tensors["z"], z_bias, hidden, tensors["c"], weight, bias, None)
@@ -99,9 +99,9 @@ def with_z_bias(backend: str, tensors: dict[str, Tensor], device: str) -> tuple[
 
 
 def into_a_buffer(backend: str, tensors: dict[str, Tensor], more: bool, device: str) -> tuple[Tensor, ...]:
-    """What a cell calls without gradients: h in a buffer of other columns.
+    """Call the gates as a cell without gradients does: h goes into a buffer of other columns.
 
-    Where the backend has that, the call adds a second partial product.
+    The call adds a second partial product if the backend can.
     """
     z, c, weight, bias = (tensors[name].detach() for name in ("z", "c", "weight", "bias"))
     h = torch.empty(c.shape[0], 2 * c.shape[1], dtype=z.dtype, device=device)[:, c.shape[1] :]
@@ -115,7 +115,7 @@ def gates_of(tensors: dict[str, Tensor], options: dict[str, Any]) -> tuple[Tenso
 
 
 def main(backend: str = "triton", cases: Sequence[Case] | None = None, device: str = "cuda") -> None:
-    """Forward and backward of every case in bf16, mixed and fp32, and once with a given g."""
+    """Run forward and backward of every case in bf16, mixed and fp32, and once with a given g."""
     for features, few, options in CASES[backend] if cases is None else cases:
         rows, affine = rows_of(few, device), options.get("norm") != "none"
         for dtypes in TYPES:
@@ -126,7 +126,7 @@ def main(backend: str = "triton", cases: Sequence[Case] | None = None, device: s
                 if affine and "norm" not in options:
                     found += with_z_bias(backend, tensors, device)
                 if affine and gates == 4:
-                    # what stands in for the kernels on a CPU adds no product in 16 bits
+                    # the CPU stand-in for the kernels adds no product in 16 bits
                     more = backend == "cuda" and (device == "cuda" or dtypes[0] == F32)
                     found += into_a_buffer(backend, tensors, more, device)
                 assert all(bool(tensor.cpu().isfinite().all()) for tensor in found)

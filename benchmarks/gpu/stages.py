@@ -1,4 +1,7 @@
-"""The stages of `make gpu`, what tells most first; each is a list of jobs. What they measure is in subject_rows.py."""
+"""The stages of `make gpu`, the most informative first; each is a list of jobs.
+
+subject_rows.py has the measurements.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ PLAN_TASKS = 12
 
 
 class Stages:
-    """The jobs of one run: each method that yields jobs is a stage of its name."""
+    """The jobs of one run: each method that yields jobs is a stage of the same name."""
 
     def __init__(self, bench: Bench, recorder: Recorder, budget: Budget, options: argparse.Namespace) -> None:
         self.bench, self.recorder, self.budget, self.options = bench, recorder, budget, options
@@ -91,7 +94,7 @@ class Stages:
 
     def prepare(self) -> Iterable[Job]:
         yield Job("start compilers", "prepare", lambda: self._start_compilers(prepare.gates_tasks(self.bench.sizes)))
-        # while the others compile, the checks that need little of it
+        # checks that compile little run while the compilers work
         yield Job("first checks", "prepare", lambda: self._check(self.bench.sizes.gates[:1]))
         yield Job("wait for compilers", "prepare", self._wait_for_compilers)
 
@@ -137,7 +140,7 @@ class Stages:
             yield Job(name, "gates", partial(gates_rows, self.bench, features, rows, dtype, compile), 15)
 
     def main_gates(self) -> Iterable[Job]:
-        """What the targets are about; each job makes the check that it needs."""
+        """Yield the problems with targets; each job makes its own check."""
         yield from self._gates(self.main)
 
     def gates(self) -> Iterable[Job]:
@@ -188,7 +191,7 @@ class Stages:
 
     def tests(self) -> Iterable[Job]:
         if self.rehearse:
-            # one short test: what is rehearsed is the starting of pytest
+            # one short test, because a rehearsal tests only that pytest starts
             path = "tests/backends/gpu/test_gpu.py"
             yield Job(path, "tests", partial(self._tests, path, ["-k", REHEARSED_TEST], 1.0))
             return
@@ -199,9 +202,9 @@ class Stages:
             yield Job(path, "tests", partial(self._tests, path, [], 0.4), 30, TEST_SECONDS + 30)
 
     def older_tests(self) -> Iterable[Job]:
-        """Tests of Triton alone, most of which its interpreter has run before.
+        """Yield tests of Triton alone, most of which its interpreter has run before.
 
-        Meanwhile the plans are compiled, as nothing is timed.
+        The plans are compiled meanwhile, as nothing is timed.
         """
 
         def run(path: str) -> None:
@@ -210,12 +213,12 @@ class Stages:
             self._tests(path, [], 0.4)
 
         paths = [path.relative_to(ROOT) for path in (ROOT / "tests" / "backends" / "triton").glob("test_triton*.py")]
-        found = sorted(str(path) for path in paths if not path.stem.endswith("_ptx"))  # those simulate a GPU
+        found = sorted(str(path) for path in paths if not path.stem.endswith("_ptx"))  # the others simulate a GPU
         for path in found if "triton" in self.bench.backends and not self.rehearse else ():
             yield Job(path, "tests", partial(run, path), 30, TEST_SECONDS + 30)
 
     def _compile_plans(self) -> None:
-        """Begin to compile the plans in other processes, while this one has something else to do."""
+        """Begin to compile the plans in other processes, while this one has other work."""
         if self.plan_pool is None and self.fill_plans:
             tasks = [["plans", str(index), str(PLAN_TASKS)] for index in range(PLAN_TASKS)]
             self.plan_pool = prepare.Pool(tasks, self.cores // 2)
@@ -267,12 +270,12 @@ class Stages:
                 commands, limit, on_end=lambda check, outcome: record(programs.judge(check, outcome, backend))
             )
 
-        # the CUDA kernels come first: nothing else checks them at run time
+        # the CUDA kernels come first, because nothing else checks them at run time
         for backend in sorted(self.bench.backends):
             yield Job(f"compute-sanitizer {backend}", "sanitizer", partial(run, backend), 0 if self.rehearse else 35)
 
     def counters(self) -> Iterable[Job]:
-        """What the GPU's counters say of the main kernels."""
+        """Yield the jobs that read the GPU's counters of the main kernels."""
         problems = [(features, rows) for features, rows, _ in self.main]
 
         def run(backend: str) -> None:

@@ -1,4 +1,4 @@
-"""Which problems of the subjects `make gpu` measures, and on which checks they stand."""
+"""The problems that `make gpu` measures, with the checks that they need."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ AUTOTUNE = "max-autotune-no-cudagraphs"  # with CUDA graphs every call would cop
 def gates_rows(
     bench: Bench, features: int, rows: int, dtype: torch.dtype, compile: bool = True, mode: str | None = None
 ) -> Iterator[Row]:
-    """Forward, then forward + backward with every gradient.
+    """Yield forward, then forward + backward with every gradient.
 
-    With a ``mode`` of torch.compile that alone is the rival.
+    With a ``mode`` of torch.compile its result is the only rival.
     """
     for make in (gates.forward, gates.training):
         maker = partial(make, dtype=dtype, rows=rows, features=features)
@@ -27,7 +27,10 @@ def gates_rows(
 
 
 def cell_rows(bench: Bench, features: int, rows: int, beside: bool, dtype: torch.dtype = BF16) -> Iterator[Row]:
-    """The cell, forward + backward; with ``beside`` x and h are halves of one matrix, as between layers."""
+    """Yield the cell, forward + backward.
+
+    With ``beside`` x and h are halves of one matrix, as between layers.
+    """
     maker = partial(cell.training, dtype=dtype, rows=rows, features=features, beside=beside)
     yield from bench.rows(maker, ("cell beside" if beside else "cell", dtype, features))
 
@@ -35,7 +38,7 @@ def cell_rows(bench: Bench, features: int, rows: int, beside: bool, dtype: torch
 def layer_rows(
     bench: Bench, features: int, heads: int, batch: int, length: int, compile: bool, dtype: torch.dtype = BF16
 ) -> Iterator[Row]:
-    """A training step of an encoder layer; with ``compile`` all contestants are compiled."""
+    """Yield a training step of an encoder layer; with ``compile`` all contestants are compiled."""
     maker = partial(layer.training, dtype=dtype, features=features, heads=heads, batch=batch, length=length)
     yield from bench.rows(partial(maker, all_compiled=compile), ("layer", dtype, features))
 
@@ -43,15 +46,15 @@ def layer_rows(
 def stack_rows(
     bench: Bench, features: int, heads: int, batch: int, length: int, layers: int, dtype: torch.dtype = BF16
 ) -> Iterator[Row]:
-    """A training step of a whole encoder."""
+    """Yield a training step of a whole encoder."""
     maker = partial(layer.stack, dtype=dtype, features=features, heads=heads, batch=batch, length=length)
     yield from bench.rows(partial(maker, layers=layers), ("layer", dtype, features))
 
 
 def memory_rows(bench: Bench) -> Iterator[Row]:
-    """Bytes kept for backward, through saved-tensor hooks.
+    """Yield the bytes kept for backward, counted by saved-tensor hooks.
 
-    ``numbers`` also has what the allocator says, outputs included.
+    ``numbers`` also has the allocator's count, outputs included.
     """
     features, rows = bench.sizes.memory
     maker = partial(memory.cell_memory, dtype=BF16, rows=rows, features=features, beside=True)
@@ -62,14 +65,14 @@ def memory_rows(bench: Bench) -> Iterator[Row]:
 
 
 def overhead_rows(bench: Bench) -> Iterator[Row]:
-    """Host time of a gates call on tiny tensors, without and with gradients."""
+    """Yield the host time of a gates call on tiny tensors, without and with gradients."""
     for grad in overhead.MICROSECONDS:
         maker = partial(overhead.one_call, grad=grad, calls=bench.sizes.calls)
         yield from bench.rows(maker, ("gates", FP32, overhead.FEATURES))
 
 
 def few_rows(bench: Bench, rows: int, dtype: torch.dtype = BF16) -> Iterator[Row]:
-    """The time from a call on few rows until it is done.
+    """Yield the time from a call on few rows until it is done.
 
     The calls are plain calls, then CUDA graphs; torch.compile captures its own.
     """

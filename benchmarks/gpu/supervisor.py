@@ -1,4 +1,7 @@
-"""Runs a worker process that notes which job it is at; where it crashes or hangs, starts it again behind that job."""
+"""Run a worker process that notes its current job.
+
+A worker that crashes or hangs is started again behind that job.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,13 @@ Render = Callable[[Run, Path], None]
 
 
 def hello(state: Path, folder: Path) -> bool:
-    """The worker tells where its results are; returns whether an earlier worker has written some of them."""
+    """Tell the supervisor where the worker's results are; return whether an earlier worker has written some of them."""
     state.with_suffix(".folder").write_text(str(folder), encoding="utf-8")
     return state.with_suffix(".restarted").exists()
 
 
 def blame(folder: Path, state: Path, status: str, detail: str, render: Render) -> bool:
-    """Write down that the running job brought its process to an end; False where no file says which it was."""
+    """Note that the running job ended its process; False if no file names the job."""
     run = read_run(folder)
     try:
         job: dict[str, Any] = json.loads(state.read_text(encoding="utf-8"))
@@ -38,7 +41,7 @@ def blame(folder: Path, state: Path, status: str, detail: str, render: Render) -
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End the worker: it may end what it has started; if it cannot, it is killed."""
+    """End the worker, which may end the processes it has started; kill it if it does not stop."""
     if process.poll() is None:
         process.terminate()
         try:
@@ -51,7 +54,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 def watch(process: subprocess.Popen[bytes], state: Path, latest: float) -> bool:
     """Wait for the worker to end.
 
-    False where its job outlasted its limit, or the worker the moment ``latest``, and it was stopped.
+    The result is False if the worker was stopped: its job outlasted the limit, or the worker the moment ``latest``.
     """
     while process.poll() is None:
         time.sleep(0.1)
@@ -68,10 +71,10 @@ def watch(process: subprocess.Popen[bytes], state: Path, latest: float) -> bool:
 def supervise(
     command: Sequence[str], deadline: float, final: int, render: Render, restarts: int = RESTARTS
 ) -> tuple[int, Path | None]:
-    """Run the worker to its end, again where it crashes or hangs: (its last exit status, the folder of its results).
+    """Run the worker to its end; return (its last exit status, the folder of its results).
 
-    ``command`` gets one more argument, --worker=FILE. ``final`` is the exit status after which there is nothing to
-    start again.
+    The worker is started again after a crash or a hang. ``command`` gets one more argument, --worker=FILE. No worker
+    follows the exit status ``final``.
     """
     folder: Path | None = None
     process: subprocess.Popen[bytes] | None = None
@@ -79,7 +82,7 @@ def supervise(
         state = Path(temporary) / "state.json"
         try:
             for _ in range(1 + restarts):
-                state.unlink(missing_ok=True)  # what an earlier worker was at is no limit for this one
+                state.unlink(missing_ok=True)  # an earlier worker's state is no limit for this one
                 process = subprocess.Popen([*command, f"--worker={state}"])
                 ended = watch(process, state, deadline + 2 * GRACE_SECONDS)
                 mark = state.with_suffix(".folder")

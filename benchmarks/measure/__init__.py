@@ -1,1 +1,4 @@
-"""The instruments: clocks, turns, counts, rows, accuracy, machine. Nothing here knows what is measured."""
+"""The instruments: clocks, turns, counts, rows, accuracy, machine.
+
+They know nothing of the measured subjects.
+"""

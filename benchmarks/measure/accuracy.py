@@ -1,8 +1,7 @@
-"""Correct before fast: a result is held to the fp64 reference.
+"""Checks of a result against the fp64 reference, before any timing.
 
-The bound: a fused result may be twice as far from fp64 as PyTorch's own eager result of the same dtype, and one
-rounding more.
-Cotangents are random; a sum's constant ones would make a LayerNorm's input gradient zero and test nothing.
+A fused result may be twice as far from fp64 as PyTorch's own eager result of the same dtype, and one rounding more.
+Cotangents are random. A sum's constant ones would make a LayerNorm's input gradient zero and test nothing.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ import depthlstm_fast as dl
 
 from .calls import Function, forward_and_backward, name_of
 
-# roundings of the largest value that a GPU's bound allows; in fp32 eager's own error can be luckily small
+# roundings of the largest value in a GPU's bound; in fp32 eager's own error can be luckily small
 GPU_ROUNDINGS = {torch.float32: 8.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison: the tensor that came closest to its bound, or passed it.
+    """One comparison: the tensor closest to its bound, or past it.
 
     Attributes:
-        used: its error over its bound; at most 1 where the check is green.
-        size: where it matters, at which sizes.
+        used: its error over its bound; at most 1 if the check is green.
+        size: the checked sizes, where they matter.
     """
 
     subject: str
@@ -58,7 +57,7 @@ def compare(
     fused: Sequence[Tensor],
     roundings: float = 1,
 ) -> Check:
-    """Hold ``fused`` to ``exact`` (fp64), tensor by tensor.
+    """Compare ``fused`` with ``exact`` (fp64), tensor by tensor.
 
     The bound is 2 * (error of ``eager``) + ``roundings`` of the largest value.
     """
@@ -68,7 +67,7 @@ def compare(
         tiny = roundings * torch.finfo(dtype).eps * float(wanted.abs().max())
         error = float((found - wanted).abs().max())
         plain_error = float((plain - wanted).abs().max())
-        # a NaN or an infinity compares false with everything: it must count as past the bound
+        # a NaN or an infinity compares false with everything, and must count as past the bound
         used = error / (2 * plain_error + tiny) if error < float("inf") else float("inf")
         if used > worst[0]:
             worst = (used, name, error, plain_error)
@@ -85,7 +84,7 @@ def function_check(
     dtype: torch.dtype,
     roundings: float = 1,
 ) -> Check:
-    """h, c and the gradient of each of ``inputs``, which are called ``names``, under random cotangents."""
+    """Check h, c and the gradient of each of ``inputs``, named ``names``, under random cotangents."""
     cotangents = [torch.randn_like(inputs[1]) for _ in range(2)]
 
     def run(function: Function, to: torch.dtype) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""What one call costs beside time: operator calls and the peak of what torch's allocator hands out."""
+"""Costs of one call besides time: operator calls and the peak memory of torch's allocator."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch.profiler import ProfilerActivity, profile
 
 
 class Cost(NamedTuple):
-    """What torch.profiler saw of a call.
+    """The cost of a call, as torch.profiler saw it.
 
     Attributes:
         op_calls: operators that called no further one (`aten::mm`, not the `aten::matmul` around it), with those of
             backward, views and allocations.
-        peak_bytes: the most that was allocated at once, above what was there before the call.
+        peak_bytes: the most memory allocated at once, above the level before the call.
     """
 
     op_calls: int
@@ -26,7 +26,10 @@ class Cost(NamedTuple):
 
 @contextmanager
 def silent_stderr() -> Iterator[None]:
-    """The profiler's library reports every start and stop on file descriptor 2, whatever its log level."""
+    """Silence file descriptor 2 inside the ``with`` block.
+
+    The profiler's library reports every start and stop there, at every log level.
+    """
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
@@ -38,12 +41,15 @@ def silent_stderr() -> Iterator[None]:
 
 
 def of_call(run: Callable[[], object]) -> Cost:
-    """The cost of one call. Memory that a library allocates by itself, as oneDNN does for its scratch, goes unseen."""
+    """Return the cost of one call.
+
+    Memory that a library allocates by itself, as oneDNN does for its scratch, is not seen.
+    """
     with silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         outputs = run()
-    del outputs  # after the profile: what is returned counts to its end
-    # the raw events: making the table of them takes longer than most calls, attributes bytes to operators and knows
-    # no peak
+    del outputs  # freed after the profile, because outputs count until the end of the call
+    # The raw events are read, because a table of them takes longer than most calls. It also gives bytes to operators
+    # and has no peak.
     raw = profiler.profiler.kineto_results.events()
     operators = [event for event in raw if "::" in event.name() and not event.name().startswith("autograd::")]
     spans = sorted((event.start_thread_id(), event.start_ns(), -event.end_ns()) for event in operators)

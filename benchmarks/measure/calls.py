@@ -19,13 +19,13 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def forward_and_backward(function: Function, leaves: list[Tensor], cotangents: list[Tensor]) -> tuple[Tensor, ...]:
-    """(h, c) and then the gradients of all ``leaves``."""
+    """Return (h, c) and then the gradients of all ``leaves``."""
     outputs = function(*leaves)
     return (*outputs, *torch.autograd.grad(outputs, leaves, cotangents))
 
 
 def on_backend(backend: str, run: Callable[[], object]) -> Callable[[], object]:
-    """``run`` with ``backend`` for the calls that name none."""
+    """Return ``run`` with ``backend`` as the default of its calls."""
 
     def call() -> object:
         with dl.use_backend(backend):
@@ -35,7 +35,7 @@ def on_backend(backend: str, run: Callable[[], object]) -> Callable[[], object]:
 
 
 def repeated(run: Callable[[], object], calls: int) -> Callable[[], object]:
-    """``calls`` calls of ``run`` as one, the last call's outputs returned."""
+    """Return a function that makes ``calls`` calls of ``run`` and returns the last outputs."""
     if calls == 1:
         return run
 

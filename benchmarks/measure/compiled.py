@@ -1,4 +1,4 @@
-"""torch.compile of an eager reference, or the reason why there is none."""
+"""torch.compile of an eager reference, or the reason for its absence."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class Compiled:
-    """The compiled reference, or the reason why there is none.
+    """The compiled reference, or the reason for its absence.
 
     Attributes:
         reason: why torch.compile cannot be used; None as long as it can.
@@ -22,22 +22,22 @@ class Compiled:
         self._functions: dict[Callable[..., Any], Callable[..., Any]] = {}
 
     def missing(self) -> dict[str, str]:
-        """What a row says about a compiled contestant that is not there."""
+        """Return a row's note about an absent compiled contestant."""
         return {} if self.reason is None else {"compile": self.reason}
 
     def get(
         self, function: Callable[..., Any], first_call: Callable[[Callable[..., Any]], object]
     ) -> Callable[..., Any] | None:
-        """``function`` compiled, with ``first_call`` made on it so that nothing is left to compile.
+        """Return ``function`` compiled; ``first_call`` is made on it, so that nothing is left to compile.
 
-        None where that fails.
+        The result is None if that fails.
         """
         if self.reason is not None:
             return None
         try:
             compiled = self._functions.setdefault(function, torch.compile(function, dynamic=False, mode=self.mode))
             first_call(compiled)
-        except Exception as error:  # noqa: BLE001  whatever a rival dies of must not end the run
+        except Exception as error:  # noqa: BLE001  a rival's error must not end the run
             self.reason = (
                 f"torch.compile failed: {type(error).__name__}: "
                 f"{str(error).strip().splitlines()[0][:120] if str(error) else ''}"

@@ -12,21 +12,21 @@ from .calls import Runs
 from .rows import Settings
 from .timing import interleave, spread
 
-# a point further than this from a fixed cost and a constant cost a unit is named
+# relative distance from the line above which a point is reported
 BEND = 0.25
 
 Curve = dict[str, Any]
 
 
 def fit(xs: Sequence[float], times: Sequence[float]) -> tuple[float, float, list[float]]:
-    """``times`` as ``fixed + slope * x``: the two numbers, both at least 0, and each point's time over the line's.
+    """Fit ``times`` as ``fixed + slope * x``; return both numbers, at least 0, and each point's time over the line's.
 
-    Least squares of relative errors, so that the points of small x count as much as those of large x.
+    The fit is least squares of relative errors, so that points of small x count as much as those of large x.
     """
     columns = torch.tensor([[1 / time, x / time] for x, time in zip(xs, times, strict=True)], dtype=torch.float64)
     fixed, slope = torch.linalg.lstsq(columns, torch.ones(len(xs), 1, dtype=torch.float64)).solution.flatten().tolist()
     if fixed < 0:
-        # a line through the origin: what is minimal then is sum (slope x / t - 1)^2
+        # a line through the origin minimises sum (slope x / t - 1)^2
         fixed, slope = 0.0, float(columns[:, 1].sum() / columns[:, 1].square().sum())
     if slope < 0:
         fixed, slope = float(columns[:, 0].sum() / columns[:, 0].square().sum()), 0.0
@@ -34,7 +34,7 @@ def fit(xs: Sequence[float], times: Sequence[float]) -> tuple[float, float, list
 
 
 def curve(name: str, axis: str, fixed: str, against: str, points: list[dict[str, Any]], unit: str = "ms") -> Curve:
-    """A curve, fit for JSON, with the line through each contestant that is there at all points."""
+    """Return a curve, fit for JSON, with a line for each contestant present at all points."""
     found: Curve = {
         "name": name,
         "axis": axis,
@@ -55,7 +55,7 @@ def curve(name: str, axis: str, fixed: str, against: str, points: list[dict[str,
 
 
 def point(x: int, runs: Runs, settings: Settings, tick: Callable[[], None], seconds: float = 0.5) -> dict[str, Any]:
-    """The contestants' milliseconds at one ``x``."""
+    """Return the contestants' milliseconds at one ``x``."""
     samples = interleave(runs, seconds=seconds * settings.seconds, minimum=settings.minimum, maximum=400, warmups=2)
     tick()
     return {

@@ -17,17 +17,17 @@ from torch import Tensor
 from .timing import HostStopwatch, Stopwatch, quantile
 
 FLUSH_BYTES = 1 << 28  # several times the second-level cache of any GPU
-SLACK_SECONDS = 1e-4  # the GPU is kept busy for that much longer than the host takes
+SLACK_SECONDS = 1e-4  # the GPU is kept busy for this much longer than the host takes
 LONGEST_HOST_SECONDS = 0.02
 
 
 class EventStopwatch:
-    """Times what a call does on the GPU, by a pair of events around it.
+    """Times a call's work on the GPU by a pair of events around it.
 
-    Before a call a large buffer is read, which leaves nothing of the inputs in the cache and no written line whose
-    way to memory would fall into the measured time (filling a buffer would leave as many as fit). Then the GPU waits
-    for as long as the host needs to enqueue the call, so that the time between the events has no gaps in which the
-    GPU waits for the host.
+    Before a call a large buffer is read. Afterwards the cache holds nothing of the inputs, and no written line whose
+    way to memory would fall into the measured time. Filling a buffer would leave as many such lines as fit. Then the
+    GPU waits for as long as the host needs to enqueue the call. The time between the events therefore has no gaps in
+    which the GPU waits for the host.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -40,7 +40,7 @@ class EventStopwatch:
 
     def _cycles_a_second(self) -> float:
         cycles, fastest = 20_000_000, 0.0
-        for _ in range(5):  # the first ones at the clock of an idle GPU
+        for _ in range(5):  # the first rounds run at the clock of an idle GPU
             before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             before.record()
             torch.cuda._sleep(cycles)
@@ -78,7 +78,7 @@ class WaitingStopwatch:
     """Times calls by the host's clock, which starts when the device is idle.
 
     Args:
-        until_done: whether the clock stops when the device has done the call's work, or when the call returns.
+        until_done: whether the clock stops when the device has finished the work, or when the call returns.
     """
 
     def __init__(self, device: torch.device, until_done: bool) -> None:
@@ -102,27 +102,30 @@ class WaitingStopwatch:
 
 
 def stopwatch(device: torch.device, clock: str = "work") -> Stopwatch:
-    """What times the device's own "work", the host's "call", or the "latency" from the call until the work is done."""
+    """Return the stopwatch of a clock.
+
+    "work" is the device's own time, "call" the host's, and "latency" lasts from the call until the work is done.
+    """
     if clock == "work":
         return EventStopwatch(device) if device.type == "cuda" else HostStopwatch()
     return WaitingStopwatch(device, until_done=clock == "latency")
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def release(device: torch.device) -> None:
-    """Give freed memory back, so that what comes next finds all of it."""
+    """Give freed memory back, so that later work finds all of it."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def captured(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """``run`` as the replay of a CUDA graph; on the CPU ``run`` itself."""
+    """Return ``run`` as the replay of a CUDA graph; on the CPU ``run`` itself."""
     if device.type != "cuda":
         return run
     side = torch.cuda.Stream(device)
@@ -142,7 +145,7 @@ def captured(run: Callable[[], object], device: torch.device) -> Callable[[], ob
 
 
 def allocated_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """By how much allocated memory has grown after ``run``, its outputs held; 0 on the CPU, which does not count."""
+    """Return the growth of allocated memory after ``run``, with its outputs held; 0 on the CPU, which counts none."""
     if device.type != "cuda":
         return 0
     warm = run()
@@ -156,9 +159,9 @@ def allocated_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 
 def ceilings(device: torch.device, copied_bytes: int = 1 << 30, size: int = 8192) -> dict[str, float]:
-    """What this machine reaches.
+    """Measure the two ceilings of this machine.
 
-    It is the GB/s of a large copy, bytes read plus bytes written, and the TFLOP/s of a large bf16 product.
+    They are the GB/s of a large copy, bytes read plus bytes written, and the TFLOP/s of a large bf16 product.
     """
     source = torch.randn(copied_bytes // 4, device=device)
     target = torch.empty_like(source)

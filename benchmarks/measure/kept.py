@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def kept_bytes(run: Callable[[], object], parameters: Iterable[Tensor]) -> int:
-    """Bytes of all distinct storages that ``run`` saves for backward.
+    """Return the bytes of all distinct storages that ``run`` saves for backward.
 
-    Parameters are left out. Inputs that are kept are counted.
+    Parameters are left out. Kept inputs are counted.
     """
     excluded = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     kept: dict[int, int] = {}

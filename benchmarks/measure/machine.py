@@ -18,7 +18,7 @@ from .. import CHECKOUT
 
 
 def last_level_cache() -> str:
-    """Size of the first core's largest cache, such as "32768K"; "unknown" where the system does not say."""
+    """Return the size of the first core's largest cache, such as "32768K"; "unknown" if the system does not say."""
     found = {}
     for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
         found[int((index / "level").read_text())] = (index / "size").read_text().strip()
@@ -26,7 +26,7 @@ def last_level_cache() -> str:
 
 
 def memory_gib() -> float | None:
-    """Physical memory in GiB, None where the system does not say."""
+    """Return the physical memory in GiB; None if the system does not say."""
     try:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (AttributeError, ValueError, OSError):
@@ -41,7 +41,10 @@ def operating_system() -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says about the source tree; None for an installed package, though it may lie in somebody else's tree."""
+    """Return git's answer about the source tree; None for an installed package.
+
+    An installed package may lie inside another repository.
+    """
     if CHECKOUT is None:
         return None
     try:
@@ -61,17 +64,17 @@ def cpu_model() -> str:
 
 
 def slug(model: str, cores: int) -> str:
-    """A folder name for a machine: "Some CPU @ 2.0GHz", 2 -> "some-cpu-2.0ghz-2-cores"."""
+    """Return a folder name for a machine: "Some CPU @ 2.0GHz", 2 -> "some-cpu-2.0ghz-2-cores"."""
     return re.sub(r"[^a-z0-9.]+", "-", re.sub(r"\((r|tm)\)", "", model.lower())).strip("-") + f"-{cores}-cores"
 
 
 def gpu_slug(name: str) -> str:
-    """A folder name for a GPU: "NVIDIA H100 80GB HBM3" -> "nvidia-h100-80gb-hbm3"."""
+    """Return a folder name for a GPU: "NVIDIA H100 80GB HBM3" -> "nvidia-h100-80gb-hbm3"."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
 def driver() -> str:
-    """The GPU driver's version; "unknown" where nvidia-smi does not say."""
+    """Return the GPU driver's version; "unknown" if nvidia-smi does not say."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()
@@ -81,9 +84,9 @@ def driver() -> str:
 
 
 def describe_gpu(device: torch.device) -> dict[str, Any]:
-    """What :func:`describe` says, with the GPU; on the CPU with none."""
+    """Return the result of :func:`describe` with the GPU; on the CPU without one."""
     about = describe()
-    # a copy of the tree without its history says with this what it is a copy of
+    # identifies the commit for a copy of the tree without its history
     about["commit"] = about["commit"] or os.environ.get("DEPTHLSTM_COMMIT")
     about["triton"] = package_version("triton")
     if device.type != "cuda":
@@ -102,7 +105,7 @@ def describe_gpu(device: torch.device) -> dict[str, Any]:
 
 
 def describe() -> dict[str, Any]:
-    """Everything a reader needs to judge a number by, fit for JSON."""
+    """Return everything that a reader needs to judge a number, fit for JSON."""
     status = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "name": slug(cpu_model(), usable_cores()),

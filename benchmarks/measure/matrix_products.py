@@ -1,4 +1,4 @@
-"""The matrix products that a subject cannot do without: their FLOPs, and a run of nothing but them."""
+"""The matrix products that a subject needs: their FLOPs, and a run of these products alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Product(NamedTuple):
 
 
 def training_flops(products: Sequence[Product]) -> int:
-    """Floating-point operations of the products and of their two gradients each.
+    """Return the floating-point operations of the products and of their two gradients each.
 
     A multiplication and an addition count as two.
     """
@@ -34,7 +34,10 @@ def training_flops(products: Sequence[Product]) -> int:
 def training_run(
     products: Sequence[Product], dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> Callable[[], object]:
-    """Every product y = x w^T, dx = dy w and dw = dy^T x on contiguous random inputs; outputs are allocated afresh."""
+    """Return a run of the products on contiguous random inputs, with outputs allocated afresh.
+
+    Each product is y = x w^T, dx = dy w and dw = dy^T x.
+    """
 
     def operands(product: Product) -> list[torch.Tensor]:
         batch, rows, inner, columns = product
@@ -46,18 +49,18 @@ def training_run(
 
 
 def cell(tokens: int, features: int) -> list[Product]:
-    """The products of a cell: z = [x ; h] W^T."""
+    """Return the products of a cell: z = [x ; h] W^T."""
     return [Product(1, tokens, 2 * features, 4 * features)]
 
 
 def attention(batch: int, queries: int, keys: int, features: int, heads: int) -> list[Product]:
-    """Scores and weighted sums, all heads."""
+    """Return the products of attention: scores and weighted sums, all heads."""
     width = features // heads
     return [Product(batch * heads, queries, width, keys), Product(batch * heads, queries, keys, width)]
 
 
 def encoder_layer(batch: int, length: int, features: int, heads: int) -> list[Product]:
-    """Self-attention with its input and output projections, and the cell.
+    """Return the products of self-attention with its input and output projections, and of the cell.
 
     A feed-forward network of 4D features takes as many FLOPs.
     """
@@ -67,9 +70,9 @@ def encoder_layer(batch: int, length: int, features: int, heads: int) -> list[Pr
 
 
 def decoder_layer(batch: int, target: int, source: int, features: int, heads: int) -> list[Product]:
-    """Masked self-attention (counted whole), attention to a memory of ``source`` tokens, and the cell.
+    """Return the products of masked self-attention (counted whole), cross-attention and the cell.
 
-    The cell sees the sum of both attentions.
+    The cross-attention attends to a memory of ``source`` tokens. The cell sees the sum of both attentions.
     """
     tokens = batch * target
     cross = [
@@ -81,7 +84,7 @@ def decoder_layer(batch: int, target: int, source: int, features: int, heads: in
 
 
 def matrix_entries(layer: nn.Module) -> int:
-    """Entries of the layer's matrices; the gates' (4, D) affine is no matrix."""
+    """Return the number of entries of the layer's matrices; the gates' (4, D) affine does not count as one."""
     norms = [module for module in layer.modules() if isinstance(module, (nn.LayerNorm, dl.reference.GateNorm))]
     excluded = {id(parameter) for module in norms for parameter in module.parameters()}
     return sum(p.numel() for p in layer.parameters() if p.dim() == 2 and id(p) not in excluded)

@@ -1,4 +1,4 @@
-"""Where a problem is measured: the device, the backends under test, the compiler of the rival."""
+"""The place of a measurement: the device, the backends under test, the compiler of the rival."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ FUSED = "fused"  # its contestant's name
 
 @dataclass(frozen=True)
 class Place:
-    """What a problem's maker is given.
+    """Arguments of a problem's maker.
 
     Attributes:
         compiled: makes the contestant "compile".
         device: holds all tensors.
-        backends: the fused backends under test, each with a row of its own; ``IN_USE`` alone on the command line and
-            in pytest.
+        backends: the fused backends under test, one row each; ``IN_USE`` alone on the command line and in pytest.
         gpu: floors, targets and seconds are those of a GPU; a rehearsal has them on the CPU.
     """
 
@@ -35,11 +34,17 @@ class Place:
     gpu: bool = False
 
     def functions(self, function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-        """``function`` (it has a parameter ``backend``) on each backend under test, by the contestant's name."""
+        """Return ``function`` for each backend under test, by the contestant's name.
+
+        ``function`` has a parameter ``backend``.
+        """
         return {
             name or FUSED: functools.partial(function, backend=name) if name else function for name in self.backends
         }
 
     def fused(self, run: Callable[[], object]) -> Runs:
-        """``run`` on each backend under test, by the contestant's name: for modules, which take the backend in use."""
+        """Return ``run`` on each backend under test, by the contestant's name.
+
+        It is for modules, which use the default backend.
+        """
         return {name or FUSED: on_backend(name, run) if name else run for name in self.backends}

@@ -1,4 +1,4 @@
-"""NaN in the memory that the next allocations get, so that an element that no kernel writes is found."""
+"""NaN in the memory of the next allocations, so that an unwritten element is found."""
 
 from __future__ import annotations
 
@@ -15,23 +15,21 @@ CPU = torch.device("cpu")
 def spoil_free_memory(device: torch.device) -> None:
     """Leave NaN in the memory that the next allocations on a GPU get.
 
-    Torch does not fill what is allocated over the stable ABI.
+    Torch does not fill memory that is allocated over the stable ABI.
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        sizes = [
-            FREE_BYTES,
-            *[SMALL_BYTES] * (FREE_SMALL_BYTES // SMALL_BYTES),
-        ]  # the allocator keeps small blocks apart
+        # the allocator keeps small blocks apart
+        sizes = [FREE_BYTES, *[SMALL_BYTES] * (FREE_SMALL_BYTES // SMALL_BYTES)]
         blocks = [torch.full((size,), 0xFF, dtype=torch.uint8, device=device) for size in sizes]
         del blocks
 
 
 @contextlib.contextmanager
 def poisoned(device: torch.device = CPU) -> Iterator[None]:
-    """Fill what torch.empty gives with NaN inside the ``with`` block.
+    """Fill the results of torch.empty with NaN inside the ``with`` block.
 
-    Free memory of a GPU has NaN before the block.
+    Free memory of a GPU holds NaN before the block.
     """
     spoil_free_memory(device)
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()

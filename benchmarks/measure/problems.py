@@ -1,6 +1,6 @@
-"""A problem is a row of the table before it is measured.
+"""Problems: rows of the table before they are measured.
 
-A subject is the problems of a file, their check, and the checks that their rows stand on. The command line,
+A subject is the problems of a file, their check, and the checks that their rows need. The command line,
 pytest-benchmark and the run on a GPU measure the same problems, each with its own clock.
 """
 
@@ -26,10 +26,10 @@ SECONDS = {"ms": 1e3, "us": 1e6}
 
 @dataclass(frozen=True)
 class Timekeeper:
-    """How a run times the calls; the default is the command line's.
+    """Timing method of a run; the default is the command line's.
 
     Attributes:
-        stopwatch: gives the stopwatch for the ``clock`` of a problem; None takes the host's clock for all of them.
+        stopwatch: returns the stopwatch for the ``clock`` of a problem; None uses the host's clock for all.
         maximum, warmups: the most repetitions, and the calls before the first.
     """
 
@@ -43,22 +43,21 @@ HOST = Timekeeper()
 
 @dataclass
 class Problem:
-    """The contestants, what has to be moved or computed, and the figures that are made of the times.
+    """A problem: the contestants, the bytes or operations they need, and the figures made of their times.
 
     Attributes:
-        row: what the row says apart from numbers; its unit is "ms", "us" or "tokens/s".
-        runs: a call of each contestant, by its name in ``Row.values``; of the fused ones by the names that ``place``
-            gives them.
+        row: the row without its numbers; its unit is "ms", "us" or "tokens/s".
+        runs: a call of each contestant, by its name in ``Row.values``; ``place`` names the fused ones.
         seconds: how long to measure, at ``Settings.seconds`` of 1.
         grad: whether gradients are enabled.
-        calls: calls in a repetition, more than one where a single one is too short for a clock.
-        tokens: what a call handles, for the unit "tokens/s".
-        moved_bytes, flops: what a call moves or computes at least, by a formula; 0 where the row is about something
-            else.
-        floor: the contestant that does no more than that; empty where none does.
-        place: where it was made for.
-        clock: what is timed on a GPU: its own "work", the host's "call", or the "latency" until the work is done.
-        verify: checks a backend on the very tensors that are timed; None where the subject's check is enough.
+        calls: calls in a repetition; more than one if a single call is too short for a clock.
+        tokens: tokens of a call, for the unit "tokens/s".
+        moved_bytes, flops: bytes or operations that a call needs at least, by a formula; 0 if the row is about
+            something else.
+        floor: the contestant that does only this minimum; empty if there is none.
+        place: the place that the problem was made for.
+        clock: the timed quantity on a GPU: its own "work", the host's "call", or the "latency" until the work is done.
+        verify: checks a backend on the timed tensors themselves; None if the subject's check is enough.
     """
 
     row: Row
@@ -76,11 +75,11 @@ class Problem:
     verify: Callable[[str], Check] | None = None
 
     def batches(self) -> Runs:
-        """What is timed: for each contestant one repetition."""
+        """Return one repetition of each contestant, as it is timed."""
         return {name: repeated(run, self.calls) for name, run in self.runs.items()}
 
     def measure(self, settings: Settings, tick: Callable[[], None], keeper: Timekeeper = HOST) -> list[Row]:
-        """Time all contestants in turn; a row for each backend under test."""
+        """Time all contestants in turn; return a row for each backend under test."""
         with torch.set_grad_enabled(self.grad):
             samples = interleave(
                 self.batches(),
@@ -99,19 +98,19 @@ class Problem:
         del self.runs[backend or FUSED]
 
     def blank(self, backend: str) -> Row:
-        """The row of a backend, without numbers."""
+        """Return the row of a backend, without numbers."""
         row = copy.deepcopy(self.row)
         row.backend = backend
         return row
 
     def own(self, backend: str) -> dict[str, str]:
-        """Contestants in a backend's row: their names in the row, by those in ``runs``."""
+        """Return the contestants in a backend's row: their names in the row, by those in ``runs``."""
         fused = {name or FUSED for name in self.place.backends}
         chosen = backend or FUSED
         return {name: FUSED if name == chosen else name for name in self.runs if name not in fused - {chosen}}
 
     def finish(self, samples: Mapping[str, Sequence[float]]) -> list[Row]:
-        """A row for each backend, from the seconds of every repetition of every contestant."""
+        """Return a row for each backend, from the seconds of every repetition of every contestant."""
         times = {name: [seconds / self.calls for seconds in found] for name, found in samples.items()}
         return [
             self.fill(self.blank(backend), {shown: times[name] for name, shown in self.own(backend).items()})
@@ -119,7 +118,7 @@ class Problem:
         ]
 
     def fill(self, row: Row, times: Mapping[str, Sequence[float]]) -> Row:
-        """``row`` with its numbers, from the seconds of every call of its contestants."""
+        """Fill ``row`` with its numbers, from the seconds of every call of its contestants."""
         row.repetitions = len(times[FUSED])
         if row.unit == "tokens/s":
             row.values = {name: spread([self.tokens / seconds for seconds in found]) for name, found in times.items()}
@@ -137,7 +136,10 @@ class Problem:
         return row
 
     def count(self, row: Row) -> None:
-        """Operator calls and peak memory of one call, fused and eager; on a GPU, whose memory is another, neither."""
+        """Count operator calls and peak memory of one call, fused and eager.
+
+        On a GPU, which has its own memory, neither is counted.
+        """
         if self.place.gpu:
             return
         with torch.set_grad_enabled(self.grad):
@@ -148,7 +150,7 @@ class Problem:
 
 
 def judge(row: Row, target: Target, times: Mapping[str, Sequence[float]]) -> Figure:
-    """The figure that ``target`` asks for; of kind "value" it is the row's own value, else a ratio of times."""
+    """Return the figure of ``target``: the row's own value for kind "value", else a ratio of times."""
     if target.kind != "value":
         return figure(target, times)
     found = row.values[target.column]
@@ -157,11 +159,13 @@ def judge(row: Row, target: Target, times: Mapping[str, Sequence[float]]) -> Fig
 
 @dataclass
 class KeptProblem(Problem):
-    """A row on bytes kept for backward, in "MB": ``runs`` are the forward calls that keep them, and nothing is timed.
+    """A row on bytes kept for backward, in "MB".
+
+    ``runs`` are the forward calls that keep the bytes. Nothing is timed.
 
     Attributes:
         kept: the bytes, by contestant.
-        share: column, and how much of its bytes a fused call may keep.
+        share: a column, and the largest allowed share of its bytes for a fused call.
     """
 
     kept: dict[str, int] = field(default_factory=dict)
@@ -175,7 +179,7 @@ class KeptProblem(Problem):
         return [self.fill_kept(self.blank(backend), self.own(backend)) for backend in self.place.backends]
 
     def fill_kept(self, row: Row, own: Mapping[str, str]) -> Row:
-        """``row`` with its bytes; on a GPU also what the allocator says, outputs included."""
+        """Fill ``row`` with its bytes; on a GPU also with the allocator's count, outputs included."""
         column, target = self.share
         kept = {shown: self.kept[name] for name, shown in own.items()}
         row.repetitions = 1
@@ -197,12 +201,12 @@ class Subject:
     """One file of ``subjects/``, as ``SUBJECT`` in it.
 
     Attributes:
-        problems: the makers of its rows, by name; a problem is made when it is about to be measured.
-        check: holds it to fp64 in one of ``dtypes``, at small sizes.
-        needs: the subjects whose checks its rows stand on; empty for its own.
+        problems: the makers of its rows, by name; a problem is made right before it is measured.
+        check: compares the subject with fp64 in one of ``dtypes``, at small sizes.
+        needs: the subjects whose checks its rows need; empty for its own.
         in_table: whether its problems are rows of the table; pytest has them in any case.
         compile: compiles the rivals of its problems of one dtype.
-        ticks: of the progress bar; None for the repetitions that its problems make at least.
+        ticks: of the progress bar; None for the smallest number of repetitions of its problems.
     """
 
     name: str

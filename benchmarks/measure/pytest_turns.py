@@ -1,4 +1,7 @@
-"""pytest-benchmark as the clock of the fused call; its rivals are timed around it, in the order of :mod:`timing`."""
+"""pytest-benchmark as the clock of the fused call.
+
+The rivals are timed around it, in the order of :mod:`timing`.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ MOST_ROUNDS = 200
 
 
 def lap(run: Callable[[], object]) -> float:
-    """Seconds of one call, whose outputs are freed after the clock has stopped."""
+    """Return the seconds of one call; its outputs are freed after the clock has stopped."""
     before = time.perf_counter()
     outputs = run()
     seconds = time.perf_counter() - before
@@ -30,9 +33,10 @@ def lap(run: Callable[[], object]) -> float:
 
 
 def measure_rounds(benchmark: BenchmarkFixture, problem: Problem, settings: Settings) -> Row:
-    """Fill the problem's row: in each round every contestant has a turn, the fused call on the clock of ``benchmark``.
+    """Fill the problem's row; in each round every contestant has a turn.
 
-    Rivals before the fused call in a round's order run in pytest-benchmark's setup, the others in its teardown.
+    The fused call runs on the clock of ``benchmark``. Rivals before it in a round's order run in pytest-benchmark's
+    setup, the others in its teardown.
     """
     batches = problem.batches()
     names, fused = list(batches), list(batches).index("fused")

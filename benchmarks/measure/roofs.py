@@ -1,4 +1,4 @@
-"""What a machine reached in a run: the roofs of the roofline."""
+"""The roofs of the roofline: the speeds that a machine reached in a run."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 
 def roofs(rows: list[dict[str, Any]], dtype: str) -> tuple[float, float] | None:
-    """GB/s of the fastest copy and GFLOP/s of the bare GEMMs in ``rows`` of one dtype.
+    """Return GB/s of the fastest copy and GFLOP/s of the bare GEMMs in ``rows`` of one dtype.
 
-    None where one of them was not timed.
+    The result is None if one of them was not timed.
     """
     found: dict[str, float] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""What a subject hands to the report: one row of the table, with the figures that are held to a target."""
+"""Interface from a subject to the report: one row of the table, with the figures that have targets."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from .timing import Spread, ratio
 
 @dataclass(frozen=True)
 class Figure:
-    """One number that is judged.
+    """One judged number.
 
     Attributes:
-        column: the column of the table it stands in: "fused", "eager", "compile" or "against".
+        column: its column in the table: "fused", "eager", "compile" or "against".
         kind: "speedup" (times faster than the column), "share" (of the floor's speed), "ratio" (fused over the column)
             or "value".
-        target: the number to reach, None where there is none; ``sense`` says from which side, "at least" or "at most".
+        target: the number to reach, or None; ``sense`` says from which side, "at least" or "at most".
     """
 
     column: str
@@ -40,13 +40,13 @@ class Row:
     """One line of the table.
 
     Attributes:
-        values: of "eager", "compile", "fused" and "against", those that there are, in ``unit``.
-        against: what the last contestant is, such as "copy of 7D".
-        missing: why a contestant is not there, by its name.
-        failure: why no number of this row may be shown; None where its check is green.
-        backend: which fused backend it is about; empty where a run has but one.
+        values: of the present contestants among "eager", "compile", "fused" and "against", in ``unit``.
+        against: description of the last contestant, such as "copy of 7D".
+        missing: the reason for each absent contestant, by its name.
+        failure: why no number of this row may be shown; None if its check is green.
+        backend: the fused backend of the row; empty if a run has only one.
         numbers: further quantities by name, such as "gb_per_s".
-        others: contestants without a column: what they are, by their name in ``values``.
+        others: descriptions of contestants without a column, by their name in ``values``.
     """
 
     subject: str
@@ -67,13 +67,16 @@ class Row:
 
 
 def row_data(row: Row) -> dict[str, Any]:
-    """A row fit for JSON, each of its figures with its verdict."""
+    """Return a row fit for JSON, each of its figures with its verdict."""
     return {**asdict(row), "figures": [{**asdict(figure), "reached": figure.reached} for figure in row.figures]}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to measure: ``seconds`` scales every subject's budget of time, ``minimum`` is the fewest repetitions."""
+    """How long to measure.
+
+    ``seconds`` scales every subject's time budget, ``minimum`` is the fewest repetitions.
+    """
 
     minimum: int = 7
     seconds: float = 1.0
@@ -97,7 +100,7 @@ class Target:
 
 
 def figure(target: Target, samples: Mapping[str, Sequence[float]]) -> Figure:
-    """The figure that ``target`` asks for, from the seconds of "fused" and of the target's column."""
+    """Return the figure of ``target``, from the seconds of "fused" and of the target's column."""
     other, fused = samples[target.column], samples["fused"]
     found = ratio(fused, other) if target.kind == "ratio" else ratio(other, fused)
     return Figure(target.column, target.kind, found.median, found.p10, found.p90, target.number, target.sense)

@@ -1,4 +1,4 @@
-"""Contestants timed in turn within one process, so that what disturbs the machine disturbs them all."""
+"""Timing of contestants in turn within one process, so that a disturbance of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ class Spread:
 
 
 class Stopwatch(Protocol):
-    """What times one call: ``begin``, the call, ``end``.
+    """A clock of one call: ``begin``, the call, ``end``.
 
-    ``laps`` hands over (contestant, seconds) of the calls since it last did.
-
-    ``reset`` forgets what was seen: other contestants follow, though they may bear the same names.
+    ``laps`` returns (contestant, seconds) of the calls since its last call. ``reset`` forgets earlier calls. Other
+    contestants follow, possibly with the same names.
     """
 
     def reset(self) -> None: ...
@@ -63,7 +62,7 @@ class HostStopwatch:
 
 
 def quantile(samples: Sequence[float], fraction: float) -> float:
-    """The quantile of ``samples`` with linear interpolation between neighbours."""
+    """Return the quantile of ``samples`` with linear interpolation between neighbours."""
     ordered = sorted(samples)
     position = fraction * (len(ordered) - 1)
     low = math.floor(position)
@@ -72,7 +71,7 @@ def quantile(samples: Sequence[float], fraction: float) -> float:
 
 
 def spread(samples: Sequence[float], scale: float = 1.0) -> Spread:
-    """Median, p10 and p90 of ``scale * samples``.
+    """Return median, p10 and p90 of ``scale * samples``.
 
     Raises:
         ValueError: ``samples`` is empty.
@@ -83,17 +82,19 @@ def spread(samples: Sequence[float], scale: float = 1.0) -> Spread:
 
 
 def ratio(over: Sequence[float], under: Sequence[float]) -> Spread:
-    """``over`` / ``under``: the ratio of the medians; its spread is that of the ratios within each repetition."""
+    """Return ``over`` / ``under``: the ratio of the medians.
+
+    Its spread is that of the ratios within each repetition.
+    """
     pairs = [a / b for a, b in zip(over, under, strict=True)]
     return Spread(quantile(over, 0.5) / quantile(under, 0.5), quantile(pairs, 0.1), quantile(pairs, 0.9))
 
 
 def turn_order(count: int, repetition: int) -> list[int]:
-    """The contestants' order in one repetition: a Williams design.
+    """Return the contestants' order in one repetition: a Williams design.
 
-    Each contestant follows each other one equally often.
-
-    A fixed order would give one contestant the caches and the heap that the same neighbour always leaves behind.
+    Each contestant follows each other one equally often. A fixed order would give one contestant the caches and the
+    heap that the same neighbour always leaves behind.
     """
     zigzag = [(step + 1) // 2 if step % 2 else -(step // 2) for step in range(count)]
     order = [(repetition + offset) % count for offset in zigzag]
@@ -114,7 +115,7 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Time every contestant once in each repetition, until ``seconds`` are over, but at least ``minimum`` times.
 
-    What a contestant returns is freed after its clock has stopped. Python's garbage collector is off meanwhile.
+    A contestant's results are freed after its clock has stopped. Python's garbage collector is off meanwhile.
     ``stopwatch`` times the calls; without one the host's ``clock`` does.
 
     Returns:
@@ -128,7 +129,7 @@ def interleave(
         for name in names:
             if stopwatch is None:
                 contestants[name]()
-            else:  # it learns how long the host takes
+            else:  # the stopwatch learns how long the host takes
                 watch.begin(name)
                 contestants[name]()
                 watch.end()

@@ -1,1 +1,1 @@
-"""What becomes of a run: tables and pictures."""
+"""The outputs of a run: tables and pictures."""

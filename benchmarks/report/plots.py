@@ -1,6 +1,6 @@
-"""A run as pictures: how many times faster, and how close to the floor.
+"""Pictures of a run: how many times faster it is, and how close to the floor.
 
-The colours are those of Okabe and Ito, which any eye can tell apart.
+The colours are those of Okabe and Ito, which are distinct for every kind of colour vision.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def _label(row: dict[str, Any]) -> str:
 
 
 def _size(rows: list[dict[str, Any]], height: float) -> tuple[float, float]:
-    """Width and height in inches, with room for the longest label."""
+    """Return width and height in inches, with room for the longest label."""
     return 9 + max(0, 0.09 * (max((len(_label(row)) for row in rows), default=0) - 30)), 1.5 + height * len(rows)
 
 
 def _shown(run: dict[str, Any]) -> list[dict[str, Any]]:
     rows = [row for row in run["rows"] if row["failure"] is None]
-    if run.get("kind") == "gpu":  # its table is long: what is trained in, and no latencies
+    if run.get("kind") == "gpu":  # its table is long, so the pictures have bf16 only and no latencies
         rows = [row for row in rows if row["dtype"] == "bf16" and row["subject"] in ("gates", "cell", "layer")]
     return rows
 
@@ -41,7 +41,7 @@ def _figure(row: dict[str, Any], column: str, *kinds: str) -> dict[str, Any] | N
 
 
 def caption(run: dict[str, Any]) -> str:
-    """The machine, the versions and the day, for the foot of every picture."""
+    """Return the machine, the versions and the day, for the foot of every picture."""
     machine = run["machine"]
     what = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores, {machine['isa']}"
     notes = (" · rehearsal, no measurement" if run.get("rehearsal") else "") + (" · quick run" if run["quick"] else "")
@@ -79,13 +79,13 @@ def _bar(axes: Any, y: float, figure: dict[str, Any], scale: float, colour: str,
 
 
 def _inverted(figure: dict[str, Any]) -> dict[str, Any]:
-    """A share of the rival's time as a multiple of its speed."""
+    """Return a share of the rival's time as a multiple of its speed."""
     target = None if figure["target"] is None else 1 / figure["target"]
     return {"value": 1 / figure["value"], "p10": 1 / figure["p90"], "p90": 1 / figure["p10"], "target": target}
 
 
 def _speeds(row: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
-    """The row's bars: figures as times faster, each with its colour."""
+    """Return the row's bars: figures as times faster, each with its colour."""
     found = [(_figure(row, column, "speedup"), colour) for column, colour in (("eager", EAGER), ("compile", COMPILED))]
     rival = _figure(row, "against", "ratio") if row["subject"] in ("layer", "model") else None
     found.append((None if rival is None else _inverted(rival), RIVAL))
@@ -93,7 +93,7 @@ def _speeds(row: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
 
 
 def speed_plot(run: dict[str, Any], path: Path) -> None:
-    """Times faster than eager, than torch.compile of it, and than torch's residual layer."""
+    """Draw how many times faster fused is than eager, than torch.compile of it, and than torch's residual layer."""
     rows = [row for row in _shown(run) if row["unit"] != "MB" and _figure(row, "eager", "speedup")]
     figure, axes = plt.subplots(figsize=_size(rows, 0.55), layout="constrained")
     for y, row in enumerate(rows):
@@ -113,7 +113,7 @@ def speed_plot(run: dict[str, Any], path: Path) -> None:
 
 
 def floor_plot(run: dict[str, Any], path: Path) -> None:
-    """The floor's time as a share of the fused time."""
+    """Draw the floor's time as a share of the fused time."""
     rows = [row for row in _shown(run) if row["subject"] in ("gates", "cell") and "against" in row["values"]]
     figure, axes = plt.subplots(figsize=_size(rows, 0.5), layout="constrained")
     for y, row in enumerate(rows):
@@ -130,7 +130,7 @@ def floor_plot(run: dict[str, Any], path: Path) -> None:
 
 
 def write_all(run: dict[str, Any], folder: Path) -> list[Path]:
-    """speed.png and floor.png in ``folder``, those that the run has rows for."""
+    """Write speed.png and floor.png into ``folder``, as far as the run has rows for them."""
     written = []
     if any(_figure(row, "eager", "speedup") for row in _shown(run)):
         speed_plot(run, folder / "speed.png")

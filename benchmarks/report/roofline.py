@@ -1,10 +1,8 @@
-"""`roofline.png`: what each row computes a second, over what it computes a byte.
-
-The roofs are what this machine reached in the same run.
+"""`roofline.png`: each row's computation a second, over its computation a byte.
 
 The sloping roof is the copy's bandwidth, the level one the bare GEMMs' speed, both of the same run and dtype. A row's
-bytes and FLOPs are those that no implementation can do without, so that a row lies as far under its roof as it is
-slower than perfect.
+bytes and FLOPs are the minimum of any implementation. A row therefore lies as far under its roof as it is slower than
+perfect.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ def _points(run: dict[str, Any]) -> Rows:
 
 
 def write(run: dict[str, Any], folder: Path) -> list[Path]:
-    """roofline.png in ``folder``, where the run has gates and cells."""
+    """Write roofline.png into ``folder`` if the run has gates and cells."""
     rows = _points(run)
     tops = {dtype: top for dtype in COLOURS if (top := roofs(rows, dtype)) is not None}
     if not tops:

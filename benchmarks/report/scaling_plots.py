@@ -1,7 +1,7 @@
-"""Cost and memory as curves: `scaling.png` (gates over tokens and width) and `depth.png` (an encoder over its layers).
+"""Cost and memory as curves.
 
-Colours of Okabe and Ito; each contestant has its own marker and line as well, so that the pictures can be read
-without colour.
+`scaling.png` has the gates over tokens and width, `depth.png` an encoder over its layers. The colours are those of
+Okabe and Ito. Each contestant also has its own marker and line, for reading without colour.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _picture(run: dict[str, Any], curves: list[dict[str, Any]], title: str, path
 
 
 def write_all(run: dict[str, Any], folder: Path) -> list[Path]:
-    """scaling.png and depth.png in ``folder``, those that the run has curves for."""
+    """Write scaling.png and depth.png into ``folder``, as far as the run has curves for them."""
     curves = run.get("scaling") or []
     pictures = {
         "scaling.png": (

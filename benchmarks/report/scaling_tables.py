@@ -9,14 +9,14 @@ from ..measure.curves import BEND, Curve
 
 
 def number(value: float) -> str:
-    """Three significant digits, never an exponent."""
+    """Format with three significant digits, never with an exponent."""
     return (
         f"{value:,.0f}" if value >= 100 else f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}" if value else "0"
     )
 
 
 def markdown(curves: Sequence[Curve]) -> str:
-    """A table for each curve, and where it is not straight."""
+    """Return a table for each curve, and the points where it bends."""
     names = {"fused": "fused", "eager": "eager"}
     parts = []
     for found in curves:
@@ -37,7 +37,7 @@ def markdown(curves: Sequence[Curve]) -> str:
 
 
 def bends(found: Curve) -> list[str]:
-    """What the lines of a curve say, one line a contestant."""
+    """Describe the lines of a curve, one text line a contestant."""
     lines, one = [], {"tokens": "token", "width": "feature", "layers": "layer"}[found["axis"]] if found["lines"] else ""
     for side, line in found["lines"].items():
         who = found["against"] if side == "against" else side

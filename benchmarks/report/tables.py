@@ -1,10 +1,10 @@
-"""One run as a terminal table, Markdown, CSV and JSON; as a program, puts a run's table into a README.
+"""One run as a terminal table, Markdown, CSV and JSON; as a program, it puts a run's table into a README.
 
     python -m depthlstm_fast.bench.report benchmarks/results/MACHINE/results.json
     python -m depthlstm_fast.bench.report --readme docs/benchmarks.md benchmarks/results/MACHINE/results.json
 
-The first prints the Markdown. The second rewrites what stands between <!-- benchmarks:begin --> and
-<!-- benchmarks:end -->, and report.md beside the results.
+The first command prints the Markdown. The second rewrites the text between <!-- benchmarks:begin --> and <!--
+benchmarks:end -->, and report.md beside the results.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-# 2: rows have numbers (bytes, rates, operator calls, memory, errors) and contestants without a column; a run has
-# curves
+# 2: rows have numbers (bytes, rates, operator calls, memory, errors) and contestants without a column; a run has curves
 SCHEMA = 2
 SHORT = {"nn.TransformerEncoderLayer": "residual layer", "pre-norm Transformer": "residual model"}
 Run = dict[str, Any]
@@ -33,14 +32,14 @@ RowData = dict[str, Any]
 
 
 def significant(number: float) -> str:
-    """Three significant digits, never an exponent: 1.93, 22.2, 501, 12345 -> "12,345"."""
+    """Format three significant digits, never with an exponent: 1.93, 22.2, 501, 12345 -> "12,345"."""
     magnitude = abs(number)
     digits = 2 if magnitude < 10 else 1 if magnitude < 100 else 0
     return f"{number:,.{digits}f}"
 
 
 def value_text(row: RowData, column: str) -> str:
-    """A contestant's median with its unit; "-" where it did not take part."""
+    """Return a contestant's median with its unit; "-" if it did not take part."""
     if row["failure"] is not None or column not in row["values"]:
         return "-"
     return f"{significant(row['values'][column]['median'])} {row['unit']}"
@@ -51,12 +50,12 @@ def _number(kind: str, value: float, unit: str) -> str:
         return f"{value:.0%}"
     if kind == "value":
         return f"{significant(value)} {unit}"
-    # what is held to "at most" a ratio near 1 needs the second digit
+    # a ratio near 1 with an "at most" target needs the second digit
     return f"{value:.2f}x" if kind == "ratio" or value < 10 else f"{value:.1f}x"
 
 
 def target_text(figure: dict[str, Any], unit: str) -> str:
-    """ "≥8x met" or "≤1.06x short"; empty without a target."""
+    """Return "≥8x met" or "≤1.06x short"; empty without a target."""
     if figure["target"] is None:
         return ""
     sign = "≥" if figure["sense"] == "at least" else "≤"
@@ -67,14 +66,14 @@ def target_text(figure: dict[str, Any], unit: str) -> str:
 
 
 def figure_of(row: RowData, column: str) -> dict[str, Any] | None:
-    """The row's figure in one column, None where there is none or none may be shown."""
+    """Return the row's figure in one column; None if there is none or none may be shown."""
     if row["failure"] is not None:
         return None
     return next((figure for figure in row["figures"] if figure["column"] == column), None)
 
 
 def figure_text(row: RowData, column: str) -> tuple[str, str]:
-    """A figure and its target with the verdict, as two texts."""
+    """Return a figure and its target with the verdict, as two texts."""
     figure = figure_of(row, column)
     if figure is None:
         return "-", ""
@@ -86,7 +85,7 @@ def label_of(row: RowData) -> str:
 
 
 def tally(run: Run) -> tuple[int, int]:
-    """How many targets were reached, and how many there are among the rows that may be shown."""
+    """Return the number of reached targets and of all targets, in rows that may be shown."""
     judged = [
         f["reached"]
         for row in run["rows"]
@@ -98,7 +97,7 @@ def tally(run: Run) -> tuple[int, int]:
 
 
 def terminal_table(run: Run) -> Table:
-    """The run as a rich table of at most 118 columns."""
+    """Return the run as a rich table of at most 118 columns."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -135,7 +134,7 @@ def terminal_table(run: Run) -> Table:
 
 
 def footnotes(run: Run) -> list[str]:
-    """Contestants without a column, what was left out and why, and every red check."""
+    """Return contestants without a column, omissions with their reasons, and every red check."""
     shown = [row for row in run["rows"] if row["failure"] is None]
     others = [
         f"{row['name']}, {row['dtype']}: {what} {value_text(row, name)}, the fused one {ratio:.2f}x that"
@@ -149,7 +148,7 @@ def footnotes(run: Run) -> list[str]:
 
 
 def machine_text(run: Run) -> str:
-    """Machine, versions and date in one sentence."""
+    """Return machine, versions and date in one sentence."""
     machine = run["machine"]
     commit = (machine["commit"] or "unknown")[:12] + (" with changes" if machine["dirty"] else "")
     cache = machine["last_level_cache"]
@@ -164,7 +163,7 @@ def machine_text(run: Run) -> str:
 
 
 def markdown(run: Run) -> str:
-    """The run as a Markdown table with the machine above it."""
+    """Return the run as a Markdown table with the machine above it."""
     headings = (
         "",
         "eager",
@@ -209,9 +208,9 @@ def markdown(run: Run) -> str:
 
 
 def details(run: Run) -> str:
-    """A second table: spread, share of the floor, rate, operator calls, peak memory and errors.
+    """Return a second table: spread, share of the floor, rate, operator calls, peak memory and errors.
 
-    Empty for a run that knows none of them.
+    It is empty for a run without any of these.
     """
     rows = [row for row in run["rows"] if row["failure"] is None and row.get("numbers")]
     if not rows:
@@ -238,7 +237,7 @@ def details(run: Run) -> str:
 
 
 def detail_cells(row: RowData) -> list[str]:
-    """One line of :func:`details`."""
+    """Return one line of :func:`details`."""
     numbers, fused = row["numbers"], row["values"]["fused"]
 
     def both(name: str, form: Callable[[float], str]) -> str:
@@ -265,7 +264,7 @@ def detail_cells(row: RowData) -> list[str]:
 
 
 def full_markdown(run: Run) -> str:
-    """All of report.md: the table, the details, the curves."""
+    """Return all of report.md: the table, the details, the curves."""
     found = markdown(run) + details(run)
     if run.get("scaling"):
         found += "\n" + scaling_tables.markdown(run["scaling"])
@@ -273,7 +272,7 @@ def full_markdown(run: Run) -> str:
 
 
 def write_csv(run: Run, path: Path) -> None:
-    """One line a number: every contestant and every figure of every row."""
+    """Write one line a number: every contestant and every figure of every row."""
     fields = (
         "subject",
         "name",
@@ -325,7 +324,7 @@ def write_csv(run: Run, path: Path) -> None:
 
 
 def write_all(run: Run, folder: Path) -> None:
-    """results.json, results.csv and report.md in ``folder``, which is made where it is missing."""
+    """Write results.json, results.csv and report.md into ``folder``, which is made if missing."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     write_csv(run, folder / "results.csv")
@@ -333,7 +332,7 @@ def write_all(run: Run, folder: Path) -> None:
 
 
 def embed(readme: str, block: str) -> str:
-    """``readme`` with ``block`` between the two markers.
+    """Return ``readme`` with ``block`` between the two markers.
 
     Raises:
         ValueError: the markers are not there once each, in this order.

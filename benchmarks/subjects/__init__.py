@@ -1,1 +1,1 @@
-"""What is measured: a file for each subject."""
+"""The measured subjects, one file each."""

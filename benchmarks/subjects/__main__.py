@@ -3,7 +3,7 @@
     python -m depthlstm_fast.bench.subjects bfloat16
 
 Compiling costs more than all timing together, and inductor uses one core for it. This process compiles one half while
-the benchmark process compiles the other and then finds that half in the cache.
+the benchmark process compiles the other. The benchmark process then finds the first half in the cache.
 """
 
 from __future__ import annotations

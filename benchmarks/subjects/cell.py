@@ -25,14 +25,14 @@ INPUTS = ("x", "h", "c", "w", "b", "weight", "bias")
 
 
 def reference_cell(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """The reference cell, by position: x, h, c, w, b, weight, bias."""
+    """Call the reference cell by position: x, h, c, w, b, weight, bias."""
     return dl.reference.depth_lstm_cell(*inputs)
 
 
 def make_inputs(
     rows: int, features: int, dtype: torch.dtype, device: torch.device | str = "cpu", beside: bool = False
 ) -> list[Tensor]:
-    """x, h, c (rows, D), w (4D, 2D), b (4D), weight and bias (4, D), random, of the scale that initialisation gives.
+    """Return random x, h, c (rows, D), w (4D, 2D), b (4D), weight and bias (4, D), at the scale of the initialisation.
 
     With ``beside`` x and h are the halves of one matrix, as between the layers of a stack.
     """
@@ -49,15 +49,15 @@ def make_inputs(
 def bare_gemms(
     rows: int, features: int, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> Callable[[], object]:
-    """The products that no cell can do without: z = xh W^T, dxh = dz W, dW = dz^T xh.
+    """Return the products that every cell needs: z = xh W^T, dxh = dz W, dW = dz^T xh.
 
-    Contiguous inputs, outputs allocated afresh.
+    Inputs are contiguous, outputs are allocated afresh.
     """
     return matrix_products.training_run(matrix_products.cell(rows, features), dtype, device)
 
 
 def moved_bytes(rows: int, features: int, dtype: torch.dtype) -> int:
-    """Bytes of all that enters and leaves forward + backward.
+    """Return the bytes of all inputs and outputs of forward + backward.
 
     These are x, h', c' and their gradients, h, c and theirs, parameters and theirs.
     """
@@ -66,10 +66,10 @@ def moved_bytes(rows: int, features: int, dtype: torch.dtype) -> int:
 
 
 def lstm_cell(rows: int, features: int, dtype: torch.dtype) -> Callable[[], object]:
-    """torch's own cell, forward + backward with every gradient, on as many weights.
+    """Return torch's own cell, forward + backward with every gradient, on as many weights.
 
-    It computes less after the products: no LayerNorm of the gates, a tanh in place of the GELU; but also the tanh of
-    c'.
+    It computes less after the products: no LayerNorm of the gates, and a tanh in place of the GELU. It also computes
+    the tanh of c'.
     """
     module = nn.LSTMCell(features, features, dtype=dtype)
     x, h, c = (torch.randn(rows, features).to(dtype).requires_grad_() for _ in range(3))
@@ -85,7 +85,7 @@ def lstm_cell(rows: int, features: int, dtype: torch.dtype) -> Callable[[], obje
 def training(
     place: Place, dtype: torch.dtype = torch.float32, rows: int = ROWS, features: int = FEATURES, beside: bool = False
 ) -> Problem:
-    """Forward and backward with the gradients of all inputs and weights."""
+    """Make the problem: forward and backward with the gradients of all inputs and weights."""
     leaves = [tensor.requires_grad_() for tensor in make_inputs(rows, features, dtype, place.device, beside)]
     cotangents = [torch.randn(rows, features, device=place.device).to(dtype) for _ in range(2)]
 
@@ -115,7 +115,7 @@ def training(
 
 
 def compile_all(compiled: Compiled, dtype: torch.dtype) -> None:
-    """A problem that is made has compiled its rival."""
+    """Compile the rival by making a problem."""
     training(Place(compiled), dtype)
 
 
@@ -128,7 +128,7 @@ def check_at(
     roundings: float = 1,
     beside: bool = False,
 ) -> accuracy.Check:
-    """Forward and every gradient at one size."""
+    """Check forward and every gradient at one size."""
     (fused,) = Place(backends=(backend,)).functions(dl.depth_lstm_cell).values()
     inputs = make_inputs(rows, features, dtype, device, beside)
     return accuracy.function_check(

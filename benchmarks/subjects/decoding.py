@@ -25,9 +25,9 @@ BATCHES = (1, 8)
 def build(
     features: int = FEATURES, layers: int = LAYERS, vocabulary: int = VOCABULARY, dtype: torch.dtype = torch.float32
 ) -> dict[str, dl.reference.DepthLSTMTransformer]:
-    """The reference model, the fused one and the fused one with folded output projections.
+    """Return the reference model, the fused one and the fused one with folded output projections.
 
-    Random weights, the same in all.
+    All have the same random weights.
     """
     sizes: dict[str, Any] = {
         "d_model": features,
@@ -38,7 +38,7 @@ def build(
     }
     eager = dl.reference.DepthLSTMTransformer(vocabulary, vocabulary, **sizes).eval()
     with torch.no_grad():
-        # its logit is then 0, which is never the largest of thousands: every sentence takes all the tokens
+        # the logit of eos is then 0, never the largest of thousands, so every sentence takes all the tokens
         eager.tgt_embedding.weight[eager.eos_id] = 0
     fused, folded = (dl.DepthLSTMTransformer(vocabulary, vocabulary, **sizes).eval() for _ in range(2))
     for model in (fused, folded):
@@ -48,16 +48,16 @@ def build(
 
 
 def greedy(model: dl.reference.DepthLSTMTransformer, source: Tensor, length: int) -> Tensor:
-    """Tokens (batch, length) for source (batch, S)."""
+    """Return tokens (batch, length) for source (batch, S)."""
     tokens = model.generate(source, max_length=length)
     return tokens if isinstance(tokens, Tensor) else tokens[0]
 
 
 def weight_bytes(features: int, layers: int, vocabulary: int, steps: int, folded: bool) -> int:
-    """Bytes of the fp32 matrices that ``steps`` tokens read.
+    """Return the bytes of the fp32 matrices that ``steps`` tokens read.
 
-    The encoder's and the memory's keys and values are read once, all others in each step.
-    A folded encoder layer has one D x D matrix less; decoder layers, whose two attentions are added, do not fold.
+    The matrices of the encoder and of the memory's keys and values are read once, all others in each step. A folded
+    encoder layer has one D x D matrix less. Decoder layers, whose two attentions are added, do not fold.
     """
     square = features * features
     once = layers * ((11 if folded else 12) * square + 2 * square)
@@ -66,7 +66,7 @@ def weight_bytes(features: int, layers: int, vocabulary: int, steps: int, folded
 
 
 def greedy_decoding(place: Place, batch: int, folded: bool) -> Problem:
-    """The encoder and ``TOKENS`` steps."""
+    """Make the problem: the encoder and ``TOKENS`` steps."""
     models = {name: model.to(place.device) for name, model in build().items()}
     source = torch.randint(3, VOCABULARY, (batch, SOURCE_LENGTH), device=place.device)
     eager, fused = models["eager"], models["folded" if folded else "fused"]
@@ -83,7 +83,10 @@ def greedy_decoding(place: Place, batch: int, folded: bool) -> Problem:
 
 
 def check(dtype: torch.dtype) -> Iterator[accuracy.Check]:
-    """Logits of a small model in ``dtype``, and in fp64, where no two logits are close, the very tokens."""
+    """Check a small model: its logits in ``dtype``, and in fp64 its tokens.
+
+    In fp64 no two logits are close, so the tokens must be equal.
+    """
     exact, models = build(64, 2, 100, torch.float64), build(64, 2, 100, dtype)
     for name, module in models.items():
         module.load_state_dict(models["eager"].state_dict())

@@ -1,4 +1,4 @@
-"""What follows the GEMM, alone: forward, and forward + backward, against the bytes that have to move."""
+"""The gates alone, forward and forward + backward, against the bytes that have to move."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from ..measure.rows import Row, Target
 
 ROWS, FEATURES = 4096, 512
 DTYPES = (torch.float32, torch.bfloat16)
-FORWARD_ELEMENTS = 7  # of D a token: z (4) and c' read, h and c written
+FORWARD_ELEMENTS = 7  # in D a token: z (4) and c' read, h and c written
 BACKWARD_ELEMENTS = 12  # z (4), c', dh and dc read, dz (4) and dc' written
-# of one feature of a token, as the formulas are written, an exponential, an error function and a division one each
+# Operations on one feature of a token, as the formulas are written. An exponential, an error function and a division
+# count as one each.
 FORWARD_OPERATIONS = 49  # norm and affine 4 * 7, sigmoids 3 * 4, GELU 5, c and h 4
-# all of that again but h, gates and t 15, GELU's derivative 6, c' 1 and g 2 more, sums 4 * 3, dz 4 * 8
+# all of the forward but h, gates and t 15, GELU's derivative 6, c' 1 and g 2 more, sums 4 * 3, dz 4 * 8
 BACKWARD_OPERATIONS = 115
 SPEEDUPS = (8.0, 3.5)  # over eager, over torch.compile
 SHARE_OF_COPY = {torch.float32: 0.80, torch.bfloat16: 0.60}  # of the forward
-GPU_WIDTHS = (512, 1024, 2048)  # that a GPU's targets name, in bf16
+GPU_WIDTHS = (512, 1024, 2048)  # widths of a GPU's targets, in bf16
 GPU_SPEEDUPS = {False: (6.0, 1.3), True: (6.0, 1.5)}  # of the forward, of forward + backward
 GPU_SHARE_OF_COPY = 0.85
 INPUTS = ("z", "c", "weight", "bias")
@@ -37,32 +38,32 @@ LAST_ROWS = 64
 
 
 def reference_gates(z: Tensor, c: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """The reference gates, by position."""
+    """Call the reference gates by position."""
     return dl.reference.depth_lstm_gates(z, c, weight, bias)
 
 
 def moved_bytes(rows: int, features: int, dtype: torch.dtype, elements: int) -> int:
-    """Bytes that ``elements`` * D elements a token make."""
+    """Return the bytes of ``elements`` * D elements a token."""
     return rows * features * elements * dtype.itemsize
 
 
 def operations(rows: int, features: int, backward: bool) -> int:
-    """Arithmetic of the forward, or of forward and backward.
+    """Return the operations of the forward, or of forward and backward.
 
-    What a kernel of ours spends on polynomials for exp and erf is more.
+    The package's kernels spend more, on polynomials for exp and erf.
     """
     return rows * features * (FORWARD_OPERATIONS + (BACKWARD_OPERATIONS if backward else 0))
 
 
 def make_inputs(rows: int, features: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> list[Tensor]:
-    """z (rows, 4D), c (rows, D), weight and bias (4, D), random, the affine near its initial value."""
+    """Return random z (rows, 4D), c (rows, D), weight and bias (4, D), the affine near its initial value."""
     z, c = torch.randn(rows, 4 * features, device=device), torch.randn(rows, features, device=device)
     weight, bias = 1 + 0.1 * torch.randn(4, features, device=device), 0.1 * torch.randn(4, features, device=device)
     return [tensor.to(dtype) for tensor in (z, c, weight, bias)]
 
 
 def copy_forward(z: Tensor, scratch: Tensor) -> Callable[[], object]:
-    """A copy of as many bytes as the forward moves.
+    """Return a copy of as many bytes as the forward moves.
 
     3.5D a token are read and 3.5D written, 2D of them into outputs allocated afresh.
     """
@@ -80,7 +81,7 @@ def copy_forward(z: Tensor, scratch: Tensor) -> Callable[[], object]:
 
 
 def copy_backward(z: Tensor, c: Tensor, dh: Tensor, scratch: Tensor) -> Callable[[], object]:
-    """A copy of as many bytes as the backward moves.
+    """Return a copy of as many bytes as the backward moves.
 
     6D a token are read and 6D written, 5D of them into outputs allocated afresh.
     """
@@ -96,12 +97,12 @@ def copy_backward(z: Tensor, c: Tensor, dh: Tensor, scratch: Tensor) -> Callable
 
 
 def copy_once(source: Tensor, count: int) -> Callable[[], object]:
-    """A copy of ``count`` elements of ``source``, in one kernel, into memory allocated afresh."""
+    """Return a copy of ``count`` elements of ``source``, in one kernel, into memory allocated afresh."""
     return lambda: torch.empty(count, dtype=source.dtype, device=source.device).copy_(source[:count])
 
 
 def copies(place: Place, z: Tensor, c: Tensor, backward: bool) -> Callable[[], object]:
-    """The floor; on a GPU one kernel a direction, because each launch would count."""
+    """Return the floor; on a GPU one kernel a direction, because each launch would count."""
     if place.gpu:
         source = torch.randn(6 * c.numel(), device=z.device).to(z.dtype)
         elements = (FORWARD_ELEMENTS, BACKWARD_ELEMENTS) if backward else (FORWARD_ELEMENTS,)
@@ -113,7 +114,10 @@ def copies(place: Place, z: Tensor, c: Tensor, backward: bool) -> Callable[[], o
 
 
 def targets(place: Place, features: int, dtype: torch.dtype, backward: bool) -> list[Target]:
-    """On a GPU the widths that are trained in have targets, and under torch.compile's own tuning none."""
+    """Return the targets.
+
+    On a GPU the widths used in training have targets. Under torch.compile's own tuning there are none.
+    """
     numbers: tuple[float | None, float | None, float | None] = (*SPEEDUPS, None if backward else SHARE_OF_COPY[dtype])
     if place.gpu:
         named = features in GPU_WIDTHS and dtype == torch.bfloat16 and place.compiled.mode is None
@@ -123,7 +127,7 @@ def targets(place: Place, features: int, dtype: torch.dtype, backward: bool) -> 
 
 
 def last_rows(backend: str, inputs: list[Tensor]) -> accuracy.Check:
-    """Hold the last rows of a call on ``inputs`` of the gates, as large as they are timed, to fp64."""
+    """Compare the last rows of a gates call on ``inputs``, at their timed size, with fp64."""
     z, c, *affine = inputs
     count = min(LAST_ROWS, z.shape[0])
     with torch.no_grad(), poisoned(z.device):
@@ -137,7 +141,7 @@ def last_rows(backend: str, inputs: list[Tensor]) -> accuracy.Check:
 
 
 def problem(place: Place, inputs: list[Tensor], runs: Runs, seconds: float, backward: bool) -> Problem:
-    """A problem about the forward, or about forward and backward, without its floor."""
+    """Make a problem about the forward, or about forward and backward, without its floor."""
     rows, features = inputs[1].shape
     dtype, elements = inputs[0].dtype, FORWARD_ELEMENTS + (BACKWARD_ELEMENTS if backward else 0)
     name = ("gates forward + backward" if backward else "gates forward") + (
@@ -162,7 +166,10 @@ def problem(place: Place, inputs: list[Tensor], runs: Runs, seconds: float, back
 
 
 def forward(place: Place, dtype: torch.dtype = torch.float32, rows: int = ROWS, features: int = FEATURES) -> Problem:
-    """The forward without gradients; where torch.compile tunes by a mode of its own, it is the only rival."""
+    """Make the problem of the forward without gradients.
+
+    If torch.compile tunes by its own mode, it is the only rival.
+    """
     inputs = make_inputs(rows, features, dtype, place.device)
     with torch.no_grad():
         compiled = place.compiled.get(reference_gates, lambda function: function(*inputs))
@@ -174,7 +181,7 @@ def forward(place: Place, dtype: torch.dtype = torch.float32, rows: int = ROWS, 
 
 
 def training(place: Place, dtype: torch.dtype = torch.float32, rows: int = ROWS, features: int = FEATURES) -> Problem:
-    """Forward and backward with the gradients of all inputs; rivals as in :func:`forward`."""
+    """Make the problem of forward and backward with the gradients of all inputs; rivals as in :func:`forward`."""
     inputs = make_inputs(rows, features, dtype, place.device)
     leaves = [tensor.clone().requires_grad_() for tensor in inputs]
     cotangents = [torch.randn_like(inputs[1]) for _ in range(2)]
@@ -191,7 +198,7 @@ def training(place: Place, dtype: torch.dtype = torch.float32, rows: int = ROWS,
 
 
 def compile_all(compiled: Compiled, dtype: torch.dtype) -> None:
-    """A problem that is made has compiled its rival."""
+    """Compile the rivals by making the problems."""
     for make in (forward, training):
         make(Place(compiled), dtype)
 
@@ -204,7 +211,7 @@ def check_at(
     device: torch.device | str = "cpu",
     roundings: float = 1,
 ) -> accuracy.Check:
-    """Forward and every gradient at one size."""
+    """Check forward and every gradient at one size."""
     (fused,) = Place(backends=(backend,)).functions(dl.depth_lstm_gates).values()
     inputs = make_inputs(rows, features, dtype, device)
     return accuracy.function_check("gates", reference_gates, fused, inputs, INPUTS, dtype, roundings)

@@ -1,4 +1,4 @@
-"""The time from a call of the gates on few rows until a GPU has done it."""
+"""The time from a call of the gates on few rows until a GPU has finished it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GRAPHS = "reduce-overhead"  # the mode of torch.compile that captures CUDA graph
 
 
 def few_rows(place: Place, dtype: torch.dtype, rows: int, features: int) -> Problem:
-    """As plain calls; as CUDA graphs where torch.compile captures its own."""
+    """Make the problem of plain calls, or of CUDA graphs if torch.compile captures its own."""
     graphs = place.compiled.mode == GRAPHS
     inputs = gates.make_inputs(rows, features, dtype, place.device)
 

@@ -29,7 +29,7 @@ COMPILED_DIFFERENCE = 0.02  # compiled against eager bf16, ||difference|| / ||ea
 def residual_layer(
     features: int = FEATURES, heads: int = HEADS, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> nn.TransformerEncoderLayer:
-    """torch's pre-norm layer; its matrices have 12 D^2 entries, as ours have."""
+    """Return torch's pre-norm layer; its matrices have 12 D^2 entries, as those of a depth-wise LSTM layer."""
     return nn.TransformerEncoderLayer(
         features,
         heads,
@@ -46,7 +46,7 @@ def residual_layer(
 def depth_lstm_layers(
     features: int = FEATURES, heads: int = HEADS, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> dict[str, nn.Module]:
-    """The reference layer and the fused one with the same parameters."""
+    """Return the reference layer and the fused one with the same parameters."""
     eager = dl.reference.DepthLSTMEncoderLayer(
         features, heads, dropout=0.0, batch_first=True, dtype=dtype, device=device
     )
@@ -56,12 +56,15 @@ def depth_lstm_layers(
 
 
 def depth_lstm_step(layer: nn.Module, h: Tensor, c: Tensor, cotangents: list[Tensor]) -> tuple[Tensor, ...]:
-    """Both states in, both states out, gradients of both and of every parameter: a layer in the middle of a stack."""
+    """Return the gradients of both states and of every parameter.
+
+    Both states go in and come out, as for a layer in the middle of a stack.
+    """
     return torch.autograd.grad(layer(h, c), [h, c, *layer.parameters()], cotangents)
 
 
 def difference(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> float:
-    """The largest ||found - wanted|| / ||wanted|| of the pairs; NaN counts as infinite."""
+    """Return the largest ||found - wanted|| / ||wanted|| of the pairs; NaN counts as infinite."""
     worst = 0.0
     for one, other in zip(found, wanted, strict=True):
         norm = float(other.double().norm())
@@ -79,7 +82,10 @@ def training(
     length: int = LENGTH,
     all_compiled: bool = False,
 ) -> Problem:
-    """The step of a layer in the middle of a stack; with ``all_compiled`` torch.compile has all contestants."""
+    """Make the problem: the step of a layer in the middle of a stack.
+
+    With ``all_compiled`` torch.compile compiles all contestants.
+    """
     device = place.device
     h, c = (torch.randn(batch, length, features, device=device).to(dtype).requires_grad_() for _ in range(2))
     cotangents = [torch.randn_like(h) for _ in range(2)]
@@ -128,7 +134,7 @@ def training(
 
 
 def stack(place: Place, dtype: torch.dtype, features: int, heads: int, batch: int, length: int, layers: int) -> Problem:
-    """A training step of a whole encoder, where each layer's input is written beside the state."""
+    """Make the problem: a training step of a whole encoder, where each layer's input is written beside the state."""
     modules = depth_lstm_layers(features, heads, dtype, place.device)
     eager = dl.reference.DepthLSTMEncoder(modules["eager"], layers)  # type: ignore[arg-type]
     fused = dl.DepthLSTMEncoder(modules["fused"], layers)  # type: ignore[arg-type]
@@ -160,7 +166,7 @@ def check_at(
     device: torch.device | str = "cpu",
     roundings: float = 1,
 ) -> accuracy.Check:
-    """A layer on ``tokens`` (batch, length); forward and every gradient."""
+    """Check a layer on ``tokens`` (batch, length): forward and every gradient."""
     layers = depth_lstm_layers(features, heads, dtype, device)
     exact_layer = depth_lstm_layers(features, heads, torch.float64, device)["eager"]
     exact_layer.load_state_dict(layers["eager"].state_dict())
@@ -180,7 +186,7 @@ def check_at(
 
 
 def check(dtype: torch.dtype) -> Iterator[accuracy.Check]:
-    """A layer of a quarter of the timed width."""
+    """Check a layer of a quarter of the timed width."""
     yield check_at(dtype, FEATURES // 4, HEADS, (2, 9))
 
 

@@ -21,7 +21,7 @@ NOTE = "kept for backward, without parameters, with inputs that are kept"
 
 
 def kept_by(runs: Runs, parameters: Mapping[str, Sequence[Tensor]], others: Sequence[Tensor]) -> dict[str, int]:
-    """Bytes that each run keeps; ``others`` are the parameters of those that ``parameters`` does not name."""
+    """Return the bytes that each run keeps; runs that ``parameters`` does not name have the parameters ``others``."""
     return {name: kept_bytes(run, parameters.get(name, others)) for name, run in runs.items()}
 
 
@@ -32,7 +32,7 @@ def cell_memory(
     features: int = cell.FEATURES,
     beside: bool = False,
 ) -> KeptProblem:
-    """Forward calls of the reference cell and the fused one."""
+    """Make the problem: forward calls of the reference cell and the fused one."""
     leaves = [tensor.requires_grad_() for tensor in cell.make_inputs(rows, features, dtype, place.device, beside)]
     runs: Runs = {"eager": lambda: cell.reference_cell(*leaves), **place.fused(lambda: dl.depth_lstm_cell(*leaves))}
     row = Row("memory", "bytes kept by a cell", name_of(dtype), f"N={rows} I=D={features}", "MB", note=NOTE)
@@ -47,7 +47,7 @@ def layer_memory(
     batch: int = layer.BATCH,
     length: int = layer.LENGTH,
 ) -> KeptProblem:
-    """Forward calls of the reference layer, the fused one and torch's residual one."""
+    """Make the problem: forward calls of the reference layer, the fused one and torch's residual one."""
     h, c = (
         torch.randn(batch, length, features, dtype=dtype, device=place.device, requires_grad=True) for _ in range(2)
     )

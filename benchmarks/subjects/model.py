@@ -49,7 +49,7 @@ class ResidualTransformer(nn.Module):
             nn.init.normal_(embedding.weight, std=features**-0.5)
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        """Logits (batch, T, vocabulary) for source (batch, S) and target (batch, T)."""
+        """Return logits (batch, T, vocabulary) for source (batch, S) and target (batch, T)."""
 
         def embed(tokens: Tensor, embedding: nn.Embedding) -> Tensor:
             return embedding.embedding_dim**0.5 * embedding(tokens) + self.positions[: tokens.shape[1]]
@@ -63,7 +63,9 @@ class ResidualTransformer(nn.Module):
 def build(
     features: int = FEATURES, heads: int = HEADS, layers: int = LAYERS, vocabulary: int = VOCABULARY
 ) -> dict[str, nn.Module]:
-    """The reference model, the fused one with the same parameters, and the residual one with as many matrix entries.
+    """Return the reference model, the fused one and the residual one.
+
+    The fused model has the reference's parameters. The residual model has as many matrix entries.
 
     Raises:
         ValueError: the residual model's matrices have more or fewer entries.
@@ -86,21 +88,21 @@ def build(
 
 
 def step(model: nn.Module, source: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-    """The loss of predicting each next token of target (batch, T + 1), and the gradients of all parameters."""
+    """Return the loss of predicting each next token of target (batch, T + 1), and the gradients of all parameters."""
     logits = model(source, target[:, :-1])
     loss = F.cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten())
     return (loss, *torch.autograd.grad(loss, list(model.parameters())))
 
 
 def needed_products(batch: int, length: int, features: int, heads: int, layers: int, vocabulary: int) -> list[Product]:
-    """Those of all layers, source and target equally long, and of the output layer."""
+    """Return the products of all layers and of the output layer; source and target are equally long."""
     encoder = matrix_products.encoder_layer(batch, length, features, heads)
     decoder = matrix_products.decoder_layer(batch, length, length, features, heads)
     return [*layers * encoder, *layers * decoder, Product(1, batch * length, features, vocabulary)]
 
 
 def training(place: Place) -> Problem:
-    """All three models on the same batch."""
+    """Make the problem: all three models on the same batch."""
     models = {name: module.to(place.device) for name, module in build().items()}
     source, target = (
         torch.randint(3, VOCABULARY, (BATCH, length), device=place.device) for length in (LENGTH, LENGTH + 1)
@@ -120,7 +122,7 @@ def training(place: Place) -> Problem:
 
 
 def check(dtype: torch.dtype) -> Iterator[accuracy.Check]:
-    """Loss and all gradients of a small model on one batch; the bound allows a rounding for each of its layers."""
+    """Check loss and all gradients of a small model on one batch; the bound allows one rounding a layer."""
     layers = 2
     models, exact_models = (build(32, 4, layers, 50) for _ in range(2))
     exact = exact_models["eager"].double()

@@ -1,4 +1,4 @@
-"""What one call costs where there is next to nothing to compute: the host's time."""
+"""The host's time for one call with next to nothing to compute."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MICROSECONDS = {False: 15.0, True: 45.0}
 
 
 def one_call(place: Place, grad: bool, calls: int = CALLS_AT_ONCE) -> Problem:
-    """A call without gradients, or one that records a graph (the forward call alone)."""
+    """Make the problem of a call without gradients, or of a forward call that records a graph."""
     inputs = [tensor.requires_grad_(grad) for tensor in gates.make_inputs(ROWS, FEATURES, torch.float32, place.device)]
     runs: Runs = {"eager": lambda: gates.reference_gates(*inputs)}
     runs |= {name: functools.partial(call, *inputs) for name, call in place.functions(dl.depth_lstm_gates).items()}

@@ -1,6 +1,6 @@
 """All subjects by name: every file in this folder with a ``SUBJECT``.
 
-Their checks are made here, by what the rows of each subject stand on.
+This file also makes the checks that the rows of each subject need.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from ..measure.accuracy import Check
 from ..measure.compiled import Compiled
 from ..measure.problems import Subject
 
-BACKEND = "cpp"  # that the command line and pytest measure
+BACKEND = "cpp"  # the backend of the command line and of pytest
 # the table's order; other subjects follow, by name
 FIRST = ("gates", "cell", "layer", "model", "decoding", "memory", "overhead")
 
 
 def find() -> dict[str, Subject]:
-    """The subjects of the files in this folder."""
+    """Return the subjects of the files in this folder."""
     names = [entry.name for entry in pkgutil.iter_modules([str(Path(__file__).parent)])]
     modules = [
         importlib.import_module(f".{name}", __package__) for name in names if name not in ("__main__", "registry")
@@ -36,20 +36,20 @@ SUBJECTS = find()
 
 
 def compile_all(compiled: Compiled, dtype: torch.dtype) -> None:
-    """Compile all that the table shows for one dtype."""
+    """Compile everything that the table shows for one dtype."""
     for subject in SUBJECTS.values():
         if subject.compile is not None:
             subject.compile(compiled, dtype)
 
 
 def checked(subjects: Sequence[str]) -> list[Subject]:
-    """The subjects whose checks ``subjects`` stand on."""
+    """Return the subjects whose checks ``subjects`` need."""
     names = dict.fromkeys(name for subject in subjects for name in SUBJECTS[subject].stands_on)
     return [SUBJECTS[name] for name in names]
 
 
 def run_checks(subjects: Sequence[str], tick: Callable[[], None] = lambda: None) -> list[Check]:
-    """All checks that ``subjects`` need; a check whose call did not run on the compiled backend is red."""
+    """Make all checks that ``subjects`` need; a check whose call did not run on the compiled backend is red."""
     found = []
     for subject in checked(subjects):
         if subject.check is None:
@@ -64,15 +64,15 @@ def run_checks(subjects: Sequence[str], tick: Callable[[], None] = lambda: None)
 
 
 def failure(checks: Sequence[Check], subject: str) -> str | None:
-    """Why no number of ``subject`` may be shown; None where all it stands on is green."""
+    """Say why no number of ``subject`` may be shown; None if all its checks are green."""
     red = [check for check in checks if check.subject in SUBJECTS[subject].stands_on and not check.passed]
     return "; ".join(f"{check.subject} {check.dtype} {check.summary}" for check in red) or None
 
 
 def error_numbers(checks: Sequence[Check], subject: str, dtype: str) -> dict[str, float]:
-    """What the row of a subject and dtype says about its error against fp64.
+    """Return the error against fp64 for the row of a subject and dtype.
 
-    Of its checks the one nearest to its bound is taken.
+    Of the checks the one nearest to its bound is taken.
     """
     own = [check for check in checks if check.subject in SUBJECTS[subject].stands_on and check.dtype == dtype]
     if not own:

@@ -1,8 +1,8 @@
-"""Cost against tokens, width, depth and threads, each beside its floor or rival; bytes kept against depth.
+"""Cost over tokens, width, depth and threads, each beside its floor or rival; bytes kept over depth.
 
-A curve is one quantity over one axis. Its contestants are timed in turn at every point, as everywhere in the suite.
-What a kernel does is linear in tokens and in layers; :mod:`..measure.curves` says how far each point is from that, so
-that a curve that bends is seen as such.
+A curve is one quantity over one axis. Its contestants are timed in turn at every point, as everywhere in the suite. A
+kernel's work is linear in tokens and in layers. :mod:`..measure.curves` says how far each point is from a line, so that
+a bend is seen.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ DEPTHS = (1, 2, 4, 8, 16, 32, 48)
 ROWS, FEATURES = 4096, 512
 LAYER_FEATURES, LAYER_HEADS, BATCH, LENGTH = 128, 4, 8, 32
 RESIDUAL = "nn.TransformerEncoder, pre-norm"
-# eager PyTorch takes seconds above that, and its curve is straight long before
+# above this size eager PyTorch takes seconds, and its curve is straight long before
 EAGER_ELEMENTS = 4096 * 2048
 
 
 def gates_runs(rows: int, features: int, backward: bool) -> Runs:
-    """Fused gates, the copy of the same bytes and, where it does not take seconds, eager PyTorch."""
+    """Return fused gates, the copy of the same bytes and, unless it takes seconds, eager PyTorch."""
     runs = (gates.training if backward else gates.forward)(Place(), rows=rows, features=features).runs
     names = ("fused", "against", "eager") if rows * features <= EAGER_ELEMENTS else ("fused", "against")
     return {name: runs[name] for name in names}
 
 
 def gates_curve(axis: str, backward: bool, sizes: Iterable[int], settings: Settings, tick: Callable[[], None]) -> Curve:
-    """The gates over tokens (D fixed) or over width (N fixed)."""
+    """Return the curve of the gates over tokens (D fixed) or over width (N fixed)."""
     points = []
     for size in sizes:
         rows, features = (size, FEATURES) if axis == "tokens" else (ROWS, size)
@@ -59,13 +59,13 @@ def gates_curve(axis: str, backward: bool, sizes: Iterable[int], settings: Setti
 
 
 def thread_counts() -> list[int]:
-    """1, 2, 4, ... and as many threads as torch was started with."""
+    """Return 1, 2, 4, ... and the number of threads that torch was started with."""
     most = torch.get_num_threads()
     return sorted({*(2**power for power in range(most.bit_length()) if 2**power <= most), most})
 
 
 def threads_curve(settings: Settings, tick: Callable[[], None]) -> Curve:
-    """Gates forward + backward with 1 to all threads; the copy has as many."""
+    """Return the curve of gates forward + backward with 1 to all threads; the copy has as many."""
     before, points = torch.get_num_threads(), []
     try:
         for threads in thread_counts():
@@ -80,7 +80,7 @@ def threads_curve(settings: Settings, tick: Callable[[], None]) -> Curve:
 
 
 def encoders(depth: int) -> dict[str, nn.Module]:
-    """Stacks of ``depth`` layers with equally many matrix entries.
+    """Return stacks of ``depth`` layers with equally many matrix entries.
 
     They are the fused one, its plain PyTorch twin, and torch's residual one.
     """
@@ -103,12 +103,12 @@ def encoders(depth: int) -> dict[str, nn.Module]:
 
 
 def encoder_step(module: nn.Module, x: Tensor, cotangent: Tensor) -> tuple[Tensor, ...]:
-    """Forward and backward with the gradients of the input and of all parameters."""
+    """Run forward and backward with the gradients of the input and of all parameters."""
     return torch.autograd.grad(module(x), [x, *module.parameters()], cotangent)
 
 
 def depth_curves(depths: Iterable[int], settings: Settings, tick: Callable[[], None]) -> tuple[Curve, Curve]:
-    """A training step of an encoder over its layers, and the bytes that it keeps for backward."""
+    """Return the curves of an encoder's training step over its layers, and of the bytes that it keeps for backward."""
     times, kept = [], []
     x, cotangent = (
         torch.randn(BATCH, LENGTH, LAYER_FEATURES, requires_grad=True),
@@ -131,12 +131,12 @@ def depth_curves(depths: Iterable[int], settings: Settings, tick: Callable[[], N
 
 
 def step_in(settings: Settings) -> int:
-    """Every point, or every third where ``settings`` ask for fewer repetitions than a figure to quote needs."""
+    """Return 1 for every point, or 3 for every third if ``settings`` ask for few repetitions."""
     return 1 if settings.minimum >= 7 else 3
 
 
 def measure_curves(settings: Settings, tick: Callable[[], None] = lambda: None) -> list[Curve]:
-    """All curves."""
+    """Return all curves."""
     step = step_in(settings)
     found = [
         gates_curve(axis, backward, sizes[::step], settings, tick)
@@ -147,7 +147,7 @@ def measure_curves(settings: Settings, tick: Callable[[], None] = lambda: None) 
 
 
 def gates_problem(place: Place, rows: int = ROWS, features: int = FEATURES) -> Problem:
-    """One point of the curves as a row of its own, for pytest: gates forward + backward."""
+    """Make one point of the curves a row, for pytest: gates forward + backward."""
     row = Row(
         "scaling", "gates forward + backward", "fp32", f"N={rows} D={features}", "ms", against="copy of the same bytes"
     )
@@ -158,7 +158,7 @@ def gates_problem(place: Place, rows: int = ROWS, features: int = FEATURES) -> P
 
 
 def depth_problem(place: Place, layers: int) -> Problem:
-    """One point of the curves as a row of its own, for pytest: the training step of an encoder."""
+    """Make one point of the curves a row, for pytest: the training step of an encoder."""
     x, cotangent = (
         torch.randn(BATCH, LENGTH, LAYER_FEATURES, requires_grad=True),
         torch.randn(BATCH, LENGTH, LAYER_FEATURES),
@@ -182,7 +182,7 @@ PROBLEMS: dict[str, Maker] = {
 
 
 def points_in(settings: Settings) -> int:
-    """How often ``measure_curves`` calls its ``tick``."""
+    """Return how often ``measure_curves`` calls its ``tick``."""
     step = step_in(settings)
     return 2 * (len(TOKENS[::step]) + len(WIDTHS[::step])) + len(DEPTHS[::step]) + len(thread_counts())
 

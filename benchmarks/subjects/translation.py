@@ -1,4 +1,4 @@
-"""The main job on real input: the translation example, reference beside fused, step by step in turn."""
+"""The translation example on real text: reference beside fused, step by step in turn."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class DivergedError(RuntimeError):
 
 
 def run(limit_seconds: float, steps: int | None, progress: bool) -> dict[str, Any]:
-    """What the example's ``run_comparison`` returns.
+    """Return the result of the example's ``run_comparison``.
 
     Raises:
         DivergedError: a loss or gradient of one side is not finite; the message names side and step.
-        ImportError: one of the example's packages is missing, or the example is: it comes with the source tree alone.
+        ImportError: one of the example's packages is missing, or the example itself, which only the source tree has.
     """
     if CHECKOUT is None:
         raise ImportError("it needs the source tree")
@@ -38,7 +38,7 @@ def run(limit_seconds: float, steps: int | None, progress: bool) -> dict[str, An
 
 
 def row(result: dict[str, Any]) -> Row:
-    """The table's last row: tokens a second of both, shown only where the losses agree."""
+    """Return the table's last row: tokens a second of both, shown only if the losses agree."""
     size = f"d={result['d_model']} {result['encoder_layers']}+{result['decoder_layers']} layers"
     found = Row("translation", "translation training", "fp32", size, "tokens/s", repetitions=result["steps"])
     difference = (

@@ -1,11 +1,11 @@
 // The activations and their list, once for scalars and SIMD vectors, host and device.
 //
-// V is a floating-point value or vector; Primitives<V> supplies what differs between them:
-//     Scalar, fma(a, b, c), exp2<fast>(x), reciprocal<fast>(x) for x >= 1, clamp(x, low, high), select_negative(x, yes,
-//     no), abs(x), erfc(x)
-// NaN must pass through every primitive. `fast` is for 16-bit results: errors of about 5e-5, a tenth of an fp16
-// rounding. The polynomial coefficients are weighted minimax fits made for this file; the largest errors stand beside
-// them.
+// V is a floating-point value or vector. Primitives<V> supplies the operations that differ:
+//     Scalar, fma(a, b, c), exp2<fast>(x), reciprocal<fast>(x) for x >= 1, clamp(x, low, high),
+//     select_negative(x, yes, no), abs(x), erfc(x)
+// NaN must pass through every primitive. `fast` is for 16-bit results: its errors are about 5e-5, a tenth of an fp16
+// rounding. The polynomial coefficients are weighted minimax fits made for this file. Each has its largest error beside
+// it.
 #pragma once
 
 #include <cmath>
@@ -44,8 +44,7 @@ struct Primitives<double> : ScalarPrimitives<double> {};
 
 constexpr double minus_log2_e = -1.4426950408889634;
 
-// sigmoid(a) where x = minus_log2_e * a is at hand: the forward pass scales its affine by that factor instead of every
-// a
+// sigmoid(a) from x = minus_log2_e * a. The forward pass scales its affine by that factor instead of scaling every a.
 template <bool fast, class V>
 DEPTHLSTM_HD V sigmoid_of_scaled(V x) {
     using P = Primitives<V>;
@@ -74,8 +73,7 @@ DEPTHLSTM_HD Normal<V> normal(V a) {
     if constexpr (sizeof(T) == 8) {
         return {V(T(0.5)) * P::erfc(a * V(T(-0.70710678118654752))), pdf};
     } else {
-        // cdf(-|a|) = exp(-a^2 / 2) m(t): Mills' ratio as a polynomial in t, so that the tail keeps its relative
-        // accuracy
+        // cdf(-|a|) = exp(-a^2 / 2) m(t). Mills' ratio is a polynomial in t, so the tail keeps its relative accuracy.
         V m, t;
         if constexpr (fast) {  // 1.5e-5
             t = P::template reciprocal<fast>(P::fma(P::abs(a), V(T(0.33)), V(T(1))));
@@ -94,7 +92,7 @@ DEPTHLSTM_HD Normal<V> normal(V a) {
     }
 }
 
-// The cumulative function alone.
+// The standard normal distribution's cumulative function alone.
 template <bool fast, class V>
 DEPTHLSTM_HD V normal_cdf(V a) {
     using P = Primitives<V>;
@@ -200,8 +198,8 @@ struct Sigmoid {
     }
 };
 
-// Every activation: its name, which is the one in depthlstm_fast/activations.py at the same place, and its functions
-// above.
+// Every activation: its name, and its functions above. depthlstm_fast/activations.py has the same names in the same
+// order.
 #define DEPTHLSTM_ACTIVATIONS(X) \
     X(gelu, Gelu)                \
     X(gelu_tanh, GeluTanh)       \
@@ -211,7 +209,7 @@ struct Sigmoid {
     X(sigmoid, Sigmoid)
 
 #define DEPTHLSTM_ENUMERATOR(name, functions) name,
-// `given`: the value is read from memory instead of being computed.
+// `given`: the value is read from memory, not computed.
 enum class Activation : int32_t { DEPTHLSTM_ACTIVATIONS(DEPTHLSTM_ENUMERATOR) given };
 #undef DEPTHLSTM_ENUMERATOR
 

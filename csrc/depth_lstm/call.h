@@ -1,6 +1,6 @@
-// What the gates kernels of the CPU and of CUDA take and give: plain pointers, no torch, no STL. A row is one token.
+// Arguments of the CPU and CUDA gates kernels: plain pointers, no torch, no STL. A row is one token.
 //
-// Source of the mathematics: Xu et al., arXiv 2007.06257; see depthlstm_fast/reference/depth_lstm.py for the same in
+// Source of the mathematics: Xu et al., arXiv 2007.06257. depthlstm_fast/reference/depth_lstm.py has the same in
 // PyTorch.
 #pragma once
 
@@ -22,7 +22,7 @@ struct GatesCall {
     double eps = 1e-6;
     double dropout_p = 0;  // 0: no dropout
     uint64_t seed = 0;     // Philox key; on a GPU the key is in the GPU's memory, see cuda.h
-    bool stream = false;   // on the CPU: write the outputs past the caches; needs 64-byte aligned rows
+    bool stream = false;   // CPU only: write the outputs past the caches; needs 64-byte aligned rows
 
     ConstRows z, hidden, c;        // (rows, K D), (rows, D), (rows, D); K gates: 4, or 3 with hidden
     const void* z_bias = nullptr;  // (K D) added to z, or null

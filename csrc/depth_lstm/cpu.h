@@ -1,4 +1,4 @@
-// The CPU gates kernels, one table of functions an instruction set.
+// The CPU gates kernels: one table of functions for each instruction set.
 #pragma once
 
 #include "call.h"
@@ -6,18 +6,18 @@
 
 namespace depthlstm {
 
-// One instruction set's kernels. Memory is the caller's, 64-byte aligned:
-// `packed` once a call, `scratch` once a thread, `partial` (zeroed by the kernel) once a chunk of rows.
+// One instruction set's kernels. The caller owns the memory, which is 64-byte aligned. It passes `packed` once a call,
+// `scratch` once a thread, and `partial` (which the kernel zeroes) once a chunk of rows.
 struct GatesKernels {
     const char* isa;
     int64_t (*packed_bytes)(const GatesCall&);
     int64_t (*scratch_bytes)(const GatesCall&);
     int64_t (*partial_bytes)(const GatesCall&);
     int64_t (*feature_blocks)(const GatesCall&);
-    // for the forward pass where h.data is set, else for the backward pass: the two differ in their scale
+    // packs for the forward pass if h.data is set, else for the backward pass; the two differ in their scale
     void (*pack)(const GatesCall&, void* packed);
     void (*forward)(const GatesCall&, const void* packed, void* scratch, int64_t row_begin, int64_t row_end);
-    // partial may be null where no parameter gradient is wanted
+    // partial may be null if no parameter gradient is wanted
     void (*backward)(const GatesCall&, const void* packed, void* scratch, void* partial, int64_t row_begin,
                      int64_t row_end);
     // sums `count` partials, in their order, into dweight, dbias and dz_bias for a range of feature blocks
@@ -29,7 +29,7 @@ struct GatesKernels {
 DEPTHLSTM_ISAS(DEPTHLSTM_DECLARE)
 #undef DEPTHLSTM_DECLARE
 
-// Those of chosen_isa(); null where it is none.
+// The kernels of chosen_isa(); null for none.
 [[maybe_unused]] static const GatesKernels* select_gates_kernels() {
 #define DEPTHLSTM_TABLE(isa) &isa::gates_kernels,
     static constexpr const GatesKernels* tables[] = {DEPTHLSTM_ISAS(DEPTHLSTM_TABLE)};

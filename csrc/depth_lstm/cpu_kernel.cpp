@@ -1,9 +1,9 @@
-// Gates of the depth-wise LSTM, forward and backward, for one instruction set: this file is compiled once for each.
+// Gates of the depth-wise LSTM, forward and backward. This file is compiled once for each instruction set.
 //
-// One pass over memory: a row of z is converted into a scratch row that stays in L1/L2, where the statistics, the gates
-// and, backward, the two LayerNorm means are taken. Scratch, affine and partial sums are stored by blocks of one
-// vector, [block][gate][lane]: rows 2^n bytes apart would fall into the same cache sets, and a block is one stream to
-// prefetch. The lanes beyond D of the last block hold zeros in z, c and the gradients and in gamma, so that they add
+// The kernels make one pass over memory. A row of z is converted into a scratch row that stays in L1/L2. Statistics,
+// gates and, backward, the two LayerNorm means are taken there. Scratch, affine and partial sums are stored by blocks
+// of one vector, [block][gate][lane]. Rows 2^n bytes apart would fall into the same cache sets, and a block is one
+// stream to prefetch. The lanes of the last block past D hold zeros in z, c, the gradients and gamma, so that they add
 // nothing to sums.
 #include "common/cpu/rows.h"
 #include "common/philox.h"
@@ -92,14 +92,14 @@ void pack(const GatesCall& call, void* packed) {
     }
 }
 
-// factor[d] = 1 / (1 - p) where feature d of the row is kept, else 0; filled to the end of the last block, where 0 *
-// NaN would be NaN
+// factor[d] = 1 / (1 - p) where feature d of the row is kept, else 0. It is filled to the end of the last block,
+// because 0 * NaN would be NaN.
 template <class T>
 __attribute__((noinline)) void dropout_factors(const GatesCall& call, int64_t row, T* factor) {
     const uint32_t threshold = uint32_t(call.dropout_p * 4294967296.0);
     const T kept = T(1 / (1 - call.dropout_p));
     const int64_t padded = round_up(call.features, width<T>);
-    constexpr int group = 16;  // philox blocks side by side: the compiler makes vectors of them
+    constexpr int group = 16;  // Philox blocks side by side, which the compiler vectorises
     for (int64_t first = 0; first * 4 < padded; first += group) {
         uint32_t words[4][group];
         for (int j = 0; j < group; ++j) {
@@ -119,12 +119,13 @@ struct RowStatistics {
     T r[K], shift[K];
 };
 
-// Reads a row of z into scratch, adds z_bias, and takes the statistics in two passes: n = r * scratch + shift.
-// Scratch then holds z - mean as far as the mean is known. Where the row is nearly constant, the mean's rounding error
-// is most of what is left, and 1/sqrt(eps) would blow it up (z = 1000.3: h wrong by 0.4): so the second pass takes its
-// mean too. Not inlined: it is the same for every activation, and 112 copies of it took as long to compile as all the
-// rest. The call costs 20 to 40 ns a row: avx2, fp32, in the cache 1 to 3 % of forward and of backward at D=512, at
-// D=100 5 to 10 % and 5 to 6 %, at D=5 8 to 17 % and 3 to 9 %.
+// Reads a row of z into scratch, adds z_bias, and takes the statistics in two passes: n = r * scratch + shift. Scratch
+// then holds z - mean as far as the mean is known. On a nearly constant row the mean's rounding error is most of the
+// rest, and 1/sqrt(eps) would blow it up (z = 1000.3: h wrong by 0.4). The second pass therefore takes the mean of the
+// rest too.
+// Not inlined: it is the same for every activation, and 112 copies of it took as long to compile as all the rest. The
+// call costs 20 to 40 ns a row. With avx2, fp32, in the cache this is 1 to 3 % of forward and of backward at D=512, 5
+// to 10 % and 5 to 6 % at D=100, 8 to 17 % and 3 to 9 % at D=5.
 template <class MZ, int K>
 __attribute__((noinline)) RowStatistics<typename ComputeType<MZ>::type, K> stage_row(
     const GatesCall& call, int64_t row, const typename ComputeType<MZ>::type* packed,
@@ -217,7 +218,7 @@ void forward_rows(const GatesCall& call, const void* packed_memory, void* scratc
         const MZ* hidden = row_of<MZ>(given ? call.hidden : call.z, row);
         MZ* h_out = row_of<MZ>(call.h, row);
         MC* c_out = row_of<MC>(call.c_out, row);
-        // the next row is fetched while this one is computed: without it the two take turns
+        // the next row is fetched during the computation of this one; otherwise the two take turns
         const int64_t ahead = row + 1 < row_end ? row + 1 : row;
         const MZ* next_z = row_of<MZ>(call.z, ahead);
         const MC* next_c = row_of<MC>(call.c, ahead);
@@ -252,8 +253,8 @@ void forward_rows(const GatesCall& call, const void* packed_memory, void* scratc
 #endif
 }
 
-// dz of a row from u = gamma da and n, whose sums over the blocks are given. Sums of dz for z_bias go to `partial`
-// where there is one. Not inlined, as stage_row.
+// dz of a row from u = gamma da and n, given their sums over the blocks. The sums of dz for z_bias go to `partial`, if
+// there is one. Not inlined, as stage_row.
 template <class MZ, int K>
 __attribute__((noinline)) void finish_row(const GatesCall& call, int64_t row,
                                           const RowStatistics<typename ComputeType<MZ>::type, K>& statistics,
@@ -267,8 +268,8 @@ __attribute__((noinline)) void finish_row(const GatesCall& call, int64_t row,
     constexpr int64_t W = width<T>;
     const int64_t D = call.features;
     MZ* dz = row_of<MZ>(call.dz, row);
-    // dz_k = r_k (u - mean(u) - n mean(u n)): in this order a constant row's difference cancels before r_k =
-    // 1/sqrt(eps) meets it
+    // dz_k = r_k (u - mean(u) - n mean(u n)). In this order a constant row's difference cancels before the factor r_k =
+    // 1/sqrt(eps).
     const bool normalises = call.norm != Norm::none;
     V mean_u[K], mean_un[K];
     T total_u = 0, total_un = 0;
@@ -414,8 +415,8 @@ void reduce(const GatesCall& call, const void* partials, int64_t count, int64_t 
 
 template <class MZ, class MC, bool fast, class Visitor>
 void with_activation(const GatesCall& call, Visitor visit) {
-#if defined( \
-    DEPTHLSTM_SANITIZED)  // the sanitizers take minutes to compile all seven, which differ in their formulas alone
+// Under the sanitizers all seven take minutes to compile. They differ in their formulas only, so one stands for all.
+#if defined(DEPTHLSTM_SANITIZED)
     if (call.activation == Activation::given) return visit.template operator()<MZ, MC, Given, fast>();
     return visit.template operator()<MZ, MC, Gelu, fast>();
 #else
@@ -426,11 +427,11 @@ void with_activation(const GatesCall& call, Visitor visit) {
 #undef DEPTHLSTM_CASE
         case Activation::given: return visit.template operator()<MZ, MC, Given, fast>();
     }
-    __builtin_trap();  // no code of an activation: outputs that nobody wrote must not be taken for results
+    __builtin_trap();  // an unknown activation code: unwritten outputs must not be taken for results
 #endif
 }
 
-// The fast formulas serve where every result is rounded to 16 bits; one float32 operand asks for float32 results.
+// The fast formulas are for calls that round every result to 16 bits. One float32 operand asks for float32 results.
 template <class M, class Visitor>
 void with_half(const GatesCall& call, Visitor visit) {
     const bool wide_affine = call.weight != nullptr && call.affine_dtype == DType::float32;
@@ -440,8 +441,8 @@ void with_half(const GatesCall& call, Visitor visit) {
     return with_activation<M, M, true>(call, visit);
 }
 
-// avx512_bf16 differs from avx512 in its stores of bfloat16: it holds kernels for z of that type and hands on every
-// other call.
+// avx512_bf16 differs from avx512 in its stores of bfloat16. It has kernels for z of that type and passes every other
+// call on.
 #if defined(DEPTHLSTM_ISA_AVX512_BF16)
 bool is_of_avx512(const GatesCall& call) { return call.z_dtype != DType::bfloat16; }
 template <class Visitor>

@@ -1,5 +1,5 @@
-// The gates' operators for the CPU, over libtorch's stable ABI: memory and threads; the arithmetic is in
-// cpu_kernel.cpp.
+// The CPU operators of the gates, over libtorch's stable ABI. This file has memory and threads, cpu_kernel.cpp the
+// arithmetic.
 #include <cstdlib>
 #include <cstring>
 
@@ -11,10 +11,10 @@
 namespace depthlstm {
 namespace {
 
-// Above this traffic no last-level cache of this class keeps the outputs until they are read, and they are written past
-// the caches: stand-alone, best of 15 on a noisy host, N=4096, D=512 backward 4.6 -> 3.4 ms (fp32), 3.4 -> 2.8 ms
-// (bf16), forward 2.2 -> 1.9 ms (fp32). The forward pass of 16-bit types keeps ordinary stores: its half-line writes
-// come out slower that way (1.4 -> 1.6 ms).
+// Above this traffic no last-level cache of this class keeps the outputs until they are read, so they are written past
+// the caches. Stand-alone, best of 15 on a noisy host, N=4096, D=512: backward 4.6 -> 3.4 ms (fp32), 3.4 -> 2.8 ms
+// (bf16), forward 2.2 -> 1.9 ms (fp32). The forward pass of 16-bit types keeps ordinary stores, because its half-line
+// writes get slower that way (1.4 -> 1.6 ms).
 constexpr int64_t stream_bytes = int64_t(32) << 20;
 
 const GatesKernels& kernels() {
@@ -26,7 +26,7 @@ const GatesKernels& kernels() {
     return *chosen;
 }
 
-// The seed's value for the kernels, which read it from the call.
+// Copies the seed's value into the call, where the kernels read it.
 void set_seed(GatesCall& call, const OptionalTensor& seed) {
     if (seed) call.seed = *static_cast<const uint64_t*>(seed->const_data_ptr());
 }
@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gates_backward(
     GatesCall& call = inputs.call;
     set_seed(call, seed);
     const Gradients gradients(call, dh, dc, z, z_bias, hidden, c, weight, bias, affine_gradient, z_bias_gradient);
-    Scratch zeros(dh && dc ? 0 : call.features * 8);  // one row, read at every row
+    Scratch zeros(dh && dc ? 0 : call.features * 8);  // one row, which every row reads
     if (!dh || !dc) std::memset(zeros.get(), 0, std::size_t(call.features) * 8);
     if (!dh) call.dh = {zeros.get(), 0};
     if (!dc) call.dc = {zeros.get(), 0};

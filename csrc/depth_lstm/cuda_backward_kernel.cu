@@ -1,13 +1,13 @@
-// The gates backward: dz, c' gradient and parameter gradients from dh, dc and what forward read. Compiled once for each
-// dtype of z.
+// The gates backward: dz, the gradient of c' and parameter gradients from dh, dc and the inputs of forward. This file
+// is compiled once for each dtype of z.
 //
-// narrow  D up to 2048 in whole 16-byte vectors: a row in a block, 8 features a thread, 12D elements of memory traffic
-//         a row. Blocks stay and loop over rows, so that the sums of the parameter gradients live in registers; each
-//         leaves one partial sum.
-// wide    all other rows, 19D elements, in two kernels: `row_statistics` takes what needs the whole row,
+// narrow  D up to 2048 in whole 16-byte vectors, 12D elements of memory traffic a row. A row lies in a block, with
+//         8 features a thread. Blocks stay and loop over rows, so that the sums of the parameter gradients live in
+//         registers. Each block leaves one partial sum.
+// wide    All other rows, 19D elements, in two kernels. `row_statistics` takes the values that need the whole row.
 //         `wide_backward` gives a thread one feature and a block 256, and loops over rows.
 //
-// sum_partials in launch.cu adds the partial sums in a fixed order: no atomics, the same bits every time.
+// sum_partials in launch.cu adds the partial sums in a fixed order, without atomics: the same bits every time.
 #include "cuda_gates.cuh"
 #include "cuda_kernels.h"
 
@@ -20,7 +20,7 @@ constexpr int W = 16 / sizeof(Z);
 constexpr int narrow_features = 2048, narrow_threads = 256, E = 8, V = E / W;
 constexpr int any_threads = 256;
 
-// Gradients of the pre-activations of K gates, of hidden (or of g, where it comes from z) and of c', for one feature.
+// Gradients of the pre-activations of K gates, of hidden (or of a computed g) and of c', for one feature.
 template <int K>
 struct Gradients {
     float da[K], dg, dc_in;
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(narrow_threads) narrow_backward(const __grid_c
         }
         normalise<K, V, W>(n, inside, launch, block, r);
 
-        float u[K][E] = {};  // weight * da, and at last dz
+        float u[K][E] = {};  // weight * da, and finally dz
 #pragma unroll
         for (int v = 0; v < V; ++v) {
             if (!inside[v]) continue;
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(narrow_threads) narrow_backward(const __grid_c
     if constexpr (z_bias_gradient) store_sums(dz_bias);
 }
 
-// What one feature of a row needs, element by element.
+// The inputs of one feature of a row, element by element.
 template <class C, int K>
 struct Feature {
     const Launch& launch;
@@ -196,7 +196,7 @@ struct Feature {
         return to_float(row_of<Z>(launch.call.z, row)[index]) + z_bias.at(index, 0.f);
     }
 
-    // from n and the affine (w, b) of the K gates
+    // gradients from n and the affine (w, b) of the K gates
     __device__ __forceinline__ Gradients<K> at(int64_t row, int column, const float (&n)[K], const float (&w)[K],
                                                const float (&b)[K]) const {
         const GatesCall& call = launch.call;
@@ -262,7 +262,7 @@ __global__ void __launch_bounds__(any_threads) wide_backward(const __grid_consta
     const int features = int(call.features);
     const Feature<C, K> feature(launch);
     const int column = blockIdx.x * any_threads + threadIdx.x;
-    if (column >= features) return;  // there is no barrier in here
+    if (column >= features) return;  // no barrier follows
     float w[K], b[K], dweight[K] = {}, dbias[K] = {}, dz_bias[K] = {};
 #pragma unroll
     for (int k = 0; k < K; ++k) {
@@ -305,7 +305,7 @@ __global__ void __launch_bounds__(any_threads) wide_backward(const __grid_consta
     }
 }
 
-// Asked for `workspace_bytes` it answers that alone; else it runs.
+// Stores the size in `workspace_bytes` if that is given, and runs otherwise.
 template <class C, int K>
 cudaError_t backward(Launch& launch, const GpuDevice& device, void* workspace, int64_t* workspace_bytes) {
     const GatesCall& call = launch.call;

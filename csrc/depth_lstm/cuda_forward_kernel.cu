@@ -1,12 +1,12 @@
-// The gates forward: h and c from z, c' and the affine, 7D elements of memory traffic a row. Compiled once for each
-// dtype of z.
+// The gates forward: h and c from z, c' and the affine, 7D elements of memory traffic a row. This file is compiled once
+// for each dtype of z.
 //
-// warp    a row in a warp, D up to 1024, in fp32 up to 512: no barrier. The affine lies in shared memory, in fp32, for
-//         all rows that a block takes.
-// block   a row in a block, D up to 8192, and any D up to there for few rows: short latency instead of few
-//         instructions. Takes a second partial product, `z_more`.
-// any     rows that are not whole 16-byte vectors, or longer: a row in a block, one feature of a thread at a time,
-//         three passes over the row, which the caches keep.
+// warp    A row in a warp, without a barrier: D up to 1024, in fp32 up to 512. The affine lies in shared memory, in
+//         fp32, for all rows of a block.
+// block   A row in a block: D up to 8192, and any smaller D for few rows, where short latency matters more than few
+//         instructions. It takes a second partial product, `z_more`.
+// any     Rows that are longer or not whole 16-byte vectors. A row lies in a block, with one feature of a thread at a
+//         time, in three passes over the row, which the caches keep.
 //
 // A thread holds its part of all gates in registers, as V vectors of W features: 16 bytes of z each.
 #include "cuda_gates.cuh"
@@ -20,8 +20,7 @@ using Z = DEPTHLSTM_Z;
 constexpr int W = 16 / sizeof(Z);
 constexpr int warp_threads = 128;   // four rows at a time share an affine
 constexpr int block_threads = 512;  // at most, so that a thread may have 128 registers
-// Where the gates take all registers, c and hidden are fetched into L2 at first and loaded when the statistics are
-// known.
+// Where the gates take all registers, c and hidden are first fetched into L2, and loaded when the statistics are known.
 template <int E, int registers>
 constexpr bool late = 4 * E >= registers / 2;
 
@@ -49,7 +48,7 @@ struct State {
     }
 };
 
-// The new state of W features; a holds the gates' pre-activations, those of sigmoids times minus_log2_e, and is
+// The new state of W features. a holds the gates' pre-activations, those of sigmoids times minus_log2_e, and is
 // overwritten.
 template <int K>
 __device__ __forceinline__ void gates(float (&i)[W], float (&f)[W], float (&o)[W], float (&g)[W],
@@ -83,7 +82,7 @@ __global__ void __launch_bounds__(warp_threads, V* W <= 8               ? 4
                                                                         : 2)
     forward_warp(const __grid_constant__ Launch launch) {
     constexpr int vectors = 32 * V, quarters = W / 4;
-    // by halves of a vector, [gate][quarter][vector]: lanes then read 16 bytes side by side and meet no bank conflict
+    // by halves of a vector, [gate][quarter][vector]: lanes then read 16 bytes side by side without a bank conflict
     constexpr int slots = K * quarters * vectors;
     __shared__ float4 weights[slots], biases[slots], z_biases[slots];
     const GatesCall& call = launch.call;
@@ -291,7 +290,7 @@ cudaError_t forward(const Launch& launch, const GpuDevice& device) {
     if (vectors <= block_threads) return launch_rows<forward_block<C, K, 1>>(launch, call.rows, device, threads, 1);
     if (vectors <= 2 * block_threads) return launch_rows<forward_block<C, K, 2>>(launch, call.rows, device, threads, 1);
     if constexpr (W == 4) return launch_rows<forward_block<C, K, 4>>(launch, call.rows, device, threads, 1);
-    return cudaErrorInvalidValue;  // 8192 features are no more than that
+    return cudaErrorInvalidValue;  // at most 8192 features get here, and the cases above cover them
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// What the forward and the backward kernels compute alike: the statistics of a row, the activations, dropout. K gates:
-// 4, or 3 with `hidden`.
+// Code shared by the forward and backward kernels: the statistics of a row, the activations, dropout. K gates: 4, or 3
+// with `hidden`.
 #pragma once
 
 #include "common/cuda/launch.cuh"
@@ -11,18 +11,18 @@
 
 namespace depthlstm {
 
-// What a kernel gets: the call as it came, and what the launcher makes of it.
+// Arguments of a kernel: the original call, and the launcher's additions.
 struct Launch {
     GatesCall call;
     ConstRows z_more;
     const uint64_t* seed;
     float eps, dropout_scale;
-    uint32_t dropout_threshold;  // an element is kept where its random word is at least this
-    float* partial;              // (programs, sums of K D) fp32: dweight, dbias, dz_bias, each as far as it is wanted
+    uint32_t dropout_threshold;  // an element is kept if its random word is at least this
+    float* partial;              // (programs, sums of K D) fp32: the wanted ones of dweight, dbias, dz_bias
     float* statistics;           // (rows, 20) fp32: see cuda_backward_kernel.cu
 };
 
-// Up to this many rows for each multiprocessor a row gets a block of its own: a guess, not measured.
+// With at most this many rows for each multiprocessor a row gets its own block. The number is a guess, not measured.
 constexpr int64_t few_rows = 4;
 
 inline bool is_aligned_affine(const GatesCall& call) {
@@ -32,7 +32,7 @@ inline bool is_aligned_affine(const GatesCall& call) {
            0;
 }
 
-// a = n w + b in place for W features from `column` on; without an affine a = n. scale[k] is multiplied into all of it.
+// a = n w + b in place for W features from `column` on; without an affine a = n. The result is multiplied by scale[k].
 template <int K, int W, class Z>
 __device__ __forceinline__ void apply_affine(float (&a)[4][W], const GatesCall& call, int column,
                                              const float (&scale)[4]) {
@@ -56,7 +56,7 @@ __device__ __forceinline__ void apply_affine(float (&a)[4][W], const GatesCall& 
     });
 }
 
-// x *= weight for W features from `column` on, which are the elements from `first` on of x.
+// x *= weight for W features from `column` on, which are the elements of x from `first` on.
 template <int K, int W, int E, class Z>
 __device__ __forceinline__ void multiply_by_weight(float (&x)[K][E], const GatesCall& call, int column, int first) {
     with_type(Parameter<Z>{call.weight, call.affine_dtype == DType::float32}, [&](auto* weights) {
@@ -70,7 +70,7 @@ __device__ __forceinline__ void multiply_by_weight(float (&x)[K][E], const Gates
     });
 }
 
-// z += z_bias for W features from `column` on, which are the elements from `first` on of z.
+// z += z_bias for W features from `column` on, which are the elements of z from `first` on.
 template <int K, int W, int E, class Z>
 __device__ __forceinline__ void add_z_bias(float (&z)[K][E], const GatesCall& call, int column, int first) {
     with_type(Parameter<Z>{call.z_bias, call.z_bias_dtype == DType::float32}, [&](auto* biases) {
@@ -84,7 +84,8 @@ __device__ __forceinline__ void add_z_bias(float (&z)[K][E], const GatesCall& ca
     });
 }
 
-// Division by a number that is used again: rounded right nearly always, so that a constant row's mean is its value.
+// Division by a number that is used again. It nearly always rounds correctly, so that a constant row's mean is its
+// value.
 struct Division {
     float divisor, inverse;
 
@@ -95,8 +96,8 @@ struct Division {
     }
 };
 
-// A row's means over D of a gate, or over all K D when joint, of the threads' sums in groups of four, of which K are in
-// use.
+// A row's means over the D of each gate, or over all K D if joint. They come from the threads' sums in groups of four,
+// of which K are in use.
 template <int K, int N, class Row>
 __device__ __forceinline__ void row_means(float (&v)[N], int number, const GatesCall& call, const Row& row) {
     const bool joint = call.norm == Norm::joint;
@@ -115,20 +116,19 @@ __device__ __forceinline__ void row_means(float (&v)[N], int number, const Gates
 }
 
 // n = (z - mean) r + shift, from `rest`, the means of z - mean and of its square. The shift takes out the rounding
-// error of the mean: on a nearly constant row it is most of what is left of z - mean, and r = 1 / sqrt(eps) would blow
-// it up.
+// error of the mean. On a nearly constant row this error is most of z - mean, and r = 1 / sqrt(eps) would blow it up.
 template <int K>
 __device__ __forceinline__ void scale_and_shift(const float (&rest)[8], float eps, float (&r)[K], float (&shift)[K]) {
 #pragma unroll
     for (int k = 0; k < K; ++k) {
         float variance = rest[4 + k] - rest[k] * rest[k];
-        variance = variance < 0.f ? 0.f : variance;  // not a maximum: NaN must stay
+        variance = variance < 0.f ? 0.f : variance;  // not a maximum, because NaN must stay
         r[k] = rsqrtf(variance + eps);
         shift[k] = -rest[k] * r[k];
     }
 }
 
-// z becomes n in place, both 0 in vectors that are not `inside`; the statistics take two passes over registers. Uses
+// z becomes n in place, with 0 in vectors that are not `inside`. The statistics take two passes over registers and use
 // sums number 0 and 1.
 template <int K, int V, int W, class Row>
 __device__ __forceinline__ void normalise(float (&z)[K][V * W], const bool (&inside)[V], const Launch& launch,
@@ -173,8 +173,8 @@ __device__ __forceinline__ void normalise(float (&z)[K][V * W], const bool (&ins
     }
 }
 
-// The same for a row of any length, whose z a thread gets by `z_at(gate, column)`: columns blockDim.x apart, two passes
-// over memory.
+// The statistics of a row of any length in two passes over memory. A thread gets its z by `z_at(gate, column)`, in
+// columns blockDim.x apart.
 template <int K, class ZAt, class Row>
 __device__ __forceinline__ void statistics(const Launch& launch, const ZAt& z_at, const Row& row, float (&mean)[4],
                                            float (&r)[K], float (&shift)[K]) {
@@ -219,9 +219,10 @@ __device__ __forceinline__ void apply(float (&a)[W], float (&slope)[W]) {
     }
 }
 
-// g = act(a) in place; with a second array the slopes, too. One branch for W elements: the activation is the same for
-// all threads.
-// No default: cuda_launch.cu refuses other codes. A trap here cost backward a sixth more instructions and 8 registers.
+// g = act(a) in place; a second array receives the slopes. One branch serves W elements, because all threads have the
+// same activation.
+// There is no default case: cuda_launch.cu refuses other codes. A trap here cost backward a sixth more instructions and
+// 8 registers.
 template <class... Arrays>
 __device__ __forceinline__ void activate(Activation activation, Arrays&... arrays) {
     switch (activation) {

@@ -1,4 +1,4 @@
-// What cuda_launch.cu and the kernels, which are compiled once for each dtype of z, know of each other.
+// Interface between cuda_launch.cu and the kernels, which are compiled once for each dtype of z.
 #pragma once
 
 #include "common/cuda/launch.cuh"
@@ -22,7 +22,7 @@ DEPTHLSTM_DECLARE(bfloat16);
 DEPTHLSTM_DECLARE(float16);
 #undef DEPTHLSTM_DECLARE
 
-// The sums over programs of `partial`, in their order, into dweight, dbias and dz_bias.
+// Sums `partial` over the programs, in their order, into dweight, dbias and dz_bias.
 cudaError_t sum_partials(const Launch& launch, int64_t programs, cudaStream_t stream);
 
 }  // namespace depthlstm

@@ -1,5 +1,5 @@
-// The C functions of cuda.h: from a call to the kernels of its dtype, on its device; and the sums of the parameter
-// gradients.
+// The C functions of cuda.h, and the sums of the parameter gradients. Each function passes a call to the kernels of its
+// dtype, on its device.
 #include "cuda_gates.cuh"
 #include "cuda_kernels.h"
 
@@ -8,7 +8,7 @@ namespace {
 
 constexpr int sum_columns = 32, sum_groups = 16;
 
-// One parameter gradient that sums_kernel writes; null where it is not wanted.
+// One parameter gradient that sums_kernel writes; null if it is not wanted.
 struct SumsOutput {
     void* data[3];
     DType dtype[3];
@@ -22,7 +22,7 @@ __device__ __forceinline__ void store_as(void* data, DType dtype, int64_t index,
     }
 }
 
-// partial (programs, columns) summed over the programs: a thread adds every 16th, then one thread a column adds the 16,
+// Sums partial (programs, columns) over the programs. A thread adds every 16th, then one thread a column adds these 16,
 // in their order.
 __global__ void __launch_bounds__(sum_columns* sum_groups)
     sums_kernel(const float* __restrict__ partial, int64_t programs, int64_t columns, int64_t width,

@@ -1,7 +1,7 @@
-// The CUDA operators torch sees, over libtorch's stable ABI: memory, the current stream, errors; the kernels are in
-// cuda_*_kernel.cu.
+// The CUDA operators that torch sees, over libtorch's stable ABI: memory, the current stream, errors. The kernels are
+// in cuda_*_kernel.cu.
 //
-// With DEPTHLSTM_SIMULATED=<namespace> the same operators take CPU tensors, in that namespace: the tests link them to
+// With DEPTHLSTM_SIMULATED=<namespace> the same operators take CPU tensors, in that namespace. The tests link them to
 // kernels that are simulated on a CPU.
 #if !defined(DEPTHLSTM_SIMULATED)
 #include <dlfcn.h>
@@ -13,7 +13,7 @@
 namespace depthlstm {
 namespace {
 
-// cudaError_t values that say: this library has no code for that GPU and driver.
+// cudaError_t values for a library without code for the GPU and driver.
 constexpr int invalid_device_function = 98, no_kernel_image = 209, unsupported_ptx = 222;
 constexpr uintptr_t workspace_alignment = 256;
 
@@ -24,8 +24,7 @@ void* current_stream(int32_t) { return nullptr; }
 #else
 bool is_ours(const Tensor& tensor) { return tensor.is_cuda(); }
 
-// libtorch_cuda.so is looked up where torch has loaded it: a library that names it would not load on a torch without
-// CUDA.
+// Looks up libtorch_cuda.so where torch has loaded it. A library linked to it would not load on a torch without CUDA.
 void* current_stream(int32_t device) {
     using Function = AOTITorchError (*)(int32_t, void**);
     static const auto ask = [] {
@@ -63,11 +62,11 @@ struct CudaInputs : Inputs {
         STD_TORCH_CHECK(call.z_dtype != DType::float64,
                         "z must be float32, bfloat16 or float16: the CUDA kernels have no float64");
         if (seed) cuda.seed = static_cast<const uint64_t*>(seed->const_data_ptr());
-        cuda.device = std::max(0, device_of(c).index);  // a CPU has none, -1
+        cuda.device = std::max(0, device_of(c).index);  // a CPU has index -1
     }
 
-    // The finished call. Tensors that live until it returns may be freed then: the allocator gives their memory to
-    // later work on this stream only.
+    // Returns the finished call. Tensors that live until the call returns may be freed then, because the allocator
+    // gives their memory only to later work on this stream.
     const CudaCall* finish() {
         cuda.gates = call;
         cuda.stream = current_stream(cuda.device);
@@ -94,7 +93,7 @@ std::tuple<Tensor, Tensor> gates_forward(const Tensor& z, const OptionalTensor& 
     return {h, c_out};
 }
 
-// z + z_more in the place of z, where z_more is given; h is written into a tensor whose rows lie one stride apart.
+// Takes z + z_more in place of z if z_more is given. h is written into a tensor whose rows lie one stride apart.
 Tensor gates_forward_into(const Tensor& z, const OptionalTensor& z_bias, const OptionalTensor& hidden, const Tensor& c,
                           const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& seed,
                           int64_t norm, int64_t activation, double eps, double dropout_p, const OptionalTensor& z_more,
@@ -121,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gates_backward(
     bool z_bias_gradient) {
     CudaInputs inputs(z, z_bias, hidden, c, weight, bias, seed, norm, activation, eps, dropout_p);
     Gradients gradients(inputs.call, dh, dc, z, z_bias, hidden, c, weight, bias, affine_gradient, z_bias_gradient);
-    if (inputs.call.rows == 0) {  // sums of nothing
+    if (inputs.call.rows == 0) {  // the sums over no rows are zero
         for (Tensor* sum : {&gradients.dweight, &gradients.dbias, &gradients.dz_bias}) torch::stable::zero_(*sum);
         return gradients.outputs();
     }

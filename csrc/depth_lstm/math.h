@@ -12,7 +12,7 @@ DEPTHLSTM_HD void cell_forward(V i, V f, V o, V g, V c_in, V& c, V& h) {
     h = o * c;
 }
 
-// Gradients of a_i, a_f, a_o, of g and of c', given those of h and c. g stands after dropout.
+// Gradients of a_i, a_f, a_o, of g and of c', from those of h and c. g is the value after dropout.
 template <class V>
 struct CellGradient {
     V da_i, da_f, da_o, dg, dc_in;

@@ -1,4 +1,4 @@
-// The gates' operands as the operators of the CPU and of CUDA get them: checked, seen as rows, filled into a GatesCall.
+// The gates' operands of the CPU and CUDA operators: checked, seen as rows, filled into a GatesCall.
 #pragma once
 
 #include <optional>
@@ -9,8 +9,8 @@
 
 namespace depthlstm {
 
-// What forward and backward read alike, with the tensors that keep it alive. The seed's value is left to the device's
-// own code.
+// The common inputs of forward and backward, with the tensors that keep them alive. The device's own code reads the
+// seed.
 struct Inputs {
     GatesCall call;
     RowView z, c;
@@ -74,8 +74,8 @@ struct Inputs {
     }
 };
 
-// The backward pass's own operands: the gradients that come in, null where None, and those that go out, with no
-// elements where they were not asked for or have no input.
+// The backward pass's own operands. Incoming gradients are null for None. Outgoing gradients have no elements if they
+// are not wanted or have no input.
 struct Gradients {
     std::optional<RowView> dh, dc;
     Tensor dz, dhidden, dc_in, dweight, dbias, dz_bias;

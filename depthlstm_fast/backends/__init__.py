@@ -1,4 +1,7 @@
-"""The backends: a record of each (record, library, cuda, triton), and which of them runs a call (choice, fastest)."""
+"""The backends and the choice between them.
+
+record, library, cuda and triton describe the backends. choice and fastest pick the backend of a call.
+"""
 
 from ..callable_module import make_callable
 from .choice import backends, last_backend, set_backend, use_backend

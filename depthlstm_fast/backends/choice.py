@@ -1,4 +1,7 @@
-"""Which backend runs a call: "auto" takes the fastest that can, a backend asked for by name runs or raises."""
+"""Choice of the backend that runs a call.
+
+"auto" takes the fastest backend that can run the call. A backend requested by name runs or raises.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,10 @@ from .library import CPP
 from .record import Backend, BackendStatus
 from .triton import TRITON
 
-# A new backend is one more record here. Where nothing was measured "auto" takes the last that can run.
+# A new backend is one more record here. Without a measurement "auto" takes the last record that can run.
 RECORDS: dict[str, Backend] = {record.name: record for record in (CPP, CUDA, TRITON)}
 BACKENDS = ("auto", "reference", *RECORDS)
-# what "auto" tries on a CPU, and on a GPU
+# the backends that "auto" tries, by device type
 AUTOMATIC = {
     kind: tuple(name for name in reversed(RECORDS) if RECORDS[name].automatic_for == kind) for kind in ("cpu", "cuda")
 }
@@ -34,22 +37,21 @@ logger = logging.getLogger("depthlstm_fast")
 _strict = os.environ.get("DEPTHLSTM_STRICT", "0") not in ("", "0")
 _default = os.environ.get("DEPTHLSTM_BACKEND") or "auto"
 _scoped: ContextVar[str | None] = ContextVar("depthlstm_fast.backend", default=None)
-_scoped_for_tracers: str | None = (
-    None  # _scoped once more: torch.compile reads no ContextVar, and has guards for globals only
-)
-_blocks = 0  # how many blocks of use_backend are open, in any thread: a call outside of all asks nothing more
+# A copy of _scoped for torch.compile, which reads no ContextVar and has guards for globals only.
+_scoped_for_tracers: str | None = None
+_blocks = 0  # number of open blocks of use_backend in all threads; at 0 a call reads no ContextVar
 _last: str | None = None
 _logged: set[str] = set()
 
 
 def backends() -> dict[str, BackendStatus]:
-    """Every backend by name, with whether it can run here and why not."""
+    """Return every backend by name, with whether it can run here and why not."""
     reference = BackendStatus(True, "plain PyTorch, any device")
     return {"reference": reference, **{name: record.status() for name, record in RECORDS.items()}}
 
 
 def set_backend(name: str) -> None:
-    """Set the backend of every call that names none, for the whole process.
+    """Set the process-wide default backend, for calls that name none.
 
     Raises:
         ValueError: ``name`` is not "auto", "reference", "cpp", "cuda" or "triton".
@@ -61,10 +63,11 @@ def set_backend(name: str) -> None:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Use ``name`` instead of what :func:`set_backend` set, until the end of the ``with`` block.
+    """Use ``name`` in place of the default of :func:`set_backend` inside a ``with`` block.
 
-    It holds for the block's thread or asyncio task alone. torch.compile has no such notion: what it traces meanwhile,
-    in any thread, takes ``name``, too. A backward pass outside the block runs on the backend of its forward pass.
+    The block holds for its own thread or asyncio task only. torch.compile knows neither: code that it traces in any
+    thread during the block takes ``name`` as well. A backward pass outside the block runs on the backend of its forward
+    pass.
 
     Raises:
         ValueError: as :func:`set_backend`.
@@ -83,18 +86,19 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def _scoped_name() -> str | None:
-    """The name of the innermost block of :func:`use_backend` around this call."""
+    """Return the name given to the innermost block of :func:`use_backend` around this call."""
     return _scoped_for_tracers if torch.compiler.is_compiling() else _scoped.get()
 
 
 def last_backend() -> str | None:
-    """The backend that ran last in this process, or None before the first call."""
+    """Return the backend that ran last in this process, or None before the first call."""
     return _last
 
 
 def choose(requested: str | None, tensor: Tensor, op: str, features: int) -> str:
-    """The backend that runs ``op`` on ``tensor`` with D = ``features``: the requested one, else the default, else the
-    fastest that can.
+    """Choose the backend that runs ``op`` on ``tensor`` with D = ``features``.
+
+    The requested backend comes first, then the default, then the fastest one that can run the call.
 
     Raises:
         ValueError: the requested backend is unknown, or cannot run this call.
@@ -107,7 +111,7 @@ def choose(requested: str | None, tensor: Tensor, op: str, features: int) -> str
     if name == "auto":
         name = _fastest(tensor, op, features)
     elif name != "reference":
-        # set_backend lets no unknown name in, so an unknown default is the environment's
+        # set_backend rejects unknown names, so an unknown default comes from the environment
         if name not in RECORDS:
             checks.check_name("DEPTHLSTM_BACKEND" if requested is None else "backend", name, BACKENDS)
         reason = _why_not(RECORDS[name], tensor, op, features)
@@ -118,9 +122,9 @@ def choose(requested: str | None, tensor: Tensor, op: str, features: int) -> str
 
 
 def _fastest(tensor: Tensor, op: str, features: int) -> str:
-    """What "auto" takes: the first that can run of the device's backends, the measured winner before the others."""
+    """Return what "auto" takes: the measured winner if it can run, else the device's first backend that can."""
     device = tensor.device.type
-    # an unknown device is told why the backends for GPUs do not take it
+    # on an unknown device the reasons name the backends for GPUs
     candidates = AUTOMATIC["cpu" if device == "cpu" else "cuda"]
     best = winner(tensor, op, features) if FASTEST and device == "cuda" else None
     reasons: list[str] = []
@@ -130,14 +134,14 @@ def _fastest(tensor: Tensor, op: str, features: int) -> str:
             return name
         if reason not in reasons:
             reasons.append(reason)
-    # export asks for the decomposition, which is no fallback
+    # an export wants the decomposition, so this is no fallback
     if not is_exporting():
         _report_fallback("; ".join(reasons))
     return "reference"
 
 
 def _why_not(record: Backend, tensor: Tensor, op: str, features: int) -> str | None:
-    """Why ``record`` cannot run this call here and now; None where it can."""
+    """Say why ``record`` cannot run this call here and now; None where it can."""
     reason = record.why_not(tensor, op, features)
     if reason is not None:
         return reason
@@ -154,8 +158,9 @@ def _why_not(record: Backend, tensor: Tensor, op: str, features: int) -> str | N
 
 
 def is_exporting() -> bool:
-    """Whether torch.export or torch.onnx.export records this call, into PyTorch operators that need no library of
-    ours.
+    """Return whether torch.export or torch.onnx.export records this call.
+
+    An exported program consists of PyTorch operators and needs no library of this package.
     """
     if is_export_flag_set():
         return True

@@ -12,12 +12,12 @@ from ..torch_private import constant_result
 from . import library
 from .record import GPU_FLOATS, Backend, BackendStatus
 
-CAPABILITY_FLOOR = (8, 0)  # the compute capability that the kernels are written for
+CAPABILITY_FLOOR = (8, 0)  # lowest compute capability that the kernels are written for
 NO_GPU = "there is no GPU that torch can use"
 
 
 def _find_cuda(architectures: tuple[str, ...]) -> str | None:
-    """Why this library and this torch cannot run CUDA kernels on any GPU; None where they can."""
+    """Say why this library and this torch cannot run CUDA kernels on any GPU; None where they can."""
     if library.load_error is not None:
         return library.load_error
     if not architectures:
@@ -32,7 +32,7 @@ _error = _find_cuda(_architectures)
 
 @constant_result
 def gpu_limit(index: int | None) -> str | None:
-    """Why this build cannot run on the GPU of that index, or on the current one; None where it can."""
+    """Say why this build cannot run on the GPU ``index`` (None: the current one); None where it can."""
     return _known_gpu_limit(index)
 
 
@@ -44,10 +44,10 @@ def _known_gpu_limit(index: int | None) -> str | None:
 
 
 def architecture_limit(capability: tuple[int, int], architectures: tuple[str, ...]) -> str | None:
-    """Why a GPU of this compute capability runs none of ``architectures``, as in ("80", "120-ptx"); None where it runs
-    one.
+    """Say why a GPU of this compute capability runs none of ``architectures``; None where it runs one.
 
-    Machine code runs on GPUs of the same major number and at least its minor one, PTX on every later GPU, too.
+    An architecture is "80" for machine code or "120-ptx" for PTX. Machine code runs on GPUs of the same major number
+    and at least its minor number. PTX also runs on every later GPU.
     """
     major, minor = capability
     if capability < CAPABILITY_FLOOR:
@@ -62,7 +62,7 @@ def architecture_limit(capability: tuple[int, int], architectures: tuple[str, ..
 
 
 def _listed(architectures: tuple[str, ...]) -> str:
-    """("80", "90", "120-ptx") -> "80, 90 and PTX for 120"."""
+    """Format names for a message: ("80", "90", "120-ptx") -> "80, 90 and PTX for 120"."""
     names = [f"PTX for {name.removesuffix('-ptx')}" if name.endswith("-ptx") else name for name in architectures]
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 

@@ -1,4 +1,4 @@
-"""The compiled library, and the backend "cpp" of its kernels for the CPU."""
+"""The compiled library and its CPU backend "cpp"."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ LIBRARY = Path(__file__).resolve().parent.parent / "_C.abi3.so"
 
 
 def _load_library() -> str | None:
-    """Load the compiled extension. Returns None, or the reason why there is none: import must never fail."""
+    """Load the compiled extension and return None, or the reason why it is missing.
+
+    A missing extension must not make the import fail.
+    """
     if not LIBRARY.exists():
         install = "pip install --no-build-isolation ., and in a checkout -e ."
         return f"{LIBRARY.name} is not beside the package: the extension was not built in {LIBRARY.parent} ({install})"
@@ -30,7 +33,7 @@ load_error = _load_library()
 
 
 def built_with(name: str) -> str:
-    """An entry of the library's build stamp, which setup.py writes."""
+    """Return an entry of the library's build stamp, which setup.py writes."""
     if load_error is not None:
         return "none"
     ask = ctypes.CDLL(str(LIBRARY)).depthlstm_build_info

@@ -1,5 +1,6 @@
-"""What a backend is: one record that names its tensors, its limits and its kernels. docs/kernels.md says what a new one
-needs.
+"""The record of a backend: its tensors, its limits and its kernels.
+
+docs/kernels.md says what a new backend needs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ GPU_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class BackendStatus(NamedTuple):
-    """Whether a backend can run here, and a line on what it is or why it cannot."""
+    """Whether a backend can run here, and one line on what it is or why it cannot."""
 
     available: bool
     detail: str
@@ -24,21 +25,23 @@ class BackendStatus(NamedTuple):
 
 @dataclass(frozen=True)
 class Backend:
-    """A backend with kernels of its own. A why-not is None where nothing speaks against a call, else the reason.
+    """A backend with its own kernels.
+
+    Each "why not" is the reason against a call, or None.
 
     Attributes:
-        name: what ``backend=`` takes.
+        name: the value of ``backend=``.
         title: the name in messages, as in "the CUDA kernels".
-        prefix: what its operators' names begin with in torch.ops.depthlstm_fast, as in cuda_gates_forward.
+        prefix: prefix of its operators' names in torch.ops.depthlstm_fast, as in cuda_gates_forward.
         automatic_for: the device type for which "auto" tries it.
-        devices: the tensors it takes, in words.
-        device_types: their device types.
-        dtypes: the dtypes of z it takes.
-        widest: for each op it has, the largest D, or None where every D fits.
-        status: whether it can run at all here.
-        why_not_here: what this machine, this torch or this build lack.
-        why_not_on: what speaks against the tensor's own device, asked when everything else fits.
-        kernels: the module with an op's kernels in Python; None where the compiled library defines the operators.
+        devices: the accepted tensors, in words.
+        device_types: the device types of these tensors.
+        dtypes: the accepted dtypes of z.
+        widest: the largest D of each op that the backend has, or None where every D fits.
+        status: whether the backend can run here at all.
+        why_not_here: the reason against this machine, this torch or this build.
+        why_not_on: the reason against the tensor's own device; asked when everything else fits.
+        kernels: the Python module with an op's kernels; None where the compiled library defines the operators.
         writes_into_buffer: whether forward can write h into a part of a wider matrix.
         adds_second_product: whether forward can add a second matrix product to z.
     """
@@ -59,7 +62,7 @@ class Backend:
     adds_second_product: bool = False
 
     def why_not(self, tensor: Tensor, op: str, features: int) -> str | None:
-        """Why this backend cannot run ``op`` with D = ``features`` on ``tensor``; None where it can."""
+        """Say why this backend cannot run ``op`` with D = ``features`` on ``tensor``; None where it can."""
         reason = self.why_not_here()
         if reason is not None:
             return reason

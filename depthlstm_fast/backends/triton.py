@@ -1,4 +1,4 @@
-"""The backend "triton": the kernels of depthlstm_fast/kernels, imported when one first runs."""
+"""The backend "triton": the kernels of depthlstm_fast/kernels, imported at their first run."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ VERSION_FLOOR = (3, 6)
 
 
 def _find_triton() -> str | None:
-    """Look for Triton without importing it, which takes half a second. Returns None, or the reason why it cannot be
-    used.
+    """Look for Triton; return None, or the reason why it cannot be used.
+
+    Triton is not imported for this: the import takes half a second.
     """
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
@@ -30,20 +31,20 @@ def _find_triton() -> str | None:
     except importlib.metadata.PackageNotFoundError:
         version = None
     if not isinstance(version, str):
-        return None  # a checkout, a renamed wheel, or what an interrupted pip left: its import will tell
+        return None  # a checkout, a renamed wheel or the rest of an interrupted pip run: the import decides
     found, wanted = tuple(int(part) for part in re.findall(r"\d+", version)[:2]), VERSION_FLOOR
     return f"Triton {version} is too old, {wanted[0]}.{wanted[1]} or newer is needed" if found < wanted else None
 
 
 @functools.cache
 def kernels(op: str) -> ModuleType:
-    """The module depthlstm_fast.kernels.<op>."""
+    """Return the module depthlstm_fast.kernels.<op>."""
     return importlib.import_module(f"..kernels.{op}", __package__)
 
 
 @functools.cache
 def _import_kernels() -> str | None:
-    """Import the kernels of every op. Returns None, or the reason why that fails."""
+    """Import the kernels of every op; return None, or the reason why that fails."""
     try:
         for op in TRITON.widest:
             kernels(op)

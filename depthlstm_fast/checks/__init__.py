@@ -1,4 +1,4 @@
-"""Argument checks: of single arguments, and of each op's together."""
+"""Argument checks: single arguments, and all arguments of one op."""
 
 from ..activations import ACTIVATIONS
 from .arguments import (

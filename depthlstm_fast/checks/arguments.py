@@ -1,4 +1,7 @@
-"""Checks of single arguments: each error names the argument, what was found and what was wanted."""
+"""Checks of single arguments.
+
+Each error names the argument, what was wanted and what was found.
+"""
 
 from __future__ import annotations
 
@@ -66,9 +69,9 @@ def check_size(argument: str, found: Any, least: int = 1) -> None:
 
 
 def check_companion(argument: str, found: Any, beside: str, other: Tensor, mixed: bool = True) -> None:
-    """Raise TypeError or ValueError unless ``found`` has the device of ``other`` and a dtype that goes with it.
+    """Raise TypeError or ValueError unless ``found`` has the device of ``other`` and a matching dtype.
 
-    Beside a bfloat16 or float16 ``other`` float32 is accepted too when ``mixed``: what eager autocast produces.
+    With ``mixed``, float32 also matches a bfloat16 or float16 ``other``: eager autocast produces this mix.
     """
     check_float_tensor(argument, found)
     if found.dtype != other.dtype and not (

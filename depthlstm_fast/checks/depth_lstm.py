@@ -1,4 +1,4 @@
-"""Checks of the depth-wise LSTM's tensors and options, the same for every backend."""
+"""Checks of the depth-wise LSTM's tensors and options, shared by all backends."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .arguments import (
     dtype_name,
 )
 
-NORMS = ("gate", "joint", "none")  # the order is the operators' code of a norm
+NORMS = ("gate", "joint", "none")  # a norm's place is its code in the operators
 MAX_FEATURES = 65536  # the CPU kernels keep a few fp32 rows of 4D on each thread: 16 MiB at this width
 
 
 def check_options(norm: str, activation: str, eps: float, dropout_p: float) -> None:
-    """Check the options that are no tensors; raises ValueError or TypeError."""
+    """Check the options that are not tensors; raises ValueError or TypeError."""
     check_name("norm", norm, NORMS)
     check_name("activation", activation, ACTIVATIONS)
     check_eps("eps", eps)
@@ -81,8 +81,8 @@ def check_gates(
     """Check the tensors of ``depth_lstm_gates``.
 
     Raises:
-        TypeError: an argument is no tensor, or of a dtype that z does not go with.
-        ValueError: a shape or device is not what was wanted.
+        TypeError: an argument is not a tensor, or its dtype does not match z.
+        ValueError: a shape or device is wrong.
     """
     check_float_tensor("z", z)
     _check_state("z", z, c, hidden, weight, bias, norm, seed)

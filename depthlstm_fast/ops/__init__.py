@@ -1,4 +1,7 @@
-"""The operators in torch and their autograd: registry (every op, every backend), and two files an op."""
+"""The package's torch operators and their autograd.
+
+registry holds every op on every backend. Each op has two files.
+"""
 
 from . import depth_lstm, depth_lstm_autograd, registry
 

@@ -1,5 +1,6 @@
-"""The gates of the depth-wise LSTM as operators of torch: arguments, schemas, shapes for tracers, gradients,
-sharding.
+"""The gates of the depth-wise LSTM as torch operators.
+
+This file has arguments, schemas, shapes for tracers, gradients and sharding.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ ACTIVATION_CODES = {name: code for code, name in enumerate(checks.ACTIVATIONS)}
 
 
 class Tensors(NamedTuple):
-    """What the gates read: z without its bias, g before dropout or None, the cell below, the affine, dropout's key."""
+    """Inputs of the gates: z without its bias, g before dropout or None, the cell below, the affine, dropout's key."""
 
     z: Tensor
     z_bias: Tensor | None
@@ -33,7 +34,7 @@ class Tensors(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The numbers beside them; ``norm`` and ``activation`` as NORM_CODES and ACTIVATION_CODES have them."""
+    """Number arguments of the gates; ``norm`` and ``activation`` are codes of NORM_CODES and ACTIVATION_CODES."""
 
     norm: int
     activation: int
@@ -47,21 +48,21 @@ class Outputs(NamedTuple):
 
 
 class OutputGradients(NamedTuple):
-    """None for zeros."""
+    """Gradients of h and c_out; None stands for zeros."""
 
     dh: Tensor | None
     dc: Tensor | None
 
 
 class Wanted(NamedTuple):
-    """Which of the gradients that are sums over rows are to be computed."""
+    """Which of the gradients that are sums over rows are computed."""
 
     affine_gradient: bool
     z_bias_gradient: bool
 
 
 class Gradients(NamedTuple):
-    """Of the tensors; without elements where there is no such tensor or it is not wanted."""
+    """Gradients of the tensors; a gradient without elements has no tensor or is not wanted."""
 
     dz: Tensor
     dhidden: Tensor
@@ -72,7 +73,7 @@ class Gradients(NamedTuple):
 
 
 def split(arguments: tuple[Any, ...]) -> tuple[Tensors, Options]:
-    """The forward operator's arguments by name."""
+    """Split the forward operator's arguments into tensors and options, by name."""
     count = len(Tensors._fields)
     return Tensors(*arguments[:count]), Options(*arguments[count : count + len(Options._fields)])
 
@@ -140,7 +141,7 @@ def save(ctx: Any, arguments: tuple[Any, ...]) -> None:
 
 
 class TensorGradients(NamedTuple):
-    """The gradients of :class:`Tensors`, in its order; None where there is none."""
+    """Gradients in the order of :class:`Tensors`; None where there is none."""
 
     z: Tensor | None = None
     z_bias: Tensor | None = None
@@ -154,7 +155,7 @@ class TensorGradients(NamedTuple):
 def tensor_gradients(
     kernels: Kernels, tensors: Tensors, options: Options, needs: TensorGradients, dh: Tensor | None, dc: Tensor | None
 ) -> TensorGradients:
-    """The backward pass of the gates; ``needs`` says by True or False whose gradients are wanted."""
+    """Run the backward pass of the gates; ``needs`` has True for each wanted gradient."""
     if dh is None and dc is None:
         return TensorGradients()
     affine = bool(needs.weight or needs.bias) and tensors.weight is not None
@@ -179,8 +180,9 @@ def _gradients(
 
 
 def _direct(traced: Kernels, namespace: Any, stem: str) -> Kernels | None:
-    """Where the library can write into a buffer: a forward that takes h and ``z_more``, too, as
-    csrc/depth_lstm/cuda_op.cpp has them.
+    """Return the library's forward that also takes h and ``z_more``, where the library can write into a buffer.
+
+    csrc/depth_lstm/cuda_op.cpp defines these operators.
     """
     if not hasattr(namespace, f"{stem}_forward_into"):
         return None
@@ -206,7 +208,7 @@ def _gradient_letters(arguments: tuple[Any, ...]) -> str:
     return "r" + ("r" if hidden is not None else "f") + "r" + 2 * sums + ("s" if z_bias else "f")
 
 
-_TENSORS = "rfrrfff"  # of Tensors: rows, or features
+_TENSORS = "rfrrfff"  # one letter for each of Tensors: rows or features
 _OPTIONS = "-" * len(Options._fields)
 OP = Op(
     name=NAME,

@@ -1,7 +1,7 @@
-"""The gates and the cell of the depth-wise LSTM with autograd, for eager; tracers see the operators themselves.
+"""Autograd of the depth-wise LSTM's gates and cell in eager mode.
 
-In eager an autograd.Function calls the operators below the dispatcher's autograd key: torch.library's own autograd
-costs three times that.
+An autograd.Function calls the operators below the dispatcher's autograd key. torch.library's own autograd costs three
+times that. Tracers see the operators themselves.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from .once_differentiable import Grads, once_differentiable
 from .projection import project, slice_gradients, weight_gradient
 from .registry import OPERATORS
 
-# Decoding steps: a product a slice reads W in two strided halves, which costs more than copying so few rows
-# (D=256, two cores: 73 us against 48 us for 1 row, 744 us against 537 us for 64 rows).
+# Decoding steps: one product per slice reads W in two strided halves. Copying so few rows costs less (D=256, two cores:
+# 73 us against 48 us for 1 row, 744 us against 537 us for 64 rows).
 FEW_ROWS = 64
 
 _operators = OPERATORS[NAME]
 
 
 class GatesFunction(torch.autograd.Function):
-    """(*Tensors, *Options, backend) -> (h, c)"""
+    """(*Tensors, *Options, backend) -> (h, c)."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -47,7 +47,7 @@ class GatesFunction(torch.autograd.Function):
 
 
 class CellArguments(NamedTuple):
-    """Of :class:`CellFunction`, before the slices; ``out`` is () or (h,), a tensor that h is to be written into."""
+    """Arguments of :class:`CellFunction` before the slices; ``out`` is () or (h,), a tensor that receives h."""
 
     w: Tensor | None = None
     b: Tensor | None = None
@@ -62,11 +62,11 @@ class CellArguments(NamedTuple):
 
 
 class CellFunction(torch.autograd.Function):
-    """(*CellArguments, *slices) -> (h, c)
+    """(*CellArguments, *slices) -> (h, c).
 
-    ``slices`` are the parts of [x ; h'], each (N, width). W is applied to them at once where they lie side by side in
-    memory, else to one
-    after the other: nothing is concatenated. z is kept as it leaves the GEMM; the gates kernel adds its bias.
+    ``slices`` are the parts of [x ; h'], each (N, width); nothing is concatenated. Slices that lie side by side in
+    memory take one product with W, other slices one product each. z is kept as the GEMM leaves it, and the gates kernel
+    adds its bias.
     """
 
     @staticmethod
@@ -119,7 +119,7 @@ def gates(
     options: Options,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """h and c of the gates, with autograd; the tensors are those of :class:`Tensors`."""
+    """Return h and c of the gates, with autograd; the tensors are those of :class:`Tensors`."""
     if torch.compiler.is_compiling() or is_jit_tracing():
         return _operators[backend].traced.forward(z, z_bias, hidden, c, weight, bias, seed, *options)
     given = (z, z_bias, hidden, c, weight, bias)
@@ -142,9 +142,10 @@ def cell(
     backend: str,
     left: int,
 ) -> tuple[Tensor, Tensor]:
-    """h and c of the cell, with autograd: slices of [x ; h'] and c have the same leading shape.
+    """Return h and c of the cell, with autograd.
 
-    Where the backend can, h lies in a buffer with ``left`` free columns before it.
+    The slices of [x ; h'] and c have the same leading shape. Where the backend can, h lies in a buffer with ``left``
+    free columns before it.
     """
     shape, features = c.shape, c.shape[-1]
     if c.dim() != 2:
@@ -165,7 +166,7 @@ def cell(
         with below_autograd():
             slices, more = shared_buffer.side_by_side(slices), {}
             few = c.shape[0] <= FEW_ROWS and len(slices) > 1
-            if few and record.adds_second_product and is_direct(w):  # the gates' own pass adds the last product up
+            if few and record.adds_second_product and is_direct(w):  # the gates kernel adds the last product
                 *slices, last = slices
                 first, columns = w.tensor_split((w.shape[1] - last.shape[1],), dim=1)
                 z, more = project(slices, first), {"z_more": last @ columns.t()}

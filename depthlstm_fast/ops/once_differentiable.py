@@ -1,4 +1,4 @@
-"""Backward passes that cannot be differentiated again, and say so."""
+"""Backward passes that raise a clear error on a second differentiation."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ _SECOND_DERIVATIVE = (
 
 
 def once_differentiable(backward: Callable[..., Grads]) -> Callable[..., Grads]:
-    """torch's decorator of this name for ``backward(ctx, saved_tensors, *grads)``, with an error that says what to do
-    instead.
+    """Wrap ``backward(ctx, saved_tensors, *grads)`` like torch's decorator of this name.
+
+    The error of a second differentiation says what to do instead.
     """
 
     def wrapper(ctx: Any, *grads: Tensor | None) -> Grads:
@@ -30,7 +31,7 @@ def once_differentiable(backward: Callable[..., Grads]) -> Callable[..., Grads]:
         if not torch.is_grad_enabled():
             return outputs
         present = [output for output in outputs if output is not None]
-        # the error hangs on what the gradients depend on: torch.autograd.grad runs only what leads to its inputs
+        # the error depends on the gradients' sources: torch.autograd.grad runs only nodes that lead to its inputs
         sources = [tensor for tensor in (*grads, *saved) if tensor is not None and tensor.requires_grad]
         marked = iter(
             delayed_error(_SECOND_DERIVATIVE, [*(output.detach().requires_grad_() for output in present), *sources])

@@ -11,14 +11,15 @@ from .shared_buffer import side_by_side
 
 
 def _in_place(*tensors: Tensor) -> bool:
-    """Whether products of ``tensors`` may be written with ``out=``."""
+    """Return whether products of ``tensors`` may be written with ``out=``."""
     return not torch.compiler.is_compiling() and not is_watched() and all(map(is_direct, tensors))
 
 
 def project(slices: list[Tensor], w: Tensor) -> Tensor:
-    """[slices] W^T for slices (N, width) of the columns of W: the first GEMM writes, the others accumulate.
+    """Return [slices] W^T for slices (N, width) of the columns of W.
 
-    Checkpointing policies and tracers see aten.mm for the first and aten.addmm for the others.
+    The first GEMM writes, the others accumulate. Checkpointing policies and tracers see aten.mm for the first GEMM and
+    aten.addmm for the others.
     """
     in_place = _in_place(w, *slices)
     if len(slices) > 1 and in_place:
@@ -38,18 +39,18 @@ def _product(a: Tensor, b: Tensor, in_place: bool) -> Tensor:
 
 
 def slice_gradients(dz: Tensor, w: Tensor, widths: list[int], needs: tuple[bool, ...]) -> list[Tensor | None]:
-    """The gradients of the slices in :func:`project`, None for those that are not needed."""
+    """Return the gradients of the slices in :func:`project`, None for those that are not needed."""
     in_place = _in_place(dz, w)
     if all(needs):
-        # one GEMM and views of it: a GEMM a slice reads dz once more for each (113 ms against 96 ms at N=4096, D=512,
-        # fp32)
+        # One GEMM and views of it: a GEMM for each slice would read dz again (113 ms against 96 ms at N=4096, D=512,
+        # fp32).
         return list(_product(dz, w, in_place).split(widths, dim=1))
     columns = w.split(widths, dim=1)
     return [_product(dz, part, in_place) if needed else None for part, needed in zip(columns, needs, strict=True)]
 
 
 def weight_gradient(dz: Tensor, slices: list[Tensor], w: Tensor) -> Tensor:
-    """The gradient of W in :func:`project`."""
+    """Return the gradient of W in :func:`project`."""
     if not _in_place(dz, w, *slices):
         return torch.cat([torch.mm(dz.t(), part) for part in slices], dim=1)
     dw = empty_matrix(w, *w.shape)

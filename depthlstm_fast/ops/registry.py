@@ -1,7 +1,7 @@
 """The operators of every op on every backend: OPERATORS[op][backend].
 
-A backend's operators of one op share the op's schema. The compiled library defines its own; those of kernels in Python
-are defined here. A tracer sees the operators, with the autograd that is registered here.
+All backends share an op's schema. The compiled library defines its own operators, and this file defines those of Python
+kernels. Tracers see the operators, with the autograd registered here.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ _SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: 
 
 
 def schema(arguments: list[Any], outputs: Any) -> str:
-    """A schema of NamedTuples one after the other: "(Tensor z, Tensor? bias, float eps) -> (Tensor h, Tensor
-    c_out)".
+    """Return the schema of NamedTuples in a row.
+
+    An example is "(Tensor z, Tensor? bias, float eps) -> (Tensor h, Tensor c_out)".
     """
 
     def listed(fields: Any) -> list[str]:
@@ -35,40 +36,40 @@ def schema(arguments: list[Any], outputs: Any) -> str:
 
 
 class Kernels(NamedTuple):
-    """Functions of an op's forward and backward schema."""
+    """The functions of an op's forward and backward schema."""
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
 
 
 class Operators(NamedTuple):
-    """An op on one backend: its operators, and what eager calls in their stead where only kernels see the call."""
+    """One op on one backend: its operators, and the direct functions of eager calls that only kernels see."""
 
     traced: Kernels
     direct: Kernels | None = None
 
     def eager(self, like: Tensor) -> Kernels:
-        """What an eager call on ``like`` runs."""
+        """Return the functions that an eager call on ``like`` runs."""
         return self.traced if self.direct is None or not is_direct(like) else self.direct
 
 
 class Op(NamedTuple):
-    """What the registry has to know of an op.
+    """The facts of an op that the registry needs.
 
     Attributes:
         name: its name in OPERATORS and in the folders of kernels.
-        operator: what its operators are called after the backend's prefix: "gates" for cuda_gates_forward and
+        operator: its operators' name after the backend's prefix: "gates" for cuda_gates_forward and
             cuda_gates_backward.
         schemas: of forward and backward.
         fakes: shapes for tracers, by the operator's suffix.
-        checks: raise on arguments that would be wrong memory accesses, of forward and backward: operators can be called
-            past the public functions.
+        checks: of forward and backward. They raise on arguments that would cause wrong memory accesses, because a
+            caller can bypass the public functions.
         save: (ctx, forward arguments): keeps what ``gradients`` needs.
         gradients: (ctx, saved tensors, kernels, *output gradients) -> the gradients of the forward operator's
             arguments.
         layouts: how DTensor shards forward and backward.
-        direct: (operators, torch.ops namespace, prefix) -> what eager calls on a library's operators; None for the
-            operators alone.
+        direct: (operators, torch.ops namespace, prefix) -> the functions of eager calls on a library's operators; None
+            for the operators alone.
     """
 
     name: str
@@ -83,12 +84,13 @@ class Op(NamedTuple):
 
 
 OPERATORS: dict[str, dict[str, Operators]] = {}
-_definitions: list[torch.library.Library] = []  # a library's operators go with its Python object
+_definitions: list[torch.library.Library] = []  # a torch.library.Library must stay alive: its operators go with it
 
 
 def _define(op: Op, backend: Backend) -> None:
-    """Define the operators of kernels in Python, one implementation for every device; the kernels are imported when one
-    first runs.
+    """Define the operators of Python kernels, with one implementation for every device.
+
+    The first run imports the kernels.
     """
     fragment = torch.library.Library(LIBRARY, "FRAGMENT")
     for suffix, text, check in zip(("forward", "backward"), op.schemas, op.checks, strict=True):
@@ -99,13 +101,16 @@ def _define(op: Op, backend: Backend) -> None:
 
         name = f"{backend.prefix}{op.operator}_{suffix}"
         fragment.define(name + text)
-        # interpreted, Triton takes CPU tensors
+        # the Triton interpreter takes CPU tensors
         fragment.impl(name, run, "CompositeExplicitAutograd")
     _definitions.append(fragment)
 
 
 def add_backend(op: Op, backend: Backend, library: str = LIBRARY) -> Operators | None:
-    """Register ``op`` on ``backend`` with torch: shapes, autograd, sharding. None where the loaded library lacks it."""
+    """Register ``op`` on ``backend`` with torch: shapes, autograd, sharding.
+
+    The result is None where the loaded library lacks the op.
+    """
     namespace = getattr(torch.ops, library)
     stem = f"{backend.prefix}{op.operator}"
     if backend.kernels is not None:
@@ -129,8 +134,9 @@ def add_backend(op: Op, backend: Backend, library: str = LIBRARY) -> Operators |
 
 
 class _Lazy:
-    """The Kernels of a backend in Python, imported when one first runs: past the dispatcher, which takes longer than a
-    launch.
+    """The Kernels of a Python backend, imported at their first run.
+
+    Its functions bypass the dispatcher, which takes longer than a launch.
     """
 
     def __init__(self, op: Op, backend: Backend) -> None:

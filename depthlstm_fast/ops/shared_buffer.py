@@ -1,15 +1,18 @@
-"""[x | h]: buffers in which the input and the state of a cell lie side by side, so that one product reads both and
-    nothing is concatenated.
+"""[x | h]: buffers that hold a cell's input and state side by side.
 
-A cell that knows the width of the next cell's input makes a buffer (rows, width + D) and its gates kernel writes h into
-the right part (``reserve``); the projection before the next cell writes x into the left part (``linear_into``); the
-product then finds the two beside each other (``side_by_side``). Two slices of W in their stead, the second
-accumulating, read and write z once more: 8D elements a token, where everything after the product moves 7D.
+One product then reads both, and nothing is concatenated:
 
-Which buffer an h belongs to is an attribute of that very tensor object, taken by the first who writes. Whatever makes a
-new tensor of h (a hook, a wrapper, a residual of the user's own) loses it, which costs speed and nothing else. The
-parts are tensors of their own over
-one storage, not views: writing x must not look like a change of h, which attention has saved for its backward pass.
+- A cell that knows the width of the next cell's input makes a buffer (rows, width + D) (``reserve``). Its gates kernel
+  writes h into the right part.
+- The projection before the next cell writes x into the left part (``linear_into``).
+- The product finds the two beside each other (``side_by_side``).
+
+Two products with slices of W, the second accumulating, read and write z once more: 8D elements a token. Everything
+after the product moves 7D.
+
+The tensor object h has its buffer as an attribute, and the first writer takes it. A new tensor made of h (by a hook, a
+wrapper or the user's own residual) has no buffer, which costs speed only. The parts are separate tensors over one
+storage and not views. Writing x must not look like a change of h, which attention has saved for its backward pass.
 """
 
 from __future__ import annotations
@@ -26,15 +29,16 @@ _ATTRIBUTE = "_depthlstm_buffer"
 
 
 def part(buffer: Tensor, first: int, width: int) -> Tensor:
-    """Columns first .. first + width - 1 of a contiguous matrix, as a tensor that shares no version counter with other
-    parts.
+    """Return columns first .. first + width - 1 of a contiguous matrix, without copying.
+
+    The result shares no version counter with other parts.
     """
     empty = torch.empty(0, dtype=buffer.dtype, device=buffer.device)
     return empty.set_(buffer.untyped_storage(), first, (buffer.shape[0], width), (buffer.shape[1], 1))
 
 
 def reserve(rows: int, left: int, features: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(buffer, h): a matrix (rows, left + features) and its right part, dtype and device of ``like``."""
+    """Return (buffer, h): a matrix (rows, left + features) and its right part, dtype and device of ``like``."""
     buffer = torch.empty((rows, left + features), dtype=like.dtype, device=like.device)
     return buffer, part(buffer, left, features)
 
@@ -45,7 +49,7 @@ def mark(h: Tensor, buffer: Tensor) -> None:
 
 
 def pass_on(source: Tensor, view: Tensor) -> Tensor:
-    """``view``, with the free columns of ``source`` where it is a view of all of it; they are then source's no more."""
+    """Return ``view``; a view of all of ``source`` takes over its free columns."""
     buffer = getattr(source, _ATTRIBUTE, None)
     if (
         buffer is not None
@@ -59,11 +63,10 @@ def pass_on(source: Tensor, view: Tensor) -> Tensor:
 
 
 def take(h: Tensor, left: int) -> Tensor | None:
-    """The buffer of h, if ``left`` columns beside it are free, which then they are no more: two users of one h must not
-    write to one place.
+    """Take the buffer of h if ``left`` columns beside h are free; None otherwise.
 
-    None where something watches, see :func:`is_watched`: recomputed by activation checkpointing, h would have no free
-    columns.
+    The columns are then no longer free, because two users of one h must not write to one place. The result is also None
+    where :func:`is_watched`: an h recomputed by activation checkpointing has no free columns.
     """
     buffer = getattr(h, _ATTRIBUTE, None)
     if buffer is None or buffer.shape != (h.numel() // h.shape[-1], left + h.shape[-1]):
@@ -75,10 +78,9 @@ def take(h: Tensor, left: int) -> Tensor | None:
 
 
 def side_by_side(slices: list[Tensor]) -> list[Tensor]:
-    """The slices (rows, width) as one matrix where each begins in memory where the one before it ends, else as they
-    are.
+    """Return the slices (rows, width) as one matrix if they follow each other in memory, else unchanged.
 
-    A subclass of Tensor has no memory of its own to look at.
+    Subclasses of Tensor are left unchanged, because they have no memory of their own to compare.
     """
     if not all(map(is_direct, slices)):
         return slices
@@ -92,15 +94,16 @@ def side_by_side(slices: list[Tensor]) -> list[Tensor]:
 
 
 class LinearInto(torch.autograd.Function):
-    """(x, weight, bias, base, (out,)) -> base + x W^T + b, for matrices, written into ``out``; bias and base may be
-    None.
+    """(x, weight, bias, base, (out,)) -> base + x W^T + b for matrices, written into ``out``.
+
+    bias and base may be None.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, base: Tensor | None, holder: tuple[Tensor]
     ) -> Tensor:
-        (out,) = holder  # in a tuple autograd does not see it: what it held before has no gradient
+        (out,) = holder  # the tuple hides out from autograd: its old contents have no gradient
         if base is not None:
             if bias is not None:
                 torch.add(base, bias, out=out)
@@ -131,7 +134,7 @@ class LinearInto(torch.autograd.Function):
 def linear_into(
     buffer: Tensor, first: int, x: Tensor, weight: Tensor, bias: Tensor | None, base: Tensor | None = None
 ) -> Tensor:
-    """base + x W^T + b in columns ``first`` and following of ``buffer``; x (..., I), base and the result (..., R)."""
+    """Return base + x W^T + b in the columns of ``buffer`` from ``first`` on; x (..., I), base and result (..., R)."""
     out = part(buffer, first, weight.shape[0])
     bases = None if base is None else base.reshape(out.shape)
     written = LinearInto.apply(x.reshape(out.shape[0], weight.shape[1]), weight, bias, bases, (out,))

@@ -1,4 +1,4 @@
-"""The whole package in plain PyTorch: oracle, fallback and benchmark baseline at once."""
+"""The whole package in plain PyTorch: oracle, fallback and benchmark baseline."""
 
 from .attention import CrossAttention, DecoderCache, SelfAttention, attention_mask
 from .cell import DepthLSTMCell, GateNorm

@@ -1,5 +1,6 @@
-"""Multi-head attention with its heads split and merged by layout, the masks of ``torch.nn.Transformer*``, and the
-decoding cache.
+"""Multi-head attention, its masks and the decoding cache.
+
+Heads are split and merged by layout. The masks are those of ``torch.nn.Transformer*``.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ INITS = ("lipschitz", "glorot")
 
 @torch.no_grad()
 def draw_uniform(parameter: Tensor, bound: float) -> None:
-    """Draw ``parameter`` from U(+-bound); a sharded one takes its part of a whole draw, which for one seed is that of
-    one process.
+    """Draw ``parameter`` from U(+-bound).
 
-    DTensor's own draw on the CPU gives every rank the same numbers, so that the shards would be copies of each other.
+    A sharded parameter takes its part of a whole draw, so one seed gives the values of a single process. DTensor's own
+    draw on the CPU gives every rank the same numbers, and the shards would be copies of each other.
     """
     if sharding.is_dtensor(parameter):
         whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device).uniform_(-bound, bound)
@@ -33,8 +34,8 @@ def draw_uniform(parameter: Tensor, bound: float) -> None:
 def initialise_linear(linear: nn.Module, init: str, matrices: int = 1) -> None:
     """Draw the weight of ``linear`` anew and set its bias to zero.
 
-    ``init="lipschitz"`` draws from U(+-1/sqrt(fan_in)); ``"glorot"`` is Xavier's uniform for each of the ``matrices``
-    logical matrices stacked in the weight. A module with no plain ``weight`` that stands where an nn.Linear was is left
+    ``init="lipschitz"`` draws from U(+-1/sqrt(fan_in)). ``"glorot"`` is Xavier's uniform for each of the ``matrices``
+    logical matrices stacked in the weight. A module that replaces the nn.Linear and has no plain ``weight`` is left
     alone.
     """
     if not isinstance(linear, nn.Linear):
@@ -66,24 +67,23 @@ def attention_mask(
     device: torch.device,
     arguments: tuple[str, str] = ("mask", "key_padding_mask"),
 ) -> tuple[Tensor | None, bool]:
-    """One mask for ``scaled_dot_product_attention`` from the two of ``nn.MultiheadAttention``.
+    """Merge the two masks of ``nn.MultiheadAttention`` into one for ``scaled_dot_product_attention``.
 
     Args:
         attention: (L, S) or (batch * nhead, L, S); bool (True: may not attend) or floating point (added to the scores).
         key_padding: (batch, S); bool (True: not attended) or floating point (added to the scores).
-        is_causal: the mask is causal. As in torch, a mask that comes with this hint is not looked at unless there is
-            a key padding mask too; unlike in torch, the hint also works alone.
+        is_causal: the mask is causal. As in torch, a mask with this hint is read only if there is a key padding mask
+            too. Unlike in torch, the hint also works alone.
         sizes: (batch, nhead, L, S).
-        device: where a causal mask that has to be built is put.
+        device: device of a causal mask that has to be built.
         arguments: names of the two masks for the error messages.
 
     Returns:
-        (mask, is_causal) for ``scaled_dot_product_attention``: bool with True for "attend", or floating point,
-            broadcastable to
-        (batch, nhead, L, S); never both a mask and ``is_causal``.
+        (mask, is_causal) for ``scaled_dot_product_attention``. The mask is bool with True for "attend", or floating
+        point, broadcastable to (batch, nhead, L, S). A mask never comes with ``is_causal``.
 
     Raises:
-        TypeError: a mask is no tensor, or neither bool nor floating point.
+        TypeError: a mask is not a tensor, or neither bool nor floating point.
         ValueError: a mask has the wrong shape.
     """
     batch, nhead, queries, keys = sizes
@@ -113,12 +113,12 @@ def attention_mask(
 
 @dataclass
 class DecoderCache:
-    """What one decoder layer keeps between the steps of incremental decoding.
+    """The state of one decoder layer between the steps of incremental decoding.
 
     ``memory`` is the encoder's output, (batch, S, D). The cross-attention makes its keys and values, (batch, nhead, S,
-    D / nhead), at the first step, and the self-attention appends to its own, (rows, nhead, capacity, D / nhead) of
-    which the first ``length`` positions are in use. ``rows`` is ``batch`` times the number of beams. There is no cell
-    state to keep: the depth-wise LSTM's state runs over the layers of one token and starts afresh with the next.
+    D / nhead), at the first step. The self-attention appends to its own, (rows, nhead, capacity, D / nhead); the first
+    ``length`` positions are in use. ``rows`` is ``batch`` times the number of beams. The cache has no cell state: the
+    depth-wise LSTM's state runs over the layers of one token and starts afresh with the next.
     """
 
     memory: Tensor
@@ -129,7 +129,7 @@ class DecoderCache:
     length: int = 0
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the key and value of one position, (rows, nhead, 1, D / nhead); returns those of all positions so far."""
+        """Add the key and value of one position, (rows, nhead, 1, D / nhead); return those of all positions so far."""
         if self.keys is None or self.values is None:
             self.keys, self.values = keys, values
         else:
@@ -142,18 +142,19 @@ class DecoderCache:
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
     def reorder(self, rows: Tensor) -> None:
-        """Row i goes on from what row ``rows[i]`` has seen; rows int64, only ever moved within the beams of one
-        source.
+        """Let row i continue from the tokens of row ``rows[i]``; rows is int64.
+
+        Rows only move within the beams of one source.
         """
         if self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
 
 
 def new_cache(memory: Tensor, key_padding: Tensor | None, d_model: int) -> DecoderCache:
-    """A cache that nothing is in yet, for memory (batch, S, D) and its padding mask (batch, S).
+    """Return an empty cache for memory (batch, S, D) and its padding mask (batch, S).
 
     Raises:
-        TypeError, ValueError: memory or the mask is not what is wanted.
+        TypeError, ValueError: memory or the mask is invalid.
     """
     checks.check_float_tensor("memory", memory)
     if memory.dim() != 3 or memory.shape[-1] != d_model:
@@ -165,7 +166,7 @@ def new_cache(memory: Tensor, key_padding: Tensor | None, d_model: int) -> Decod
 
 
 class _Attention(nn.Module):
-    """What self- and cross-attention share. Inputs are (batch, length, D)."""
+    """Base of self- and cross-attention; inputs are (batch, length, D)."""
 
     out_proj: nn.Module
 
@@ -188,19 +189,20 @@ class _Attention(nn.Module):
         return [part.transpose(1, 2) for part in heads.unbind(-3)]
 
     def _project(self, linear: nn.Module, x: Tensor) -> Tensor:
-        """linear(x), as a matrix where x is not dense: nn.Linear adds the bias of a strided batch in a pass of its
-        own.
+        """Return linear(x), with x as a matrix unless it is dense.
+
+        nn.Linear adds the bias of a strided batch in a separate pass.
         """
         return linear(x) if x.is_contiguous() else linear(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-        """Attention with its heads merged, (batch, L, D); a query that may attend to nothing gets zeros."""
+        """Return attention with its heads merged, (batch, L, D); a query that may attend to nothing gets zeros."""
         if mask is not None and mask.is_floating_point():
             mask = mask.to(query.dtype)
         heads = F.scaled_dot_product_attention(
             query, keys, values, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0, is_causal=is_causal
         )
-        # the flash kernels lay their output out as (batch, L, nhead, D / nhead), so this is a view
+        # a view: the flash kernels lay their output out as (batch, L, nhead, D / nhead)
         return heads.transpose(1, 2).flatten(2)
 
 
@@ -211,7 +213,7 @@ class SelfAttention(_Attention):
     Dropout acts on the attention probabilities.
 
     Raises:
-        TypeError, ValueError: a size, a probability or a name is not what is wanted, or nhead does not divide d_model.
+        TypeError, ValueError: a size, a probability or a name is invalid, or nhead does not divide d_model.
     """
 
     def __init__(
@@ -237,7 +239,7 @@ class SelfAttention(_Attention):
     def context(
         self, x: Tensor, mask: Tensor | None = None, is_causal: bool = False, cache: DecoderCache | None = None
     ) -> Tensor:
-        """All of :meth:`forward` but the output projection."""
+        """Run :meth:`forward` without the output projection."""
         query, keys, values = self._split(self._project(self.in_proj, x), 3)
         if cache is not None:
             keys, values = cache.append(keys, values)
@@ -264,7 +266,7 @@ class CrossAttention(_Attention):
     Dropout acts on the attention probabilities.
 
     Raises:
-        TypeError, ValueError: a size, a probability or a name is not what is wanted, or nhead does not divide d_model.
+        TypeError, ValueError: a size, a probability or a name is invalid, or nhead does not divide d_model.
     """
 
     def __init__(
@@ -290,7 +292,7 @@ class CrossAttention(_Attention):
         initialise_linear(self.out_proj, self.init)
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values, (batch, nhead, S, D / nhead) each, of memory (batch, S, D)."""
+        """Return keys and values, (batch, nhead, S, D / nhead) each, of memory (batch, S, D)."""
         keys, values = self._split(self.kv_proj(memory), 2)
         return keys, values
 
@@ -302,7 +304,7 @@ class CrossAttention(_Attention):
         is_causal: bool = False,
         cache: DecoderCache | None = None,
     ) -> Tensor:
-        """All of :meth:`forward` but the output projection."""
+        """Run :meth:`forward` without the output projection."""
         if cache is not None and cache.memory_keys_values is not None:
             memory = cache.memory_keys_values
         keys, values = memory if isinstance(memory, tuple) else self.keys_values(memory)
@@ -324,9 +326,9 @@ class CrossAttention(_Attention):
         """Attend; x (batch, L, D) -> (batch, L, D).
 
         Args:
-            x: (batch, L, D), or in incremental decoding (batch * beams, 1, D): beams are then queries of their common
-                source.
-            memory: (batch, S, D), or what :meth:`keys_values` made of it.
+            x: (batch, L, D), or in incremental decoding (batch * beams, 1, D). The beams are then queries of their
+                common source.
+            memory: (batch, S, D), or the result of :meth:`keys_values` for it.
             mask, is_causal: as returned by :func:`attention_mask`. A row that may attend to nothing gets zeros before
                 ``out_proj``.
             cache: keeps the keys and values of memory from its first use on.

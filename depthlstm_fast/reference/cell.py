@@ -16,13 +16,12 @@ HIDDENS = ("linear", "ffn")
 
 
 class GateNorm(nn.Module):
-    """The affine of the gates' normalisation: ``weight`` and ``bias``, (4, D) or (3, D), one row a gate in the order i,
-    f, o, g.
+    """The affine of the gates' normalisation: ``weight`` and ``bias``, (4, D) or (3, D).
 
-    It holds the parameters; the gates function applies them. A module of its own, so that what sorts parameters by
-    module (weight decay, initialisation loops) can tell these two-dimensional parameters from matrices. The cell reads
-    the parameters of a plain GateNorm directly, and calls any other: one with hooks, pruned, parametrised or wrapped by
-    an adapter.
+    Rows are gates in the order i, f, o, g. The module holds the parameters, and the gates function applies them. As a
+    separate module it lets code that sorts parameters by module (weight decay, initialisation loops) tell these
+    two-dimensional parameters from matrices. The cell reads the parameters of a plain GateNorm directly. It calls a
+    GateNorm that is hooked, pruned, parametrised or wrapped by an adapter.
     """
 
     def __init__(
@@ -34,13 +33,14 @@ class GateNorm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, forget_bias: float = 0.0) -> None:
-        """Ones and zeros; ``forget_bias`` goes to the forget gate's row of the bias."""
+        """Set ones and zeros; ``forget_bias`` goes to the forget gate's row of the bias."""
         nn.init.ones_(self.weight)
         _set_forget_bias(self.bias, 1, 2, forget_bias)
 
     def forward(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(weight, bias), each (4, D) or (3, D), as tensors of their own: a hook may free the parameters when this call
-        ends.
+        """Return (weight, bias), each (4, D) or (3, D), as new tensors.
+
+        New tensors are needed because a hook may free the parameters when this call ends.
 
         Args:
             x: not used. Wrappers of normalisation layers pass the layer's input on.
@@ -53,9 +53,9 @@ class GateNorm(nn.Module):
 
 @torch.no_grad()
 def _set_forget_bias(bias: Tensor, first: int, end: int, forget_bias: float) -> None:
-    """``forget_bias`` in rows ``first`` to ``end - 1`` of ``bias``, zeros elsewhere.
+    """Set rows ``first`` to ``end - 1`` of ``bias`` to ``forget_bias``, the others to zero.
 
-    Not by index: a row of a sharded parameter is a copy, and what is written there is lost.
+    An index would not work: a row of a sharded parameter is a copy, and a write to it is lost.
     """
     values = torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
     values[first:end] = forget_bias
@@ -74,22 +74,22 @@ class DepthLSTMCell(nn.Module):
         input_size: I, the size of x.
         hidden_size: D, the size of the states h and c.
         hidden: "linear": g comes from z. "ffn": W gives i, f, o only, and g is a feed-forward network of [x ; h'],
-            ``ffn_out(dropout(act(ffn_norm(ffn_in([x ; h'])))))``, with dropout after it too.
+            ``ffn_out(dropout(act(ffn_norm(ffn_in([x ; h'])))))``, also followed by dropout.
         ffn_size: inner size F of that network; 4D if None.
         norm: "gate": statistics over the D features of each gate; "joint": over all gates at once; "none": a = z.
         activation: "gelu", "gelu_tanh", "relu", "tanh", "silu" or "sigmoid".
         eps: added to the variance.
         dropout: probability with which elements of g (and of the network's inner layer) are dropped in training.
-        bias: whether ``gates``, ``ffn_in`` and ``ffn_out`` have a bias. The normalisation's bias is always there.
-        forget_bias: initial value of the forget gate's bias: of its row of ``norm.bias``, or with ``norm="none"`` of
+        bias: whether ``gates``, ``ffn_in`` and ``ffn_out`` have a bias. The normalisation always has one.
+        forget_bias: initial value of the forget gate's bias: its row of ``norm.bias``, or with ``norm="none"`` of
             ``gates.bias``.
         init: "lipschitz" or "glorot", see :func:`initialise_linear`.
 
-    Parameters: ``gates.weight`` (4D, I + D), ``gates.bias`` (4D,), ``norm.weight`` and ``norm.bias`` (4, D);
-    with ``hidden="ffn"`` 3 in place of 4, and ``ffn_in`` (I + D -> F), ``ffn_norm`` (F), ``ffn_out`` (F -> D).
+    Parameters: ``gates.weight`` (4D, I + D), ``gates.bias`` (4D,), ``norm.weight`` and ``norm.bias`` (4, D). With
+    ``hidden="ffn"`` 3 replaces 4, and ``ffn_in`` (I + D -> F), ``ffn_norm`` (F), ``ffn_out`` (F -> D) are added.
 
     Raises:
-        TypeError, ValueError: a size, name or number is not what is wanted, or forget_bias has no bias to go to.
+        TypeError, ValueError: a size, name or number is invalid, or forget_bias has no bias to go to.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class DepthLSTMCell(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the matrices anew; biases 0, normalisations 1 and 0, then the forget bias."""
+        """Draw the matrices anew; set biases to 0, normalisations to 1 and 0, then the forget bias."""
         initialise_linear(self.gates, self.init, 4 if self.hidden == "linear" else 3)
         if self.hidden == "ffn":
             initialise_linear(self.ffn_in, self.init)
@@ -170,7 +170,7 @@ class DepthLSTMCell(nn.Module):
     def _unpack(
         self, input: Tensor | tuple[Tensor, ...], state: tuple[Tensor, Tensor] | None
     ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-        """The K-slices of x, h' and c', checked."""
+        """Return the K-slices of x, h' and c', checked."""
         inputs = input if isinstance(input, tuple) else (input,)
         if not inputs:
             raise ValueError("input must hold at least one tensor; found an empty tuple")
@@ -196,14 +196,14 @@ class DepthLSTMCell(nn.Module):
         return inputs, h, c
 
     def _ffn_tail(self, inner: Tensor) -> Tensor:
-        """The feed-forward network from its inner pre-activation (..., F) on."""
+        """Run the feed-forward network from its inner pre-activation (..., F) on."""
         inner = activate(self.ffn_norm(inner), self.activation)
         return self.ffn_out(F.dropout(inner, self.dropout, self.training))
 
     def forward(
         self, input: Tensor | tuple[Tensor, ...], state: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """One step over depth.
+        """Run one step over depth.
 
         Args:
             input: x, (..., I), or a tuple of tensors that stand for their concatenation.
@@ -213,7 +213,7 @@ class DepthLSTMCell(nn.Module):
             (h, c), both (..., D); h in the type of the gates' product, c in that of c'.
 
         Raises:
-            TypeError, ValueError: naming the argument, what was found and what was wanted.
+            TypeError, ValueError: the message names the argument, the wanted and the found value.
         """
         inputs, h, c = self._unpack(input, state)
         x = torch.cat((*inputs, h), dim=-1)
@@ -221,13 +221,13 @@ class DepthLSTMCell(nn.Module):
         return depth_lstm_gates(self.gates(x), c, **self._options(c, hidden))
 
     def _affine(self, c: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The weight and bias of the normalisation, from a call of ``norm`` where that is not plain."""
+        """Return the weight and bias of the normalisation; a ``norm`` that is not plain is called for them."""
         norm = self.norm
         if norm is None:
             return None, None
         if is_plain(norm, GateNorm):
             return norm.weight, norm.bias  # type: ignore[return-value]
-        # detached: a backward hook waits for the gradient of the input, and this one has none
+        # detached: a backward hook waits for the gradient of the input, and this input has none
         affine = norm(c.detach())
         if not isinstance(affine, tuple) or len(affine) != 2:
             raise TypeError(

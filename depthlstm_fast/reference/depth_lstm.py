@@ -1,4 +1,4 @@
-"""The depth-wise LSTM step in plain PyTorch: the definition that every kernel is held to.
+"""The depth-wise LSTM step in plain PyTorch: the definition for every kernel.
 
     z   = W [x ; h'] + b                rows in the order i, f, o, g
     a_k = gamma_k * n_k + beta_k        n_k = (z_k - mean) / sqrt(var + eps)
@@ -20,15 +20,16 @@ from ..modes import autocast_dtype, constant
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """A dropout seed, int64 of shape (1,), from torch's default generator of the device."""
+    """Draw a dropout seed, int64 of shape (1,), from torch's default generator of the device."""
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
 def dropout_mask(seed: Tensor, rows: int, features: int, p: float) -> Tensor:
-    """Which elements dropout keeps, (rows, features) bool, as every backend computes them.
+    """Return which elements dropout keeps, (rows, features) bool, as every backend computes them.
 
-    Philox4x32-10 (Salmon et al., SC 2011): element (n, d) reads word d % 4 of the block with key ``seed`` (low word
-    first) and counter (d // 4, n mod 2^32, n // 2^32, 0); it is kept where that word is at least p * 2^32.
+    The generator is Philox4x32-10 (Salmon et al., SC 2011). Element (n, d) reads word d % 4 of the block with key
+    ``seed`` (low word first) and counter (d // 4, n mod 2^32, n // 2^32, 0). The element is kept where that word is at
+    least p * 2^32.
     """
     low = 0xFFFFFFFF
     row = torch.arange(rows, device=seed.device).unsqueeze(1)
@@ -68,7 +69,7 @@ def depth_lstm_gates(
     training: bool = False,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The twin of :func:`depthlstm_fast.depth_lstm_gates` in plain PyTorch; differentiable any number of times."""
+    """Compute :func:`depthlstm_fast.depth_lstm_gates` in plain PyTorch; differentiable any number of times."""
     checks.check_options(norm, activation, eps, dropout_p)
     checks.check_gates(z, c, weight, bias, hidden, norm, seed)
     gates, features = 4 if hidden is None else 3, constant(c.shape[-1])
@@ -78,7 +79,7 @@ def depth_lstm_gates(
         if weight is not None and bias is not None:
             a = a * weight + bias
     elif norm == "joint":
-        # layer_norm wants z's own dtype in its affine, or fp32
+        # layer_norm needs an affine in the dtype of z or in fp32
         a = F.layer_norm(a, (gates, features), weight, bias, eps)
     input_gate, forget_gate, output_gate = torch.sigmoid(a[..., :3, :]).unbind(-2)
     g = activate(a[..., 3, :], activation) if hidden is None else hidden
@@ -103,9 +104,10 @@ def depth_lstm_gates_backward(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """The backward pass that the kernels follow, from what they keep: z, c, the affine and the dropout seed.
+    """Compute the backward pass that the kernels follow.
 
-    Shapes as in the forward; dropout is applied where a seed is given. Everything is computed in z's dtype.
+    It starts from the kept tensors: z, c, the affine and the dropout seed. Shapes are those of the forward pass.
+    Dropout is applied if a seed is given. Everything is computed in z's dtype.
 
     Returns:
         (dz, dhidden, dc', dweight, dbias); dhidden, dweight and dbias are None where their input is.
@@ -159,7 +161,7 @@ def depth_lstm_cell(
     training: bool = False,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The twin of :func:`depthlstm_fast.depth_lstm_cell` in plain PyTorch."""
+    """Compute :func:`depthlstm_fast.depth_lstm_cell` in plain PyTorch."""
     inputs = x if isinstance(x, tuple) else (x,)
     checks.check_options(norm, activation, eps, dropout_p)
     checks.check_float_tensor("h", h)

@@ -14,7 +14,7 @@ Reorder = Callable[[Tensor], None]
 
 
 class Settings(NamedTuple):
-    """What a search needs to know besides the logits."""
+    """Arguments of a search besides the logits."""
 
     batch: int
     beams: int
@@ -27,20 +27,19 @@ class Settings(NamedTuple):
 
 
 def penalty(length: int, alpha: float) -> float:
-    """The length penalty of Wu et al. (2016), ((5 + length) / 6) ** alpha, by which log-probabilities are divided."""
+    """Return the length penalty of Wu et al. (2016), ((5 + length) / 6) ** alpha, which divides log-probabilities."""
     return ((5 + length) / 6) ** alpha
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
-    """log softmax in fp32, or fp64 for fp64."""
+    """Return log softmax in fp32, or in fp64 for fp64."""
     return F.log_softmax(logits, dim=-1, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
 
 
 def best(scores: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """The ``number`` largest of each row of scores (rows, n) in falling order, and their indices; of equal ones the
-    first comes first.
+    """Return the ``number`` largest of each row of scores (rows, n) in falling order, and their indices.
 
-    torch.topk leaves the order of equal scores open; argmax does not.
+    Of equal scores the first comes first. argmax guarantees this order; torch.topk leaves it open.
     """
     scores = scores.clone()
     values, indices = [], []
@@ -53,7 +52,7 @@ def best(scores: Tensor, number: int) -> tuple[Tensor, Tensor]:
 
 
 def greedy_search(next_logits: NextLogits, reorder: Reorder, settings: Settings) -> tuple[Tensor, Tensor]:
-    """The likeliest token at every step.
+    """Take the likeliest token at every step.
 
     Args:
         next_logits: ids (batch, n) int64 that start with bos_id -> (batch, vocab).
@@ -80,7 +79,9 @@ def greedy_search(next_logits: NextLogits, reorder: Reorder, settings: Settings)
 
 
 def _check_and_ask(scores: Tensor, done: Tensor, length: int) -> bool:
-    """Whether to stop, as the tensor ``done`` says; one transfer from the device for both questions.
+    """Return the tensor ``done`` as a bool, and check the scores.
+
+    One transfer from the device answers both questions.
 
     Raises:
         ValueError: a score (batch, ...) is NaN.
@@ -96,16 +97,16 @@ def _check_and_ask(scores: Tensor, done: Tensor, length: int) -> bool:
 
 
 def beam_search(next_logits: NextLogits, reorder: Reorder, settings: Settings) -> tuple[Tensor, Tensor]:
-    """The best of the hypotheses that ``beams`` beams a source find.
+    """Return the best hypothesis that ``beams`` beams find for each source.
 
-    At every step the best 2 * beams continuations are looked at. Those among the first ``beams`` that end in eos_id are
-    hypotheses; the first ``beams`` that do not end go on. At max_length the first ``beams`` are hypotheses whether they
-    end or not. A source is finished with ``beams`` hypotheses.
+    Every step looks at the best 2 * beams continuations. Among the first ``beams``, those that end in eos_id are
+    hypotheses. The first ``beams`` continuations that do not end continue. At max_length the first ``beams`` are
+    hypotheses whether they end or not. A source is finished with ``beams`` hypotheses.
 
     Args:
         next_logits: ids (batch * beams, n) int64 that start with bos_id -> (batch * beams, vocab).
-        reorder: called with rows (batch * beams,) int64 before the next step: row i goes on from what row ``rows[i]``
-            has seen.
+        reorder: called with rows (batch * beams,) int64 before the next step. Row i continues from the tokens of row
+            ``rows[i]``.
         settings: see :class:`Settings`.
 
     Returns:
@@ -115,7 +116,7 @@ def beam_search(next_logits: NextLogits, reorder: Reorder, settings: Settings) -
     first_row = torch.arange(batch, device=device)[:, None] * beams
     ids = torch.full((batch * beams, 1), settings.bos_id, device=device)
     live = torch.full((batch, beams), -torch.inf, device=device)
-    live[:, 0] = 0  # all beams start alike: one is enough
+    live[:, 0] = 0  # all beams start alike, so one starts
     hypotheses = torch.full((batch, beams, settings.max_length), settings.pad_id, device=device)
     scores = torch.full((batch, beams), -torch.inf, device=device)
     lengths = torch.zeros(batch, beams, dtype=torch.int64, device=device)
@@ -145,7 +146,7 @@ def beam_search(next_logits: NextLogits, reorder: Reorder, settings: Settings) -
             break
 
         onward = ends.to(torch.int8).argsort(dim=1, stable=True)[:, :beams]
-        # where fewer than ``beams`` candidates go on, ended ones fill the rows: they never come back
+        # with fewer than ``beams`` live candidates, ended ones fill the rows at -inf and never come back
         live = candidates.gather(1, onward).masked_fill(ends.gather(1, onward), -torch.inf)
         rows = rows.gather(1, onward).view(-1)
         ids = torch.cat((ids[rows], token.gather(1, onward).view(-1, 1)), 1)

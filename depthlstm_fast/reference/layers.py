@@ -1,6 +1,6 @@
-"""Transformer layers whose residual connections are replaced by depth-wise LSTMs, and stacks of them, in plain PyTorch.
+"""Transformer layers and stacks with depth-wise LSTMs in place of residual connections, in plain PyTorch.
 
-Layout: whatever ``batch_first`` says outside, inside a layer everything is (batch, length, D).
+Inside a layer every tensor is (batch, length, D), for any ``batch_first``.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ MERGES = ("add", "concat", "cells")
 
 
 class _Layer(nn.Module):
-    """What encoder and decoder layers share: layout, and with ``sublayer=True`` the feed-forward network with a cell of
-    its own.
+    """Base of the encoder and decoder layers.
+
+    It has the layout, and with ``sublayer=True`` the feed-forward network with its own cell.
     """
 
     cell_class: type[DepthLSTMCell] = DepthLSTMCell
@@ -61,7 +62,7 @@ class _Layer(nn.Module):
         return f"d_model={self.d_model}, nhead={self.nhead}, batch_first={self.batch_first}, sublayer={self.sublayer}"
 
     def _enter(self, argument: str, outside: Tensor) -> Tensor:
-        """(batch, length, D) from whatever layout the caller uses."""
+        """Return (batch, length, D) from the caller's layout."""
         checks.check_float_tensor(argument, outside)
         if outside.dim() not in (2, 3) or outside.shape[-1] != self.d_model:
             shape = (
@@ -74,7 +75,7 @@ class _Layer(nn.Module):
         if self.batch_first:
             return outside
         inside = outside.transpose(0, 1)
-        # _leave returns such a view, so in a stack only the first layer copies; without this every consumer of it would
+        # _leave returns such a view, so only the first layer of a stack copies; without the copy every consumer would
         rows_apart = inside.stride(1)
         return (
             inside
@@ -116,13 +117,14 @@ class _Layer(nn.Module):
         return self.ffn_cell(self.linear2(self._inner(h)), (h, c))
 
     def _inner(self, h: Tensor) -> Tensor:
-        """The feed-forward network before its last matrix."""
+        """Run the feed-forward network up to its last matrix."""
         return F.dropout(activate(self.linear1(h), self.activation), self.dropout, self.training)
 
 
 class DepthLSTMEncoderLayer(_Layer):
-    """Encoder layer: a = SelfAttn(h'); (h, c) = cell(a, (h', c')). No residual connection, no other LayerNorm, no
-        feed-forward network.
+    """Encoder layer: a = SelfAttn(h'), then (h, c) = cell(a, (h', c')).
+
+    The layer has no residual connection, no other LayerNorm and no feed-forward network.
 
     Args:
         d_model: D.
@@ -137,11 +139,11 @@ class DepthLSTMEncoderLayer(_Layer):
         hidden, norm, forget_bias, init: see :class:`DepthLSTMCell`.
         sublayer: keep the feed-forward network and put a second cell (``ffn_cell``) after it.
 
-    Parameters: ``self_attn.in_proj``, ``self_attn.out_proj``, ``cell.*``; with ``sublayer=True`` ``linear1``,
-        ``linear2``, ``ffn_cell.*``.
+    Parameters: ``self_attn.in_proj``, ``self_attn.out_proj``, ``cell.*``. With ``sublayer=True`` also ``linear1``,
+    ``linear2``, ``ffn_cell.*``.
 
     Raises:
-        TypeError, ValueError: a size, name or number is not what is wanted.
+        TypeError, ValueError: a size, name or number is invalid.
     """
 
     def __init__(
@@ -195,11 +197,11 @@ class DepthLSTMEncoderLayer(_Layer):
             src_mask, src_key_padding_mask, is_causal: see :func:`attention_mask`.
 
         Returns:
-            (h, c), both in src's shape and layout. A position that may attend to nothing takes a zero context; nothing
-            becomes NaN.
+            (h, c), both in src's shape and layout. A position that may attend to nothing takes a zero context, so its
+            result is not NaN.
 
         Raises:
-            TypeError, ValueError: naming the argument, what was found and what was wanted.
+            TypeError, ValueError: the message names the argument, the wanted and the found value.
         """
         h, c = self._enter_states("src", src, state)
         arguments = ("src_mask", "src_key_padding_mask")
@@ -214,19 +216,21 @@ class DepthLSTMEncoderLayer(_Layer):
 class DepthLSTMDecoderLayer(_Layer):
     """Decoder layer: s = SelfAttn(h'), m = CrossAttn(s, memory), then the cell.
 
-    ``merge`` says how the two meet: "add": cell(s + m); "concat": cell([s ; m]), a cell of input size 2D; "cells": one
-    cell after each, (h1, c1) = cell(s, (h', c')), m = CrossAttn(h1, memory), (h, c) = cross_cell(m, (h1, c1)). With
-    ``sublayer=True`` a feed-forward network and its cell follow; one cell after each sub-layer is ``merge="cells",
-    sublayer=True``.
+    ``merge`` says how s and m meet:
 
-    The other arguments are those of :class:`DepthLSTMEncoderLayer`.
+    - "add": cell(s + m).
+    - "concat": cell([s ; m]), a cell of input size 2D.
+    - "cells": one cell after each attention: (h1, c1) = cell(s, (h', c')), m = CrossAttn(h1, memory), (h, c) =
+      cross_cell(m, (h1, c1)).
 
-    Parameters: ``self_attn.*``, ``cross_attn.q_proj``, ``cross_attn.kv_proj``, ``cross_attn.out_proj``, ``cell.*``;
-        with ``merge="cells"``
-    ``cross_cell.*``; with ``sublayer=True`` ``linear1``, ``linear2``, ``ffn_cell.*``.
+    With ``sublayer=True`` a feed-forward network and its cell follow. ``merge="cells", sublayer=True`` therefore has
+    one cell after each sub-layer. The other arguments are those of :class:`DepthLSTMEncoderLayer`.
+
+    Parameters: ``self_attn.*``, ``cross_attn.q_proj``, ``cross_attn.kv_proj``, ``cross_attn.out_proj``, ``cell.*``.
+    With ``merge="cells"`` also ``cross_cell.*``, with ``sublayer=True`` also ``linear1``, ``linear2``, ``ffn_cell.*``.
 
     Raises:
-        TypeError, ValueError: a size, name or number is not what is wanted.
+        TypeError, ValueError: a size, name or number is invalid.
     """
 
     def __init__(
@@ -293,20 +297,20 @@ class DepthLSTMDecoderLayer(_Layer):
             memory: the encoder's output, (batch, S, D), (S, batch, D) or (S, D).
             state: c', the cell of the layer below, in tgt's shape; zeros if None.
             tgt_mask and the other masks and hints: see :func:`attention_mask`.
-            cache: incremental decoding: tgt is the next position alone, L = 1, and the cache is updated. The batch of
-                tgt is that of memory times any number of beams, the beams of one source side by side. Masks and hints
-                are not used: attention is causal, and the cache has memory's mask.
+            cache: for incremental decoding. tgt is the next position alone, L = 1, and the cache is updated. The batch
+                of tgt is that of memory times any number of beams, with the beams of one source side by side. Masks and
+                hints are not used: attention is causal, and the cache has memory's mask.
 
         Returns:
-            (h, c), both in tgt's shape and layout. A position that may attend to nothing takes a zero context; nothing
-            becomes NaN.
+            (h, c), both in tgt's shape and layout. A position that may attend to nothing takes a zero context, so its
+            result is not NaN.
 
         Raises:
-            TypeError, ValueError: naming the argument, what was found and what was wanted.
+            TypeError, ValueError: the message names the argument, the wanted and the found value.
         """
         begun = isinstance(cache, DecoderCache) and cache.keys is not None
         if begun and state is not None and self.batch_first and tgt.dim() == 3:
-            h, c = tgt, state  # as at the first step, which was checked
+            h, c = tgt, state  # the first step has checked these shapes
         else:
             h, c = self._enter_states("tgt", tgt, state)
         if cache is not None:
@@ -340,7 +344,7 @@ class DepthLSTMDecoderLayer(_Layer):
         return self.cell((s, m) if self.merge == "concat" else s + m, (h, c))
 
     def _check_step(self, h: Tensor, memory: Tensor, cache: DecoderCache) -> Tensor:
-        """memory as the cross-attention takes it in a decoding step, which is checked."""
+        """Check a decoding step and return memory as the cross-attention takes it."""
         if not isinstance(cache, DecoderCache):
             raise TypeError(f"cache must be a DecoderCache, as new_cache makes it; found {type(cache).__name__}")
         if h.shape[1] != 1:
@@ -357,16 +361,17 @@ class DepthLSTMDecoderLayer(_Layer):
         return self._enter("memory", memory) if cache.memory_keys_values is None else memory
 
     def new_cache(self, memory: Tensor, memory_key_padding_mask: Tensor | None = None) -> DecoderCache:
-        """Start incremental decoding: memory (batch, S, D), mask (batch, S) bool or floating point; always batch
-        first.
+        """Start incremental decoding; memory (batch, S, D), mask (batch, S) bool or floating point.
+
+        Both are always batch first.
         """
         return new_cache(memory, memory_key_padding_mask, self.d_model)
 
     def step(self, tgt: Tensor, cache: DecoderCache, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """:meth:`forward` with ``cache``, but tgt, state and the results are (rows, 1, D), always batch first.
+        """Run :meth:`forward` with ``cache``; tgt, state and the results are (rows, 1, D), always batch first.
 
-        rows is the batch of the cache times any number of beams, the beams of one source side by side. The cache is
-        updated.
+        rows is the batch of the cache times any number of beams, with the beams of one source side by side. The cache
+        is updated.
         """
         if self.batch_first:
             return self(tgt, cache.memory, state, cache=cache)

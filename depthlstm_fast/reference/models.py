@@ -21,29 +21,30 @@ from .stacks import DepthLSTMDecoder, DepthLSTMEncoder
 
 
 class DepthLSTMTransformer(nn.Module):
-    """Encoder-decoder Transformer whose residual connections are depth-wise LSTMs; tokens (batch, length) in, logits
-    out.
+    """Encoder-decoder Transformer whose residual connections are depth-wise LSTMs.
+
+    It takes tokens (batch, length) and returns logits.
 
     Args:
         src_vocab, tgt_vocab: vocabulary sizes.
         d_model, nhead, num_encoder_layers, num_decoder_layers, dim_feedforward, activation, layer_norm_eps, bias: sizes
-        and kinds as in
-            :class:`DepthLSTMEncoderLayer`.
+            and kinds as in :class:`DepthLSTMEncoderLayer`.
         dropout: of the layers, and of the embedded input.
-        hidden, norm, sublayer, init, forget_bias, merge: see the layers. share_cell, init_cell: see the stacks.
-        positions: "sinusoidal", or "learned": a table of each side.
+        hidden, norm, sublayer, init, forget_bias, merge: see the layers.
+        share_cell, init_cell: see the stacks.
+        positions: "sinusoidal", or "learned": one table for each side.
         max_len: the longest sequence, source or target.
         share_embeddings: one embedding for both sides; the vocabularies must then have one size.
         tie_output: the output layer's weight is the target embedding. The output layer has no bias.
         final_norm: a LayerNorm on the output of each stack.
         pad_id, bos_id, eos_id: special tokens.
 
-    Embeddings are multiplied by sqrt(d_model); they start at U(+-sqrt(2/(vocab + D))) with ``init="lipschitz"``, at
-    Xavier's uniform with "glorot". The padding token's row is an ordinary row: padding is masked wherever it could be
-    seen, and with a tied output layer that row is trained as an output too.
+    Embeddings are multiplied by sqrt(d_model). They start at U(+-sqrt(2/(vocab + D))) with ``init="lipschitz"``, at
+    Xavier's uniform with "glorot". The padding token's row is an ordinary row, because padding is masked wherever it
+    could be seen. With a tied output layer that row is also trained as an output.
 
     Raises:
-        TypeError, ValueError: a size, name or number is not what is wanted.
+        TypeError, ValueError: a size, name or number is invalid.
     """
 
     encoder_layer_class: type[DepthLSTMEncoderLayer] = DepthLSTMEncoderLayer
@@ -136,12 +137,12 @@ class DepthLSTMTransformer(nn.Module):
         return getattr(self.output, "weight", None) is getattr(self.tgt_embedding, "weight", self)
 
     def tie_weights(self) -> None:
-        """With ``tie_output=True`` make the output layer's weight the target embedding's again; nothing otherwise.
+        """With ``tie_output=True`` make the output layer's weight the target embedding's again.
 
         ``to_empty()`` and ``load_state_dict(assign=True)`` of a tied model, and ``reset_parameters()``, call it. Call
-        it yourself after anything else that gave the two a parameter each. Where one of them is on the meta device the
-        other's weight is taken. A layer that is no nn.Linear or nn.Embedding any more, and weights of different types,
-        are left as they are.
+        it yourself after any other change that gave each of the two its own parameter. If one of the two is on the meta
+        device, the other's weight is taken. Layers that are no longer an nn.Linear or nn.Embedding, and weights of
+        different types, are left as they are.
         """
         if not self.tie_output or self._is_tied():
             return
@@ -169,8 +170,8 @@ class DepthLSTMTransformer(nn.Module):
             for module in (self.output, self.tgt_embedding)
             if hasattr(module, "weight")
         )
-        # a tie that loading breaks is made again, as is one that was lost before there was anything to load into; two
-        # weights that differ belong to a head of the user's own
+        # A tie is made again if loading breaks it, or if it was lost before there was a weight to load into. Two
+        # weights that differ belong to the user's own head.
         self._ties_after_load = self._is_tied() or (
             on_meta and (own is None or embedded is None or _are_equal(own, embedded))
         )
@@ -203,7 +204,7 @@ class DepthLSTMTransformer(nn.Module):
         if ids.shape[1] > self.max_len:
             raise ValueError(f"{argument} must have at most max_len, {self.max_len}, tokens; found {ids.shape[1]}")
         held = getattr(self.src_embedding, "weight", ids)
-        if ids.is_meta and not held.is_meta:  # an embedding on the CPU would take them, and return what memory holds
+        if ids.is_meta and not held.is_meta:  # a CPU embedding would accept them and return uninitialised memory
             raise ValueError(f"{argument} must be on the device of the model, {held.device}; found meta")
         if range_too and not is_traced() and is_direct(ids) and not is_transformed():
             least, most = (int(bound) for bound in torch.aminmax(ids))
@@ -216,11 +217,13 @@ class DepthLSTMTransformer(nn.Module):
         return self.input_dropout(positions(embedding(ids) * math.sqrt(self.d_model), start))
 
     def encode(self, src: Tensor, src_key_padding_mask: Tensor | None = None) -> Tensor:
-        """The encoder's output, (batch, S, D), for src (batch, S) int64; the mask is ``src == pad_id`` if None.
+        """Return the encoder's output, (batch, S, D), for src (batch, S) int64.
+
+        The mask is ``src == pad_id`` if None.
 
         Raises:
-            TypeError, ValueError: naming the argument, what was found and what was wanted. Whether ids are in range is
-                looked at only where that does not stall a device: on the CPU, outside torch.compile.
+            TypeError, ValueError: the message names the argument, the wanted and the found value. The range of ids is
+                checked only where that does not stall a device: on the CPU, outside torch.compile.
         """
         self._check_ids("src", src, self.src_vocab, src.device.type == "cpu" if isinstance(src, Tensor) else True)
         padding = src == self.pad_id if src_key_padding_mask is None else src_key_padding_mask
@@ -243,10 +246,11 @@ class DepthLSTMTransformer(nn.Module):
         memory_key_padding_mask: Tensor | None = None,
         return_hidden: bool = False,
     ) -> Tensor:
-        """Logits (batch, L, tgt_vocab) for tgt (batch, L) int64 and memory (batch, S, D); causal.
+        """Return logits (batch, L, tgt_vocab) for tgt (batch, L) int64 and memory (batch, S, D); causal.
 
-        With ``return_hidden`` what ``output`` would be applied to, (batch, L, D): for losses that make the logits
-        themselves, in pieces. Raises as :meth:`encode`.
+        With ``return_hidden`` the result is the input of ``output``, (batch, L, D), for losses that make the logits in
+        pieces themselves.
+        Raises as :meth:`encode`.
         """
         self._check_ids("tgt", tgt, self.tgt_vocab, tgt.device.type == "cpu" if isinstance(tgt, Tensor) else True)
         hidden = self._decode(tgt, memory, tgt_key_padding_mask, memory_key_padding_mask)
@@ -260,15 +264,14 @@ class DepthLSTMTransformer(nn.Module):
         tgt_key_padding_mask: Tensor | None = None,
         return_hidden: bool = False,
     ) -> Tensor:
-        """Logits of the next token at every position of tgt.
+        """Return logits of the next token at every position of tgt.
 
         Args:
             src: (batch, S) int64.
             tgt: (batch, L) int64, starting with bos_id.
             src_key_padding_mask: (batch, S), True where padded; ``src == pad_id`` if None.
-            tgt_key_padding_mask: (batch, L), True where padded. None for no mask, which is right for targets padded on
-                the right: attention is causal, so no token sees padding behind it, and attention without a mask is
-                faster.
+            tgt_key_padding_mask: (batch, L), True where padded; None for no mask. None is right for targets padded on
+                the right: attention is causal, so no token sees padding behind it. Attention without a mask is faster.
             return_hidden: see :meth:`decode`.
 
         Returns:
@@ -307,20 +310,20 @@ class DepthLSTMTransformer(nn.Module):
             length_penalty: alpha. A hypothesis of n tokens, eos_id included, is scored log p / ((5 + n) / 6) ** alpha
                 (Wu et al., 2016).
             src_key_padding_mask: (batch, S), True where padded; ``src == pad_id`` if None.
-            use_cache: keep keys and values of earlier tokens; False recomputes everything at every step, to the same
-                tokens. Layers whose forward was replaced by one that takes no ``cache`` are run without it.
-            return_scores: return the scores, too.
+            use_cache: keep keys and values of earlier tokens. False recomputes everything at every step and gives the
+                same tokens. Layers whose replaced forward takes no ``cache`` run without it.
+            return_scores: also return the scores.
 
-        A source is finished when its hypothesis has produced eos_id, with beams when ``beam_size`` of its hypotheses
-        have; decoding stops when all are. Of equal scores the one of the earlier beam and then the smaller id wins.
-        Dropout is off, whatever mode the model is in.
+        A source is finished when its hypothesis has produced eos_id. With beams ``beam_size`` of its hypotheses must
+        have. Decoding stops when all sources are finished. Of equal scores the one of the earlier beam and then the
+        smaller id wins. Dropout is off in every mode of the model.
 
         Returns:
             Tokens (batch, n) int64 with n <= max_length: bos_id left out, eos_id included, then pad_id. With
             ``return_scores`` also the scores, (batch,).
 
         Raises:
-            TypeError, ValueError: naming the argument, what was found and what was wanted; logits are NaN.
+            TypeError, ValueError: the message names the argument, the wanted and the found value; logits are NaN.
         """
         self._check_ids("src", src, self.src_vocab)
         max_length = self.max_len if max_length is None else max_length
@@ -338,7 +341,7 @@ class DepthLSTMTransformer(nn.Module):
         with self._inference():
             padding = src == self.pad_id if src_key_padding_mask is None else src_key_padding_mask
             memory = self.encode(src, padding)
-            takes_caches = getattr(self.decoder, "takes_caches", None)  # a wrapper need not have it
+            takes_caches = getattr(self.decoder, "takes_caches", None)  # a wrapper may lack it
             cached = use_cache and takes_caches is not None and takes_caches()
             decoding = (CachedDecoding if cached else Decoding)(self, memory, padding, beam_size)
             search = generation.greedy_search if beam_size == 1 else generation.beam_search
@@ -347,7 +350,7 @@ class DepthLSTMTransformer(nn.Module):
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
-        """Evaluation mode, in which nothing changes the weights; each module's mode comes back."""
+        """Switch to evaluation mode, in which nothing changes the weights, and restore each module's mode."""
         trained = [module for module in self.modules() if module.training]
         for module in trained:
             module.training = False
@@ -365,7 +368,7 @@ def _tie_after_load(model: DepthLSTMTransformer, incompatible_keys: Any) -> None
 
 
 def _are_equal(a: Any, b: Any) -> bool:
-    """Whether two entries of a state_dict hold the same numbers, as far as that can be told."""
+    """Return whether two entries of a state_dict hold the same numbers, as far as that can be told."""
     if a is b or not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.is_meta or b.is_meta:
         return True
     return (
@@ -377,29 +380,29 @@ def _are_equal(a: Any, b: Any) -> bool:
 
 
 class Decoding:
-    """The next token's logits for batch * beams rows, everything computed anew at every step."""
+    """The next token's logits for batch * beams rows; every step recomputes everything."""
 
     def __init__(self, model: DepthLSTMTransformer, memory: Tensor, padding: Tensor, beams: int) -> None:
         self.model = model
         self.memory, self.padding = memory.repeat_interleave(beams, 0), padding.repeat_interleave(beams, 0)
 
     def next_logits(self, ids: Tensor) -> Tensor:
-        """(rows, tgt_vocab) after ids (rows, n)."""
+        """Return (rows, tgt_vocab) after ids (rows, n)."""
         return self.model.output(self.model._decode(ids, self.memory, None, self.padding)[:, -1])
 
     def reorder(self, rows: Tensor) -> None:
-        """Row i goes on from row ``rows[i]``: nothing is kept, so there is nothing to do."""
+        """Do nothing: row i continues from row ``rows[i]``, and no state is kept."""
 
 
 class CachedDecoding:
-    """The next token's logits for batch * beams rows, from the last token and what the decoder's caches keep."""
+    """The next token's logits for batch * beams rows, from the last token and the decoder's caches."""
 
     def __init__(self, model: DepthLSTMTransformer, memory: Tensor, padding: Tensor, beams: int) -> None:
         self.model, self.memory = model, memory
         self.caches = model.decoder.new_caches(memory, padding)
 
     def next_logits(self, ids: Tensor) -> Tensor:
-        """(rows, tgt_vocab) after ids (rows, n), of which all but the last token have been seen."""
+        """Return (rows, tgt_vocab) after ids (rows, n); all but the last token have been seen."""
         model = self.model
         embedded = model._embed(ids[:, -1:], model.tgt_embedding, model.tgt_positions, ids.shape[1] - 1)
         hidden = self._step(embedded)
@@ -414,11 +417,11 @@ class CachedDecoding:
 
     def _step(self, embedded: Tensor) -> Tensor:
         decoder = self.model.decoder
-        if getattr(decoder.step, "__func__", None) is DepthLSTMDecoder.step:  # what wraps the decoder sees the call
+        if getattr(decoder.step, "__func__", None) is DepthLSTMDecoder.step:  # a wrapper of the decoder sees this call
             return decoder(embedded, self.memory, caches=self.caches)
-        return decoder.step(embedded, self.caches)  # the user's own: compiled, for example
+        return decoder.step(embedded, self.caches)  # the user's own step, such as a compiled one
 
     def reorder(self, rows: Tensor) -> None:
-        """Row i goes on from row ``rows[i]``."""
+        """Let row i continue from row ``rows[i]``."""
         for cache in self.caches:
             cache.reorder(rows)

@@ -1,4 +1,7 @@
-"""The positions of tokens: a table of sines, or a learned one; how embeddings and it are drawn."""
+"""Positions of tokens: a table of sines, or a learned one.
+
+This file also draws embeddings and learned positions.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,9 @@ POSITIONS = ("sinusoidal", "learned")
 
 
 def sinusoidal_positions(max_len: int, d_model: int) -> Tensor:
-    """The position table of Vaswani et al. (2017), (max_len, d_model) float32 on the CPU: sines in even columns,
-    cosines in odd ones.
+    """Return the position table of Vaswani et al. (2017), (max_len, d_model) float32 on the CPU.
+
+    Even columns hold sines, odd columns cosines.
     """
     place: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
     position = torch.arange(max_len, **place).unsqueeze(1)
@@ -32,8 +36,8 @@ def sinusoidal_positions(max_len: int, d_model: int) -> Tensor:
 class Positions(nn.Module):
     """Adds a position's vector to each token's: a ``table`` of sines, or a learned ``weight`` (max_len, D).
 
-    The table is no buffer, but a copy of what its sizes say, kept while its device and dtype fit. So nothing that fills
-    a model anew (``to_empty``, ``skip_init``, a checkpoint without it) can leave it wrong.
+    The table is not a buffer. It is computed from its sizes and kept while its device and dtype fit. Refilling a model
+    (``to_empty``, ``skip_init``, a checkpoint without the table) therefore cannot leave it wrong.
     """
 
     table: Tensor | None = None
@@ -59,8 +63,9 @@ class Positions(nn.Module):
 
     @torch.inference_mode(False)
     def fill(self, like: Tensor) -> None:
-        """Make the table of sines for the dtype and device of ``like``; nothing on the meta device, where there is
-        nothing to keep.
+        """Make the table of sines for the dtype and device of ``like``.
+
+        The meta device gets none, because it has nothing to keep.
         """
         if self.kind != "learned":
             self.table = (
@@ -78,7 +83,7 @@ class Positions(nn.Module):
         return f"{self.kind!r}, max_len={self.max_len}, d_model={self.d_model}"
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
-        """x (batch, L, D), its first token at position ``start``."""
+        """Add the positions to x (batch, L, D), whose first token is at position ``start``."""
         table = self.weight if self.kind == "learned" else self._table_for(x)
         return x + sharding.replicated(table[start : start + x.shape[1]], x)
 

@@ -22,7 +22,7 @@ CELLS = ("cell", "cross_cell", "ffn_cell")
 
 
 class _Stack(nn.Module):
-    """``num_layers`` copies of a layer, each drawn anew, through which the states (h, c) run."""
+    """``num_layers`` copies of a layer, each initialised anew; the states (h, c) run through them."""
 
     layer_class: type[DepthLSTMEncoderLayer] | type[DepthLSTMDecoderLayer]
 
@@ -74,7 +74,7 @@ class _Stack(nn.Module):
         return f"num_layers={self.num_layers}, share_cell={self.share_cell}, init_cell={self.init_cell!r}"
 
     def _connect(self) -> None:
-        """For fused stacks, whose cells prepare memory for the next one."""
+        """Let fused cells prepare memory for the next cell; does nothing here."""
 
     def _initial_cell(self, h: Tensor) -> Tensor | None:
         return None if self.initial_cell is None else self.initial_cell.expand_as(h)
@@ -94,7 +94,7 @@ class DepthLSTMEncoder(_Stack):
 
     Args:
         layer: copied ``num_layers`` times; each copy is initialised anew.
-        num_layers: how many.
+        num_layers: number of layers.
         norm: applied to the output, as in nn.TransformerEncoder; None for nothing.
         share_cell: all layers share the cells of the first.
         init_cell: "zeros", or "learned": a parameter ``initial_cell`` (D,) that starts at zero.
@@ -103,7 +103,7 @@ class DepthLSTMEncoder(_Stack):
     its activations.
 
     Raises:
-        TypeError, ValueError: layer is of another kind, or a size or name is not what is wanted.
+        TypeError, ValueError: layer is of another kind, or a size or name is invalid.
     """
 
     layer_class = DepthLSTMEncoderLayer
@@ -125,7 +125,7 @@ class DepthLSTMEncoder(_Stack):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool | None = None,
     ) -> Tensor:
-        """h of the top layer, in src's shape; src and the masks as in :class:`DepthLSTMEncoderLayer`.
+        """Return h of the top layer, in src's shape; src and the masks as in :class:`DepthLSTMEncoderLayer`.
 
         ``is_causal=None`` means False: the mask is used as it is, and not examined (torch looks whether it is causal).
         """
@@ -160,12 +160,11 @@ class DepthLSTMDecoder(_Stack):
         memory_is_causal: bool = False,
         caches: list[DecoderCache] | None = None,
     ) -> Tensor:
-        """h of the top layer, in tgt's shape; tgt, memory and the masks as in :class:`DepthLSTMDecoderLayer`.
+        """Return h of the top layer, in tgt's shape.
 
-        ``tgt_is_causal=None`` means False: the mask is used as it is, and not examined (torch looks whether it is
-            causal).
-        ``caches`` (of :meth:`new_caches`) is for incremental decoding: see ``cache`` in
-        :meth:`DepthLSTMDecoderLayer.forward`.
+        tgt, memory and the masks are as in :class:`DepthLSTMDecoderLayer`. ``tgt_is_causal=None`` means False: the mask
+        is used as it is, and not examined (torch looks whether it is causal). ``caches`` (of :meth:`new_caches`) is for
+        incremental decoding: see ``cache`` in :meth:`DepthLSTMDecoderLayer.forward`.
         """
         checks.check_float_tensor("memory", memory)
         if caches is not None:
@@ -179,7 +178,7 @@ class DepthLSTMDecoder(_Stack):
                 h, c = layer(h, memory, c, cache=cache)
             return h if self.norm is None else self.norm(h)
         if memory.dim() == 3 and not self.batch_first:
-            memory = memory.transpose(0, 1).contiguous().transpose(0, 1)  # once here, not once in every layer
+            memory = memory.transpose(0, 1).contiguous().transpose(0, 1)  # one copy here instead of one in every layer
         options = {
             "tgt_mask": tgt_mask,
             "memory_mask": memory_mask,
@@ -196,7 +195,7 @@ class DepthLSTMDecoder(_Stack):
         return [first, *(DecoderCache(memory, first.memory_mask) for _ in self.layers[1:])]
 
     def step(self, tgt: Tensor, caches: list[DecoderCache]) -> Tensor:
-        """:meth:`forward` with ``caches``, but tgt and the result are (rows, 1, D), always batch first."""
+        """Run :meth:`forward` with ``caches``; tgt and the result are (rows, 1, D), always batch first."""
         if not isinstance(caches, list) or not caches or not isinstance(caches[0], DecoderCache):
             raise TypeError(f"caches must be a list, as new_caches makes it; found {type(caches).__name__}")
         memory = caches[0].memory
@@ -205,8 +204,9 @@ class DepthLSTMDecoder(_Stack):
         return self(tgt.transpose(0, 1), memory.transpose(0, 1), caches=caches).transpose(0, 1)
 
     def takes_caches(self) -> bool:
-        """Whether the forward of this stack and of each layer, possibly replaced by the user's own, takes the cache of
-        a decoding step.
+        """Return whether this stack's forward and each layer's take the cache of a decoding step.
+
+        The user may have replaced either.
         """
         parts = [getattr(layer, name, None) for layer in self.layers for name in ("self_attn", "cross_attn")]
         inside = all(_takes(part, "cache") for part in parts if isinstance(part, nn.Module))
@@ -214,13 +214,12 @@ class DepthLSTMDecoder(_Stack):
 
 
 def _takes(module: nn.Module, argument: str) -> bool:
-    """Whether ``module`` can be called with this keyword argument."""
+    """Return whether ``module`` can be called with this keyword argument."""
     return _accepts(module.forward if "forward" in module.__dict__ else type(module).forward, argument)
 
 
-@functools.lru_cache(
-    maxsize=64
-)  # of classes' functions, for most: a signature takes as long as a layer's decoding step
+# inspect.signature takes as long as a layer's decoding step
+@functools.lru_cache(maxsize=64)
 def _accepts(function: Callable[..., Any], argument: str) -> bool:
     parameters = inspect.signature(function).parameters
     return argument in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())

@@ -1,4 +1,4 @@
-"""Residual Transformers of torch.nn to hold the depth-wise LSTM against, with as many matrix weights as it has."""
+"""Residual Transformers of torch.nn for comparison, with as many matrix weights as the depth-wise LSTM."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ ARCHITECTURES = ("depth-lstm", "pre-norm", "post-norm")
 
 
 def _initialise(weight: Tensor, init: str) -> None:
-    """Draw a matrix (outputs, inputs); query, key and value of an attention, stacked, count as matrices of their
-    own.
+    """Draw a matrix (outputs, inputs).
+
+    The stacked query, key and value of an attention count as separate matrices.
     """
     outputs, inputs = weight.shape
     outputs = inputs if outputs == 3 * inputs else outputs
@@ -24,16 +25,16 @@ def _initialise(weight: Tensor, init: str) -> None:
 
 
 class ResidualTransformer(dl.reference.DepthLSTMTransformer):
-    """Encoder-decoder Transformer of torch.nn's layers, GELU, with the embeddings, output layer and search of
-    ``DepthLSTMTransformer``.
+    """Encoder-decoder Transformer of torch.nn's layers with GELU.
 
-    The feed-forward width is 4 * d_model, so that an encoder layer has 12 d_model^2 matrix weights and a decoder layer
-    16 d_model^2, as the depth-wise LSTM's have. ``generate`` keeps no cache.
+    It has the embeddings, output layer and search of ``DepthLSTMTransformer``. ``generate`` keeps no cache. The
+    feed-forward width is 4 * d_model. An encoder layer then has 12 d_model^2 matrix weights and a decoder layer 16
+    d_model^2, as those of the depth-wise LSTM.
 
     Args:
         norm_first: LayerNorm before each sub-layer and after each stack ("pre-norm"), else after each addition
             ("post-norm").
-        init: "lipschitz" or "glorot", as in ``DepthLSTMTransformer``; so are the other arguments.
+        init: "lipschitz" or "glorot", as in ``DepthLSTMTransformer``. The other arguments are also those of that class.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class ResidualTransformer(dl.reference.DepthLSTMTransformer):
         init: str = "lipschitz",
         **options: Any,
     ) -> None:
-        # the parent makes and draws all that is not a layer; its own stacks, one layer each, are replaced
+        # the parent makes and draws everything but the layers; its own stacks, one layer each, are replaced
         super().__init__(src_vocab, tgt_vocab, d_model, nhead, 1, 1, dropout=dropout, init=init, **options)
         layer: dict[str, Any] = {
             "dropout": dropout,
@@ -89,7 +90,7 @@ class ResidualTransformer(dl.reference.DepthLSTMTransformer):
         length_penalty: float = 1.0,
         **options: Any,
     ) -> Any:
-        """As ``DepthLSTMTransformer.generate``, without a cache."""
+        """Generate as ``DepthLSTMTransformer.generate``, without a cache."""
         return super().generate(src, max_length, beam_size, length_penalty, **(options | {"use_cache": False}))
 
 
@@ -98,8 +99,8 @@ def build_architecture(architecture: str, arguments: dict[str, Any], backend: st
 
     Args:
         architecture: one of ``ARCHITECTURES``.
-        arguments: keyword arguments of ``DepthLSTMTransformer``; "forget_bias" is dropped where there is no such gate.
-        backend: "reference" gives the depth-wise LSTM of plain PyTorch, all else the fused one.
+        arguments: keyword arguments of ``DepthLSTMTransformer``; "forget_bias" is dropped without such a gate.
+        backend: "reference" gives the depth-wise LSTM of plain PyTorch, every other value the fused one.
 
     Raises:
         ValueError: an unknown architecture.

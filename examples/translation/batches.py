@@ -1,4 +1,7 @@
-"""Batches of padded token ids: sentences of like length together, as many as a budget of tokens holds."""
+"""Batches of padded token ids.
+
+Sentences of similar length go together, as many as a token budget holds.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,14 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """int64 ids, padded at the end: source (batch, S) ends with EOS, target (batch, T) begins with BOS and ends with
-    EOS.
+    """A batch of int64 ids, padded at the end.
+
+    source (batch, S) ends with EOS. target (batch, T) begins with BOS and ends with EOS.
     """
 
     source: Tensor
     target: Tensor
-    tokens: int  # source and predicted target tokens, padding not counted
+    tokens: int  # source and predicted target tokens, without padding
 
 
 def pad(rows: Sequence[Sequence[int]]) -> Tensor:
@@ -34,8 +38,9 @@ def collate(examples: Sequence[Example]) -> Batch:
 
 
 def group(examples: Iterable[Example], token_budget: int) -> Iterator[list[Example]]:
-    """Cut ``examples`` into groups of at most ``token_budget`` ids of source and target, padding counted; one example
-    at least.
+    """Cut ``examples`` into groups of at most ``token_budget`` ids of source and target, padding counted.
+
+    A group has at least one example.
     """
     chosen: list[Example] = []
     longest_source = longest_target = 0
@@ -50,9 +55,10 @@ def group(examples: Iterable[Example], token_budget: int) -> Iterator[list[Examp
 
 
 class BatchOrder:
-    """An endless sequence of batches, every example once an epoch: ``order[n]`` depends on n and ``seed`` alone.
+    """An endless sequence of batches, every example once an epoch; ``order[n]`` depends on n and ``seed`` only.
 
-    ``per_epoch`` is the number of batches of an epoch, the same in each: only examples of one length change places.
+    ``per_epoch`` is the number of batches of an epoch. It is the same in each, because only examples of one length
+    change places.
     """
 
     def __init__(self, examples: Sequence[Example], token_budget: int, seed: int) -> None:
@@ -63,7 +69,7 @@ class BatchOrder:
     def _groups(self, epoch: int) -> list[list[Example]]:
         generator = random.Random(f"{self.seed}/{epoch}")
         shuffled = generator.sample(self.examples, len(self.examples))
-        # the sort is stable: examples of one length meet different neighbours in each epoch
+        # the sort is stable, so examples of one length meet different neighbours in each epoch
         groups = list(
             group(sorted(shuffled, key=lambda example: (len(example[0]), len(example[1]))), self.token_budget)
         )
@@ -80,8 +86,8 @@ class BatchOrder:
 def share(examples: Sequence[Example], rank: int = 0, size: int = 1) -> Batch:
     """Return every ``size``-th of ``examples``, from number ``rank`` on, as one batch.
 
-    A process that gets none has to run along with the others all the same: it gets the first, all of its targets
-    padding.
+    A process without examples must still run along with the others. It gets the first example, with all of its targets
+    as padding.
     """
     if mine := examples[rank::size]:
         return collate(mine)

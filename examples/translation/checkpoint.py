@@ -1,8 +1,8 @@
-"""The folder of a run: its record, its tokenizer, its log and its last two checkpoints, whole at every moment.
+"""The folder of a run: its record, its tokenizer, its log and its last two checkpoints, complete at every moment.
 
-A checkpoint is written to a folder ``*.partial``, flushed to the disk and then renamed, which either has happened or
-has not. One that is no longer wanted is renamed back before it is removed. So a folder ``checkpoint-00000100`` is
-complete, whenever the process was killed.
+A checkpoint is written to a folder ``*.partial``, flushed to the disk and then renamed. A rename happens completely or
+not at all. An old checkpoint is renamed back before it is removed. A folder ``checkpoint-00000100`` is therefore
+complete after a kill at any time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Loaded = TypeVar("Loaded")
 
 
 def _flush(path: Path) -> None:
-    """Have the file or folder ``path`` on the disk before going on."""
+    """Wait until the file or folder ``path`` is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -42,7 +42,7 @@ def _flush(path: Path) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write ``path`` so that it holds all of ``content`` or what it held before."""
+    """Write ``path`` so that it holds all of ``content`` or its old content."""
     partial = path.with_name(path.name + PARTIAL)
     partial.write_bytes(content)
     _flush(partial)
@@ -54,8 +54,7 @@ class Log:
     """A file of JSON lines; floats are written so that reading gives the same number.
 
     Args:
-        path: the file; it is cut to its first ``size`` bytes, and to whole lines where it has no more than some of
-            them.
+        path: the file. It is cut to its first ``size`` bytes, and to whole lines if it has fewer bytes.
     """
 
     def __init__(self, path: Path, size: int = 0) -> None:
@@ -71,7 +70,7 @@ class Log:
 
     @staticmethod
     def _check(path: Path, size: int) -> None:
-        """Raise DamagedError where the lines to be kept are not those of a log."""
+        """Raise DamagedError if the kept lines are not those of a log."""
         content = path.read_bytes()[:size] if size and path.is_file() else b""
         *whole, rest = content.split(b"\n")
         if rest and len(content) == size:
@@ -87,7 +86,7 @@ class Log:
                 )
 
     def write(self, **values: Any) -> None:
-        """Append one line, or nothing where the disk is full."""
+        """Append one line, or nothing if the disk is full."""
         line = to_json(values).encode()
         size = os.fstat(self.file.fileno()).st_size
         try:
@@ -98,7 +97,7 @@ class Log:
             raise
 
     def flush(self) -> int:
-        """Have all lines on the disk; returns the file's size in bytes."""
+        """Wait until all lines are on the disk; return the file's size in bytes."""
         os.fsync(self.file.fileno())
         return os.fstat(self.file.fileno()).st_size
 
@@ -109,8 +108,9 @@ class Log:
 
 @contextmanager
 def held(run: Path) -> Iterator[None]:
-    """Keep other processes out of the folder ``run``, which is made where it is missing; however this one ends, it is
-    free then.
+    """Keep other processes out of the folder ``run``, which is made if missing.
+
+    The folder is free again when this process ends, in any way.
 
     Raises:
         ValueError: another process holds it.
@@ -136,7 +136,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def remove_partial(run: Path) -> None:
-    """Remove what a killed process left half done."""
+    """Remove the incomplete files of a killed process."""
     for path in run.glob("*" + PARTIAL):
         if path.is_dir():
             shutil.rmtree(path)
@@ -145,9 +145,7 @@ def remove_partial(run: Path) -> None:
 
 
 def save_checkpoint(run: Path, step: int, state: dict[str, dict[str, Tensor]], numbers: dict[str, Any]) -> Path:
-    """Write ``state`` (``Trainer.state()``) and ``numbers`` as the checkpoint of ``step``, and remove all but the last
-    two.
-    """
+    """Write ``state`` (``Trainer.state()``) and ``numbers`` as the checkpoint of ``step``; keep only the last two."""
     final = run / f"{PREFIX}{step:08d}"
     partial = final.with_name(final.name + PARTIAL)
     partial.mkdir()
@@ -158,7 +156,7 @@ def save_checkpoint(run: Path, step: int, state: dict[str, dict[str, Tensor]], n
             _flush(path)
         write_file(partial / "state.json", to_json(numbers | {"step": step}, indent=1).encode())
         os.rename(partial, final)
-    except BaseException:  # a full disk has room again for what else is to be written
+    except BaseException:  # the removed part makes room on a full disk for other files
         shutil.rmtree(partial, ignore_errors=True)
         raise
     _flush(run)
@@ -172,7 +170,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
     """Return the state and the numbers that ``save_checkpoint`` wrote.
 
     Raises:
-        DamagedError: a file of it is missing, cut, or holds something else.
+        DamagedError: one of its files is missing, cut, or holds something else.
     """
     numbers = read_json(whole_file(folder / "state.json"), {"step": int, "log_bytes": int})
     if numbers["step"] != int(folder.name.removeprefix(PREFIX)) or numbers["log_bytes"] < 0:
@@ -195,7 +193,7 @@ def read_record(run: Path) -> dict[str, Any]:
     """Return the record of a run, with "settings" that make ``Settings``.
 
     Raises:
-        DamagedError: it is cut, or was not written by train.py.
+        DamagedError: the record is cut, or train.py did not write it.
     """
     path = run / RECORD
     record = read_json(path, {"settings": dict, "backend": str, "parallel": str, "processes": int, "data": str})
@@ -210,7 +208,7 @@ def check_record(run: Path, record: dict[str, Any]) -> bool:
     """Return whether ``run`` has been started before.
 
     Raises:
-        ValueError: it has, with other settings; "steps" may differ.
+        ValueError: it was started with other settings; "steps" may differ.
     """
     if not (run / RECORD).exists():
         if run.is_dir() and any(path.suffix != PARTIAL and path.name != TOKENIZER for path in run.iterdir()):
@@ -228,22 +226,21 @@ def check_record(run: Path, record: dict[str, Any]) -> bool:
 
 
 def start_run(run: Path, record: dict[str, Any], corpus: Corpus) -> None:
-    """Make the folder of a new run; the record comes last, so that a run that has one is whole."""
+    """Make the folder of a new run; the record comes last, so that a run with a record is complete."""
     run.mkdir(parents=True, exist_ok=True)
     write_file(run / TOKENIZER, corpus.tokenizer.serialized_model_proto())
     write_file(run / RECORD, to_json(record, indent=1).encode())
 
 
 def newest_whole(run: Path, load: Callable[[Path], Loaded], says: bool = True) -> tuple[Loaded, list[Path]]:
-    """Return what ``load`` makes of the newest checkpoint of ``run`` that is whole, and the damaged ones that are
-    newer.
+    """Load the newest complete checkpoint of ``run``; return the result of ``load`` and the newer, damaged checkpoints.
 
     Args:
-        load: gets a checkpoint's folder, and raises ValueError where it is damaged.
-        says: name each damaged one on stderr.
+        load: gets a checkpoint's folder, and raises ValueError if it is damaged.
+        says: name each damaged checkpoint on stderr.
 
     Raises:
-        DamagedError: none is whole.
+        DamagedError: no checkpoint is complete.
     """
     found, errors = checkpoints(run)[::-1], []
     for number, folder in enumerate(found):
@@ -259,10 +256,9 @@ def newest_whole(run: Path, load: Callable[[Path], Loaded], says: bool = True) -
 
 
 def resume(run: Path, trainer: Trainer) -> int:
-    """Load the newest whole checkpoint, if there is any, into ``trainer``; returns the size of the log at that time, in
-    bytes.
+    """Load the newest complete checkpoint, if any, into ``trainer``; return the log's size in bytes at that time.
 
-    Damaged ones that are newer are renamed: the run will write others of those steps.
+    Damaged newer checkpoints are renamed, because the run will write those steps again.
 
     Raises:
         DamagedError: there are checkpoints, and all are damaged.
@@ -277,7 +273,7 @@ def resume(run: Path, trainer: Trainer) -> int:
         return numbers
 
     numbers, damaged = newest_whole(run, load, first)
-    trainer.group.barrier()  # every process has looked at them
+    trainer.group.barrier()  # every process has looked at the checkpoints
     for folder in damaged if first else ():
         aside = folder.with_name(folder.name + DAMAGED)
         if aside.exists():
@@ -287,10 +283,10 @@ def resume(run: Path, trainer: Trainer) -> int:
 
 
 def load_model(run: Path, device: str = "cpu") -> tuple[nn.Module, Any]:
-    """Return the model of the newest whole checkpoint of ``run``, in evaluation mode, and the tokenizer.
+    """Return the model of the newest complete checkpoint of ``run``, in evaluation mode, and the tokenizer.
 
     Raises:
-        ValueError: ``run`` is not the folder of a run, or has no whole checkpoint, or ``device`` cannot be used.
+        ValueError: ``run`` is not the folder of a run, or has no complete checkpoint, or ``device`` cannot be used.
     """
     missing = [name for name in (RECORD, TOKENIZER) if not (run / name).is_file()]
     if missing:

@@ -1,6 +1,6 @@
-"""What every program of the example does around its work: errors in one line, and a terminal that cannot stop it.
+"""The frame of every program of the example: errors in one line, and a terminal that cannot stop the program.
 
-A program ends with status 0, or with 2 and one line on stderr, or with 130 where it was interrupted.
+A program ends with status 0, or with 2 and one line on stderr, or with 130 after an interrupt.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ TOO_LARGE = re.compile("allocate memory|out of memory|Storage size calculation o
 
 
 class Terminal(io.TextIOBase):
-    """A text stream for messages: what it cannot show is escaped, and once its reader has gone it says nothing more.
+    """A text stream for messages.
+
+    Characters that it cannot show are escaped. It prints nothing more once its reader is gone.
 
     Args:
-        stream: standard output or standard error; None where that is closed.
+        stream: standard output or standard error; None if that is closed.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -58,13 +60,13 @@ class Terminal(io.TextIOBase):
                 self._give_up()
 
     def _give_up(self) -> None:
-        """Let what is left in the stream's buffer, which Python writes at the end, go nowhere."""
+        """Discard the rest of the stream's buffer, which Python would write at the end."""
         stream, self.stream = self.stream, None
         discard(stream)
 
 
 def discard(stream: TextIO | None) -> None:
-    """Have all that is still to be written to ``stream`` go nowhere."""
+    """Discard everything that is still to be written to ``stream``."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())  # type: ignore[union-attr]
@@ -72,11 +74,12 @@ def discard(stream: TextIO | None) -> None:
 
 
 def results() -> TextIO:
-    """Return standard output for what a program is run for: UTF-8 whatever the locale, and an OSError where it cannot
-    be written.
+    """Return standard output for a program's results.
+
+    It is UTF-8 in every locale, and raises OSError if it cannot be written.
 
     Raises:
-        ValueError: it is closed.
+        ValueError: standard output is closed.
     """
     stream = sys.stdout.stream if isinstance(sys.stdout, Terminal) else sys.stdout
     if stream is None:
@@ -87,19 +90,20 @@ def results() -> TextIO:
 
 
 def occupy_closed_streams() -> None:
-    """Open the standard streams that are closed on nothing: else the next file to be opened is taken for one of
-    them.
+    """Open closed standard streams on nothing.
+
+    Otherwise the next opened file would take the place of one of them.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number
 
 
 @contextlib.contextmanager
 def terminal_streams() -> Iterator[None]:
-    """Print to ``Terminal`` for the time being."""
+    """Print to ``Terminal`` inside the ``with`` block."""
     with contextlib.redirect_stdout(Terminal(sys.stdout)), contextlib.redirect_stderr(Terminal(sys.stderr)):
         try:
             yield
@@ -109,18 +113,18 @@ def terminal_streams() -> Iterator[None]:
 
 
 def fail(program: str, error: BaseException) -> NoReturn:
-    """Print ``error`` in one line, by the first of torchrun's processes alone, and end with status 2."""
+    """Print ``error`` in one line, from the first of torchrun's processes only, and end with status 2."""
     if os.environ.get("RANK", "0") == "0":
         print(f"{program}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def program(name: str, *errors: type[Exception]) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Make a function of the command line's arguments, which returns the exit status, a program's ``main``.
+    """Turn a function of the command line's arguments, which returns the exit status, into a program's ``main``.
 
     Args:
-        name: of the program, which an error's line begins with.
-        errors: what ends in one line besides ImportError, OSError and ValueError.
+        name: of the program; an error's line begins with it.
+        errors: exceptions that end in one line besides ImportError, OSError and ValueError.
     """
 
     caught: tuple[type[Exception], ...] = (ImportError, OSError, ValueError, *errors)
@@ -152,8 +156,7 @@ def _leave(*_: Any) -> NoReturn:
     os._exit(INTERRUPTED)
 
 
-# While torch is being imported, which takes seconds: it and NumPy take a KeyboardInterrupt for a module that is
-# missing, and go on.
+# The import of torch takes seconds. During it torch and NumPy take a KeyboardInterrupt for a missing module, and go on.
 if (
     Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent
     and signal.getsignal(signal.SIGINT) is signal.default_int_handler

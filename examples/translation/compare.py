@@ -1,6 +1,8 @@
 """Train the same model twice, plain PyTorch beside fused: same weights, same batches, step by step in turn.
 
-python examples/translation/compare.py --steps 50
+Usage:
+
+    python examples/translation/compare.py --steps 50
 """
 
 from __future__ import annotations
@@ -25,16 +27,16 @@ from training import DivergedError, Settings, StepResult, Trainer
 
 import depthlstm_fast as dl
 
-# a step of moderate size on two CPU cores: what is compared is the two sides, not this model with another
+# A step of moderate size on two CPU cores. The comparison is between the two sides, not between models.
 SETTINGS = Settings(steps=50, token_budget=1024, d_model=256, layers=4, dropout=0.0, warmup_steps=20)
 SIDES = ("reference", "fused")
-# rounding differs from the first step on, and Adam divides by the gradient's own size: runs drift apart, slowly
+# Rounding differs from the first step on, and Adam divides by the gradient's own size, so runs drift apart slowly.
 TOLERANCE = 1e-3
 UNTIMED = 3  # first steps: allocations, thread start, caches
 
 
 def show(dataset: Dataset, count: int) -> list[Pair]:
-    """Return up to ``count`` held-out pairs to print, those of four to twelve words first."""
+    """Return up to ``count`` held-out pairs to print, first those of four to twelve words."""
     return sorted(dataset.heldout, key=lambda pair: not 4 <= len(pair.source.split()) <= 12)[:count]
 
 
@@ -55,21 +57,20 @@ def run_comparison(
     Args:
         steps: training steps of each; None takes them from ``settings``.
         settings: model size and training; None is ``SETTINGS``. Dropout is off in both, so that losses compare.
-        data: "auto", "django" or "builtin", see ``data.load_dataset``; ``dataset`` goes before it.
-        dataset: the pairs, where the caller has them.
+        data: "auto", "django" or "builtin", see ``data.load_dataset``; ``dataset`` takes precedence.
+        dataset: the pairs, if the caller has them.
         backend: backend of the fused model.
-        examples: held-out translations of the fused model to return.
+        examples: number of returned held-out translations of the fused model.
         progress: show a progress bar on stderr.
-        limit_seconds: start no further step after so many seconds of training, however few were done; for a busy
-            machine.
-        vocab_size: subwords of both languages together, at most.
+        limit_seconds: for a busy machine: start no further step after this many seconds of training.
+        vocab_size: the most subwords of both languages together.
 
     Returns:
         a dict whose "losses", "heldout_loss" and "tokens_per_second" (median) have the keys "reference" and "fused";
         "speedup" is the median over steps of the fused model's tokens a second over the reference's in the same step.
 
     Raises:
-        DivergedError: a loss or gradient of one of the two is not finite: nothing can be compared.
+        DivergedError: a loss or gradient of one of the two is not finite, so that there is nothing to compare.
     """
     settings = settings or SETTINGS
     steps = settings.steps if steps is None else steps
@@ -94,7 +95,7 @@ def run_comparison(
                 steps = step
                 break
             batch = collate(order[step])
-            # who goes second finds warm caches and a warm batch: take turns
+            # the second side finds warm caches and a warm batch, so the sides take turns
             for side in SIDES if step % 2 == 0 else SIDES[::-1]:
                 try:
                     results[side].append(trainers[side].step(batch))
@@ -142,7 +143,7 @@ def run_comparison(
 
 @command.program("compare.py", DownloadError)
 def main(arguments: list[str] | None = None) -> int:
-    """Read the command line, compare, and return the exit status: 1 where the losses disagree."""
+    """Read the command line, compare, and return the exit status: 1 if the losses disagree."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=SETTINGS.steps, help="default: %(default)s")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""What a run shows on the terminal: a progress bar with loss and speed, and the comparison as a table."""
+"""Terminal output of a run: a progress bar with loss and speed, and the comparison as a table."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def progress_bar(name: str, steps: int, enabled: bool = True, done: int = 0) -> Iterator[Callable[[StepResult], None]]:
-    """Show a bar of ``steps`` steps, ``done`` of them done, on stderr if that is a terminal; yields what takes the
-    result of each.
+    """Show a bar of ``steps`` steps, ``done`` of them done, on stderr if that is a terminal.
+
+    Yields a function that takes the result of each step.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -40,14 +41,14 @@ def progress_bar(name: str, steps: int, enabled: bool = True, done: int = 0) -> 
 
 
 def print_examples(examples: list[tuple[str, str, str]]) -> None:
-    """Print sources, reference translations and the model's own, as they are."""
+    """Print sources, reference translations and the model's own, unchanged."""
     print("\nheld-out sentences:")
     for source, target, translation in examples:
         print(f"  source     {source}\n  reference  {target}\n  model      {translation or '(nothing)'}\n")
 
 
 def print_comparison(result: dict[str, Any]) -> None:
-    """Print what ``run_comparison`` returned."""
+    """Print the result of ``run_comparison``."""
     out = Console(highlight=False)
     out.print(f"{result['dataset']}: {result['pairs']} pairs, {result['heldout_pairs']} of them held out", markup=False)
     layers = f"{result['encoder_layers']}+{result['decoder_layers']} layers of {result['d_model']}"

@@ -1,8 +1,7 @@
 """Parallel text from Debian: English documentation with its German, French or Czech translations.
 
-Package descriptions and manual pages are among it.
-The texts are under copyleft licences: they are fetched from the mirror that apt is set up for, and not kept in this
-repository.
+It includes package descriptions and manual pages. The texts are under copyleft licences. They are fetched from the
+mirror that apt is set up for, and not kept in this repository.
 """
 
 from __future__ import annotations

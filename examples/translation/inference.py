@@ -1,4 +1,4 @@
-"""Sentences in, sentences out: tokenize, generate, and turn the ids back into text."""
+"""Translation of sentences: tokenize, generate, and turn the ids back into text."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from corpus.tokenizer import EOS
 
 
 def translate(model: Any, tokenizer: Any, lines: Sequence[str], max_length: int = 128, beam_size: int = 1) -> list[str]:
-    """Return the translation of each of ``lines``, all in one batch; a line of nothing that is seen stays blank.
+    """Return the translation of each of ``lines``, all in one batch; a line without a visible character stays blank.
 
-    A line of more subwords than the model has positions for is cut, which a line on stderr says.
+    A line of more subwords than the model's positions is cut, and a line on stderr says so.
     """
     translations = [""] * len(lines)
     longest = model.src_positions.max_len - 1
@@ -44,7 +44,7 @@ def translate(model: Any, tokenizer: Any, lines: Sequence[str], max_length: int 
 def translate_all(
     model: Any, tokenizer: Any, lines: Sequence[str], max_length: int = 128, beam_size: int = 1, batch_size: int = 32
 ) -> list[str]:
-    """Return the translation of each of ``lines``, in their order; lines of like length go into one batch."""
+    """Return the translation of each of ``lines``, in their order; lines of similar length share a batch."""
     order = sorted(range(len(lines)), key=lambda index: len(lines[index]))
     translations = [""] * len(lines)
     for first in range(0, len(order), batch_size):

@@ -1,4 +1,7 @@
-"""One training over several processes of torchrun: replicas (DDP) or shards (FSDP2), and tensors gathered from them."""
+"""One training over several processes of torchrun.
+
+The processes have replicas (DDP) or shards (FSDP2), and this file gathers tensors from them.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ KINDS = ("none", "ddp", "fsdp2")
 
 
 class Processes(NamedTuple):
-    """How the work is divided: one of ``KINDS``, and which of how many processes this is."""
+    """The division of the work: one of ``KINDS``, this process's rank, and the number of processes."""
 
     kind: str = "none"
     rank: int = 0
@@ -50,10 +53,10 @@ class Processes(NamedTuple):
 
 @contextmanager
 def processes(kind: str, device: str) -> Iterator[tuple[Processes, str]]:
-    """Join the processes that torchrun started; yields what to hand to ``Trainer`` and this process's device.
+    """Join the processes that torchrun started; yields the argument for ``Trainer`` and this process's device.
 
     Raises:
-        ValueError: ``kind`` and the number of processes do not go together.
+        ValueError: ``kind`` does not match the number of processes.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if kind == "none" and size > 1:
@@ -73,14 +76,14 @@ def processes(kind: str, device: str) -> Iterator[tuple[Processes, str]]:
         forget_frames(error)
         raise
     finally:
-        # A replica owns the group, too. One that outlives it ends with the interpreter, where torch 2.13 joins gloo's
-        # thread under the GIL, which that thread may be waiting for: the process then hangs.
+        # A replica owns the group, too. A replica that outlives the group ends with the interpreter. There torch 2.13
+        # joins gloo's thread under the GIL. That thread may be waiting for the GIL, and the process then hangs.
         gc.collect()
         dist.destroy_process_group()
 
 
 def forget_frames(error: BaseException) -> None:
-    """Drop what the frames that ``error`` and its causes came through hold, the model among it."""
+    """Drop the references in the frames that ``error`` and its causes came through, the model among them."""
     found: BaseException | None = error
     while found is not None:
         traceback.clear_frames(found.__traceback__)
@@ -88,8 +91,9 @@ def forget_frames(error: BaseException) -> None:
 
 
 def divide(model: nn.Module, group: Processes, device: str | torch.device) -> nn.Module:
-    """Return what to call in place of ``model``: itself, or its replica; with "fsdp2" the parameters become shards in
-    place.
+    """Return the module to call in place of ``model``: itself, or its replica.
+
+    With "fsdp2" the parameters become shards in place.
     """
     if group.kind == "ddp":
         return DistributedDataParallel(model, broadcast_buffers=False)
@@ -103,7 +107,10 @@ def divide(model: nn.Module, group: Processes, device: str | torch.device) -> nn
 
 
 def synchronise_gradients(model: nn.Module, enabled: bool) -> None:
-    """Say whether the next backward pass adds up the gradients of all processes, or keeps them for a later one."""
+    """Set whether the next backward pass adds up the gradients of all processes.
+
+    Otherwise it keeps them for a later pass.
+    """
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = enabled
     elif isinstance(model, FSDPModule):
@@ -111,24 +118,25 @@ def synchronise_gradients(model: nn.Module, enabled: bool) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Have the model's parameters be shards again, which after a forward pass without a backward pass the outermost
-    ones are not.
+    """Turn the model's parameters into shards again.
+
+    After a forward pass without a backward pass the outermost parameters are whole.
     """
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """Return the part of a shard's tensor that this process has."""
+    """Return this process's part of a sharded tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a copy of all of a shard's tensor, on the CPU; every process has to call this."""
+    """Return a copy of a whole sharded tensor, on the CPU; every process must call this."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().to("cpu", copy=True)
 
 
 def like(tensor: Tensor, value: Any) -> Tensor:
-    """Return ``value``, a whole tensor, on ``tensor``'s device and divided as it is."""
+    """Return ``value``, a whole tensor, on ``tensor``'s device and divided like it."""
     value = value.to(tensor.device)
     return distribute_tensor(value, tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else value

@@ -1,7 +1,9 @@
 """Make the folder that train.py reads: splits, a joint vocabulary and encoded ids.
 
-python examples/translation/prepare.py --data django --language de FOLDER
-python examples/translation/prepare.py --source text.en --target text.de FOLDER
+Usage:
+
+    python examples/translation/prepare.py --data django --language de FOLDER
+    python examples/translation/prepare.py --source text.en --target text.de FOLDER
 """
 
 from __future__ import annotations
@@ -33,15 +35,15 @@ def prepare(
     """Write a prepared folder (``corpus.prepared.save_corpus``) and return its meta data.
 
     Args:
-        data: "auto", "django", "builtin" (see ``corpus.data.read_named``) or "debian"; ``files`` goes before it.
+        data: "auto", "django", "builtin" (see ``corpus.data.read_named``) or "debian"; ``files`` takes precedence.
         language: of the translations; the sources are English. With ``files`` it is a name only.
-        files: source and target file of "train" and, where the user has them, of "dev" and "test".
-        vocab_size: subwords of both languages together, exactly; None for 1000, or fewer where the text has fewer.
+        files: source and target file of "train" and, if the user has them, of "dev" and "test".
+        vocab_size: exact number of subwords of both languages together; None for 1000, or fewer if the text has fewer.
         seed: of the split.
 
     Raises:
         ValueError: the text is empty or not aligned, or too small for ``vocab_size``.
-        DownloadError, OSError: something cannot be fetched or read.
+        DownloadError, OSError: a file cannot be fetched or read.
     """
     if files:
         name, texts = " + ".join(path.name for path in files["train"]), read_split_files(files, seed)

@@ -1,4 +1,4 @@
-"""BLEU and chrF by sacreBLEU, with the signatures that say how they were computed."""
+"""BLEU and chrF by sacreBLEU, with signatures of their computation."""
 
 from __future__ import annotations
 

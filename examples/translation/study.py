@@ -1,12 +1,12 @@
-"""The paper's claim in small: does a depth-wise LSTM let deep models learn?
+"""Test the paper's claim in small: does a depth-wise LSTM let deep models learn?
 
-It measures gradients at initialisation, dev cross entropy, speed and memory.
+The study measures gradients at initialisation, dev cross entropy, speed and memory.
 
-python examples/translation/prepare.py --data debian --language de --vocab-size 2000 corpus
-python examples/translation/study.py corpus --output study
-    goes on where it was stopped; some 40 minutes on two cores
-python examples/translation/study_report.py study --docs docs
-    writes docs/study.md, its pictures and docs/study.json
+    python examples/translation/prepare.py --data debian --language de --vocab-size 2000 corpus
+    python examples/translation/study.py corpus --output study
+        continues where it was stopped; takes some 40 minutes on two cores
+    python examples/translation/study_report.py study --docs docs
+        writes docs/study.md, its pictures and docs/study.json
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import command
-from study.experiment import BASE, study  # of the folder beside this file: a package goes before a module of its name
+from study.experiment import BASE, study  # the package in this folder, which precedes the module of its name
 
 
 @command.program("study.py")

@@ -1,7 +1,8 @@
-"""What a study found, as a page: every number and every sentence that holds one comes from its JSON.
+"""Write a study's results as a page: every number and every sentence with a number comes from its JSON.
 
-python examples/translation/study_report.py study --docs docs      writes study.md, study.json, study_gradients.png and
-study_learning.png
+    python examples/translation/study_report.py study --docs docs
+
+This command writes study.md, study.json, study_gradients.png and study_learning.png.
 """
 
 from __future__ import annotations

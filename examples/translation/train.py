@@ -1,7 +1,9 @@
-"""Train a translation model on a folder of prepare.py; started again, a run goes on from its last checkpoint.
+"""Train a translation model on a folder of prepare.py; a restarted run continues from its last checkpoint.
 
-python examples/translation/train.py FOLDER --output RUN
-torchrun --nproc-per-node 2 examples/translation/train.py FOLDER --output RUN --parallel ddp
+Usage:
+
+    python examples/translation/train.py FOLDER --output RUN
+    torchrun --nproc-per-node 2 examples/translation/train.py FOLDER --output RUN --parallel ddp
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ import depthlstm_fast as dl
 
 
 def log_step(log: Log, step: int, result: StepResult) -> None:
-    """Append a step; one that was skipped has its reason in place of a loss that no JSON can hold."""
+    """Append a step; a skipped step has its reason in place of a loss that JSON cannot hold."""
     what = {"skipped": result.skipped} if result.skipped else {"loss": result.loss}
     log.write(step=step, **what, learning_rate=result.learning_rate, tokens_per_second=result.tokens_per_second)
 
@@ -48,11 +50,13 @@ def log_step(log: Log, step: int, result: StepResult) -> None:
 def train_steps(
     trainer: Trainer, corpus: Corpus, run: Path, log_size: int, evaluate_every: int, checkpoint_every: int
 ) -> None:
-    """Take ``trainer`` from where it is to ``settings.steps``; process 0 writes log and checkpoints below ``run``.
+    """Train from the current step of ``trainer`` to ``settings.steps``.
+
+    Process 0 writes log and checkpoints below ``run``.
 
     Raises:
-        DivergedError: a number that training goes by is not finite, on no process or on all of them; nothing is saved
-            after that.
+        DivergedError: a number that training depends on is not finite. All processes raise it or none, and nothing is
+            saved afterwards.
     """
     settings, first = trainer.settings, trainer.group.rank == 0
     order = BatchOrder(corpus.examples["train"], settings.token_budget, settings.seed)
@@ -90,8 +94,9 @@ def train_steps(
 
 
 def score_test_set(corpus: Corpus, run: Path, beam_size: int, device: str) -> list[Score]:
-    """Translate the test set with the last checkpoint of ``run``; log, print and return its BLEU and chrF, beside those
-    of the sources.
+    """Translate the test set with the last checkpoint of ``run``.
+
+    Its BLEU and chrF are logged and printed beside those of the sources, and returned.
     """
     model, tokenizer = load_model(run, device)
     sources, references = zip(*corpus.texts["test"], strict=True)
@@ -122,17 +127,18 @@ def run_training(
     beam_size: int = 4,
     skip_nonfinite: int = 0,
 ) -> list[Score]:
-    """Train in ``run``, a new folder or one to go on in, and return the scores of the test set; without any on
-    processes but the first.
+    """Train in ``run``, a new or an existing folder, and return the scores of the test set.
+
+    Processes other than the first return no scores.
 
     Args:
-        corpus: what ``load_corpus`` returned.
+        corpus: the result of ``load_corpus``.
         settings: see ``Settings``.
-        backend: what the depth-wise LSTM runs on; "reference" is plain PyTorch.
-        group, device: what ``parallel.processes`` yields.
+        backend: the backend of the depth-wise LSTM; "reference" is plain PyTorch.
+        group, device: the values that ``parallel.processes`` yields.
         evaluate_every, checkpoint_every: steps from one to the next; the last step gets both.
         beam_size: of the test set's translation.
-        skip_nonfinite: see ``Trainer``; a run that is gone on with may have another one.
+        skip_nonfinite: see ``Trainer``; a continued run may have another one.
 
     Raises:
         DivergedError: a loss or gradient is not finite, and may not be skipped; the message names the step and the last
@@ -158,7 +164,7 @@ def run_training(
     }
     started = check_record(run, record)
     model = build_model(settings, len(corpus.tokenizer), backend)
-    torch.manual_seed(settings.seed + group.rank)  # dropout: not the same on each process
+    torch.manual_seed(settings.seed + group.rank)  # dropout differs on each process
     trainer = Trainer(model, replace(settings, device=device), backend, group, skip_nonfinite)
     group.barrier()  # every process has looked at the folder before one changes it
     with held(run) if group.rank == 0 else nullcontext():

@@ -1,5 +1,6 @@
-"""The settings of a run, one training step and evaluation: teacher forcing, label smoothing, clipped gradients, AdamW
-after a warm-up.
+"""The settings of a run, one training step, and evaluation.
+
+Training uses teacher forcing, label smoothing, clipped gradients, and AdamW after a warm-up.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is made of; the defaults are for a corpus of some hundred short pairs and two CPU cores.
+    """The settings of a run; the defaults suit a corpus of some hundred short pairs and two CPU cores.
 
-    ``token_budget`` counts ids of source and target, padding included, of one batch; a step takes ``accumulate``
+    ``token_budget`` counts ids of source and target of one batch, padding included. A step takes ``accumulate``
     batches. ``learning_rate`` is the highest, reached after ``warmup_steps``. ``dtype`` is "fp32", or "bf16" for
     autocast.
 
     Raises:
-        ValueError: a number or name is not what is wanted.
+        ValueError: a number or name is invalid.
     """
 
     steps: int = 800
@@ -109,28 +110,28 @@ def usable_device(device: str) -> str:
 
 
 def build_model(settings: Settings, vocab_size: int, backend: str | None = None) -> nn.Module:
-    """Return a new model whose weights depend on ``settings.seed`` alone; ``backend="reference"`` gives one of plain
-    PyTorch.
+    """Return a new model whose weights depend on ``settings.seed`` only.
+
+    ``backend="reference"`` gives a plain PyTorch model.
     """
     torch.manual_seed(settings.seed)
     return build_architecture(settings.architecture, settings.model_arguments(vocab_size), backend)
 
 
 def learning_rate(settings: Settings, step: int) -> float:
-    """The rate of step number ``step``, counted from 0: linear warm-up, then the inverse square root."""
+    """Return the rate of step number ``step``, counted from 0: linear warm-up, then the inverse square root."""
     warmup = max(1, settings.warmup_steps)
     return settings.learning_rate * min((step + 1) / warmup, (warmup / (step + 1)) ** 0.5)
 
 
 class DivergedError(ValueError):
-    """A number that training goes by is NaN or infinite; the message is one line."""
+    """A number that training depends on is NaN or infinite; the message is one line."""
 
 
 class StepResult(NamedTuple):
-    """Mean loss of a step, in nats a target token, its speed in source and target tokens a second, and its learning
-    rate.
+    """Result of a step: mean loss in nats a target token, speed in source and target tokens a second, learning rate.
 
-    ``skipped`` says why the weights were left as they were, and is empty where they were not.
+    ``skipped`` is the reason why the weights were left unchanged, or empty.
     """
 
     loss: float
@@ -140,22 +141,23 @@ class StepResult(NamedTuple):
 
 
 def not_finite(loss: float) -> str:
-    """Return what is not finite: ``loss``, or else the gradient."""
+    """Return the name of the non-finite number: ``loss``, or else the gradient."""
     return "the gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
 
 
 class Trainer:
-    """A model with its optimizer and schedule; ``steps`` says how many it has taken, ``skipped`` how many of the last
-    it skipped.
+    """A model with its optimizer and schedule.
+
+    ``steps`` is the number of steps taken, ``skipped`` the number of steps skipped last in a row.
 
     Args:
         model: a ``DepthLSTMTransformer``, fused or reference, or a ``ResidualTransformer``; with ``group.kind`` "fsdp2"
             its parameters become shards in place.
         settings: see ``Settings``.
-        backend: what the fused model runs on; None leaves it alone, and so does "reference".
+        backend: the backend of the fused model; None and "reference" leave it alone.
         group: the processes that share the work. All of them call each method, with their own part of the batches.
-        skip_nonfinite: steps in a row that may have a loss or gradient that is not finite; they leave the weights as
-            they are.
+        skip_nonfinite: the most steps in a row with a loss or gradient that is not finite. Such steps leave the weights
+            unchanged.
     """
 
     def __init__(
@@ -176,8 +178,9 @@ class Trainer:
         self.steps = self.skipped = 0
 
     def loss_sum(self, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
-        """Return the cross entropy of the target tokens, each predicted from those before it, summed; padding does not
-        count.
+        """Return the summed cross entropy of the target tokens, each predicted from those before it.
+
+        Padding does not count.
         """
         device = torch.device(self.settings.device)
         source, target, dtype = batch.source.to(device), batch.target.to(device), DTYPES[self.settings.dtype]
@@ -196,12 +199,12 @@ class Trainer:
         """Train once on ``batches``, which count as one.
 
         Args:
-            predicted: the target tokens of all processes' batches, which the loss is a mean over; None counts those of
+            predicted: number of target tokens of all processes' batches, for the mean loss; None counts those of
                 ``batches``.
 
         Raises:
-            DivergedError: the loss or the gradient is not finite, in any process, and this step may not be skipped:
-                none has changed a weight.
+            DivergedError: the loss or the gradient is not finite, in any process, and this step may not be skipped. No
+                process has changed a weight.
         """
         self.model.train()
         start = time.perf_counter()
@@ -214,13 +217,12 @@ class Trainer:
         for number, batch in enumerate(batches):
             synchronise_gradients(self.called, number == len(batches) - 1)
             loss = self.loss_sum(batch, self.settings.label_smoothing) / predicted
-            (
-                loss * self.group.size
-            ).backward()  # DDP and FSDP2 divide the sum of all processes' gradients by their number
+            # DDP and FSDP2 divide the sum of all processes' gradients by their number
+            (loss * self.group.size).backward()
             losses.append(loss.detach())
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
-        # the one time that a step waits for the device; a shard's norm is that of its own part, so that they are added
-        # up here
+        # The only point of a step that waits for the device. A shard's norm is that of its own part, so the norms are
+        # added up here.
         *values, own = torch.stack([*losses, own_part(norm)]).tolist()
         own_tokens = sum(batch.tokens for batch in batches)
         value, tokens, squares = self.group.total(sum(values), own_tokens, own * own, device=self.settings.device)
@@ -236,7 +238,7 @@ class Trainer:
         return StepResult(value, tokens / (time.perf_counter() - start), rate, reason)
 
     def step_in(self, order: BatchOrder) -> StepResult:
-        """Train once on this process's part of the batches that come next in ``order``."""
+        """Train once on this process's part of the next batches in ``order``."""
         first = self.steps * self.settings.accumulate
         chosen = [order[index] for index in range(first, first + self.settings.accumulate)]
         parts = [share(examples, self.group.rank, self.group.size) for examples in chosen]
@@ -255,11 +257,12 @@ class Trainer:
         return loss / tokens
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Return copies of the "model"'s and the "optimizer"'s tensors, whole and on the CPU, and of all processes'
-        "generators".
+        """Return copies of all tensors of "model" and "optimizer", and of all processes' "generators".
+
+        The copies are whole and on the CPU.
 
         Raises:
-            DivergedError: a number of them is not finite.
+            DivergedError: one of their numbers is not finite.
         """
         optimizer = {
             f"{key}/{name}": whole(value)
@@ -284,7 +287,7 @@ class Trainer:
         return generators
 
     def load_state(self, state: dict[str, dict[str, Tensor]], steps: int, skipped: int = 0) -> None:
-        """Go on from what ``state()`` returned after ``steps`` steps, in as many processes as there were then.
+        """Continue from the result of ``state()`` after ``steps`` steps, with the same number of processes.
 
         Raises:
             ValueError: the tensors are not those of this model, optimizer and number of processes.
@@ -302,7 +305,7 @@ class Trainer:
             own = self.optimizer.state[parameters[name]]
             own[kind] = value.to(self.settings.device) if kind == "step" else like(parameters[name], value)
         try:
-            # a copy, for its alignment: set_rng_state faults on a tensor that begins at an odd place of a file
+            # a copy, because set_rng_state faults on a tensor at an odd place of a file
             torch.set_rng_state(state["generators"]["cpu"][self.group.rank].clone())
             if "cuda" in state["generators"]:
                 torch.cuda.set_rng_state(state["generators"]["cuda"][self.group.rank].clone(), self.settings.device)
@@ -312,7 +315,7 @@ class Trainer:
 
 
 def optimizer_shapes(parameters: dict[str, nn.Parameter], stepped: bool) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of AdamW's tensors by their names in ``Trainer.state()``; before the first step it has none."""
+    """Return the shapes of AdamW's tensors by their names in ``Trainer.state()``; none before the first step."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, parameter in parameters.items() if stepped else ():
         shapes |= {
@@ -345,7 +348,7 @@ def parameters_of(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_parameters(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy what ``parameters_of`` returned into ``model``.
+    """Copy the result of ``parameters_of`` into ``model``.
 
     Raises:
         ValueError: the names or the shapes are not those of the model's parameters.

@@ -1,6 +1,8 @@
 """Translate standard input line by line with the newest checkpoint of a run of train.py.
 
-python examples/translation/translate.py RUN < english.txt > german.txt
+Usage:
+
+    python examples/translation/translate.py RUN < english.txt > german.txt
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from checkpoint import load_model
 from corpus.lines import standard_input
 from inference import translate
 
-BROKEN_PIPE = 141  # as of a program that the signal has ended
+BROKEN_PIPE = 141  # the status of a program that the signal has ended
 
 
 @command.program("translate.py")
@@ -42,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
                 file=output,
                 flush=True,
             )
-    except BrokenPipeError:  # whoever read the translations has had enough
+    except BrokenPipeError:  # the reader of the translations has closed its end
         command.discard(output)
         return BROKEN_PIPE
     except OSError:

@@ -1,1 +1,1 @@
-"""What the Triton kernels share: compiling and launching, tiles, formulas, tuning, the interpreter."""
+"""Code shared by the Triton kernels: compiling and launching, tiles, formulas, tuning, the interpreter."""

@@ -1,10 +1,9 @@
-"""The formulas of csrc/common/activations.h for Triton: sigmoid, the activations with their slopes, dropout's mask.
+"""The formulas of csrc/common/activations.h for Triton: sigmoid, activations with slopes, dropout's mask.
 
-Everything is fp32. ``FAST`` is for 16-bit z, c and affine: errors of about 5e-5, a tenth of an fp16 rounding; the
+Everything is fp32. ``FAST`` is for 16-bit z, c and affine: its errors are about 5e-5, a tenth of an fp16 rounding. The
 polynomials are those of activations.h. Exponentials are powers of two and reciprocals are squared reciprocal roots,
-because those compile to one instruction each
-(sigmoid: 5 instructions an element on sm_90, where 1 / (1 + exp(-x)) takes 12 and erf takes 29) and because the
-    interpreter knows them.
+because each compiles to one instruction. On sm_90 sigmoid takes 5 instructions an element, 1 / (1 + exp(-x)) 12 and erf
+29. The interpreter knows these functions.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
 
 @triton.jit
 def reciprocal(x):
-    """1 / x for x >= 1: two units in the last place."""
+    """Compute 1 / x for x >= 1, accurate to two units in the last place."""
     root = tl.math.rsqrt(x)
     return root * root
 
@@ -29,7 +28,10 @@ def sigmoid(a):
 
 @triton.jit
 def normal_cdf_and_density(a, FAST: tl.constexpr):
-    """The standard normal distribution's cumulative function and density; see normal() in csrc/common/activations.h."""
+    """Return the standard normal distribution's cumulative function and density.
+
+    See normal() in csrc/common/activations.h.
+    """
     half_density = tl.math.exp2(a * a * -0.72134752044448170)  # exp(-a^2 / 2)
     if FAST:
         t = reciprocal(1.0 + 0.33 * tl.abs(a))
@@ -48,9 +50,9 @@ def normal_cdf_and_density(a, FAST: tl.constexpr):
 
 @triton.jit
 def normal_cdf(a, FAST: tl.constexpr):
-    """The cumulative function alone."""
+    """Return the standard normal distribution's cumulative function alone."""
     if FAST:
-        # NaN must not be clamped away: comparisons with it are false
+        # a clamp would remove NaN; comparisons with NaN are false
         x = tl.where(a < -4.4, -4.4, tl.where(a > 4.4, 4.4, a))
         s = x * x
         p = 0.00213476805 + s * -1.91085691e-05
@@ -66,7 +68,7 @@ def normal_cdf(a, FAST: tl.constexpr):
 
 @triton.jit
 def activate(a, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
-    """act(a)."""
+    """Return act(a)."""
     if ACTIVATION == "gelu":
         return a * normal_cdf(a, FAST)
     elif ACTIVATION == "gelu_tanh":
@@ -84,7 +86,7 @@ def activate(a, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def activate_with_slope(a, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
-    """act(a) and d act(a) / d a."""
+    """Return act(a) and d act(a) / d a."""
     if ACTIVATION == "gelu":
         cdf, density = normal_cdf_and_density(a, FAST)
         return a * cdf, cdf + a * density
@@ -110,12 +112,11 @@ def activate_with_slope(a, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def dropout_factors(seed, row, first, threshold, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """``scale`` where dropout keeps an element and 0 elsewhere, for rows ``row`` (ROWS, 1) and BLOCK features from
-    ``first`` on.
+    """Return ``scale`` where dropout keeps an element and 0 elsewhere.
 
-    Philox4x32-10 (Salmon et al., SC 2011) with the counter and key of dropout_mask in
-    depthlstm_fast/reference/depth_lstm.py. One block of four words serves four features, so a quarter of the tile is
-    drawn and its words are interleaved.
+    The result has rows ``row`` (ROWS, 1) and BLOCK features from ``first`` on. The generator is Philox4x32-10 (Salmon
+    et al., SC 2011), with the counter and key of dropout_mask in depthlstm_fast/reference/depth_lstm.py. One block of
+    four words serves four features, so a quarter of the tile is drawn and its words are interleaved.
     """
     block = (first // 4 + tl.arange(0, BLOCK // 4))[None, :]
     row_low = (row & 0xFFFFFFFF).to(tl.uint32)

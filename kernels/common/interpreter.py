@@ -1,15 +1,20 @@
-"""Triton's interpreter (TRITON_INTERPRET=1), made to compute what a GPU computes.
+"""Patches that make Triton's interpreter (TRITON_INTERPRET=1) compute what a GPU computes.
 
-Known to work, and needed, with Triton 3.6 to 3.9 (tests/backends/triton/test_triton_interpreter.py):
-    fp32 -> bf16    truncates there; hardware rounds to nearest, ties to even.
-    bf16 -> fp32    makes subnormal numbers zero there; hardware keeps them.
-    loop bounds     numpy 2.4 refuses to make a Python int of the one-element arrays that Triton 3.6 keeps scalars in.
-    reductions      of tuples go element by element in Python (9 s for 17 rows of 300); here by halves of whole arrays,
-                    as hardware does.
-    language        is replaced anew at every call of a device function, which is half of the time; here once a launch.
-What stays different: scalars and loop variables are Python ints, which never overflow; programs run one after the
-other, so no race and no missing barrier can show; arithmetic in bf16 is wrong, so the kernels convert to fp32 right
-after loading.
+They work and are needed with Triton 3.6 to 3.9 (tests/backends/triton/test_triton_interpreter.py):
+
+- fp32 -> bf16: the interpreter truncates. Hardware rounds to nearest, ties to even.
+- bf16 -> fp32: the interpreter makes subnormal numbers zero. Hardware keeps them.
+- Loop bounds: Triton 3.6 keeps scalars in one-element arrays, and numpy 2.4 refuses to convert these to a Python int.
+- Reductions of tuples: the interpreter goes element by element in Python (9 s for 17 rows of 300). The patch reduces by
+  halves of whole arrays, as hardware does.
+- Language: the interpreter replaces it at every call of a device function, which is half of the time. The patch
+  replaces it once a launch.
+
+Three differences from a GPU remain:
+
+- Scalars and loop variables are Python ints, which never overflow.
+- Programs run one after the other, so no race and no missing barrier can show.
+- Arithmetic in bf16 is wrong, so the kernels convert to fp32 right after loading.
 """
 
 from __future__ import annotations
@@ -25,19 +30,19 @@ import triton
 
 
 def enabled() -> bool:
-    """Whether Triton interprets kernels in this process."""
+    """Return whether Triton interprets kernels in this process."""
     return bool(triton.knobs.runtime.interpret)
 
 
 def round_to_bf16(values: np.ndarray) -> np.ndarray:
-    """fp32 -> the bits of bf16, as cvt.rn.bf16.f32: to nearest, ties to even; a NaN stays a NaN."""
+    """Convert fp32 to the bits of bf16 as cvt.rn.bf16.f32 does: to nearest, ties to even; a NaN stays a NaN."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(values), np.uint32(0x7FFF), rounded).astype(np.uint16)
 
 
 def reduce_by_halves(self: Any, values: tuple[Any, ...]) -> list[Any]:
-    """Triton's ReduceOps.generic_reduce along one axis, whose size is a power of two."""
+    """Replace Triton's ReduceOps.generic_reduce along one axis, whose size is a power of two."""
     arrays = [value.handle.data for value in values]
     while arrays[0].shape[self.axis] > 1:
         halves = [np.split(array, 2, axis=self.axis) for array in arrays]
@@ -56,8 +61,9 @@ _lock = threading.RLock()
 
 @contextlib.contextmanager
 def patched() -> Iterator[None]:
-    """Interpret one launch inside the ``with`` block as the file's header says; one thread at a time: the interpreter
-    works by globals.
+    """Interpret one launch inside the ``with`` block as the file's header says.
+
+    Only one thread may do so at a time, because the interpreter works by globals.
     """
     from triton.runtime import interpreter as module
 
@@ -82,9 +88,9 @@ def patched() -> Iterator[None]:
         return tuple(any(value is language for value in function.__globals__.values()) for language in languages)
 
     def patch_language_once(function: Any) -> Any:
-        found = languages_of(function)  # what Triton looks for in the function's module
+        found = languages_of(function)  # which languages the function's module has
         if found in done:
-            return None  # of a device function: nobody asks for it
+            return None  # the result for a device function is not used
         done.add(found)
         return patch_language(function)
 

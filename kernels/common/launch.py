@@ -1,10 +1,9 @@
-"""Compiling and launching the Triton kernels: one compilation for each (kernel, D, dtypes, flags), found again by a
-dictionary lookup.
+"""Compile and launch the Triton kernels, once for each (kernel, D, dtypes, flags).
 
-triton.jit would specialise on the alignment of every single argument and spends more time on a call; here the caller
-says whether everything is aligned, N and the strides are never specialised on, and the compile gate
-(tools/check_kernels.py) compiles by the same function what the launcher runs. With TRITON_INTERPRET=1 the kernels run
-on the CPU, slowly, for tests.
+A dictionary lookup finds the compiled kernel. triton.jit would specialise on the alignment of every single argument and
+spend more time on a call. Here the caller says whether everything is aligned. N and the strides are never specialised
+on. The compile gate (tools/check_kernels.py) compiles with the same function that the launcher uses. With
+TRITON_INTERPRET=1 the kernels run on the CPU, slowly, for tests.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from triton.compiler import ASTSource
 from . import interpreter
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
-ALIGNMENT = 16  # bytes: what the widest load of a thread takes
+ALIGNMENT = 16  # bytes: the widest load of a thread
 INTERPRETED = interpreter.enabled()
 Argument = Tensor | int | float | None
 Constant = int | str | bool
 
 
 class Launch(NamedTuple):
-    """How a kernel is launched: the warps of a program and the constants of its tile."""
+    """Launch plan of a kernel: the warps of a program and the constants of its tile."""
 
     warps: int
     constants: dict[str, int]
@@ -41,7 +40,7 @@ def cdiv(a: int, b: int) -> int:
 
 
 def type_of(argument: Argument) -> str | None:
-    """Triton's name for the type of a run-time argument; None for an absent one."""
+    """Return Triton's name for the type of a run-time argument; None for an absent one."""
     if argument is None:
         return None
     if isinstance(argument, Tensor):
@@ -51,20 +50,21 @@ def type_of(argument: Argument) -> str | None:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many multiprocessors the GPU has; interpreted, one."""
+    """Return the number of multiprocessors of the GPU; 1 for the interpreter."""
     return 1 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Makes the tensor's GPU the current one, where it is not already."""
+    """Make the tensor's GPU the current one, unless it already is."""
     if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
 
 
 def row_stride(tensor: Tensor) -> int | None:
-    """The distance between rows (all but the last dimension flattened) in elements; None where there is no single
-    one.
+    """Return the distance between rows in elements; None where there is no single one.
+
+    Rows are all but the last dimension, flattened.
     """
     if tensor.is_contiguous():
         return tensor.shape[-1]
@@ -83,17 +83,18 @@ def row_stride(tensor: Tensor) -> int | None:
 
 
 def as_rows(tensor: Tensor | None) -> tuple[Tensor | None, int]:
-    """The tensor with its row stride, copied only where no single stride exists."""
+    """Return the tensor with its row stride; it is copied only where no single stride exists."""
     if tensor is None:
         return None, 0
-    tensor = tensor.resolve_neg()  # a lazy minus sign, which the imaginary part of a conjugate has
+    tensor = tensor.resolve_neg()  # resolves a lazy minus sign, as the imaginary part of a conjugate has
     stride = row_stride(tensor)
     return (tensor.contiguous(), tensor.shape[-1]) if stride is None else (tensor, stride)
 
 
 def is_aligned(tensors: Sequence[Tensor | None], strides: Sequence[int]) -> bool:
-    """Whether each tensor and each of its rows starts at a multiple of ALIGNMENT bytes; ``strides`` of rows in
-    elements.
+    """Return whether each tensor and each of its rows starts at a multiple of ALIGNMENT bytes.
+
+    ``strides`` are those of the rows, in elements.
     """
     for tensor, stride in zip(tensors, strides, strict=True):
         if tensor is not None and (tensor.data_ptr() % ALIGNMENT or stride * tensor.itemsize % ALIGNMENT):
@@ -111,15 +112,15 @@ def compile_kernel(
 ) -> Any:
     """Compile ``kernel`` for run-time arguments of ``types`` (None: absent), for ``target`` or else the current GPU.
 
-    ``aligned`` promises what :func:`is_aligned` checks of all pointers, and of an argument called x_stride for the rows
+    ``aligned`` promises what :func:`is_aligned` checks: for all pointers, and through an argument x_stride for the rows
     of x.
     """
     names = kernel.arg_names
     by_name = dict(zip(names, types, strict=False))
     signature = {name: by_name.get(name) or "constexpr" for name in names}
-    # Beside fp32 rows a 16-bit row is promised no more than the vector that a store of fp32 has, 4 elements: with two
-    # layouts Triton 3.6 computed a row's statistics twice, once for each (bf16 z and fp32 c, backward, sm_90: 2451
-    # instructions, with one layout 1752).
+    # Beside fp32 rows a 16-bit row is promised only 4 elements, the vector of an fp32 store. With two layouts Triton
+    # 3.6 computed a row's statistics twice, once for each (bf16 z and fp32 c, backward, sm_90: 2451 instructions, with
+    # one layout 1752).
     vector = ALIGNMENT // (4 if "*fp32" in (by_name.get("z"), by_name.get("c")) else 2)
     values: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
@@ -133,14 +134,15 @@ def compile_kernel(
             pointer = by_name[name.removesuffix("_stride")] or "*fp32"
             attributes[(index,)] = [["tt.divisibility", 4 if pointer == "*fp32" else vector]]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # 3.9 warns of enable_fp_fusion's future default even where it is given
+        warnings.simplefilter("ignore")  # Triton 3.9 warns of enable_fp_fusion's future default even if it is given
         source = ASTSource(kernel, signature, values, attributes)
         return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": True})
 
 
 def key_of(arguments: Sequence[Argument], constants: dict[str, Constant], aligned: bool) -> tuple[object, ...]:
-    """What decides about a kernel's machine code beside its plan: which tensors are there, of which dtypes, and the
-    constants.
+    """Return the key of a kernel's machine code, apart from its plan.
+
+    The key holds which tensors are present, their dtypes, and the constants.
     """
     return (
         *[argument.dtype if isinstance(argument, Tensor) else argument is None for argument in arguments],
@@ -160,8 +162,9 @@ def launch(
     plan: Launch,
     aligned: bool,
 ) -> None:
-    """Run ``kernel`` on the current stream of the current device; its parameters are ``arguments``, then ``constants``
-    and the plan's.
+    """Run ``kernel`` on the current stream of the current device.
+
+    Its parameters are ``arguments``, then ``constants`` and the plan's constants.
     """
     if INTERPRETED:
         with interpreter.patched():

@@ -1,6 +1,6 @@
-"""Building blocks of the Triton kernels: tiles (ROWS, BLOCK) of several gates, their means over a row, LayerNorm.
+"""Building blocks of the Triton kernels: tiles (ROWS, BLOCK) of several gates, their row means, LayerNorm.
 
-What belongs to the gates i, f, o, g is a tuple of four tiles, or of three where `hidden` gives g. Everything is fp32.
+Values of the gates i, f, o, g are a tuple of four tiles, or of three if `hidden` gives g. Everything is fp32.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ def _add8(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
 
 @triton.jit
 def row_means(x, SETS: tl.constexpr, FEATURES: tl.constexpr, NORM: tl.constexpr, GATES: tl.constexpr):
-    """Means over the features of SETS * GATES tiles, (ROWS, 1) each; with norm="joint" over the features of all
-    gates.
+    """Return means over the features of SETS * GATES tiles, (ROWS, 1) each.
+
+    With norm="joint" the means are over the features of all gates.
     """
     if SETS * GATES == 3:
         sums = tl.reduce(x, 1, _add3, keep_dims=True)
@@ -58,7 +59,7 @@ def row_means(x, SETS: tl.constexpr, FEATURES: tl.constexpr, NORM: tl.constexpr,
 
 @triton.jit
 def load(at, inside, MASKED: tl.constexpr):
-    """A tile in fp32; zeros outside."""
+    """Load a tile in fp32, with zeros outside."""
     if MASKED:
         return tl.load(at, mask=inside, other=0.0).to(tl.float32)
     else:
@@ -76,7 +77,7 @@ def store(at, value, inside, MASKED: tl.constexpr):
 
 @triton.jit
 def load_key(seed):
-    """The dropout seed as a number; None where there is none."""
+    """Return the dropout seed as a number; None if there is none."""
     key = None
     if seed is not None:
         key = tl.load(seed)
@@ -85,7 +86,7 @@ def load_key(seed):
 
 @triton.jit
 def load_gates(at, inside, FEATURES: tl.constexpr, GATES: tl.constexpr, MASKED: tl.constexpr):
-    """The gates' tiles, which lie FEATURES apart: of z, or of a (GATES, FEATURES) parameter."""
+    """Load the gates' tiles, which lie FEATURES apart, from z or from a (GATES, FEATURES) parameter."""
     tiles = ()
     for k in tl.static_range(GATES):
         tiles = tiles + (load(at + k * FEATURES, inside, MASKED),)
@@ -106,7 +107,7 @@ def load_z(
     MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """z + z_bias; ``rows`` is never 0."""
+    """Load z + z_bias; ``rows`` is never 0."""
     tiles = load_gates(z + row * z_stride + column, inside, FEATURES, GATES, MASKED)
     if z_bias is not None:
         biases = zeros(GATES, 1, BLOCK)
@@ -134,7 +135,7 @@ def add_tiles(x, y, COUNT: tl.constexpr):
 
 @triton.jit
 def centre(z, mean, inside, GATES: tl.constexpr, MASKED: tl.constexpr):
-    """z - mean; zeros outside."""
+    """Return z - mean, with zeros outside."""
     centred = ()
     for k in tl.static_range(GATES):
         tile = z[k] - mean[k]
@@ -146,15 +147,15 @@ def centre(z, mean, inside, GATES: tl.constexpr, MASKED: tl.constexpr):
 
 @triton.jit
 def scale_and_shift(rest, eps, GATES: tl.constexpr):
-    """(r, shift) with n = (z - mean) r + shift, from the means of z - mean and of its square.
+    """Return (r, shift) with n = (z - mean) r + shift, from the means of z - mean and of its square.
 
-    The shift takes out the rounding error of the mean: on a nearly constant row it is most of what is left of z - mean,
-    and r = 1 / sqrt(eps) would blow it up.
+    The shift takes out the rounding error of the mean. On a nearly constant row this error is most of z - mean, and r =
+    1 / sqrt(eps) would blow it up.
     """
     r, shift = (), ()
     for k in tl.static_range(GATES):
         variance = rest[GATES + k] - rest[k] * rest[k]
-        variance = tl.where(variance < 0, 0.0, variance)  # not a maximum: NaN must stay
+        variance = tl.where(variance < 0, 0.0, variance)  # not a maximum, because NaN must stay
         r = r + (tl.math.rsqrt(variance + eps),)
         shift = shift + (-rest[k] * r[k],)
     return r, shift
@@ -164,7 +165,7 @@ def scale_and_shift(rest, eps, GATES: tl.constexpr):
 def row_statistics(
     z, inside, eps, FEATURES: tl.constexpr, NORM: tl.constexpr, GATES: tl.constexpr, MASKED: tl.constexpr
 ):
-    """(mean, r, shift) of the gates, (ROWS, 1) each."""
+    """Return (mean, r, shift) of the gates, (ROWS, 1) each."""
     mean = row_means(z, 1, FEATURES, NORM, GATES)
     centred = centre(z, mean, inside, GATES, MASKED)
     r, shift = scale_and_shift(
@@ -175,8 +176,9 @@ def row_statistics(
 
 @triton.jit
 def normalise(z, mean, r, shift, inside, GATES: tl.constexpr, MASKED: tl.constexpr):
-    """n of each gate; where MASKED 0 outside: what a column that is not there has beside its 0 gradient may not be NaN
-    in a row's sums.
+    """Return n of each gate, with 0 outside if MASKED.
+
+    A column outside has gradient 0. A NaN beside it would make a row's sums NaN.
     """
     n = ()
     for k in tl.static_range(GATES):
@@ -199,11 +201,11 @@ def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 def load_affine(
     weight, bias, column, rows, FEATURES: tl.constexpr, GATES: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The tiles (1, BLOCK) of weight and of bias.
+    """Load the tiles (1, BLOCK) of weight and of bias.
 
-    ``rows`` is never 0. A load in a branch is not pipelined: in a loop with stages Triton would copy the affine with
-    every row into shared memory, past the L1 cache, which is 32D bytes a row from L2 where everything else is 24D from
-    memory (cp.async.cg, seen in the machine code for sm_90).
+    ``rows`` is never 0. The branch keeps the loads out of the pipeline. In a loop with stages Triton would copy the
+    affine with every row into shared memory, past the L1 cache (cp.async.cg, seen in the machine code for sm_90). That
+    is 32D bytes a row from L2, where everything else is 24D from memory.
     """
     weights, biases = zeros(GATES, 1, BLOCK), zeros(GATES, 1, BLOCK)
     if rows > 0:

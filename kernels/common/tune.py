@@ -1,8 +1,8 @@
-"""Launch plans found by timing instead of by rule: opt-in, DEPTHLSTM_AUTOTUNE=1.
+"""Launch plans found by timing instead of by rule: opt-in by DEPTHLSTM_AUTOTUNE=1.
 
-The first call for a (kernel, GPU, Triton, D, dtypes, flags) times every candidate on its own tensors, whatever their
-number of rows, and the fastest is kept, in this process and in Triton's cache folder for those that follow. Never while
-a CUDA graph is captured.
+The first call for a (kernel, GPU, Triton, D, dtypes, flags) times every candidate on its own tensors, with any
+number of rows. The fastest plan is kept in this process, and in Triton's cache folder for later ones. Nothing is timed
+while a CUDA graph is captured.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger("depthlstm_fast")
 
 
 def cache_file() -> Path:
-    """Where plans are kept for later processes."""
+    """Return the file that keeps plans for later processes."""
     return Path(triton.knobs.cache.dir) / "depthlstm_fast-plans.json"
 
 
@@ -33,7 +33,7 @@ def _read() -> dict[str, Launch]:
         stored = json.loads(cache_file().read_text(encoding="utf-8"))
         return {key: Launch(int(warps), dict(constants)) for key, (warps, constants) in stored.items()}
     except (OSError, ValueError, TypeError, AttributeError):
-        return {}  # none yet, or no file of ours: it is written anew
+        return {}  # a missing or foreign file is written anew
 
 
 def _write(key: str, plan: Launch) -> None:
@@ -44,12 +44,12 @@ def _write(key: str, plan: Launch) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps({**_read(), key: plan}, indent=1), encoding="utf-8")
         os.replace(partial, path)
-    except OSError as error:  # a folder that cannot be written costs the next process its time, not this one its result
+    except OSError as error:  # without a writable folder the next process times again
         logger.warning("the launch plan was not kept in %s: %s", path, error)
 
 
 def fastest(kernel: str, key: tuple[object, ...], plans: Sequence[Launch], run: Callable[[Launch], object]) -> Launch:
-    """The fastest of ``plans`` at ``run(plan)``, which launches the kernel and may be called any number of times."""
+    """Return the fastest of ``plans``; ``run(plan)`` launches the kernel and may be called any number of times."""
     name = "; ".join(str(part) for part in (kernel, torch.cuda.get_device_name(), f"triton {triton.__version__}", *key))
     if name not in _found:
         _found.update({stored: plan for stored, plan in _read().items() if stored not in _found})
@@ -61,7 +61,7 @@ def fastest(kernel: str, key: tuple[object, ...], plans: Sequence[Launch], run: 
     for plan in plans:
         try:
             times.append(triton.testing.do_bench(lambda plan=plan: run(plan), warmup=10, rep=50, return_mode="median"))
-        except triton.runtime.errors.TritonError:  # more registers or shared memory than there are
+        except triton.runtime.errors.TritonError:  # the plan needs more registers or shared memory than the GPU has
             times.append(float("inf"))
     _found[name] = plans[min(range(len(plans)), key=times.__getitem__)]
     _write(name, _found[name])

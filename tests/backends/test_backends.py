@@ -32,7 +32,7 @@ def call(backend: str | None = None, device: str = "cpu") -> None:
 def python(
     script: str, tmp_path: Path, root: Path | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter that sees the package of this checkout, or the one in ``root``, and these variables."""
+    """Run a fresh interpreter that sees the package of this checkout, or the one in ``root``, and these variables."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("DEPTHLSTM_")}
     clean["PYTHONPATH"] = os.pathsep.join(
         [str(root or Path(dl.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -45,7 +45,7 @@ def python(
 
 @pytest.fixture(autouse=True)
 def as_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a test or the environment sets: no strict mode, "auto" by default, nothing logged before."""
+    """Reset the settings of tests and environment: no strict mode, "auto" by default, nothing logged before."""
     monkeypatch.setattr(backends, "_strict", False)
     monkeypatch.setattr(backends, "_default", "auto")
     monkeypatch.setattr(backends, "_logged", set())
@@ -101,7 +101,7 @@ def test_use_backend_restores() -> None:
 
 
 def in_a_thread(function: Callable[[], None]) -> str | None:
-    """The backend that ran last in ``function``, called in a thread of its own."""
+    """Return the backend that ran last in ``function``, called in a separate thread."""
     found: list[str | None] = []
     thread = threading.Thread(target=lambda: (function(), found.append(dl.last_backend())))
     thread.start()
@@ -117,7 +117,7 @@ def test_use_backend_holds_for_its_thread_alone() -> None:
         assert dl.last_backend() == "reference"
     dl.set_backend("reference")
     with dl.use_backend("cpp"):
-        assert in_a_thread(call) == "reference"  # what was set for the whole process
+        assert in_a_thread(call) == "reference"  # the setting of the whole process
         dl.set_backend("auto")
         call()
         assert dl.last_backend() == "cpp"
@@ -160,7 +160,7 @@ def test_unknown_names() -> None:
             ValueError, match="must be one of 'auto', 'reference', 'cpp', 'cuda', 'triton'; found 'fast'"
         ):
             function("fast")
-    call("reference")  # the default was left alone
+    call("reference")  # the default is unchanged
 
 
 def test_backends_that_cannot_run_name_their_limit() -> None:
@@ -198,7 +198,7 @@ def test_strict_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_strict", True)
     with pytest.raises(RuntimeError, match="DEPTHLSTM_STRICT=1 forbids the fallback to the reference backend: "):
         call(device="meta")
-    call("reference", "meta")  # asked for by name it is no fallback
+    call("reference", "meta")  # a backend named by the call is no fallback
 
 
 @pytest.mark.parametrize("value", ["1", "0", ""])
@@ -235,7 +235,7 @@ def test_triton_takes_cpu_tensors_only_where_it_is_interpreted(tmp_path: Path) -
     wanted = (
         "True Triton kernels for GPUs False" if DEVICE == "cuda" else "False there is no GPU that torch can use False"
     )
-    assert run.stdout.strip() == wanted, run.stderr  # and nobody has imported Triton, which takes half a second
+    assert run.stdout.strip() == wanted, run.stderr  # Triton, whose import takes half a second, is not imported
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +246,10 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_backend_in_the_environment(tmp_path: Path) -> None:
-    """Import never fails; the first call says which variable is wrong; a name set later replaces it."""
+    """Check an unknown backend in the environment.
+
+    The import works, the first call names the wrong variable, and a name set later replaces it.
+    """
     run = python(f'print("imported")\n{CALL}', tmp_path, DEPTHLSTM_BACKEND="fast")
     assert run.returncode == 1
     assert run.stdout.strip() == "imported"

@@ -1,4 +1,4 @@
-"""Where "cuda" can run, and what "auto" takes on a GPU."""
+"""The machines where "cuda" can run, and the backend that "auto" takes on a GPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HELD = ("80", "90", "100", "100-ptx")
 
 
 def tensor_on(device: str, dtype: torch.dtype = F32) -> Any:
-    """What the choice of a backend reads of a tensor."""
+    """Return a stand-in with the tensor attributes that the choice of a backend reads."""
     return SimpleNamespace(device=torch.device(device), dtype=dtype)
 
 
@@ -79,7 +79,7 @@ def test_libraries_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int]], None]:
-    """Makes torch say that there is a GPU of some compute capability, and the library that it has CUDA kernels."""
+    """Pretend that torch has a GPU of some compute capability, and that the library has CUDA kernels."""
 
     def make(capability: tuple[int, int]) -> None:
         monkeypatch.setattr(cuda, "_error", None)
@@ -116,7 +116,7 @@ def test_limits_of_a_call(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tracers_do_not_look_into_the_question(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
-    # no tracer follows a subprocess
+    # tracers do not follow a subprocess
     monkeypatch.setattr(
         cuda, "_known_gpu_limit", lambda index: subprocess.check_output(["echo", f"GPU {index}"]).decode()
     )
@@ -127,12 +127,12 @@ def test_tracers_do_not_look_into_the_question(monkeypatch: pytest.MonkeyPatch) 
     assert torch.compile(function, fullgraph=True, backend="eager")(torch.zeros(())).item() == 1
 
 
-# what "auto" takes
+# the backend that "auto" takes
 
 
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
-    """The limits of both GPU backends, to be changed by the test."""
+    """Return the limits of both GPU backends, for the test to change."""
     limits: dict[str, str | None] = {"triton": None, "cuda": None}
     for name in limits:
         record = dataclasses.replace(
@@ -187,12 +187,12 @@ def test_auto_follows_measurements(on_a_gpu: dict[str, str | None], monkeypatch:
         return choose("auto", tensor_on("cuda:0", dtype), features)
 
     assert choice(512, BF16) == "cuda"
-    assert [choice(512, F16), choice(1024, BF16), choice(256, BF16)] == ["triton"] * 3  # not measured, not guessed
+    assert [choice(512, F16), choice(1024, BF16), choice(256, BF16)] == ["triton"] * 3  # no measurement, no guess
     on_a_gpu["cuda"] = "out of order"
     assert choice(512, BF16) == "triton"
     on_a_gpu.update(cuda=None, triton="out of order")
     assert choice(1024, BF16) == "cuda"
-    assert choose("auto", tensor_on("meta"), 512) == "cuda"  # whose limits the fixture took away
+    assert choose("auto", tensor_on("meta"), 512) == "cuda"  # the fixture has removed the limits
 
 
 def test_what_a_table_may_hold() -> None:

@@ -62,7 +62,7 @@ def test_quantiles_interpolate_between_neighbours() -> None:
 def test_a_ratio_is_of_medians_and_its_spread_of_pairs() -> None:
     found = timing.ratio([10, 20, 90], [1, 4, 3])
     assert found.median == 20 / 3
-    assert found.p10 == pytest.approx(6)  # of the pairs 10, 5, 30
+    assert found.p10 == pytest.approx(6)  # ratios of the pairs: 10, 5, 30
     assert found.p90 == pytest.approx(26)
 
 
@@ -80,7 +80,7 @@ def test_contestants_take_turns_until_the_budget_is_spent() -> None:
     named = {name: lambda name=name: (turns.append(name), runs[name]())[1] for name in runs}
     samples = timing.interleave(named, seconds=20, minimum=2, clock=watch)
     assert samples == {"slow": [3.0] * 5, "fast": [1.0] * 5}
-    rounds = [turns[i : i + 2] for i in range(2, len(turns), 2)]  # the first is the warm-up
+    rounds = [turns[i : i + 2] for i in range(2, len(turns), 2)]  # the first round is the warm-up
     assert all(sorted(names) == ["fast", "slow"] for names in rounds)
     assert len({tuple(names) for names in rounds}) == 2
 
@@ -106,7 +106,7 @@ def test_figures_of_a_timed_row() -> None:
     (row,) = problem.measure(Settings(minimum=3, seconds=0), lambda: None)
     assert row.repetitions == 3
     assert set(row.values) == set(runs)
-    assert [f.column for f in row.figures] == ["eager"]  # what did not take part has no figure
+    assert [f.column for f in row.figures] == ["eager"]  # an absent contestant has no figure
 
 
 def test_bytes_moved_by_the_gates() -> None:
@@ -211,7 +211,7 @@ def test_a_compiler_that_fails_is_reported_not_raised() -> None:
 def test_the_hosts_stopwatch_starts_on_an_idle_device(
     monkeypatch: pytest.MonkeyPatch, clock: str, seconds: float
 ) -> None:
-    """A call takes the host one second and the device five."""
+    """Check a call that takes the host one second and the device five."""
     now, done = [0.0], [7.0]  # an earlier call's work keeps the device until 7
 
     def call() -> None:

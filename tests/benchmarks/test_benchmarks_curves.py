@@ -1,6 +1,6 @@
 """Scaling curves and roofline.
 
-What is linear is called so. What is not is named. Pictures are drawn. No time is asserted.
+A linear curve is reported as linear, and bends are named. Pictures are drawn. No time is asserted.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def test_curves_have_all_axes_and_pictures(monkeypatch: pytest.MonkeyPatch, tmp_
     assert found[0]["points"][0]["bytes"] == 7 * scaling.FEATURES * 4
     kept = found[-1]
     assert kept["unit"] == "MB"
-    # memory is counted, not timed: it has to grow linearly in layers, and the fused stack keeps less
+    # memory is counted, not timed: it must grow linearly in layers, and the fused stack keeps less
     assert kept["lines"]["fused"]["bent"] == {}
     assert all(point["values"]["fused"]["median"] < point["values"]["eager"]["median"] for point in kept["points"])
     text = scaling_tables.markdown(found)

@@ -28,9 +28,9 @@ BATCH, LENGTH, FEATURES, HEADS, LAYERS, VOCABULARY = 2, 7, 32, 4, 2, 50
 
 
 def counted(run: object) -> int:
-    """FLOPs by torch's counter, attention as plain products.
+    """Return FLOPs by torch's counter, with attention as plain products.
 
-    Of the fused attention kernels the counter counts what they compute twice.
+    The counter counts recomputed products of the fused attention kernels twice.
     """
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()  # type: ignore[operator]
@@ -84,9 +84,9 @@ class Counted:
 
 
 def gates_by_formula(features: int, backward: bool) -> int:
-    """Operations of one row, by the formulas on numbers that count themselves.
+    """Count the operations of one row, by the formulas on self-counting numbers.
 
-    With ``backward`` those of the backward alone.
+    With ``backward`` only those of the backward are counted.
     """
     Counted.operations = 0
 
@@ -132,7 +132,7 @@ def gates_by_formula(features: int, backward: bool) -> int:
 
 
 def test_operations_of_the_gates() -> None:
-    # what a row costs however wide it is cancels out
+    # a row's fixed cost cancels out
     forward, backward = ((gates_by_formula(48, side) - gates_by_formula(16, side)) / 32 for side in (False, True))
     assert (forward, backward) == (gates.FORWARD_OPERATIONS, gates.BACKWARD_OPERATIONS)
     assert gates.operations(3, 5, backward=True) == 15 * (forward + backward)
@@ -213,9 +213,8 @@ def test_cost_of_a_call_counts_innermost_operators_and_the_peak_of_memory() -> N
     # clone calls empty_like, which calls empty_strided, and copy_
     assert call_cost.of_call(lambda: torch.clone(x)) == call_cost.Cost(2, 4000)
     leaf = x.clone().requires_grad_()
-    assert (
-        call_cost.of_call(lambda: torch.autograd.grad(leaf.exp(), leaf, x)).op_calls >= 2
-    )  # exp and its backward's mul
+    # exp and its backward's mul
+    assert call_cost.of_call(lambda: torch.autograd.grad(leaf.exp(), leaf, x)).op_calls >= 2
 
 
 @needs_cpp

@@ -1,7 +1,7 @@
-"""`make gpu` without a GPU: bytes, guards, the budget of time, the supervisor, and a rehearsal of the whole.
+"""`make gpu` without a GPU: bytes, guards, the time budget, the supervisor, and a rehearsal of the whole.
 
-test_benchmarks_gpu_stages.py has the programs that it starts and the order of its jobs, test_benchmarks_gpu_report.py
-what becomes of its results.
+test_benchmarks_gpu_stages.py has the programs that it starts and the order of its jobs. test_benchmarks_gpu_report.py
+has the reports of its results.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-# --- what is measured
+# --- measurements
 
 
 def test_bytes_of_the_main_problems() -> None:
@@ -88,7 +88,7 @@ def test_backends_share_their_rivals() -> None:
 
 
 class Event:
-    """A device event of a simulated GPU, whose clock moves by what is enqueued."""
+    """A device event of a simulated GPU; enqueued work moves its clock."""
 
     now = 0.0
 
@@ -120,15 +120,14 @@ def test_the_stopwatch_keeps_waiting_out_of_the_time(monkeypatch: pytest.MonkeyP
 
     samples = interleave({"a": work, "b": work}, seconds=0, minimum=3, warmups=2, stopwatch=watch)
     assert samples == {"a": pytest.approx([0.25] * 3), "b": pytest.approx([0.25] * 3)}
-    assert all(
-        0.003 <= seconds <= gpu_timing.LONGEST_HOST_SECONDS for seconds in slept[-6:]
-    )  # one and a half of the host's 2 ms
+    # one and a half of the host's 2 ms
+    assert all(0.003 <= seconds <= gpu_timing.LONGEST_HOST_SECONDS for seconds in slept[-6:])
     watch.reset()
     watch.begin("a")
     assert slept[-1] == pytest.approx(gpu_timing.SLACK_SECONDS)
 
 
-# --- correct before fast
+# --- checks before timings
 
 
 def check_of(passed: bool, backend: str = "triton", tensor: str = "h") -> Check:
@@ -203,7 +202,7 @@ def test_last_rows_are_held_to_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dl, "depth_lstm_gates", lambda *a, **k: [1.05 * tensor for tensor in right(*a, **k)])
     monkeypatch.setattr(Problem, "measure", lambda *_: pytest.fail("a red subject was timed"))
     assert ["RED: last" in str(row.failure) for row in rows()] == [True, True]
-    assert len(told) == 2 * 2  # the width's and the last rows' check, each made once
+    assert len(told) == 2 * 2  # the check of the width and that of the last rows, each made once
 
 
 # --- guards, budget, results as they come
@@ -246,7 +245,7 @@ def test_jobs_are_guarded_skipped_and_written_down(tmp_path: Path) -> None:
     assert "ValueError: one bad row" in run["jobs"][0]["detail"]
     assert "10 s left, 20 s wanted" in run["jobs"][2]["detail"]
     assert not list(tmp_path.glob("*.partial"))
-    run_jobs(jobs, recorder, Budget(1e9, clock), say=lambda _: None)  # all were attempted
+    run_jobs(jobs, recorder, Budget(1e9, clock), say=lambda _: None)  # all jobs were attempted before
     assert len(recorder.run["jobs"]) == 4
 
 
@@ -275,8 +274,8 @@ run_jobs(jobs, recorder, Budget(time.time() + 300), state)
 def test_the_worker_is_started_again_behind_a_crash_and_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{os.environ.get('PYTHONPATH', '')}")
     command = [sys.executable, "-c", WORKER, str(tmp_path)]
-    # far beyond what it takes: behind its deadline the supervisor starts no worker again, and returns the status of
-    # the one it stopped
+    # Far above the needed time: after its deadline the supervisor starts no worker again, and returns the status of the
+    # worker it stopped.
     status, folder = supervisor.supervise(command, time.time() + 600, 2, lambda run, where: None)
     assert (status, folder) == (0, tmp_path)
     run = read_run(tmp_path)
@@ -354,7 +353,7 @@ def test_the_folder_of_a_gpu() -> None:
 @needs_triton
 @needs_cpp
 def test_rehearsal(tmp_path: Path) -> None:
-    """Every stage but pytest's, in the processes that `make gpu` has; under 20 s on two slow cores."""
+    """Check every stage but pytest's, in the processes of `make gpu`; takes under 20 s on two slow cores."""
     pytest.importorskip("matplotlib")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"

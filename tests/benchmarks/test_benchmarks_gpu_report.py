@@ -1,4 +1,4 @@
-"""What `make gpu` makes of its results: verdicts, counters, both backends side by side, the report."""
+"""The output of `make gpu`: verdicts, counters, both backends side by side, the report."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_the_names_of_the_kernels_are_known() -> None:
     assert all(any(known in name for known in programs.KERNELS) for name in names), names
 
 
-# --- what the GPU's counters say
+# --- the GPU's counters
 
 HEADING = '"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"'
 
@@ -112,7 +112,7 @@ def test_counters_that_may_not_be_read() -> None:
     assert entry["kernels"] == []
     assert entry["reason"].startswith("ncu ended with status 1; ==ERROR== ERR_NVGPUCTRPERM")
     assert "it printed nothing" in counters.judge("triton", programs.Outcome(None, 3.0, ""), [(512, 8)])["reason"]
-    for value in ("n/a", "0"):  # a counter that this GPU has not
+    for value in ("n/a", "0"):  # a counter that this GPU lacks
         output = "\n".join([HEADING, *counted(0, "forward_any", "1", value)])
         assert counters.judge("cuda", programs.Outcome(0, 1.0, output), [(33, 8)])["kernels"] == []
 
@@ -151,8 +151,8 @@ def test_the_fastest_is_written_as_fastest_py_has_it(tmp_path: Path) -> None:
         *pair_of(512, (2.0, 1.9, 2.1), (1.0, 0.9, 1.1)),
         *pair_of(1024, (1.0, 0.9, 1.1), (2.0, 1.9, 2.1)),
         *pair_of(2048, (1.0, 0.9, 1.1), (1.1, 1.05, 1.2)),  # within the spread
-        *pair_of(4096, (1.0, 0.9, 1.1), (2.0, 1.9, 2.1)),  # a check of it is red
-        timed("cuda", (1.0, 1.0, 1.0), 8192),  # alone
+        *pair_of(4096, (1.0, 0.9, 1.1), (2.0, 1.9, 2.1)),  # a check of this width is red
+        timed("cuda", (1.0, 1.0, 1.0), 8192),  # without a partner
         *[replace(row, failure="red") for row in pair_of(256, (1.0, 1.0, 1.0), (2.0, 2.0, 2.0))],
         *[replace(row, name="gates forward") for row in pair_of(768, (1.0, 1.0, 1.0), (2.0, 2.0, 2.0))],
     ]

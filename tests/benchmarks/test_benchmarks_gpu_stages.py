@@ -1,4 +1,4 @@
-"""`make gpu` without a GPU: the programs that it starts, what it builds, the order of its jobs."""
+"""`make gpu` without a GPU: the programs that it starts, its build, the order of its jobs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ sys.path.remove(str(ROOT))
 CPU = torch.device("cpu")
 
 
-# --- programs that are started
+# --- started programs
 
 
 def test_programs_run_side_by_side_under_a_limit() -> None:
@@ -91,7 +91,7 @@ def test_tasks_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(ran) == 4 + 2 * 3
 
 
-# --- what is built, and in which order it is measured
+# --- the build, and the order of measurements
 
 
 def test_the_library_is_built_for_the_gpu_alone(
@@ -149,7 +149,7 @@ def jobs_of(tmp_path: Path, *arguments: str, backends: tuple[str, ...] = ("trito
 def test_what_tells_most_comes_first(tmp_path: Path) -> None:
     jobs = jobs_of(tmp_path)
     names = [job.name for job in jobs]
-    assert len(set(names)) == len(names)  # a job of a known name is not run again
+    assert len(set(names)) == len(names)  # a job with a known name is not run again
     assert {job.stage for job in jobs} == set(gpu_run.STAGES)
     gates_jobs = [f"gates D={features} bfloat16" for features in GPU_WIDTHS]
     order = [
@@ -203,7 +203,7 @@ def test_plans_are_compiled_while_triton_is_tested(tmp_path: Path, monkeypatch: 
 
 
 def run_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, tool: str | None) -> dict[str, Any]:
-    """What a run records where compute-sanitizer or ncu is a shell script of that text, or absent."""
+    """Return the records of a run in which compute-sanitizer or ncu is a shell script with that text, or absent."""
     program = tmp_path / "tool"
     if tool is not None:
         program.write_text(f"#!/bin/sh\n{tool}\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The import graph of the benchmarks: rooms on floors, nothing upward, no circle, one path to each file."""
+"""The import graph of the benchmarks: no import of an upper floor, no circle, one path to each file."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
 def find_modules(folder: Path) -> dict[str, Path]:
-    """Every module below ``folder`` by its dotted name; a package by that of its ``__init__``."""
+    """Return every module below ``folder`` by its dotted name; a package has the name of its ``__init__``."""
     return {".".join(path.relative_to(folder).with_suffix("").parts): path for path in sorted(folder.rglob("*.py"))}
 
 
 def imported(tree: ast.AST, module: str, modules: dict[str, Path]) -> Iterator[str]:
-    """The modules that relative imports in ``tree`` name."""
+    """Return the modules that relative imports in ``tree`` name."""
     package = module.split(".")[:-1]
     for node in ast.walk(tree):
         if not isinstance(node, ast.ImportFrom) or not node.level:
@@ -42,7 +42,7 @@ def graph_of(folder: Path) -> dict[str, set[str]]:
 
 
 def upward(graph: dict[str, set[str]]) -> list[str]:
-    """Imports of another room that is on no lower floor."""
+    """Return imports of another room that is not on a lower floor."""
 
     def room(module: str) -> str:
         return module.split(".")[0]
@@ -52,7 +52,10 @@ def upward(graph: dict[str, set[str]]) -> list[str]:
 
 
 def absolute(tree: ast.AST) -> list[str]:
-    """Imports of the benchmarks by a name of the package: a second path to a file that relative imports have loaded."""
+    """Return imports of the benchmarks by a name of the package.
+
+    Such an import is a second path to a file that relative imports have loaded.
+    """
     names = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level]
     names += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     return [name for name in names if name.split(".")[0] == "benchmarks" or name.startswith("depthlstm_fast.bench")]

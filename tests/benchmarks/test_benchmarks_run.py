@@ -1,6 +1,6 @@
-"""The benchmark suite as it is run: the command, pytest-benchmark, and the committed results.
+"""The benchmark suite in use: the command, pytest-benchmark, and the committed results.
 
-Nothing here asserts a speed.
+No test asserts a speed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ RED = accuracy.Check("gates", "fp32", False, "h", 1.0, 0.1, 5.0, "cpp")
 
 
 def problem(**changes: Any) -> Problem:
-    """Three contestants that do nothing."""
+    """Return a problem with three contestants that do nothing."""
     row = Row("gates", "a row", "fp32", "N=2", "ms", against="a floor")
     runs: dict[str, Callable[[], object]] = {"eager": lambda: None, "fused": lambda: None, "against": lambda: None}
     return Problem(
@@ -97,7 +97,7 @@ def test_rows_on_bytes_are_not_timed() -> None:
 
 
 class Archive:
-    """What pytest-benchmark's fixture does with a pedantic call, with seconds of 3."""
+    """Stand-in for pytest-benchmark's fixture in a pedantic call, with seconds of 3."""
 
     def __init__(self) -> None:
         self.stats: Any = None
@@ -116,7 +116,7 @@ def test_rivals_take_their_turns_around_the_clock_of_pytest_benchmark() -> None:
     row = pytest_turns.measure_rounds(Archive(), problem(runs=runs), Settings(minimum=6, seconds=0))
     names = list(SAMPLES)
     wanted = [names[turn] for repetition in range(6) for turn in timing.turn_order(3, repetition)]
-    # before them warm-up and estimate, after them the fused and the eager call that are looked at
+    # warm-up and estimate come before these turns; the inspected fused and eager calls come after them
     assert turns == [*names, *names, *wanted, "fused", "eager"]
     assert (row.repetitions, row.values["fused"].median) == (6, 3000)
     assert gc.isenabled()
@@ -171,7 +171,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Where other processes take the cores, threads that wait for each other take seconds."""
+    """Use one thread, because on busy cores threads that wait for each other take seconds."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -230,7 +230,7 @@ def test_a_training_that_diverges_ends_in_one_line(
 
 
 def run_pytest(tmp_path: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any] | None]:
-    """pytest on the rows of one subject, with what it archived."""
+    """Run pytest on the rows of one subject; return its process and its archive."""
     archive = tmp_path / "archive.json"
     words = [
         "-p",
@@ -270,7 +270,7 @@ def test_pytest_benchmark_archives_a_row(tmp_path: Path) -> None:
     assert entries.keys() == {"test_row[overhead: no grad]", "test_row[overhead: grad]"}
     entry = entries["test_row[overhead: grad]"]
     extra = entry["extra_info"]
-    # the same laps: the archive's are of batches in seconds, the row's of calls in microseconds
+    # the same laps: the archive has batches in seconds, the row calls in microseconds
     assert extra["values"]["fused"]["median"] == pytest.approx(entry["stats"]["median"] / extra["calls"] * 1e6)
     assert (extra["figures"][1]["kind"], extra["repetitions"], extra["quick"]) == (
         "speedup",

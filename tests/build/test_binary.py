@@ -1,4 +1,4 @@
-"""The shipped library keeps its promises to old torch versions, other Pythons and old CPUs."""
+"""Compatibility of the shipped library with old torch versions, other Pythons and old CPUs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "depthlstm_fast" / "_C.abi3.so"
 OBJECTS = ROOT / "build" / "ninja"
 STABLE_SYMBOLS = Path(__file__).with_name("torch-2.11-stable-symbols.txt")
-# Versioned symbols come from these libraries of the system, everything else must be torch's.
+# Versioned symbols come from these system libraries. All others must be torch's.
 SYSTEM_VERSIONS = re.compile(r"@+(GLIBC|GLIBCXX|CXXABI|GCC)_")
 # The run-time library's own hooks, weak by design and defined nowhere in particular.
 HOOKS = {"__cxa_finalize", "__gmon_start__", "_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable"}
@@ -33,7 +33,7 @@ def output(*command: str | Path) -> str:
 
 
 def isa_objects() -> dict[str, list[Path]]:
-    """Object files of the sources that are compiled once per instruction set, by instruction set."""
+    """Return the object files of sources compiled once per instruction set, by instruction set."""
     found: dict[str, list[Path]] = {}
     for path in sorted(OBJECTS.glob("*/cpu_kernel.*.o")):
         found.setdefault(path.name.split(".")[1], []).append(path)
@@ -41,7 +41,7 @@ def isa_objects() -> dict[str, list[Path]]:
 
 
 def symbols(path: Path, kinds: str) -> set[str]:
-    """Names in an object file whose nm letter is among kinds."""
+    """Return names in an object file whose nm letter is among kinds."""
     rows = [line.split() for line in output("nm", path).splitlines()]
     return {row[-1] for row in rows if len(row) >= 2 and row[-2] in kinds}
 
@@ -74,14 +74,15 @@ def test_library_is_no_python_extension_and_exports_little() -> None:
     defined = {line.split()[-1] for line in output("nm", "-D", "--defined-only", LIBRARY).splitlines()}
     assert not [name for name in defined if name.startswith("PyInit")]
     assert not [name for name in defined if "xsimd" in name]
-    # CUDA's run-time library is inside and must not meet torch's: one would answer the other's calls
+    # CUDA's run-time library is inside and must not meet torch's, or one would answer the other's calls
     assert not [name for name in defined if "cuda" in name.lower()]
 
 
 @needs_binutils
 def test_objects_of_one_instruction_set_leak_no_weak_symbol() -> None:
-    """The linker keeps one copy of a weak function, whichever comes first: an AVX-512 copy would then run on every
-    CPU.
+    """Check for weak symbols.
+
+    The linker keeps the first copy of a weak function. An AVX-512 copy would then run on every CPU.
     """
     objects = isa_objects()
     if not objects:
@@ -130,10 +131,10 @@ def test_library_carries_a_build_stamp() -> None:
 
 
 def fat_binaries(data: bytes) -> list[list[str]]:
-    """The architectures of each CUDA fat binary in a library, as tools/build/settings.py calls them.
+    """Return the architectures of each CUDA fat binary in a library, as tools/build/settings.py names them.
 
-    A header (magic, version, its size, the entries' size), then entries: a header (kind 1 PTX or 2 machine code, its
-    size, the code's size, at 28 the architecture) and the code.
+    A fat binary has a header (magic, version, its size, the entries' size), then entries. An entry has a header (kind 1
+    PTX or 2 machine code, its size, the code's size, at 28 the architecture) and the code.
     """
     found = []
     for match in re.finditer(re.escape(struct.pack("<I", 0xBA55ED50)), data):

@@ -1,5 +1,6 @@
-"""The include graph of csrc/: common/ knows no op, no op knows another, no file includes itself, in however many
-steps.
+"""The include graph of csrc/.
+
+common/ includes no op, no op includes another, and no file includes itself through any number of steps.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ FILES = sorted(str(path.relative_to(CSRC)) for path in CSRC.rglob("*") if path.s
 
 
 def includes(name: str, text: str | None = None) -> Iterator[str]:
-    """What a file includes in quotes, below csrc/: as the compiler looks for it, beside the file and then in csrc/."""
+    """Yield a file's includes in quotes, below csrc/, in the compiler's order: beside the file, then in csrc/."""
     for wanted in re.findall(r'^\s*#\s*include\s*"([^"]+)"', text or (CSRC / name).read_text(encoding="utf-8"), re.M):
         places = [(CSRC / name).parent / wanted, CSRC / wanted]
         found = next((place for place in places if place.is_file()), None)
@@ -25,12 +26,12 @@ def includes(name: str, text: str | None = None) -> Iterator[str]:
 
 
 def room(name: str) -> str:
-    """common, an op, decode, or nothing for the files of csrc/ itself, which may include all of them."""
+    """Return common, an op, decode, or "" for the files of csrc/ itself, which may include all of them."""
     return name.split("/")[0] if "/" in name else ""
 
 
 def may_include(includer: str, included: str) -> bool:
-    """decode/ drives the ops; an op has itself and common/."""
+    """Return whether an include is allowed: decode/ drives the ops; an op has itself and common/."""
     allowed = {
         "common": {"common"},
         "": {room(name) for name in FILES},
@@ -40,7 +41,7 @@ def may_include(includer: str, included: str) -> bool:
 
 
 def circle(graph: dict[str, list[str]]) -> list[str]:
-    """The files of a circle, each including the next; empty where there is none."""
+    """Return the files of a circle, each including the next; empty if there is none."""
     finished: set[str] = set()
 
     def visit(name: str, path: list[str]) -> list[str]:
@@ -58,7 +59,7 @@ def circle(graph: dict[str, list[str]]) -> list[str]:
 
 
 def test_there_are_files_to_look_at() -> None:
-    """A moved tree would leave the other tests nothing to find."""
+    """Check that there are files, because a moved tree would leave the other tests nothing to find."""
     assert {"common/activations.h", "depth_lstm/cpu_kernel.cpp"} <= set(FILES)
     assert sum(len(list(includes(name))) for name in FILES) > len(FILES) / 2
 

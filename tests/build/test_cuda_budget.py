@@ -1,5 +1,6 @@
-"""Registers, spills, shared memory and widths of loads of the CUDA C++ kernels: the built library keeps
-tools/cuda_budget.json.
+"""The budget of the CUDA C++ kernels in the built library, tools/cuda_budget.json.
+
+It limits registers, spills, shared memory and widths of loads.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def test_the_library_keeps_its_budget(measured: dict[str, Any], budget: dict[str
 
 
 def test_nothing_spills(measured: dict[str, Any]) -> None:
-    """By any nvcc."""
+    """Check for spills, for any nvcc."""
     assert not check_cuda.all_faults(measured, None)
 
 
@@ -80,12 +81,12 @@ def test_kernels_are_the_same_ones(measured: dict[str, Any]) -> None:
 
 
 def test_a_spill_is_a_fault(tmp_path: Path) -> None:
-    """The real kernels, in a third of the registers that they need."""
+    """Check the real kernels with a third of the registers that they need."""
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed")
     source, binary = ROOT / "csrc" / "depth_lstm" / "cuda_backward_kernel.cu", tmp_path / "backward.fatbin"
     options = ["-std=c++20", "-arch=sm_90", "-maxrregcount=80", "-DDEPTHLSTM_Z=float", "-DDEPTHLSTM_Z_FLOAT=1"]
-    # __launch_bounds__ is stronger than the option
+    # __launch_bounds__ takes precedence over the option
     text = source.read_text(encoding="utf-8").replace("__launch_bounds__(narrow_threads)", "")
     copied = tmp_path / "csrc"
     shutil.copytree(ROOT / "csrc", copied)

@@ -1,4 +1,4 @@
-"""How tools/build builds the CUDA kernels: which nvcc it takes, for which GPUs, and what it says where it cannot."""
+"""The build of the CUDA kernels by tools/build: the choice of nvcc and GPUs, and the message if there is none."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HELD = ("80", "90", "100", "100-ptx")
 
 @pytest.fixture
 def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """tools/build/toolchain.py, which setup.py imports."""
+    """Return tools/build/toolchain.py, which setup.py imports."""
     monkeypatch.syspath_prepend(str(ROOT / "tools" / "build"))
     module, settings = importlib.import_module("toolchain"), importlib.import_module("settings")
     monkeypatch.setattr(settings, "FAILURE_FILE", tmp_path / "failed.txt")
@@ -28,7 +28,7 @@ def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 
 @pytest.fixture
 def nvcc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]:
-    """Puts an nvcc into CUDA_HOME that answers questions and compiles nothing."""
+    """Put an nvcc into CUDA_HOME that answers questions and compiles nothing."""
 
     def make(version: str, *architectures: int) -> Path:
         path = tmp_path / "cuda" / "bin" / "nvcc"
@@ -121,5 +121,5 @@ def test_architectures_that_cannot_be(
     ],
 )
 def test_ptx_is_made_once_a_generation(build: ModuleType, archs: Iterable[str], flags: list[str]) -> None:
-    """Every architecture gets its code, of PTX that is no newer than itself."""
+    """Check that every architecture gets its code, from PTX that is not newer than itself."""
     assert build.gencode(list(archs)) == [word for flag in flags for word in ("-gencode", flag)]

@@ -1,7 +1,7 @@
-"""docs/errors.md quotes the messages that the source raises, and every message of the package is on it.
+"""docs/errors.md quotes the messages that the source raises, and has every message of the package.
 
-On the page ``…`` stands for what a message fills in. In the source that is an f-string's field, or in C++ an argument
-that is no literal.
+On the page ``…`` stands for the variable parts of a message. In the source these are the fields of an f-string, or in
+C++ arguments that are not literals.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not PAGE.is_file(), reason="no checkout")
 
 
 def spoken(node: ast.AST) -> Iterator[str]:
-    """The texts an expression may give, fields as ``…``."""
+    """Yield the possible texts of an expression, with fields as ``…``."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         yield node.value
     elif isinstance(node, ast.JoinedStr):
@@ -45,7 +45,7 @@ def python_texts(path: Path) -> Iterator[str]:
 
 
 def raised(path: Path) -> Iterator[str]:
-    """What ``raise`` and the logger's warnings say, as far as the text stands there."""
+    """Yield the texts of ``raise`` and of the logger's warnings, as far as they are literal."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         called = node.exc if isinstance(node, ast.Raise) else node
         if not isinstance(called, ast.Call):
@@ -63,7 +63,7 @@ def cpp_texts(path: Path) -> Iterator[str]:
 
 
 def rows() -> list[tuple[str, str]]:
-    """(section, message) of every row of the page's tables."""
+    """Return (section, message) of every row of the page's tables."""
     found, section = [], ""
     for line in PAGE.read_text(encoding="utf-8").splitlines():
         section = line[3:] if line.startswith("## ") else section
@@ -74,7 +74,7 @@ def rows() -> list[tuple[str, str]]:
 
 
 def same(quoted: str, text: str) -> bool:
-    """Whether the pieces between the quotation's gaps stand in ``text``, in their order."""
+    """Return whether the pieces between the quotation's gaps stand in ``text``, in their order."""
     pieces = [piece for piece in quoted.split(OPEN) if piece.strip(" ;:,.()")]
     return bool(pieces) and re.search(".*".join(map(re.escape, pieces)), text, re.DOTALL) is not None
 

@@ -1,4 +1,7 @@
-"""The package's import graph: no circle, nothing upward, what ops share knows no op, no op knows another."""
+"""The package's import graph.
+
+It has no circle and no import of an upper floor. Shared modules import no op, and no op imports another.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 
 def find_modules() -> dict[str, Path]:
-    """Every module of the package but the benchmarks', by its dotted name below the package."""
+    """Return every module of the package but the benchmarks', by its dotted name below the package."""
     found = {}
     for folder, folders, files in os.walk(PACKAGE, followlinks=True):
         folders[:] = [name for name in folders if name not in ("bench", "__pycache__")]
@@ -45,7 +48,7 @@ MODULES = find_modules()
 
 
 def module_of(name: str) -> str | None:
-    """The module that a dotted name below the package is, or is an attribute of."""
+    """Return the module that a dotted name below the package means, or whose attribute it is."""
     for candidate in (
         name,
         f"{name}.__init__".removeprefix("."),
@@ -57,7 +60,7 @@ def module_of(name: str) -> str | None:
 
 
 def imports(module: str) -> Iterator[str]:
-    """The package's modules that ``module`` imports."""
+    """Return the package's modules that ``module`` imports."""
     folder = module.split(".")[:-1]
     for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -116,7 +119,7 @@ def test_there_is_no_circle() -> None:
 
 
 def op_of(module: str) -> str | None:
-    """The op that a module belongs to by its name, in whichever wing; None for what ops share."""
+    """Return the op that a module belongs to by its name; None for modules that ops share."""
     return next((op for op in OPERATORS if module.split(".")[-1].startswith(op)), None)
 
 

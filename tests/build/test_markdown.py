@@ -1,4 +1,4 @@
-"""Every page can be read in an editor, its links lead somewhere, and the files and tests that it names exist."""
+"""Every page is readable in an editor, its links work, and the files and tests that it names exist."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / ".ci").is_dir(), reason="no checkout
 
 
 def prose(page: str) -> list[str]:
-    """The lines of ``page`` less fenced and indented code, and less a run's table, which the benchmarks write."""
+    """Return the lines of ``page`` without code and without a run's table, which the benchmarks write."""
     text = (ROOT / page).read_text(encoding="utf-8")
     for code in (r"^```.*?^```", r"^<!-- benchmarks:begin -->.*?^<!-- benchmarks:end -->"):
         text = re.sub(code, "", text, flags=re.M | re.S)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not README.is_file(), reason="no checkout")
 
 
 def cells(page: Path, heading: str) -> dict[str, list[str]]:
-    """The tables' rows of ``page`` from ``heading`` on, by their first cell."""
+    """Return the tables' rows of ``page`` from ``heading`` on, by their first cell."""
     lines = page.read_text(encoding="utf-8").partition(heading)[2].splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     return {name: rest for name, *rest in rows}

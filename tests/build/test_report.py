@@ -1,4 +1,4 @@
-"""`python -m depthlstm_fast` says what is there, says why something is not, and never fails."""
+"""`python -m depthlstm_fast` reports what is available, gives reasons for what is missing, and never fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Private names of torch: the running torch has each, they stand in one file, and the package works without them."""
+"""Private names of torch.
+
+The installed torch has each name, one file has all of them, and the package works without them.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ def test_the_running_torch_has_it(path: str) -> None:
 
 
 def private_names(source: str) -> set[str]:
-    """What a source says of torch with a leading underscore."""
+    """Return the torch names with a leading underscore in a source."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute):
@@ -95,7 +98,7 @@ print("right without them")
 
 
 def test_right_without_them() -> None:
-    """A torch that has dropped the names: slower, with the same values."""
+    """Check a torch without the names: slower, with the same values."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),

@@ -1,5 +1,6 @@
-"""A small model and a batch for the tests that run the package under other people's tools, and how two runs are
-compared.
+"""Helpers of the tests that run the package under other tools.
+
+They have a small model, a batch, and a comparison of two runs.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ SOURCE, TARGET, D, HEADS, LAYERS, LONGEST = 23, 19, 16, 2, 2, 24
 
 
 def model(module: Any = dl, **options: Any) -> Any:
-    """A model with 2 + 2 layers of d = 16; no dropout."""
+    """Return a model with 2 + 2 layers of d = 16, without dropout."""
     sizes = {
         "d_model": D,
         "nhead": HEADS,
@@ -27,7 +28,7 @@ def model(module: Any = dl, **options: Any) -> Any:
 
 
 def batch(rows: int = 4) -> tuple[Tensor, Tensor]:
-    """Source and target ids; two tokens of the first source are padding."""
+    """Return source and target ids; two tokens of the first source are padding."""
     generator = torch.Generator().manual_seed(1)
     source = torch.randint(3, SOURCE, (rows, 7), generator=generator)
     source[0, 5:] = 0
@@ -37,12 +38,12 @@ def batch(rows: int = 4) -> tuple[Tensor, Tensor]:
 
 
 def cotangent(rows: int = 4) -> Tensor:
-    """A random gradient of the logits: a sum of LayerNorm's outputs would have none."""
+    """Return a random gradient of the logits; with constant ones LayerNorm's gradient would vanish."""
     return torch.randn(rows, 5, TARGET, generator=torch.Generator().manual_seed(2))
 
 
 def gradients(module: nn.Module, forward: Any = None) -> dict[str, Tensor]:
-    """The gradient of every trained parameter of ``module`` under :func:`cotangent`; zeros where there is none."""
+    """Return the gradient of every trained parameter of ``module`` under :func:`cotangent`; zeros if there is none."""
     module.zero_grad()
     (forward or module)(*batch()).backward(cotangent())
     return {
@@ -59,7 +60,7 @@ def assert_equal_dicts(found: dict[str, Tensor], wanted: dict[str, Tensor], **to
 
 
 def fill_with_nan(module: nn.Module) -> None:
-    """What ``to_empty`` leaves is whatever was in memory: make it visible."""
+    """Fill memory that ``to_empty`` leaves uninitialised with NaN, to make it visible."""
     with torch.no_grad():
         for tensor in (*module.parameters(), *module.buffers()):
             tensor.fill_(float("nan"))

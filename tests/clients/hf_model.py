@@ -1,5 +1,6 @@
-"""The Transformer as a model of Hugging Face's transformers: what a user writes to have Trainer, save_pretrained and
-HF's generate.
+"""The Transformer as a model of Hugging Face's transformers.
+
+A user writes such a wrapper for Trainer, save_pretrained and HF's generate.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Config(transformers.PretrainedConfig):
 
 
 class Encoder(nn.Module):
-    """What HF's generate calls once for each source."""
+    """The encoder that HF's generate calls once for each source."""
 
     main_input_name = "input_ids"
 
@@ -64,7 +65,7 @@ class Model(transformers.PreTrainedModel, transformers.GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: the package's own initialisation stands."""
+        """Do nothing, so that the package's own initialisation stays."""
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.tgt_embedding

@@ -1,5 +1,6 @@
-"""Accelerate: weights that are offloaded until a module is called, and models made on the meta device. Run with
-accelerate 1.15.0.
+"""Accelerate: weights offloaded until a module is called, and models made on the meta device.
+
+The tests were run with accelerate 1.15.0.
 """
 
 from __future__ import annotations

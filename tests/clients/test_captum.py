@@ -1,4 +1,7 @@
-"""Captum's attributions, which hook modules, on the cell, its product and its normalisation. Run with captum 0.9.0."""
+"""Captum's attributions, which hook modules, on the cell, its product and its normalisation.
+
+The tests were run with captum 0.9.0.
+"""
 
 from __future__ import annotations
 
@@ -53,8 +56,9 @@ def test_layer_activation(name: str, classifier: Classifier) -> None:
 
 
 def test_integrated_gradients_are_complete(classifier: Classifier) -> None:
-    """Attributions add up to the difference between the output and that of the baseline: the gradients are right along
-    the way.
+    """Check that attributions add up to the difference between the output and the baseline's output.
+
+    The gradients are then right along the way.
     """
     x, baseline = torch.randn(2, 2, 4, D)
     found = attr.IntegratedGradients(classifier).attribute(x, baseline, target=0, n_steps=64)

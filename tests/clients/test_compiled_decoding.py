@@ -1,5 +1,6 @@
-"""generate with its decoder's step compiled: the same tokens, and a number of graphs that does not grow with the
-length.
+"""generate with a compiled decoder step.
+
+The tokens are the same, and the number of graphs does not grow with the length.
 """
 
 from __future__ import annotations
@@ -14,9 +15,8 @@ STEPS = 12  # more than the graphs allowed below, and past the lengths at which 
 def test_compiled_step() -> None:
     made, source = model(num_encoder_layers=1, num_decoder_layers=1).eval(), batch()[0]
     with torch.no_grad():
-        made.tgt_embedding.weight[made.eos_id] = (
-            0  # its logit is 0, hardly ever the largest: decoding goes on to the end
-        )
+        # its logit is 0, hardly ever the largest, so decoding continues to the end
+        made.tgt_embedding.weight[made.eos_id] = 0
     wanted = made.generate(source, max_length=STEPS, beam_size=2)
     assert wanted.shape[1] == STEPS
     torch._dynamo.reset()

@@ -30,8 +30,9 @@ def mesh() -> Iterator[DeviceMesh]:
 
 
 def shard(trained: Any, mesh: DeviceMesh, norms: bool = False) -> Any:
-    """One unit a layer, and one for the rest; with ``norms`` one for each cell's normalisation, too. Shared cells are a
-    unit each.
+    """Shard one unit a layer, and one for the rest.
+
+    With ``norms`` each cell's normalisation is also a unit. Each shared cell is a unit.
     """
     layers = (*trained.encoder.layers, *trained.decoder.layers)
     if norms:
@@ -93,8 +94,9 @@ def test_from_the_meta_device(options: dict[str, Any], mesh: DeviceMesh) -> None
 
 
 def test_from_the_meta_device_without_reset(mesh: DeviceMesh) -> None:
-    """What loads every parameter needs no drawing: the tables of sines, which are in no state_dict, must be there all
-    the same.
+    """Check loading of every parameter without drawing.
+
+    The tables of sines, which are in no state_dict, must be there all the same.
     """
     plain = model().eval()
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Lightning's Trainer and Fabric give what a plain loop gives. Run with lightning 2.6.6."""
+"""Lightning's Trainer and Fabric give the results of a plain loop; run with lightning 2.6.6."""
 
 from __future__ import annotations
 

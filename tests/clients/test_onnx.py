@@ -1,5 +1,6 @@
-"""ONNX by both of torch's exporters, run by ONNX Runtime. Run with onnx 1.23.2, onnxscript 0.7.2, onnxruntime
-1.32.0.
+"""ONNX by both of torch's exporters, run by ONNX Runtime.
+
+The tests were run with onnx 1.23.2, onnxscript 0.7.2, onnxruntime 1.32.0.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def run(path: Path, *inputs: Tensor) -> Tensor:
 
 
 def axes(dynamo: bool, **names: tuple[str, ...]) -> dict[str, Any]:
-    """The arguments that choose an exporter, with the named axes of each input left open."""
+    """Return the arguments that choose an exporter, with the named axes of each input left open."""
     if not dynamo:
         return {
             "dynamo": False,

@@ -1,5 +1,6 @@
-"""Sources padded on either side. Positions are absolute: padding on the left moves a sentence, padding on the right
-does not.
+"""Sources padded on either side.
+
+Positions are absolute: padding on the left moves a sentence, padding on the right does not.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def test_padding_on_the_right_changes_nothing(source: Tensor) -> None:
 
 @pytest.mark.parametrize("positions", ["sinusoidal", "learned"])
 def test_padding_on_the_left_moves_the_sentence(positions: str, source: Tensor) -> None:
-    """What it gives is exactly the sentence begun at a later position, which is another result."""
+    """Check that the result is exactly that of the sentence begun at a later position, which is a different one."""
     made = model(positions=positions)
     memory = made.encode(padded(source, "left"))[:, PAD:]
     moved = made.src_embedding(source) * D**0.5 + (made.src_positions(torch.zeros(1, PAD + 6, D)))[:, PAD:]
@@ -51,8 +52,9 @@ def test_sources_padded_on_the_left_are_put_right(source: Tensor) -> None:
 
 
 def test_mask_stands_in_for_the_padding_token(source: Tensor) -> None:
-    """As a tokenizer's attention_mask == 0: what is masked is not seen, whatever its id; a pad_id that is not masked is
-    a token.
+    """Check masking as by a tokenizer's attention_mask == 0.
+
+    Masked tokens are not seen, for any id. An unmasked pad_id is a token.
     """
     made, target = model().eval(), batch(3)[1]
     filled = padded(source, "right", fill=5)

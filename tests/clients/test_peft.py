@@ -1,4 +1,7 @@
-"""PEFT on the cell's product, on attention's projections and on the gates' normalisation. Run with peft 0.21.2."""
+"""PEFT on the cell's product, on attention's projections and on the gates' normalisation.
+
+The tests were run with peft 0.21.2.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ NORM = {"target_modules": [], "target_parameters": ["cell.norm.weight"]}
 
 
 def adapted(base: nn.Module, **targets: Any) -> Any:
-    """``base`` with LoRA adapters that change its results from the start."""
+    """Return ``base`` with LoRA adapters that change its results from the start."""
     config = peft.LoraConfig(r=2, lora_alpha=4, lora_dropout=0.0, init_lora_weights=False, **targets)
     wrapped = peft.get_peft_model(base, config)
     with torch.no_grad():
@@ -36,8 +39,9 @@ def trained(module: nn.Module) -> dict[str, Tensor]:
 
 
 def merged_by_hand(base: nn.Module, wrapped: Any) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A plain copy of ``base`` that computes with W + 2 B A, made of leaves for A and B, which are returned by their
-    names.
+    """Return a plain copy of ``base`` that computes with W + 2 B A, and the leaves of A and B.
+
+    The leaves are returned by their names.
     """
     leaves = {name: p.detach().clone().requires_grad_() for name, p in trained(wrapped).items()}
     plain = copy.deepcopy(base).requires_grad_(False)
@@ -84,8 +88,9 @@ def test_adapter_is_saved_and_loaded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"hidden": "ffn"}], ids=str)
 def test_norm_tuning(options: dict[str, Any]) -> None:
-    """LNTuning trains copies of the gates' and the stacks' normalisations; their gradients are those of the plain
-    model.
+    """Check LNTuning, which trains copies of the gates' and the stacks' normalisations.
+
+    Their gradients are those of the plain model.
     """
     base = model(dtype=torch.float64, **options)
     wrapped = peft.get_peft_model(copy.deepcopy(base), peft.LNTuningConfig(target_modules=["norm"]))

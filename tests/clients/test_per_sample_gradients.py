@@ -1,4 +1,4 @@
-"""Gradients of each sample by torch.func.vmap over torch.func.grad, as differentially private training takes them."""
+"""Gradients of each sample by torch.func.vmap over torch.func.grad, as in differentially private training."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from depthlstm_fast.backends import choice
 
 @pytest.fixture(autouse=True)
 def fallback_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under torch.func the reference computes, which strict mode forbids."""
+    """Allow the fallback: torch.func takes the reference, which strict mode forbids."""
     monkeypatch.setattr(choice, "_strict", False)
 
 
 def per_sample(made: nn.Module) -> dict[str, Tensor]:
-    """The gradients of each row of the batch, stacked."""
-    made = copy.deepcopy(made)  # torch's functional_call leaves its own tensors in modules that are shared
+    """Return the gradients of each row of the batch, stacked."""
+    made = copy.deepcopy(made)  # torch's functional_call leaves its own tensors in shared modules
     source, target = batch()
     values = {name: parameter.detach() for name, parameter in made.named_parameters()}
 
@@ -44,7 +44,7 @@ def test_vmap_of_grad(options: dict[str, Any]) -> None:
 
 
 def test_clipped_gradients_by_opacus() -> None:
-    """opacus (1.6.0) clips and sums what the vmap gives, once it is put where its own hooks would."""
+    """Check that opacus (1.6.0) clips and sums the gradients of vmap, once they stand where its own hooks put them."""
     bound, optimizers = 1.0, pytest.importorskip("opacus.optimizers")
     made = model(dtype=torch.float64)
     parameters = dict(made.named_parameters())
@@ -67,8 +67,9 @@ def test_clipped_gradients_by_opacus() -> None:
 
 
 def test_hooks_of_opacus_are_no_way() -> None:
-    """It takes samples apart at each module's output; what cell.norm gives, weight and bias, has none. It says so by an
-    error.
+    """Check that opacus raises an error at cell.norm.
+
+    It takes samples apart at each module's output. The output of cell.norm, weight and bias, has no samples.
     """
     grad_sample = pytest.importorskip("opacus.grad_sample")
     logits = grad_sample.GradSampleModule(model(), strict=False)(*batch())

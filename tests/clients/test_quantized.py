@@ -1,9 +1,8 @@
-"""Linear layers quantised to 8 bits: what is replaced, and how far results move. Run with torchao 0.18.0 and torch
-2.13.0.
+"""Linear layers quantised to 8 bits: the replaced modules, and the change of the results.
 
-Weight-only quantisation is held to the plain model with the same rounded weights. Where activations are quantised as
-well, no such
-model exists: the results are held to a share of the largest logit, four times what was seen.
+Weight-only quantisation is compared with the plain model with the same rounded weights. No such model exists if
+activations are quantised as well. The results are then compared with a share of the largest logit, four times the one
+seen. The tests were run with torchao 0.18.0 and torch 2.13.0.
 """
 
 from __future__ import annotations
@@ -70,15 +69,15 @@ def test_dynamic_int8() -> None:
         found, exact = quantized(*batch()), plain(*batch())
     assert_fused()
     assert 0 < (found - exact).abs().max() < 0.2 * exact.abs().max()
-    # with a cache the activations' ranges are those of one position, without one those of all: tokens may differ,
-    # scores hardly
+    # With a cache the activations' ranges are those of one position, without one those of all. Tokens may differ,
+    # scores hardly.
     tokens, scores = quantized.generate(batch()[0], max_length=6, length_penalty=0.0, return_scores=True)
     assert_fused()
     torch.testing.assert_close(scores, log_probability(plain, batch()[0], tokens), rtol=0.1, atol=0.1)
 
 
 def log_probability(plain: Any, source: Tensor, tokens: Tensor) -> Tensor:
-    """Of each row's tokens up to eos_id, by the model ``plain``."""
+    """Return the log-probability of each row's tokens up to eos_id, by the model ``plain``."""
     with torch.no_grad():
         logp = plain(source, torch.cat((torch.ones_like(tokens[:, :1]), tokens[:, :-1]), 1)).log_softmax(-1)
     counted = (tokens == plain.eos_id).cumsum(1) - (tokens == plain.eos_id).long() == 0

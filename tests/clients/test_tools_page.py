@@ -1,4 +1,4 @@
-"""docs/other_tools.md names a test for what it says; each of them exists."""
+"""docs/other_tools.md names a test for each statement, and each of these tests exists."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Hugging Face's transformers: a wrapper saves, loads, trains and generates; a plain module trains. Run with
-transformers 5.24.0.
+"""Hugging Face's transformers: a wrapper saves, loads, trains and generates; a plain module trains.
+
+The tests were run with transformers 5.24.0.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from client_helpers import TARGET, assert_equal_dicts, batch, gradients, model
 from torch import Tensor, nn
 
-pytest.importorskip("accelerate")  # the Trainer asks for it
+pytest.importorskip("accelerate")  # the Trainer needs it
 transformers = pytest.importorskip("transformers", minversion="5")
 hf_model = pytest.importorskip("hf_model")
 
@@ -84,7 +85,7 @@ def test_its_generate_gives_the_tokens_of_ours(beams: int) -> None:
 
 
 def test_trainer_saves_and_goes_on(tmp_path: Path) -> None:
-    """Four steps are two steps, a checkpoint, and two more."""
+    """Check that four steps equal two steps, a checkpoint, and two more."""
     runs = []
     for first in (4, 2):
         folder = tmp_path / str(first)
@@ -120,7 +121,7 @@ def test_seq2seq_trainer_generates(tmp_path: Path) -> None:
 
 
 class Plain(nn.Module):
-    """The least that HF's Trainer takes: a module whose forward returns a loss."""
+    """The minimum for HF's Trainer: a module whose forward returns a loss."""
 
     def __init__(self, tied: bool) -> None:
         super().__init__()
@@ -143,6 +144,6 @@ def test_trainer_saves_a_plain_module_that_ties_nothing(tmp_path: Path) -> None:
 
 
 def test_trainer_refuses_to_save_a_plain_module_with_tied_weights(tmp_path: Path) -> None:
-    """Its rule for every tied module that is no PreTrainedModel; the error names the two weights."""
+    """Check the Trainer's rule for every tied module but a PreTrainedModel; the error names the two weights."""
     with pytest.raises(RuntimeError, match=r"share memory.*tgt_embedding"):
         transformers.Trainer(Plain(tied=True), arguments(tmp_path, 2), train_dataset=examples()).train()

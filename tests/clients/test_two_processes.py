@@ -1,5 +1,6 @@
-"""torch.distributed with two gloo processes: data, tensor and pipeline parallelism, sharded parameters and
-checkpoints.
+"""torch.distributed with two gloo processes.
+
+The tests cover data, tensor and pipeline parallelism, sharded parameters and checkpoints.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ CHECKS = re.findall(r"^def check_(\w+)", SCRIPT.read_text(), re.MULTILINE)
 
 @pytest.fixture(scope="module")
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the two processes have left their results, one run for all the checks that are selected."""
+    """Return the folder with the results of the two processes, from one run of all selected checks."""
     path = tmp_path_factory.mktemp("two")
     selected = [name for name in CHECKS if any(f"[{name}]" in item.name for item in request.session.items)]
     names = selected if any("test_check[" in item.name for item in request.session.items) else []
@@ -56,7 +57,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def assert_ok(folder: Path, name: str) -> None:
-    """Neither process found anything wrong."""
+    """Check that neither process found a fault."""
     wrong = []
     for rank in range(2):
         path = folder / f"results{rank}.json"
@@ -74,7 +75,7 @@ def test_check(name: str, folder: Path) -> None:
 
 
 def test_checkpoint_of_two_is_loaded_by_one(folder: Path) -> None:
-    """Model and optimiser go on as the two processes do."""
+    """Check that model and optimiser continue as in the two processes."""
     dcp = pytest.importorskip("torch.distributed.checkpoint")
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -92,5 +93,5 @@ def test_checkpoint_of_two_is_loaded_by_one(folder: Path) -> None:
     after = torch.load(folder / "after.pt")
     for name, parameter in loaded.named_parameters():
         if name.endswith(("in_proj.bias", "kv_proj.bias")):
-            continue  # keys' biases have no gradient but rounding, of which Adam makes steps
+            continue  # keys' biases have only rounding as gradient, and Adam makes steps of it
         torch.testing.assert_close(parameter.detach(), after[name], rtol=1e-3, atol=1e-4)

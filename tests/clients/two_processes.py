@@ -1,8 +1,7 @@
-"""Started by test_two_processes.py as two gloo processes: runs each check that it is asked for and writes down how it
-ended.
+"""Checks that test_two_processes.py starts as two gloo processes; each process writes down the outcomes.
 
-Both processes run the same checks in the same order. A check that fails in one process alone leaves the two out of
-step, so it is the last.
+Both processes run the same checks in the same order. A check that fails in only one process leaves the two out of step,
+so it is the last.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # sums in another order
 
 
 def same_model(**options: Any) -> Any:
-    """The same on both processes, whatever they have drawn before."""
+    """Return the same model on both processes, independent of earlier draws."""
     torch.manual_seed(0)
     return model(**options)
 
@@ -55,7 +54,10 @@ def full(tensor: Any) -> Tensor:
 
 
 def halved(trained: Any, mesh: DeviceMesh) -> dict[str, Tensor]:
-    """Gradients of the whole batch, each process having computed those of its half; FSDP2 and DDP give the mean."""
+    """Return the gradients of the whole batch; each process computes those of its half.
+
+    FSDP2 and DDP give the mean.
+    """
     rank = mesh.get_local_rank()
     rows = slice(2 * rank, 2 * rank + 2)
     source, target = batch()
@@ -104,7 +106,7 @@ def check_fsdp2_meta(mesh: DeviceMesh, folder: Path) -> None:
 
 
 def check_fsdp2_meta_draws(mesh: DeviceMesh, folder: Path) -> None:
-    """Shards are parts of one draw, that of one process; a forget bias reaches the shard that it belongs to."""
+    """Check that shards are parts of one process's draw, and that a forget bias reaches its own shard."""
     variants: list[dict[str, Any]] = [
         {"forget_bias": 2.0},
         {"forget_bias": 2.0, "norm": "none"},
@@ -123,7 +125,7 @@ def check_fsdp2_meta_draws(mesh: DeviceMesh, folder: Path) -> None:
 
 
 def check_dtensor_dropout(mesh: DeviceMesh, folder: Path) -> None:
-    """One mask for all processes, that of the first one's generator, however the rows lie."""
+    """Check that all processes use the mask of the first one's generator, for every layout of the rows."""
     torch.manual_seed(0)
     cell, x = dl.DepthLSTMCell(D, D, dropout=0.5), torch.randn(6, D)
     for backend in ("auto", "reference"):
@@ -140,7 +142,7 @@ def check_dtensor_dropout(mesh: DeviceMesh, folder: Path) -> None:
 
 
 def check_checkpoint(mesh: DeviceMesh, folder: Path) -> None:
-    """Saved by two processes; test_two_processes.py loads it in one."""
+    """Save a checkpoint from two processes; test_two_processes.py loads it in one."""
     sharded = shard(same_model(), mesh)
     optimizer = torch.optim.AdamW(dl.param_groups(sharded), 1e-2)
     halved(sharded, mesh)
@@ -184,8 +186,9 @@ def check_tensor_parallel(mesh: DeviceMesh, folder: Path) -> None:
 
 
 def check_tensor_parallel_needs_whole_outputs(mesh: DeviceMesh, folder: Path) -> None:
-    """Rows are packed by gate, and by q, k and v: a shard of them is no share of the features, and is not taken for
-    one.
+    """Check that sharded rows, packed by gate and by q, k and v, are not taken for a share of the features.
+
+    A local output must raise an error.
     """
     for name, message in (("cell.gates", "z must have shape"), ("self_attn.in_proj", "don't multiply up")):
         layer = dl.DepthLSTMEncoderLayer(D, HEADS, dropout=0.0, batch_first=True)
@@ -233,7 +236,7 @@ def check_dtensor_cell(mesh: DeviceMesh, folder: Path) -> None:
 
 
 def check_pipeline(mesh: DeviceMesh, folder: Path) -> None:
-    """A layer is a stage: it hands both states, h and c, to the next process."""
+    """Check a layer as a stage: it passes both states, h and c, to the next process."""
     rank, generator = mesh.get_local_rank(), torch.Generator().manual_seed(8)
     torch.manual_seed(0)
     layers = [dl.DepthLSTMEncoderLayer(D, HEADS, dropout=0.0, batch_first=True) for _ in range(2)]

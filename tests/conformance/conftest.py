@@ -1,5 +1,6 @@
-"""The path of a test is made ready before it: simulated CUDA kernels, guards around Triton's memory, its wide scheme at
-small sizes.
+"""Preparation of each test's path.
+
+It sets up simulated CUDA kernels, guards around Triton's memory, and Triton's wide scheme at small sizes.
 """
 
 from __future__ import annotations

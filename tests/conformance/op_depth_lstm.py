@@ -11,12 +11,12 @@ from suite import DOUBLE, FULL, GPU_MAIN, GPU_TYPES, HALF, HALF16, MIXED, Op, Pa
 import depthlstm_fast as dl
 from depthlstm_fast.checks import ACTIVATIONS
 
-# forward takes a warp a row above 4 rows a multiprocessor; a simulated GPU has two of them
+# forward gives a row a warp above 4 rows a multiprocessor; a simulated GPU has two multiprocessors
 FEW = 8 if DEVICE == "cpu" else 4 * torch.cuda.get_device_properties(0).multi_processor_count
 MANY = FEW + 1
 WIDTHS = [1, 2, 3, 7, 31, 33, 63, 65, 127, 129, 511, 512, 768, 1000, 1024]
-# Beside, on and beyond every vector width (2 to 16 lanes), a Philox block (4) and a group of them (64), and model
-# widths up to 4096. Parameter gradients are summed by chunks of at least 32 rows and at most 64 of them: beside and on
+# Sizes beside, on and beyond every vector width (2 to 16 lanes), a Philox block (4) and a group of them (64), and model
+# widths up to 4096. Parameter gradients are summed by at most 64 chunks of at least 32 rows; sizes lie beside and on
 # both limits.
 CPP_ROWS = [0, 1, 2, 3, 17, 31, 32, 33, 64, 65, 1000, 2047, 2048, 2049]
 CPP_ROWS_AND_FEATURES = [
@@ -49,13 +49,12 @@ PATHS = [
         row_group=70,
         native=True,
     ),
-    # BLOCK = D and one column beside it (masked and not), one row a tile and several, and rows that are not a power of
-    # two
+    # BLOCK = D and one column more (masked and not), one row a tile and several, and rows that are not a power of two
     triton("narrow", (5, 7), WIDTHS, list(itertools.product((0, 1, 2, 3, 17, 40), (1, 33))), 33),
     # for any D, in blocks of 16 and tiles of two rows: see make_small_wide
     triton("wide", (3, 20), [20, 32], [(1, 20), (5, 20)], 5),
-    # V vectors of a lane; then of a thread of a block, of narrow backward (2048) and of what a block holds (8192); then
-    # no whole vectors
+    # V vectors of a lane; then of a thread of a block, of narrow backward (2048) and of a full block (8192); then rows
+    # without whole vectors
     cuda("warp", (MANY, 40), [8, 128, 136, 256, 264, 512, 520, 1024], [(MANY, 16)], MANY),
     cuda("block", (3, 40), [16, 1032, 2048, 2056, 4096, 4104, 8192], [(1, 16), (3, 16), (FEW, 16)], 2),
     cuda(

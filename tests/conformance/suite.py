@@ -1,4 +1,4 @@
-"""What the conformance suite runs on: every op, on every path that a call can take through a backend's kernels.
+"""The cases of the conformance suite: every op, on every path through a backend's kernels.
 
 A new op is a file op_<name>.py with its record ``OP``. A new backend is one more path in the record of each op that it
 has. The tests of this folder then run on them.
@@ -44,14 +44,14 @@ class Path(NamedTuple):
     """One way through a backend's kernels, and sizes that take it.
 
     Attributes:
-        sizes: (rows, features) of an ordinary problem: no whole vectors, or whole ones where only they take the path.
-        features: beside every boundary of the path: vectors, blocks, tiles, schemes; the rows for each follow from
-            ``rows_of``.
-        rows: beside every boundary of rows.
-        types: every combination of dtypes that it takes. ``main``: one for each type of memory, and the mixture
-            autocast makes. ``every_kernel``: those that have kernels of their own.
-        row_group: rows that end with a chunk or tile, and one more begun.
-        native: runs on the CPU as compiled: quick enough for full products, in fp64, too, and exact below the smallest
+        sizes: (rows, features) of an ordinary problem, without whole vectors unless the path needs them.
+        features: sizes beside every boundary of the path: vectors, blocks, tiles, schemes; ``rows_of`` gives their
+            rows.
+        rows: sizes beside every boundary of rows.
+        types: every accepted combination of dtypes. ``main``: one for each type of memory, and autocast's mixture.
+            ``every_kernel``: those with separate kernels.
+        row_group: a number of rows that fills a chunk or tile and begins one more.
+        native: runs compiled on the CPU: fast enough for full products, also in fp64, and exact below the smallest
             normal number.
     """
 
@@ -84,12 +84,12 @@ class Op(NamedTuple):
         reference: its twin in PyTorch, the oracle in fp64.
         arguments: (leading shape, features, types, *variant, device=) -> named tensors, options.
         cotangents: named tensors -> a random gradient for each output.
-        variants: what ``arguments`` is given to make every shape of call once; ``every_variant``: the full product.
+        variants: arguments of ``arguments`` that make every shape of call once; ``every_variant``: the full product.
         outputs: their names.
         rows: tensors, results and gradients with one row for each of the input's.
         sums: the gradients that are sums over rows.
         parameters: the tensors without rows.
-        linear_in: the gradients that do not depend on their own tensor, whose NaN they then do not show.
+        linear_in: the gradients that do not depend on their own tensor and therefore do not show its NaN.
         has_dropout: whether it takes ``dropout_p``, ``training`` and ``seed``.
         paths: through the kernels of every backend that has the op.
     """
@@ -112,19 +112,19 @@ class Op(NamedTuple):
 
 @functools.cache
 def ops() -> list[Op]:
-    """The records of the files op_*.py."""
+    """Return the records of the files op_*.py."""
     names = sorted(file.stem for file in File(__file__).parent.glob("op_*.py"))
     return [importlib.import_module(name).OP for name in names]
 
 
 def _absent(backend: str) -> str | None:
     if backend == "cuda":
-        return None  # simulated where there is no GPU; says itself where it cannot be
+        return None  # simulated without a GPU; the simulator gives its own reason
     return absence(backend)
 
 
 def _words(value: Any) -> str:
-    """A value in the name of a test; a variant or a shape by its parts."""
+    """Format a value for the name of a test; a variant or a shape by its parts."""
     return "-".join(map(str, value)) or "scalar" if type(value) is tuple else str(value)
 
 
@@ -134,10 +134,10 @@ def cases(
     one_path: bool = False,
     only: str | None = None,
 ) -> Any:
-    """Every op on every path, with further arguments ``names`` that ``choose`` lists for each.
+    """Parametrise over every op on every path, with further arguments ``names`` that ``choose`` lists for each.
 
-    ``one_path`` takes the first path of each backend alone: for what does not reach the kernels. ``only`` names the one
-    op that a test is about.
+    ``one_path`` takes only the first path of each backend, for tests that do not depend on the kernels. ``only`` names
+    the single op of a test.
     """
     arguments = names.replace(",", " ").split()
     found, seen = [], set()
@@ -158,12 +158,12 @@ def cases(
 def make(
     op: Op, path: Path, shape: Any, features: int, types: Types, variant: Variant
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Arguments on the path's device."""
+    """Return arguments on the path's device."""
     return op.arguments(shape, features, types, *variant, device=path.device)
 
 
 def fused(op: Op, path: Path, **named: Any) -> tuple[Tensor, ...]:
-    """The op by the path's backend, which is then known to have run."""
+    """Run the op on the path's backend, and check that this backend ran."""
     outputs = op.function(**named, backend=path.backend)
     assert dl.last_backend() == path.backend
     return outputs
@@ -176,14 +176,14 @@ def surrounded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def plain(
     op: Op, tensors: dict[str, Tensor], grads: tuple[Tensor, ...], exact: bool = False, **options: Any
 ) -> dict[str, Tensor]:
-    """The reference's outputs and gradients; in fp64 where ``exact``."""
+    """Return the reference's outputs and gradients, in fp64 if ``exact``."""
     if exact:
         tensors, grads = double(tensors), tuple(grad.double() for grad in grads)
     return results(op.reference, tensors, grads, op.outputs, **options)
 
 
 def run(op: Op, path: Path, tensors: dict[str, Tensor], grads: tuple[Tensor, ...], **options: Any) -> dict[str, Tensor]:
-    """Outputs and gradients, with every argument and gradient in the middle of NaN."""
+    """Return outputs and gradients, with every argument and gradient in the middle of NaN."""
     around = tuple(among_nan(grad) for grad in grads)
     return results(functools.partial(fused, op, path), surrounded(tensors), around, op.outputs, **options)
 
@@ -191,7 +191,7 @@ def run(op: Op, path: Path, tensors: dict[str, Tensor], grads: tuple[Tensor, ...
 def three(
     op: Op, path: Path, tensors: dict[str, Tensor], options: dict[str, Any], grads: tuple[Tensor, ...] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """The results of the kernels, of eager in the same dtypes, and in fp64."""
+    """Return the results of the kernels, of eager in the same dtypes, and in fp64."""
     grads = op.cotangents(tensors) if grads is None else grads
     eager, exact = (plain(op, tensors, grads, exact, **options) for exact in (False, True))
     return run(op, path, tensors, grads, **options), eager, exact
@@ -205,14 +205,14 @@ def check(
     grads: tuple[Tensor, ...] | None = None,
     condition: float = 0.0,
 ) -> dict[str, Tensor]:
-    """Hold the kernels to the error bound; returns their results."""
+    """Compare the kernels with the error bound; return their results."""
     found, eager, exact = three(op, path, tensors, options, grads)
     assert_bound(found, eager, exact, condition)
     return found
 
 
 def dropout(op: Op, path: Path, seed: int = 77, p: float = 0.3) -> dict[str, Any]:
-    """Options that turn dropout on, where the op has it."""
+    """Return options that turn dropout on, if the op has it."""
     if not op.has_dropout:
         return {}
     return {"dropout_p": p, "training": True, "seed": torch.tensor([seed], device=path.device)}

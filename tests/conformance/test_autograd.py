@@ -1,4 +1,4 @@
-"""How every op on every backend behaves in autograd."""
+"""Every op on every backend in autograd."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from suite import FULL, MIXED, Op, Path, Variant, cases, dropout, fused, make, r
 
 import depthlstm_fast as dl
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's, of overflows
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's overflows
 
 
 @cases("variant, types", lambda op, path: itertools.product(op.variants[:2], [FULL, MIXED]))
@@ -95,7 +95,7 @@ def test_undefined_gradients_are_zeros(op: Op, path: Path, used: str, variant: V
 
 @cases(one_path=True)
 def test_neither_gradient(op: Op, path: Path) -> None:
-    """An output can be in the graph and yet get no gradient: nothing may crash on it."""
+    """Check an output that is in the graph but gets no gradient."""
     tensors, options = make(op, path, 5, 17, FULL, op.variants[0])
     leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
     outputs = fused(op, path, **leaves, **options)
@@ -117,7 +117,7 @@ def test_no_graph_without_gradients(op: Op, path: Path) -> None:
 
 @cases("variant", lambda op, path: op.variants[:2], one_path=True)
 def test_kept_for_backward(op: Op, path: Path, variant: Variant) -> None:
-    """Only what was given is kept, no copy and nothing derived."""
+    """Check that only arguments are kept, no copy and nothing derived."""
     tensors, options = make(op, path, 5, 17, FULL, variant)
     options.update(dropout(op, path))
     kept: list[Any] = []
@@ -148,7 +148,7 @@ def test_double_backward_is_refused_with_a_hint(op: Op, path: Path, variant: Var
     for gradient in gradients:
         with pytest.raises(RuntimeError, match=r'no second derivative; use backend="reference"'):
             torch.autograd.grad(gradient, leaves, torch.randn_like(gradient), retain_graph=True, allow_unused=True)
-    outputs = op.function(**tensors, **options, backend="reference")  # what the hint says works
+    outputs = op.function(**tensors, **options, backend="reference")  # the hint's advice works
     gradients = torch.autograd.grad(outputs, leaves, op.cotangents(tensors), create_graph=True)
     assert torch.autograd.grad(gradients[0].square().sum(), leaves[0])[0].any()
     assert dl.last_backend() == "reference"
@@ -156,7 +156,7 @@ def test_double_backward_is_refused_with_a_hint(op: Op, path: Path, variant: Var
 
 @cases(one_path=True)
 def test_gradients_may_be_kept_in_the_graph(op: Op, path: Path) -> None:
-    """create_graph=True alone, as some optimisers and hooks use it, changes no gradient."""
+    """Check that create_graph=True alone, as some optimisers and hooks use it, changes no gradient."""
     tensors, options = make(op, path, 5, 8, FULL, op.variants[0])
     leaves = [tensor.requires_grad_() for tensor in tensors.values()]
     grads = op.cotangents(tensors)

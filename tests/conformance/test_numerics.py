@@ -1,4 +1,6 @@
-"""Difficult numbers on every path: far means, constant rows, the largest and smallest, NaN; rows are independent, runs
+"""Difficult numbers on every path.
+
+The rows have far means, constant values, the largest and smallest numbers, and NaN. Rows are independent, and runs are
 identical.
 """
 
@@ -30,15 +32,16 @@ from torch import Tensor
 from depthlstm_fast.backends.library import LIBRARY
 from depthlstm_fast.checks import ACTIVATIONS
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's, of overflows
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's overflows
 NORMALISED = ["gate", "joint"]
 
 
 def each_row(
     op: Op, path: Path, tensors: dict[str, Tensor], options: dict[str, Any], conditions: list[float]
 ) -> tuple[dict[str, Tensor], ...]:
-    """Each row keeps the bound by itself, with the ``condition`` of its own; returns the results of the kernel, eager
-    and fp64.
+    """Check each row separately against the bound, with its own ``condition``.
+
+    Returns the results of the kernel, eager and fp64.
     """
     found = three(op, path, tensors, options)
     for row, condition in enumerate(conditions):
@@ -49,13 +52,18 @@ def each_row(
 
 
 def few_types(path: Path) -> list[Types]:
-    """Types decide how memory is read alone; a row of Triton's wide scheme, interpreted, takes a second."""
+    """Return few types, because they only decide how memory is read.
+
+    An interpreted row of Triton's wide scheme takes a second.
+    """
     return path.main[:1] if path.name == "wide" else path.main
 
 
 def widths(op: Op, path: Path) -> list[tuple[str, Types, int]]:
-    """Sums of 41 and of 164 equal numbers times 1/41 and 1/164 are, in fp32, not those numbers but for 0; of 2^n or 33
-    they mostly are.
+    """Return widths at which sums of equal numbers round.
+
+    Sums of 41 and of 164 equal numbers times 1/41 and 1/164 differ, in fp32, from those numbers except for 0. For 2^n
+    or 33 they mostly do not.
     """
     own = path.sizes[1] if path.name == "block" else 41
     more = [1, 2, 300, 512] if path.name in ("", "narrow", "any") else [own]
@@ -64,7 +72,7 @@ def widths(op: Op, path: Path) -> list[tuple[str, Types, int]]:
 
 @cases("norm, types, features", widths, only="depth_lstm")
 def test_constant_rows(op: Op, path: Path, norm: str, types: Types, features: int) -> None:
-    """n is 0, and 1/sqrt(eps) = 1000 multiplies whatever the rounding of the mean leaves in its place."""
+    """Check n = 0, where 1/sqrt(eps) = 1000 multiplies the rounding error of the mean."""
     values = [0.0, 1.0, 0.3, 1000.3, -6.5e4] * (2 if path.name == "warp" else 1)
     tensors, options = make(op, path, len(values), features, types, (norm, True, "gelu"))
     z = torch.tensor(values).unsqueeze(1).expand(-1, 4 * features)
@@ -78,7 +86,10 @@ def test_constant_rows(op: Op, path: Path, norm: str, types: Types, features: in
 
 @cases("norm, types", lambda op, path: itertools.product(NORMALISED, few_types(path)), only="depth_lstm")
 def test_nearly_constant_rows(op: Op, path: Path, norm: str, types: Types) -> None:
-    """One element a little off: the variance is of the order of eps, between the two regimes of 1/sqrt(var + eps)."""
+    """Check one element a little off.
+
+    The variance is of the order of eps, between both regimes of 1/sqrt(var + eps).
+    """
     rows, features = path.sizes
     tensors, options = make(op, path, rows, features, types, (norm, True, "gelu"))
     tensors["z"] = torch.full_like(tensors["z"], 0.5)
@@ -114,7 +125,7 @@ def test_mean_far_beyond_deviation(op: Op, path: Path, norm: str, types: Types, 
     only="depth_lstm",
 )
 def test_values_near_the_largest_of_fp16(op: Op, path: Path, norm: str, types: Types) -> None:
-    """Their squares and sums are beyond fp16 by far; the results are ordinary numbers."""
+    """Check numbers whose squares and sums exceed fp16 by far; the results are ordinary numbers."""
     rows, features = path.sizes
     tensors, options = make(op, path, rows, features, types, (norm, True, "gelu"))
     signs = torch.randn(tensors["z"].shape).sign()
@@ -127,8 +138,9 @@ def test_values_near_the_largest_of_fp16(op: Op, path: Path, norm: str, types: T
 
 @cases(only="depth_lstm")
 def test_gradients_that_are_beyond_fp16_on_the_way(op: Op, path: Path) -> None:
-    """Those of the pre-activations, which r makes small again; eager in fp16 has no digit of them, and the bound would
-    allow anything.
+    """Check gradients of the pre-activations that exceed fp16; r makes them small again.
+
+    Eager in fp16 has no digit of them, and its bound would allow anything.
     """
     rows, features = path.sizes
     tensors, options = make(op, path, rows, features, MIXED16, op.variants[0])
@@ -148,12 +160,12 @@ def test_gradients_that_are_beyond_fp16_on_the_way(op: Op, path: Path) -> None:
     only="depth_lstm",
 )
 def test_saturated_gates(op: Op, path: Path, types: Types, kind: str) -> None:
-    """Without a norm nothing bounds a: far from zero exp overflows or underflows, and nothing may become NaN."""
+    """Check gates without a norm: far from zero exp overflows or underflows, and no result may be NaN."""
     steps = torch.tensor(
         [0.0, 1e-30, 1e-8, 1e-3, 0.5, 1.0, 4.3, 4.5, 5.5, 9.0, 13.0, 17.0, 38.0, 88.0, 89.0, 104.0, 200.0, 720.0, 6e4]
     )
     if types.z == F16:
-        steps = steps[:-1]  # eager's own products overflow beyond
+        steps = steps[:-1]  # eager's own products overflow beyond this
     a = torch.cat((steps, -steps)).double()
     grid = torch.stack([x.flatten() for x in torch.meshgrid(a, a, indexing="ij")])
     tensors, options = make(op, path, 1, grid.shape[1], types, ("none", False, kind))
@@ -164,11 +176,10 @@ def test_saturated_gates(op: Op, path: Path, types: Types, kind: str) -> None:
     assert all(value.isfinite().all() for value in found.values())
 
 
-@cases(
-    "types", lambda op, path: path.main if path.native else [], only="depth_lstm"
-)  # a GPU's one-instruction exponentials flush them
+# a GPU's one-instruction exponentials flush subnormals
+@cases("types", lambda op, path: path.main if path.native else [], only="depth_lstm")
 def test_subnormals(op: Op, path: Path, types: Types) -> None:
-    """Inputs and results below the smallest normal number are kept, not flushed."""
+    """Check that inputs and results below the smallest normal number are kept, not flushed."""
     isa = ctypes.CDLL(str(LIBRARY)).depthlstm_cpu_isa
     isa.restype = ctypes.c_char_p
     if types.z == BF16 and isa() == b"avx512_bf16":
@@ -188,8 +199,9 @@ def changed_rows(op: Op, path: Path) -> list[Any]:
 
 @cases("types, variant", changed_rows)
 def test_rows_do_not_see_each_other(op: Op, path: Path, types: Types, variant: Any) -> None:
-    """Changing one row, to NaN even, changes no other row, bit for bit; and a row alone gives what it gives among
-    others.
+    """Check that a change of one row, even to NaN, changes no other row, bit for bit.
+
+    A single row gives the same results as among others.
     """
     rows = path.row_group
     changed = sorted({0, 31, 32, rows - 1} & set(range(rows)))
@@ -206,11 +218,10 @@ def test_rows_do_not_see_each_other(op: Op, path: Path, types: Types, variant: A
     for key in by_row:
         assert torch.equal(after[key][others], before[key][others]), key
         assert after[key][~others].isnan().any(-1).all() or key in op.linear_in, key
-    assert all(
-        after[key].isnan().any() for key in op.sums if key in after
-    )  # NaN is passed on, not lost in a comparison
+    # NaN is passed on, not lost in a comparison
+    assert all(after[key].isnan().any() for key in op.sums if key in after)
     if path.name == "warp":
-        return  # a row alone is taken by a block, whose sums have another order
+        return  # a block takes a single row, and its sums have another order
     row = changed[-1]
     alone = {key: tensor if key in op.parameters else tensor[row] for key, tensor in tensors.items()}
     single = run(op, path, alone, tuple(grad[row] for grad in grads), **options)
@@ -224,7 +235,7 @@ def test_rows_do_not_see_each_other(op: Op, path: Path, types: Types, variant: A
     only="depth_lstm",
 )
 def test_nan_and_infinity_stay_where_they_belong(op: Op, path: Path, types: Types, norm: str) -> None:
-    """Each special value in each place: what comes out is NaN or infinite exactly where the reference's is."""
+    """Check each special value in each place: results are NaN or infinite exactly where the reference's are."""
     specials = [torch.nan, torch.inf, -torch.inf]
     features = path.sizes[1]
     for kind in ACTIVATIONS:
@@ -246,7 +257,7 @@ def test_nan_and_infinity_stay_where_they_belong(op: Op, path: Path, types: Type
 
 @cases("argument", lambda op, path: ["dh", "dc", "c", "hidden"], only="depth_lstm")
 def test_nan_gradients_stay_in_their_row(op: Op, path: Path, argument: str) -> None:
-    """And in their column of the parameters' gradients."""
+    """Check that NaN also stays in its column of the parameters' gradients."""
     rows, features = max(path.sizes[0], 4), path.sizes[1]
     tensors, options = make(op, path, rows, features, FULL, ("gate", True, "given"))
     every = {**tensors, **dict(zip(("dh", "dc"), op.cotangents(tensors), strict=True))}
@@ -265,7 +276,7 @@ def test_nan_gradients_stay_in_their_row(op: Op, path: Path, argument: str) -> N
 
 @cases("dtype", lambda op, path: [F32, F64] if path.native else [F32], only="depth_lstm")
 def test_affine_of_zeros(op: Op, path: Path, dtype: torch.dtype) -> None:
-    """gamma = 0 leaves constant gates: dz is 0, dgamma is not."""
+    """Check that gamma = 0 leaves constant gates: dz is 0, dgamma is not."""
     tensors, options = make(op, path, *path.sizes, Types(dtype, dtype, dtype), op.variants[0])
     tensors["weight"] = torch.zeros_like(tensors["weight"])
     found = check(op, path, tensors, options)
@@ -275,7 +286,7 @@ def test_affine_of_zeros(op: Op, path: Path, dtype: torch.dtype) -> None:
 
 @cases()
 def test_runs_are_identical(op: Op, path: Path) -> None:
-    """The same bits every time, whichever thread and block come first."""
+    """Check for the same bits in every run, in any order of threads and blocks."""
     rows = 47 if DEVICE == "cpu" and path.backend == "cuda" else path.sizes[0] if DEVICE == "cpu" else 40_000
     tensors, options = make(op, path, rows, path.sizes[1], path.main[-1], op.variants[0])
     options.update(dropout(op, path))

@@ -33,12 +33,12 @@ import depthlstm_fast as dl
 from depthlstm_fast.ops.depth_lstm import ACTIVATION_CODES, NORM_CODES, Options
 from depthlstm_fast.ops.depth_lstm_autograd import gates
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's, of overflows
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's overflows
 
 
-# A full cross product on purpose: on the CPU (types, activation) is one compiled kernel, in Triton every call, with the
-# formulas of fp32 and with those of 16-bit results; on CUDA norm and activation are branches. Triton's wide scheme
-# shares its formulas with the narrow one.
+# A full cross product on purpose. On the CPU (types, activation) is one compiled kernel. In Triton every call is a
+# kernel, with the formulas of fp32 and with those of 16-bit results. On CUDA norm and activation are branches. Triton's
+# wide scheme shares its formulas with the narrow one.
 def every_kernel(op: Op, path: Path) -> Iterable[tuple[Types, Variant]]:
     return itertools.product(path.every_kernel, op.variants if path.name == "wide" else op.every_variant)
 
@@ -48,22 +48,22 @@ def test_error_bound(op: Op, path: Path, types: Types, variant: Variant) -> None
     check(op, path, *make(op, path, *path.sizes, types, variant))
 
 
-# Types decide how memory is read and written; with dropout, which has one more operand.
+# Types decide how memory is read and written. Dropout adds one more operand.
 @cases(
     "types, variant",
     lambda op, path: itertools.product(path.types, op.variants[:1] if path.name == "wide" else op.variants),
 )
 def test_types(op: Op, path: Path, types: Types, variant: Variant) -> None:
-    """h takes z's type and c keeps its own: a cell given in fp32 stays in fp32 over depth."""
+    """Check that h takes z's type and c keeps its own: an fp32 cell stays in fp32 over depth."""
     tensors, options = make(op, path, *path.sizes, types, variant)
     found = check(op, path, tensors, {**options, **dropout(op, path)})
     assert (found["h"].dtype, found["c_out"].dtype) == (types.z, types.c)
 
 
-# Each shape of call at each size on the CPU; elsewhere the shape rotates, so that neighbouring sizes differ in it.
+# Each shape of call at each size on the CPU. Elsewhere the shape rotates, so that neighbouring sizes differ in it.
 def sizes(op: Op, path: Path) -> Iterable[tuple[int, Types, Variant]]:
     if path.native:
-        # the other memory types load and store their last, partial vector by code of their own
+        # the other memory types have their own code for the last, partial vector
         others = itertools.product([1, 2, 3, 7, 31, 33, 65, 129, 512, 1000], path.main[1:4], op.variants[:1])
         return itertools.chain(itertools.product(path.features, [FULL, MIXED], op.variants), others)
     shapes = [(size, op.variants[place % len(op.variants)]) for place, size in enumerate(path.features)]
@@ -72,7 +72,7 @@ def sizes(op: Op, path: Path) -> Iterable[tuple[int, Types, Variant]]:
 
 @cases("features, types, variant", sizes)
 def test_features(op: Op, path: Path, features: int, types: Types, variant: Variant) -> None:
-    # few rows in fp64: with D=2 a row of two numbers that are nearly equal has a gradient without digits
+    # few rows in fp64: with D=2 a row of two nearly equal numbers has a gradient without digits
     rows = path.rows_of(features) if types in (FULL, MIXED) else 5
     check(op, path, *make(op, path, rows, features, types, variant))
 
@@ -96,7 +96,7 @@ def test_leading_shapes(op: Op, path: Path, shape: tuple[int, ...], variant: Var
         assert not any(found[name].any() for name in op.sums if name in found)
 
 
-# eps that matters (0.5 beside a variance of 2), eps that is nothing, and eps beyond what fp16 can hold
+# an eps that matters (0.5 beside a variance of 2), a negligible eps, and an eps beyond fp16
 @cases(
     "norm, eps, types",
     lambda op, path: itertools.product(
@@ -111,7 +111,7 @@ def test_eps(op: Op, path: Path, norm: str, eps: float, types: Types) -> None:
 
 @cases(one_path=True, only="depth_lstm")
 def test_names_differ(op: Op, path: Path) -> None:
-    """A name that ran another's code would pass a comparison with a reference that makes the same mistake."""
+    """Check for swapped names: a name with another's code could agree with a reference that has the same mistake."""
     tensors, _ = make(op, path, 5, 16, FULL, ("gate", False, "gelu"))
     outputs = [fused(op, path, **tensors, norm=norm)[0] for norm in dl.checks.NORMS]
     outputs += [fused(op, path, **tensors, activation=name)[0] for name in dl.checks.ACTIVATIONS[1:]]
@@ -121,8 +121,9 @@ def test_names_differ(op: Op, path: Path) -> None:
 
 @cases("types", lambda op, path: [types for types in path.types if types.z in (BF16, F16) and F32 in types])
 def test_fp32_results_beside_16_bit_ones(op: Op, path: Path, types: Types) -> None:
-    """What is given and returned in fp32 has the accuracy of fp32, which eager's own errors in 16 bits would not ask
-    for.
+    """Check that results in fp32 have the accuracy of fp32.
+
+    Eager's own errors in 16 bits would not require it.
     """
     tensors, options = make(op, path, *path.sizes, types, op.variants[0])
     grads = op.cotangents(tensors)
@@ -130,14 +131,13 @@ def test_fp32_results_beside_16_bit_ones(op: Op, path: Path, types: Types) -> No
     for key, value in run(op, path, tensors, grads, **options).items():
         if value.dtype == F32:
             error = (value - exact[key]).abs().max() / exact[key].abs().max()
-            assert error < 1e-5, (
-                f"{key}: {error:.2g}"
-            )  # a rounding to fp16 is 5e-4, the formulas for 16-bit results are 5e-5
+            # a rounding to fp16 is 5e-4, the formulas for 16-bit results are 5e-5
+            assert error < 1e-5, f"{key}: {error:.2g}"
 
 
 @cases(only="depth_lstm")
 def test_slope_of_relu_at_zero(op: Op, path: Path) -> None:
-    """0, as torch has it: exact zeros are common in what ReLU is given."""
+    """Check for 0, as in torch: exact zeros are common inputs of ReLU."""
     rows, features = path.sizes
     tensors, options = make(op, path, rows, features, FULL, ("none", False, "relu"))
     tensors["z"][:, 3 * features :] = 0
@@ -164,8 +164,9 @@ def check_z_bias(op: Op, path: Path, types: Types, variant: Variant, dtype: torc
 
 @cases("types, variant", lambda op, path: itertools.product([FULL, MIXED, HALF], op.variants), only="depth_lstm")
 def test_z_bias(op: Op, path: Path, types: Types, variant: Variant) -> None:
-    """The operator with z_bias is the function of z + z_bias, and the bias's gradient is the sum of z's over the
-    rows.
+    """Check that the operator with z_bias is the function of z + z_bias.
+
+    The bias's gradient is the sum of z's over the rows.
     """
     check_z_bias(op, path, types, variant, types.affine)
 
@@ -180,8 +181,9 @@ def test_z_bias_of_another_type_than_the_affine(op: Op, path: Path, types: Types
 
 @cases("norm", lambda op, path: ["gate", "joint"], only="depth_lstm")
 def test_large_z_bias(op: Op, path: Path, norm: str) -> None:
-    """Each pass over a row reads z + z_bias: the shift takes out the rounding error of the mean, not a mean of
-    something else.
+    """Check that each pass over a row reads z + z_bias.
+
+    The shift must take out the rounding error of the same mean.
     """
     check_z_bias(op, path, FULL, (norm, True, "gelu"), F32, shift=1e4)
 

@@ -1,5 +1,5 @@
-// The C interface of the CUDA kernels above the CPU's: what is behind the CUDA operators in the tests of their binding.
-// It uses its workspace to the last byte, and fails when it is told to.
+// The C interface of the CUDA kernels on top of the CPU kernels, for the tests of the CUDA operators' binding. It uses
+// its workspace to the last byte, and fails on request.
 #include <cstring>
 #include <utility>
 #include <vector>
@@ -17,7 +17,7 @@ int next_error = 0;
 
 using Memory = std::vector<char>;
 
-// 64-byte aligned, as the CPU kernels want it.
+// Memory aligned to 64 bytes, as the CPU kernels need.
 void* aligned(Memory& memory, int64_t bytes) {
     memory.assign(std::size_t(bytes) + 64, char(0xff));
     return memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;

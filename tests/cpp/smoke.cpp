@@ -1,8 +1,9 @@
 // The CPU kernels without Python and torch: small sizes, every type, norm and activation, against plain loops in
 // double.
 //
-// Every buffer has exactly the size the interface promises and lies against a page that may not be touched.
-// Also run under an emulated old CPU, where Python and torch would take minutes. Exit status 1 on any wrong value.
+// Every buffer has exactly the size that the interface promises, and lies against a page that may not be touched. The
+// program also runs under an emulated old CPU, where Python and torch would take minutes. The exit status is 1 on any
+// wrong value.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -42,8 +43,8 @@ float half_to_float(uint16_t bits) {
     return bits & 0x8000 ? -magnitude : magnitude;
 }
 
-// Memory between two pages that may not be touched. It ends where the second begins, or starts where the first ends:
-// one element too many is a crash at the very instruction, for every instruction set and at full speed.
+// Memory between two pages that may not be touched. It ends where the second begins, or starts where the first ends. An
+// access to one element too many crashes at the very instruction, in every instruction set and at full speed.
 bool at_the_end = true;
 
 class Guarded {
@@ -156,8 +157,8 @@ int checks = 0;
 void compare(const Case& test, const char* name, const Buffer& found, const std::vector<double>& wanted) {
     double largest = 0;
     for (double value : wanted) largest = std::fmax(largest, std::fabs(value));
-    // A short type anywhere may stand for shorter arithmetic everywhere: each output is held to the shortest type in
-    // the call.
+    // A short type anywhere may stand for shorter arithmetic everywhere, so each output is compared at the shortest
+    // type in the call.
     double relative = 0;
     for (DType type : {found.type, test.z, test.c, test.affine}) {
         relative = std::fmax(relative, type == DType::float64   ? 1e-8
@@ -168,7 +169,7 @@ void compare(const Case& test, const char* name, const Buffer& found, const std:
     ++checks;
     for (int64_t i = 0; i < found.count; ++i) {
         const double value = found.get(i);
-        const bool finite_only = test.dropout_p > 0;  // the mask is the kernel's own: only finiteness is known here
+        const bool finite_only = test.dropout_p > 0;  // the mask is the kernel's own, so only finiteness is known here
         if (finite_only ? std::isfinite(value) : std::fabs(value - wanted[i]) <= relative * (1 + largest)) continue;
         std::printf(
             "wrong %s[%lld]: found %.9g, wanted %.9g (z type %d, c type %d, norm %d, activation %d, D %lld, affine %d, "
@@ -268,7 +269,7 @@ void run(const GatesKernels& kernels, const Case& test) {
         call.weight = weight.data;
         call.bias = bias.data;
     }
-    // One call is either a forward or a backward: packing differs by whether h is to be written.
+    // One call is either a forward or a backward. Packing differs by whether h is written.
     GatesCall forward = call;
     forward.h = {h.data, D};
     forward.c_out = {c_out.data, D};
@@ -334,11 +335,11 @@ int main() {
     for (const auto& type : types) {
         for (int norm = 0; norm < 3; ++norm) {
             for (int activation = 0; activation < 7; ++activation) {
-#if defined(DEPTHLSTM_SANITIZED)  // that build holds two of the seven
+#if defined(DEPTHLSTM_SANITIZED)  // that build has two of the seven
                 if (Activation(activation) != Activation::gelu && Activation(activation) != Activation::given) continue;
 #endif
                 for (int64_t features : {1, 2, 3, 7, 15, 16, 17, 31, 33, 64, 65, 130}) {
-                    // Which options go together varies with the size, so that all pairs occur without running the whole
+                    // The combination of options varies with the size, so that all pairs occur without the whole
                     // product.
                     const bool affine = norm != 2 && features % 3 != 0;
                     const bool z_bias = (features + activation) % 2 == 0;

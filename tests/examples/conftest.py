@@ -1,4 +1,4 @@
-"""What tests of the translation example share: a prepared folder, and a run that a test may copy and damage."""
+"""Fixtures of the translation example's tests: a prepared folder, and a run that a test may copy and damage."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import pytest
 if TYPE_CHECKING:
     from translation_helpers import corpus
 
-# The helpers are imported inside the fixtures: they skip the module that imports them where a package is missing.
+# The fixtures import the helpers themselves, because the helpers skip a module that imports them if a package is
+# missing.
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built-in sentences, prepared."""
+    """Return the built-in sentences, prepared."""
     from translation_helpers import prepare
 
     path = tmp_path_factory.mktemp("prepared")
@@ -33,7 +34,7 @@ def prepared(folder: Path) -> corpus.Corpus:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prepared folder and a run with checkpoints of steps 2 and 4."""
+    """Return a prepared folder and a run with checkpoints of steps 2 and 4."""
     from translation_helpers import FOUR_STEPS, prepare, train
 
     path = tmp_path_factory.mktemp("whole")
@@ -44,6 +45,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def own(whole: Path, tmp_path: Path) -> Path:
-    """A copy to be damaged."""
+    """Return a copy to be damaged."""
     shutil.copytree(whole, tmp_path / "own")
     return tmp_path / "own"

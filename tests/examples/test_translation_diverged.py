@@ -1,5 +1,6 @@
-"""Training of the translation example where a loss or a gradient is not finite: it ends before a weight changes, or
-leaves the step out.
+"""Training of the translation example with a loss or a gradient that is not finite.
+
+Training ends before a weight changes, or skips the step.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ EVERY: dict[str, int] = {"evaluate_every": 4, "checkpoint_every": 2, "beam_size"
 def spoil(
     monkeypatch: pytest.MonkeyPatch, steps: set[int], what: str = "loss", value: float = math.nan, batch: int = 0
 ) -> None:
-    """Have the loss, the gradient or the dev loss of ``steps``, counted from 1, be ``value``; of several batches, that
-    of one.
+    """Make the loss, the gradient or the dev loss of ``steps``, counted from 1, be ``value``.
+
+    With several batches only one of them is changed.
     """
     whole = training.Trainer.loss_sum
     calls: list[int] = []
@@ -50,7 +52,7 @@ def spoil(
             return loss * value if what == "dev" and self.steps in steps else loss
         calls.append(self.steps)
         bad = self.steps + 1 in steps and (calls.count(self.steps) - 1) % self.settings.accumulate == batch
-        if bad and what == "gradient":  # the loss stays as it is
+        if bad and what == "gradient":  # the loss is unchanged
             parameter = next(self.model.parameters())
             return loss + Spoiled.apply(parameter, value)
         return loss * value if bad and what == "loss" else loss
@@ -59,7 +61,7 @@ def spoil(
 
 
 class Spoiled(torch.autograd.Function):
-    """Nothing, with a gradient of ``value``."""
+    """The identity, with a gradient of ``value``."""
 
     @staticmethod
     def forward(ctx: Any, parameter: torch.Tensor, value: float) -> torch.Tensor:
@@ -72,7 +74,7 @@ class Spoiled(torch.autograd.Function):
 
 
 def strict_log(run: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's log, which have to be JSON."""
+    """Return the lines of a run's log, which must be JSON."""
 
     def refuse(name: str) -> Any:
         raise ValueError(name)
@@ -150,7 +152,7 @@ def test_a_run_that_diverges_ends_with_its_good_checkpoints(
     ]
     with monkeypatch.context() as patch:
         spoil(patch, steps, what)
-        for _ in range(2):  # and once more from where it was
+        for _ in range(2):  # and once more from there
             assert one_line(train, command, capsys) == f"train.py: {message.format(run=run)}\n"
             names = [f"checkpoint-{step:08d}" for step in range(2, last + 1, 2)][-2:] if last else []
             assert [path.name for path in checkpoint.checkpoints(run)] == names
@@ -205,7 +207,7 @@ def test_skipped_steps_are_logged_and_a_resumed_run_skips_the_same(
     else:
         with pytest.raises(training.DivergedError, match=r"in step 5; the last good checkpoint is .*00000004$"):
             train.run_training(prepared, SETTINGS, run, **EVERY, skip_nonfinite=1)
-        with pytest.raises(training.DivergedError, match=r"in step 5; "):  # the fourth counts after going on, too
+        with pytest.raises(training.DivergedError, match=r"in step 5; "):  # the fourth counts after the restart, too
             train.run_training(prepared, SETTINGS, run, **EVERY, skip_nonfinite=1)
         with pytest.raises(ValueError, match="skip_nonfinite must be 0 or more; found -1"):
             train.run_training(prepared, SETTINGS, run, skip_nonfinite=-1)
@@ -228,7 +230,10 @@ def test_a_comparison_that_diverges_is_none(what: str, monkeypatch: pytest.Monke
 
 
 def test_an_error_holds_no_model() -> None:
-    """A replica that outlived its process group made some runs hang at their end."""
+    """Check that an error holds no model.
+
+    A replica that outlived its process group made some runs hang at their end.
+    """
     models: list[weakref.ref[nn.Module]] = []
 
     def train() -> None:

@@ -1,5 +1,6 @@
-"""The translation example where something is amiss: damaged files, full disks, closed streams: one line, status 2,
-nothing lost.
+"""Faults in the translation example: damaged files, full disks, closed streams.
+
+A program prints one line, ends with status 2, and loses nothing.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ DAMAGES = (cut, empty, foreign, folder_instead)
 
 
 def commands(own: Path) -> dict[str, tuple[Any, list[Any]]]:
-    """Return what reads a corpus, what goes on with a run, and what translates with one."""
+    """Return the commands that read a corpus, continue a run, and translate with one."""
     return {
         "load": (train, [own / "corpus", "--output", own / "other", *MORE]),
         "resume": (train, [own / "corpus", "--output", own / "run", *MORE]),
@@ -127,7 +128,7 @@ def test_without_a_whole_checkpoint_nothing_is_lost(own: Path, capsys: pytest.Ca
 
 
 def rewrite(path: Path, change: Callable[[Any], Any]) -> None:
-    """Write what ``change`` makes of the JSON in ``path``."""
+    """Write the result of ``change`` on the JSON in ``path``."""
     path.write_text(json.dumps(change(json.loads(path.read_text(encoding="utf-8")))), encoding="utf-8")
 
 
@@ -299,7 +300,7 @@ def test_a_file_where_a_folder_should_be_and_a_folder_where_a_file_should_be(
 
 
 class DiskFullError(OSError):
-    """What the tests' full disk raises, to tell it from a real one."""
+    """The error of the tests' full disk, distinct from a real one."""
 
 
 @pytest.mark.parametrize("allowed", range(4))
@@ -327,7 +328,7 @@ def test_a_disk_that_fills_up_ends_a_run_in_one_line(
 
 
 def test_files_that_may_not_grow(own: Path) -> None:
-    """The system's own error for every write beyond a size: in safetensors, the log, the corpus."""
+    """Check the system's own error for every write beyond a size: in safetensors, the log, the corpus."""
 
     def limit(size: int) -> Callable[[], None]:
         return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))

@@ -1,5 +1,6 @@
-"""Lines of text in the translation example: where they end, the mark that a file may begin with, and lines of nothing
-that is seen.
+"""Lines of text in the translation example.
+
+The tests cover line ends, the byte-order mark, and lines without a visible character.
 """
 
 from __future__ import annotations
@@ -250,7 +251,7 @@ def test_invisible_lines_stay_blank_and_every_line_has_one(run: Path) -> None:
         "--batch-size",
         "4",
     ]
-    source = (MARK + "\n".join(given)).encode()  # and no line feed at the end
+    source = (MARK + "\n".join(given)).encode()  # without a line feed at the end
     done = subprocess.run(
         command, input=source, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}, check=False
     )

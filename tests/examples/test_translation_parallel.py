@@ -1,5 +1,6 @@
-"""The translation example by torchrun: two gloo processes train what one does, and go on from where they were
-stopped.
+"""The translation example by torchrun.
+
+Two gloo processes train as one does, and continue where they were stopped.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from translation_helpers import SMALL, checkpoint, log_values, options, start
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
 
-# no dropout: processes draw their own
+# no dropout, because processes draw their own
 SETTINGS = replace(SMALL, dropout=0.0, accumulate=2)
 EVERY = ("--evaluate-every", "3", "--checkpoint-every", "3", "--beam-size", "1")
 
@@ -27,7 +28,7 @@ def single(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def finish(process: subprocess.Popen) -> tuple[str, str]:
-    """Wait for a process that has to succeed; returns what it printed."""
+    """Wait for a process that must succeed; return its output."""
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     return output, errors
@@ -63,7 +64,7 @@ def test_two_processes_match_one_and_resume(
     assert last[0].keys() == last[1].keys()
     for name, tensor in last[0].items():
         if name.endswith(("in_proj.bias", "kv_proj.bias", "in_proj_bias")):
-            continue  # keys' biases have no gradient but rounding, of which Adam makes steps
+            continue  # keys' biases have only rounding as gradient, and Adam makes steps of it
         torch.testing.assert_close(last[1][name], tensor, rtol=0.02, atol=2e-4)
 
 

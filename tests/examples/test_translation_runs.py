@@ -1,4 +1,4 @@
-"""Runs of the translation example: prepare, train, stop at any moment, go on, translate; and what is refused."""
+"""Runs of the translation example: prepare, train, stop at any moment, continue, translate; and refused runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from translation_helpers import (
 
 @pytest.fixture(scope="module")
 def unbroken(prepared: corpus.Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of SMALL that nothing stopped."""
+    """Return an uninterrupted run of SMALL."""
     run = tmp_path_factory.mktemp("runs") / "unbroken"
     train.run_training(prepared, SMALL, run, evaluate_every=3, checkpoint_every=2, beam_size=1)
     return run
@@ -170,7 +170,7 @@ def test_failure_while_writing_leaves_the_last_checkpoint(
             with pytest.raises(OSError, match="no space"):
                 checkpoint.save_checkpoint(tmp_path, 2, state, numbers)
         found = checkpoint.checkpoints(tmp_path)
-        # the sixth flush is that of the parent folder, after the renaming: the checkpoint is there, and complete
+        # the sixth flush is that of the parent folder, after the renaming: the checkpoint exists and is complete
         assert [path.name for path in found] == ["checkpoint-00000001", "checkpoint-00000002"][
             : 1 if allowed < 5 else 2
         ]
@@ -272,7 +272,7 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_losses(folder: Path, tmp_
         process = start("train.py", folder, "--output", run, *arguments)
         before = {path.name for path in checkpoint.checkpoints(run)}
         while process.poll() is None and {path.name for path in checkpoint.checkpoints(run)} <= before:
-            time.sleep(0.005)  # importing torch takes most of the time: wait until it trains
+            time.sleep(0.005)  # importing torch takes most of the time, so wait until training runs
         time.sleep(moments.uniform(0, 0.3))
         os.kill(process.pid, signal.SIGKILL)
         assert process.wait(60) == -signal.SIGKILL, process.communicate()[1]

@@ -1,4 +1,4 @@
-"""The translation example without its sentences: no home folder, no cache, a damaged wheel, lines that are too long."""
+"""The translation example without its sentences: no home folder, no cache, a damaged wheel, overlong lines."""
 
 from __future__ import annotations
 

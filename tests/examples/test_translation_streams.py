@@ -1,5 +1,6 @@
-"""The translation example's programs and their surroundings: streams that are closed, close or show little, interrupts,
-no docstrings.
+"""The translation example's programs and their surroundings.
+
+The tests cover closed, closing and limited streams, interrupts, and missing docstrings.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ def test_help_without_docstrings(
 
 
 def shell(command: str, *arguments: Any, **environment: str) -> tuple[int, str]:
-    """Run ``command`` in bash, its words ``$1`` and so on ``arguments``; return its status and what was written to
-    stderr.
+    """Run ``command`` in bash, with ``arguments`` as ``$1`` and so on.
+
+    Returns its status and its output on stderr.
     """
     script = ["bash", "-c", command, "bash", *map(str, arguments)]
     done = subprocess.run(

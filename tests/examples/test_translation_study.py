@@ -1,5 +1,6 @@
-"""The small study: every run is kept and found again, the gradients are those of the layers' outputs, the page says
-what the JSON holds.
+"""The small study.
+
+Every run is kept and found again, the gradients are those of the layers' outputs, and the page agrees with the JSON.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ SIZES: dict[str, Any] = {
 
 
 def run_study(*arguments: Any, **options: Any) -> dict[str, Any]:
-    """``study`` with the example's folder where its processes look for it."""
+    """Run ``study`` with the example's folder where its processes look for it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
         return study.study(*arguments, workers=1, **options)
@@ -50,7 +51,10 @@ def run_study(*arguments: Any, **options: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """So small tensors gain nothing from a second thread, and waiting for it on a busy core takes seconds."""
+    """Use one thread.
+
+    Such small tensors gain nothing from a second one, and waiting for it on a busy core takes seconds.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -92,7 +96,7 @@ def test_a_study_goes_on_where_it_was_stopped(
     gone = next((output / "runs").glob("pre-norm-1-*.json"))
     kept = json.loads(gone.read_text(encoding="utf-8"))
     gone.unlink()
-    (output / "runs" / "post-norm-1-0.001-0.1.partial").write_text("{", encoding="utf-8")  # what a kill leaves behind
+    (output / "runs" / "post-norm-1-0.001-0.1.partial").write_text("{", encoding="utf-8")  # as a kill leaves it
     again = run_study(folder, output, **SIZES)
     assert again["costs"] == found["costs"]  # measured once
     assert json.loads(gone.read_text(encoding="utf-8"))["dev_loss"] == pytest.approx(kept["dev_loss"], rel=1e-5)
@@ -107,7 +111,7 @@ def test_gradients_are_those_of_the_layers_outputs(folder: Path) -> None:
     model = training.build_model(replace(TINY, layers=3, architecture="pre-norm"), len(corpus.tokenizer), "reference")
     norms = study.layer_gradients(model, batch, model.decoder)
     assert len(norms) == 3
-    # nothing but the stack's norm and the output layer follow the last layer's output
+    # only the stack's norm and the output layer follow the last layer's output
     outputs: list[torch.Tensor] = []
     hook = model.decoder.layers[-1].register_forward_hook(
         lambda module, inputs, output: outputs.append(output.detach().requires_grad_())

@@ -69,7 +69,7 @@ def test_accumulated_batches_are_one_large_batch(architecture: str, examples: li
         small = several.step(*map(batches.collate, parts))
         assert small.loss == pytest.approx(large.loss, rel=1e-5)
         assert small.learning_rate == large.learning_rate
-        if step == 0:  # later the weights differ by what Adam makes of gradients that are nothing but rounding
+        if step == 0:  # later the weights differ, because Adam makes steps of gradients that are only rounding
             for first, second in zip(one.model.parameters(), several.model.parameters(), strict=True):
                 torch.testing.assert_close(second.grad, first.grad, rtol=1e-4, atol=1e-6)
 
@@ -125,9 +125,10 @@ def test_residual_transformer(architecture: str, examples: list[tokenizer.Exampl
         torch.testing.assert_close(model(batch.source, changed)[:, :-1], logits[:, :-1])  # causal
         alone = batches.collate(examples[:1])
         longest = alone.target.shape[1] - 1
+        # padding is not seen
         torch.testing.assert_close(
             model(alone.source, alone.target[:, :-1])[0], logits[0, :longest], rtol=1e-4, atol=1e-5
-        )  # padding unseen
+        )
     norms = [module for module in (model.encoder.norm, model.decoder.norm) if module is not None]
     assert len(norms) == (2 if architecture == "pre-norm" else 0)
     greedy = model.generate(batch.source, max_length=5)

@@ -1,5 +1,6 @@
-"""The translation example's numbers, each against one that is worked out here: losses, updates, schedules, scores, what
-a run writes.
+"""The translation example's numbers, each against one computed here.
+
+The numbers are losses, updates, schedules, scores and the records of a run.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ SETTINGS = replace(
 
 @pytest.fixture(scope="module")
 def examples() -> list[tokenizer.Example]:
-    """Sentences of unequal lengths."""
+    """Return sentences of unequal lengths."""
     generator = torch.Generator().manual_seed(0)
 
     def ids(count: int) -> list[int]:
@@ -69,8 +70,9 @@ def run(prepared: Path) -> Path:
 
 
 def smoothed_loss(model: Any, rows: list[tokenizer.Example], smoothing: float) -> tuple[Tensor, int]:
-    """Return the summed loss of ``rows``, one at a time and without padding, and the number of their predicted
-    tokens.
+    """Return the summed loss of ``rows``, one at a time and without padding.
+
+    The number of their predicted tokens is returned as well.
     """
     total, count = torch.zeros(()), 0
     for source, target in rows:
@@ -116,7 +118,7 @@ def test_steps_are_those_of_a_loop_written_out(accumulate: int, examples: list[t
             sum(float(parameter.grad.double().square().sum()) for parameter in trainer.model.parameters())
         )
         assert total == pytest.approx(min(norm, 0.05), rel=1e-3)
-        if step < 2:  # later the rounding of gradients near nothing, of which Adam makes whole steps, has spread
+        if step < 2:  # later the rounding of tiny gradients has spread, because Adam makes whole steps of it
             for (name, one), other in zip(trainer.model.named_parameters(), model.parameters(), strict=True):
                 scarce = first[name].abs() < 1e-6 * 0.05
                 torch.testing.assert_close(
@@ -159,9 +161,8 @@ def test_bleu_and_chrf_know_which_side_is_the_reference() -> None:
     assert bleu.value == pytest.approx(100 * math.exp(1 - 9 / 6))  # every n-gram is right, and a third is missing
     _, chrf = scores.corpus_scores(["ab"], ["abab"])
     recall = (2 / 4 + 1 / 3) / 2
-    assert chrf.value == pytest.approx(
-        100 * 5 * recall / (4 + recall)
-    )  # precision is 1; recall counts for more, four to one
+    # precision is 1; recall counts for more, four to one
+    assert chrf.value == pytest.approx(100 * 5 * recall / (4 + recall))
 
 
 def test_translations_come_in_the_order_of_their_lines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +199,7 @@ class Echo:
             [id for id in row if id not in (tokenizer.PAD, tokenizer.EOS)][::-1] + [tokenizer.EOS]
             for row in source.tolist()
         ]
-        return batches.pad([[*row, 9, 9] for row in rows])  # what comes after the end is not text
+        return batches.pad([[*row, 9, 9] for row in rows])  # ids after the end are not text
 
 
 def test_each_line_gets_its_own_translation_and_placeholders() -> None:

@@ -72,8 +72,9 @@ EVERY = ("--evaluate-every", "2", "--checkpoint-every", "2", "--beam-size", "1")
 
 
 def program(name: str) -> Any:
-    """Return the program ``name``.py of the example as a module; it may share its name with a folder, which an import
-    would take.
+    """Return the program ``name``.py of the example as a module.
+
+    A folder may share its name, and an import would take the folder.
     """
     found = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     assert found is not None
@@ -95,7 +96,7 @@ FOUR_STEPS = [*options(replace(SMALL, steps=4)), *EVERY]
 
 
 def one_line(program: Any, arguments: list[Any], capsys: pytest.CaptureFixture[str]) -> str:
-    """Return the line on stderr that ``program`` ends with, with status 2, given ``arguments``."""
+    """Run ``program`` with ``arguments``; return its single line on stderr, and check for status 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         program.main([str(argument) for argument in arguments])
@@ -107,7 +108,7 @@ def one_line(program: Any, arguments: list[Any], capsys: pytest.CaptureFixture[s
 
 
 def start(*command: str | Path, processes: int = 1) -> subprocess.Popen:
-    """Start a program of the example, by torchrun if there are to be several processes; one thread each."""
+    """Start a program of the example with one thread each, by torchrun for several processes."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -123,7 +124,7 @@ def start(*command: str | Path, processes: int = 1) -> subprocess.Popen:
 
 
 def log_values(run: Path) -> list[dict]:
-    """Return the lines of a run's log, less the speeds, which no two runs share."""
+    """Return the lines of a run's log without the speeds, which differ between runs."""
     import json
 
     lines = [json.loads(line) for line in (run / checkpoint.LOG).read_text(encoding="utf-8").splitlines()]

@@ -1,4 +1,7 @@
-"""Bad arguments of the two functions, one by one: the error names the argument, what was found and what was wanted."""
+"""Bad arguments of the two functions, one by one.
+
+The error names the argument, what was wanted and what was found.
+"""
 
 from __future__ import annotations
 
@@ -40,13 +43,13 @@ CELL: dict[str, Any] = {
 META = {"device": "meta"}
 Case = tuple[dict[str, Any], dict[str, Any], type[Exception], str]
 
-# Options and small tensors, the same in both functions: (what is changed, error, text)
+# Options and small tensors, the same in both functions: (the change, error, text)
 COMMON: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"c": torch.randn(N, D + 1)},
         ValueError,
         r"(z|c|weight) must have shape",
-    ),  # which of them is wrong is anyone's guess
+    ),  # any of them may be the wrong one
     ({"c": torch.randn(N, D, dtype=F64)}, TypeError, r"c must be float32 beside a float32 [zh]; found float64"),
     ({"c": torch.randn(N, D, dtype=BF16)}, TypeError, r"c must be float32 beside a float32 [zh]; found bfloat16"),
     (
@@ -221,7 +224,7 @@ def test_cell(change: dict[str, Any], error: type[Exception], text: str) -> None
 
 @pytest.mark.parametrize(("change", "error", "text"), [*COMMON, *OF_GATES], ids=label)
 def test_gates_of_the_reference(change: dict[str, Any], error: type[Exception], text: str) -> None:
-    """The twins refuse the same calls with the same words."""
+    """Check that the twins refuse the same calls with the same words."""
     if "backend" in change:
         pytest.skip("the reference has no such argument")
     with pytest.raises(error, match=text):
@@ -258,7 +261,7 @@ def test_largest_size_runs(dtype: torch.dtype) -> None:
 
 
 def test_integers_where_floats_are_wanted() -> None:
-    """A number is a number: eps=0 and dropout_p=0 are what they look like."""
+    """Check that eps=0 and dropout_p=0 work as integers."""
     wanted = dl.depth_lstm_gates(**GATES, eps=0.0, dropout_p=0.0, training=True)
     for a, e in zip(dl.depth_lstm_gates(**GATES, eps=0, dropout_p=0, training=True), wanted, strict=True):
         assert torch.equal(a, e)

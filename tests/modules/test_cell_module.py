@@ -23,7 +23,7 @@ VARIANTS = [
 
 
 def cells(**options: Any) -> tuple[dl.reference.DepthLSTMCell, dl.DepthLSTMCell]:
-    """A reference cell in fp64 with every parameter random, and a fused one with the same parameters."""
+    """Return a reference cell in fp64 with random parameters, and a fused cell with the same parameters."""
     reference = dl.reference.DepthLSTMCell(INPUT, SIZE, dtype=torch.float64, **options)
     with torch.no_grad():
         for parameter in reference.parameters():
@@ -38,7 +38,7 @@ def arguments(*leading: int, dtype: torch.dtype = torch.float64) -> list[Tensor]
 
 
 def results(cell: nn.Module, tensors: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
-    """Outputs and every gradient under the cotangents."""
+    """Return outputs and every gradient under the cotangents."""
     x, h, c = tensors
     outputs = cell(x, (h, c))
     return [*outputs, *torch.autograd.grad(outputs, [*tensors, *cell.parameters()], cotangents)]
@@ -188,7 +188,7 @@ def test_copies() -> None:
 
 
 class LowRank(nn.Module):
-    """What LoRA puts in place of a linear layer."""
+    """A linear layer with LoRA."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()

@@ -107,7 +107,7 @@ CASES: list[tuple[str, dict]] = [
 
 
 def twins(kind: str, **options: Any) -> tuple[nn.Module, nn.Module, list[Tensor]]:
-    """A folded layer, a plain one with the same parameters, and inputs."""
+    """Return a folded layer, a plain one with the same parameters, and inputs."""
     _, plain = pair(kind, **options)
     folded = copy.deepcopy(plain.eval())
     folded.fold_output_projection()
@@ -140,10 +140,11 @@ def products(layer: nn.Module, inputs: list[Tensor]) -> int:
 def assert_folds(
     folded: nn.Module, plain: nn.Module, inputs: list[Tensor], folds: bool, tolerance: float = 1e-10
 ) -> None:
-    """The results are the plain layer's, with fewer products where ``folds``; under one seed, for the modes that
-    drop.
+    """Check that the results are the plain layer's, with fewer products if ``folds``.
+
+    One seed serves the modes that drop.
     """
-    for _ in range(2):  # the second call finds what the first has made
+    for _ in range(2):  # the second call finds the weights of the first
         found = []
         for layer in (folded, plain):
             torch.manual_seed(5)
@@ -183,7 +184,7 @@ def test_modes_in_which_nothing_is_folded(kind: str, options: dict) -> None:
 
 @pytest.mark.parametrize(("kind", "options"), CASES, ids=str)
 def test_fold_follows_its_sources(kind: str, options: dict) -> None:
-    """Whatever changes a weight or a bias, the next call uses it."""
+    """Check that the next call uses every change of a weight or a bias."""
     folded, plain, inputs = twins(kind, **options)
     linears = [name for name, module in plain.named_modules() if isinstance(module, nn.Linear)]
 
@@ -226,7 +227,7 @@ def test_fold_follows_its_sources(kind: str, options: dict) -> None:
 
 @pytest.mark.parametrize(("kind", "options"), CASES, ids=str)
 def test_fold_leaves_hooks_and_replaced_modules_alone(kind: str, options: dict) -> None:
-    """A hook on anything that folding passes over runs, and sees and changes what it does without folding."""
+    """Check that a hook on a bypassed module runs, and sees and changes the same values as without folding."""
     folded, plain, inputs = twins(kind, **options)
     with torch.no_grad():
         assert_folds(folded, plain, inputs, True)
@@ -264,7 +265,7 @@ def test_fold_leaves_hooks_and_replaced_modules_alone(kind: str, options: dict) 
 
 @pytest.mark.parametrize(("kind", "options"), CASES, ids=str)
 def test_fold_when_autocast_changes(kind: str, options: dict) -> None:
-    """On, off and of another type from call to call: each as accurate as without folding."""
+    """Check autocast on, off and of another type from call to call: each is as accurate as without folding."""
     folded, plain, inputs = twins(kind, **options)
     exact = plain(*inputs)[0]
     inputs = [x.float() for x in inputs]
@@ -280,8 +281,9 @@ def test_fold_when_autocast_changes(kind: str, options: dict) -> None:
 
 
 def test_fold_of_a_model_that_goes_on_training() -> None:
-    """Evaluation between training steps, as every training loop has it: the model folded throughout and the plain one
-    agree.
+    """Check evaluation between training steps, as in every training loop.
+
+    The folded model and the plain one agree throughout.
     """
     options: dict[str, Any] = {
         "d_model": 8,
@@ -311,7 +313,7 @@ def test_fold_of_a_model_that_goes_on_training() -> None:
 
 
 def test_fold_of_a_parameter_in_the_place_of_another() -> None:
-    """Freed first, the old one's address and version may be the new one's."""
+    """Check a replaced parameter: if it was freed first, the new one may have its address and version."""
     folded, plain, inputs = twins("Encoder")
     linear = folded.self_attn.out_proj
     with torch.no_grad():
@@ -324,7 +326,7 @@ def test_fold_of_a_parameter_in_the_place_of_another() -> None:
 
 
 def test_fold_when_parameter_data_changes() -> None:
-    """parameter.data has a version counter of its own."""
+    """Check parameter.data, which has its own version counter."""
     folded, plain, inputs = twins("Encoder")
     with torch.no_grad():
         assert_folds(folded, plain, inputs, True)

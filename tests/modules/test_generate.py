@@ -34,7 +34,10 @@ VARIANTS: list[dict[str, Any]] = [
 
 @functools.cache
 def trained(variant: int) -> dict[str, Tensor]:
-    """Parameters after a few steps of fitting random targets: untrained models repeat one token and hardly ever end."""
+    """Return parameters after a few steps of fitting random targets.
+
+    Untrained models repeat one token and hardly ever end.
+    """
     torch.manual_seed(variant)
     each = dl.DepthLSTMTransformer(**SMALL, **VARIANTS[variant])
     src, lengths = sources(), (2, 7, 4, 1, 5)
@@ -58,7 +61,7 @@ def model(module: Any = dl, variant: int = 0) -> nn.Module:
 
 
 def sources() -> Tensor:
-    """Five ragged sources, padded on the right."""
+    """Return five ragged sources, padded on the right."""
     src = torch.randint(3, 9, (5, 6), generator=torch.Generator().manual_seed(1))
     for row, length in enumerate((6, 4, 1, 3, 5)):
         src[row, length:] = 0
@@ -180,7 +183,7 @@ def test_stops_early_and_pads(search: Any) -> None:
     calls = []
 
     def next_logits(ids: Tensor) -> Tensor:
-        """The rows of source n want eos after n + 1 tokens."""
+        """Return logits with which the rows of source n end after n + 1 tokens."""
         calls.append(ids.shape[1])
         logits = torch.zeros(len(ids), 6)
         wanted = torch.arange(len(ids)) * 3 // len(ids) + 1

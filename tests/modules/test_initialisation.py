@@ -1,5 +1,6 @@
-"""Models whose memory is filled after they are built: from the meta device, by to_empty(), skip_init and
-load_state_dict(assign=True).
+"""Models whose memory is filled after they are built.
+
+They come from the meta device, by to_empty(), skip_init and load_state_dict(assign=True).
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def on_meta(module: Any, **options: Any) -> nn.Module:
 
 
 def poisoned(module: Any, **options: Any) -> nn.Module:
-    """A model from the meta device whose memory is NaN, as uninitialised memory may be."""
+    """Return a model from the meta device whose memory is NaN, as uninitialised memory may be."""
     model = on_meta(module, **options).to_empty(device="cpu")
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
@@ -107,7 +108,7 @@ def test_loading_makes_it_right(module: Any, options: dict[str, Any], how: str) 
 
 @each_twin
 def test_without_any_call_of_ours(module: Any) -> None:
-    # as a loader does that knows parameters by name: what is not in the file is left to whatever empty memory holds
+    # as with a loader that knows parameters by name: tensors that the file lacks stay uninitialised
     full, model = build(module).eval(), poisoned(module).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -119,7 +120,7 @@ def test_without_any_call_of_ours(module: Any) -> None:
 @each_twin
 def test_tie_weights(module: Any) -> None:
     model = build(module)
-    # what accelerate.init_empty_weights leaves: parameters of their own
+    # the state after accelerate.init_empty_weights: two separate parameters
     model.output.weight = nn.Parameter(model.output.weight.detach().clone())
     model.tie_weights()
     assert_tied(model, True)

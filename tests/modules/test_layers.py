@@ -101,7 +101,7 @@ def test_reference_decoder_gradients_against_finite_differences(merge: str) -> N
 
 
 def torch_attention(attention: nn.Module) -> nn.MultiheadAttention:
-    """torch's own attention with the weights of ours."""
+    """Return torch's own attention with the weights of this package's."""
     twin = nn.MultiheadAttention(D, HEADS, batch_first=True, dtype=torch.float64)
     parts = [attention.in_proj] if hasattr(attention, "in_proj") else [attention.q_proj, attention.kv_proj]
     with torch.no_grad():
@@ -222,7 +222,7 @@ def test_matrices_have_the_size_of_a_residual_layer() -> None:
 @pytest.mark.parametrize("init", ["lipschitz", "glorot"])
 @pytest.mark.parametrize("hidden", ["linear", "ffn"])
 def test_initialisation(hidden: str, init: str) -> None:
-    """The bound of every matrix, of each of those that lie in one weight by itself; biases are zero."""
+    """Check the bound of every matrix, also of those stacked in one weight; biases are zero."""
     stacked = {"in_proj": 3, "kv_proj": 2, "gates": 4 if hidden == "linear" else 3}
     for module in (dl, dl.reference):
         layer = build(
@@ -281,7 +281,7 @@ def calls(function: Any) -> dict[str, int]:
 @pytest.mark.parametrize("merge", MERGES)
 @pytest.mark.parametrize("bias", [True, False])
 def test_passes_of_a_fused_decoder_layer(merge: str, bias: bool) -> None:
-    """No concatenation and no copy; of the additions only s + bias, which is the accumulator's copy of s."""
+    """Check for no concatenation and no copy; the only addition is s + bias, which is the accumulator's copy of s."""
     layer = build(dl, "Decoder", merge=merge, bias=bias, dtype=torch.float32)
     inputs = [torch.randn(BATCH, LENGTH, D, requires_grad=True) for _ in range(3)]
     outputs = layer(*inputs, tgt_is_causal=True)
@@ -296,9 +296,8 @@ def test_passes_of_a_fused_decoder_layer(merge: str, bias: bool) -> None:
     backward = calls(lambda: torch.autograd.backward(outputs, cotangents))
     for unwanted in ("aten::cat", "aten::clone", "aten::contiguous", "aten::slice_backward", "aten::new_zeros"):
         assert unwanted not in forward
-        assert (
-            unwanted not in backward or unwanted == "aten::cat"
-        )  # the gradients of queries, keys and values are put together
+        # the gradients of queries, keys and values are concatenated
+        assert unwanted not in backward or unwanted == "aten::cat"
 
 
 def test_zero_rows() -> None:

@@ -1,5 +1,6 @@
-"""Hooks, replaced forwards, wrappers and adapters: what is put on a module acts, with the cache of decoding as without
-it.
+"""Hooks, replaced forwards, wrappers and adapters on modules.
+
+They act with the cache of decoding as without it.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Double(nn.Module):
 
 
 class Adapter(nn.Module):
-    """A wrapper with a parameter of its own, which scales the weight while the wrapped module runs, as adapters do."""
+    """A wrapper with its own parameter, which scales the weight while the wrapped module runs, as adapters do."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -56,7 +57,7 @@ class Adapter(nn.Module):
 
 
 def doubled(cell: nn.Module, x: Tensor, state: tuple[Tensor, Tensor]) -> Tensor:
-    """h with twice the weight of the normalisation."""
+    """Return h with twice the weight of the normalisation."""
     other = copy.deepcopy(cell)
     with torch.no_grad():
         other.norm.weight.mul_(2)
@@ -69,7 +70,7 @@ def put_hook(norm: nn.Module) -> nn.Module:
 
 
 def put_pre_hook(norm: nn.Module) -> nn.Module:
-    """The weights arrive when the module is called, as with accelerate.cpu_offload."""
+    """Let the weights arrive when the module is called, as with accelerate.cpu_offload."""
     real = {name: 2 * p.detach() if name == "weight" else p.detach().clone() for name, p in norm.named_parameters()}
     for name, value in real.items():
         setattr(norm, name, nn.Parameter(torch.empty_like(value, device="meta")))
@@ -111,7 +112,7 @@ def test_what_is_put_on_the_norm_acts(
     x, state = torch.randn(5, 8), (torch.randn(5, 8), torch.randn(5, 8))
     wanted = doubled(cell, x, state)
     cell.norm = put(cell.norm)
-    for _ in range(2):  # pruning fails in the second backward pass where the module is not called
+    for _ in range(2):  # pruning fails in the second backward pass if the module is not called
         h, c = cell(x, state)
         torch.testing.assert_close(h, wanted, rtol=1e-5, atol=1e-6)
         torch.autograd.backward((h, c), (torch.randn_like(h), torch.randn_like(c)))
@@ -213,7 +214,7 @@ def replaced(module: nn.Module) -> None:
 
 
 def replaced_by_the_old_signature(module: nn.Module) -> None:
-    """A forward that knows of no cache."""
+    """Replace the forward by one without a cache argument."""
     original = module.forward
     if isinstance(module, dl.reference.DepthLSTMDecoder):
         module.forward = lambda tgt, memory, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal: negated(
@@ -271,7 +272,7 @@ def test_the_cache_changes_nothing(
     cached = model.generate(src, 8, beam_size=2, return_scores=True)
     assert torch.equal(cached[0], tokens)
     torch.testing.assert_close(cached[1], scores, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(plain[1], scores, atol=1e-4)  # it acted
+    assert not torch.allclose(plain[1], scores, atol=1e-4)  # the change had an effect
 
 
 @each_twin
@@ -292,7 +293,7 @@ def test_parts_of_a_layer_are_called_with_the_cache(module: Any, options: dict[s
 
 
 class Wrapper(nn.Module):
-    """A wrapper that passes every call on, and nothing else."""
+    """A wrapper that only passes every call on."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

@@ -1,5 +1,6 @@
-"""DepthLSTMTransformer: fused against reference, embeddings and padding, compile, autocast, checkpointing, parameter
-groups, errors.
+"""DepthLSTMTransformer: fused against reference.
+
+The tests cover embeddings and padding, compile, autocast, checkpointing, parameter groups and errors.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def model(module: Any = dl, dtype: torch.dtype = torch.float64, **options: Any) 
 
 
 def batch() -> tuple[Tensor, Tensor]:
-    """Ragged sources and targets, padded on the right."""
+    """Return ragged sources and targets, padded on the right."""
     src, tgt = torch.randint(3, 11, (3, 6)), torch.randint(3, 13, (3, 5))
     tgt[:, 0] = 1
     src[1, 4:] = tgt[1, 3:] = src[2, 2:] = 0
@@ -293,7 +294,10 @@ def test_forward_errors(module: Any) -> None:
 
 
 def test_param_groups_of_what_a_norm_shares() -> None:
-    """One of the modules that hold a parameter being a norm is enough, in either order, and it comes once."""
+    """Check a parameter that a norm and another module hold.
+
+    It counts as the norm's, in either order, and comes once.
+    """
     for reverse in (False, True):
         modules = [nn.LayerNorm((3, 3)), nn.Linear(3, 3, bias=False)][:: -1 if reverse else 1]
         modules[0].weight = modules[1].weight

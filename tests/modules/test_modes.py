@@ -1,4 +1,4 @@
-"""Training and evaluation: where dropout acts and where not, and what gradient checkpointing recomputes."""
+"""Training and evaluation: the effects of dropout, and the recomputation of gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def inputs(kind: str) -> list[Tensor]:
 
 
 def sites(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every submodule that drops with a probability of its own."""
+    """Yield every submodule with its own dropout probability."""
     for name, inner in module.named_modules():
         if isinstance(getattr(inner, "dropout", None), float):
             yield name, inner
@@ -33,7 +33,10 @@ def sites(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 @pytest.mark.parametrize("inner", INNER, ids=str)
 @pytest.mark.parametrize(("kind", "options"), LAYERS, ids=str)
 def test_dropout_of_layers(kind: str, options: dict[str, Any], inner: dict[str, Any], module: Any) -> None:
-    """Each site alone: in training it changes the output, in evaluation nothing changes and nothing is drawn."""
+    """Check each dropout site alone.
+
+    In training it changes the output. In evaluation nothing changes and nothing is drawn.
+    """
     layer = build(module, kind, **options, **inner)
     given = inputs(kind)
     wanted = layer(*given)
@@ -53,7 +56,7 @@ def test_dropout_of_layers(kind: str, options: dict[str, Any], inner: dict[str, 
         assert torch.equal(torch.get_rng_state(), state), name
         assert torch.equal(found[0], wanted[0]), name
         assert torch.equal(found[1], wanted[1]), name
-        site.training = True  # its own mode counts, whatever its parent's
+        site.training = True  # its own mode counts, not its parent's
         assert not torch.equal(layer(*given)[1], wanted[1]), name
         site.dropout = 0.0
         layer.train()
@@ -62,7 +65,7 @@ def test_dropout_of_layers(kind: str, options: dict[str, Any], inner: dict[str, 
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("layer", [False, True], ids=["cell", "sublayer"])
 def test_dropout_inside_the_feed_forward_network(layer: bool, module: Any) -> None:
-    """Elements of its inner layer are zero or 1 / (1 - p) of what they are in evaluation."""
+    """Check that elements of the inner layer are zero or 1 / (1 - p) of their value in evaluation."""
     holder = build(module, "Encoder", dropout=0.25, hidden="ffn", sublayer=True)
     last = holder.linear2 if layer else holder.cell.ffn_out
     for attention in (holder.self_attn, *([holder.cell] if layer else [])):
@@ -95,7 +98,7 @@ VARIANTS: list[dict[str, Any]] = [{}, {"hidden": "ffn", "merge": "concat"}, {"me
 
 
 def models(module: Any, options: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
-    """A model with dropout and the same without."""
+    """Return a model with dropout and the same without."""
     with_dropout = module.DepthLSTMTransformer(**SMALL, **options, dropout=0.5)
     without = module.DepthLSTMTransformer(**SMALL, **options, dropout=0.0)
     without.load_state_dict(with_dropout.state_dict())
@@ -144,7 +147,7 @@ def stack(module: Any, kind: str) -> nn.Module:
 
 
 def counted(layers: Iterable[nn.Module]) -> list[nn.Module]:
-    """The list that each of the layers will be added to when it runs."""
+    """Return a list to which each layer is added when it runs."""
     calls: list[nn.Module] = []
     for layer in layers:
         layer.register_forward_pre_hook(lambda layer, _: calls.append(layer))
@@ -154,8 +157,9 @@ def counted(layers: Iterable[nn.Module]) -> list[nn.Module]:
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("kind", ["Encoder", "Decoder"])
 def test_gradient_checkpointing(kind: str, module: Any) -> None:
-    """Each layer runs once more in the backward pass, what is kept is its inputs alone, and the gradients are the
-    same.
+    """Check that each layer runs once more in the backward pass.
+
+    Only its inputs are kept, and the gradients are the same.
     """
     made = stack(module, kind)
     given = [x.requires_grad_() for x in inputs(kind)[1:]]
@@ -168,7 +172,7 @@ def test_gradient_checkpointing(kind: str, module: Any) -> None:
         with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x.numel()) or x, lambda x: x):
             output = made(*given)
         assert calls == layers
-        torch.manual_seed(3)  # the recomputation goes back to the first
+        torch.manual_seed(3)  # the recomputation starts again from the first mask
         cotangent = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
         gradients.append(torch.autograd.grad(output, [*given, *made.parameters()], cotangent))
         assert calls == (layers + layers[::-1] if made.gradient_checkpointing else layers)

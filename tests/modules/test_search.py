@@ -1,5 +1,6 @@
-"""The searches on tables of random logits: beams against a search written anew, any eos_id, and logits that are no
-numbers.
+"""The searches on tables of random logits.
+
+The tests compare beams with a search written anew, and cover any eos_id and logits that are not numbers.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Trial(NamedTuple):
     seed: int
 
     def logp(self, source: int, prefix: Prefix) -> list[float]:
-        """Log-probabilities of the next token, drawn for each prefix."""
+        """Return log-probabilities of the next token, drawn for each prefix."""
         drawn = random.Random(f"{self.seed} {source} {prefix}")
         logits = [drawn.gauss(0, 1.5) for _ in range(self.vocab)]
         total = math.log(sum(map(math.exp, logits)))
@@ -37,7 +38,7 @@ class Trial(NamedTuple):
 
 
 def draw(seed: int) -> Trial:
-    """Few words and many beams: most sources have fewer continuations than 2 * beams."""
+    """Draw few words and many beams: most sources have fewer continuations than 2 * beams."""
     r = random.Random(seed)
     vocab = r.randint(2, 4)
     return Trial(
@@ -46,7 +47,7 @@ def draw(seed: int) -> Trial:
 
 
 def by_hand(trial: Trial, source: int) -> tuple[Prefix, float]:
-    """Beam search over Python lists: a candidate that ended is a hypothesis, and never goes on."""
+    """Search with beams over Python lists: an ended candidate is a hypothesis, and never continues."""
     live: list[tuple[float, Prefix]] = [(0.0, ())]
     ended: list[tuple[float, Prefix]] = []
     for length in range(1, trial.longest + 1):

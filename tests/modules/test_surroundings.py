@@ -1,5 +1,6 @@
-"""Calls inside of something that changes or records them: dispatch modes, selective checkpointing, tracers, torch.func,
-the meta device.
+"""Calls inside surroundings that change or record them.
+
+These are dispatch modes, selective checkpointing, tracers, torch.func and the meta device.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ POLICIES: dict[str, Callable[[Any], bool]] = {
 @pytest.mark.parametrize("policy", POLICIES)
 def test_selective_checkpointing(options: dict[str, Any], policy: str) -> None:
     model, calls = build(**options), {"forward": [], "recompute": []}
-    # a floating-point mask beside a bool one: the two are added up
+    # a floating-point mask beside a bool one: the two are added
     masks = (torch.zeros(3, 6), SRC == 8)
 
     def run(src: Tensor, tgt: Tensor) -> Tensor:
@@ -82,7 +83,7 @@ def test_selective_checkpointing(options: dict[str, Any], policy: str) -> None:
         torch.autograd.grad((output * weight).sum(), list(model.parameters())), wanted, strict=True
     ):
         torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
-    # what a policy can name: W x is aten.mm, W h is added by aten.addmm, and what follows is one operator
+    # the operators that a policy can name: W x is aten.mm, aten.addmm adds W h, and one operator does the rest
     cells = sum(isinstance(each, dl.DepthLSTMCell) for each in model.modules())
     assert calls["forward"].count(torch.ops.depthlstm_fast.gates_forward.default) == cells
     assert calls["forward"].count(ATEN.mm.default) >= cells
@@ -152,7 +153,7 @@ def test_ids_out_of_range_are_still_told(module: Any) -> None:
 @each_twin
 @each_variant
 def test_meta_device(module: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dl.backends.choice, "_strict", False)  # shapes are the reference's
+    monkeypatch.setattr(dl.backends.choice, "_strict", False)  # the shapes come from the reference
     with torch.device("meta"):
         model = build(module, **options)
         output = model(torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, 4, dtype=torch.int64))
@@ -171,7 +172,7 @@ def test_meta_device(module: Any, options: dict[str, Any], monkeypatch: pytest.M
 
 @each_twin
 def test_ids_and_masks_on_meta_beside_weights_that_are_not(module: Any) -> None:
-    # torch's embedding and attention on the CPU take them, and return whatever memory holds
+    # torch's CPU embedding and attention take them, and return uninitialised memory
     model, padding = build(module), torch.zeros(3, 6, dtype=torch.bool, device="meta")
     with pytest.raises(ValueError, match="tgt must be on the device of the model, cpu; found meta"):
         model(SRC, TGT.to("meta"))
@@ -293,7 +294,7 @@ def test_a_stack_refuses_a_layer_of_another_kind(module: Any, kind: str) -> None
 
 
 def test_math_of_the_embedding_is_the_forwards() -> None:
-    # the helper above embeds by hand: it must be what encode() does
+    # the helper above embeds by hand, which must equal encode()
     model = build()
     embedded = model._embed(SRC, model.src_embedding, model.src_positions)
     assert torch.equal(embedded, model.src_embedding(SRC) * math.sqrt(16) + model.src_positions.table[:6])

@@ -18,8 +18,9 @@ SIZE, WIDTH = 6, 5
 
 
 class PlainCell(nn.Module):
-    """A cell of the LSTMCell4RNMT shape, written from its description: one LayerNorm over (4, D), gates i, f, o,
-    hidden.
+    """A cell of the LSTMCell4RNMT shape, written from its description.
+
+    It has one LayerNorm over (4, D), and gates i, f, o, hidden.
     """
 
     def __init__(
@@ -162,7 +163,7 @@ def test_idempotent() -> None:
 
 
 def test_training_goes_on_over_a_swap() -> None:
-    """An optimiser made before the swap trains what runs after it."""
+    """Check that an optimiser made before the swap trains the parameters used after it."""
     model = randomised(Stack())
     twin = copy.deepcopy(model)
     optimizers = [torch.optim.Adam(m.parameters(), lr=1e-2) for m in (model, twin)]
@@ -210,7 +211,10 @@ def test_dropout_in_training() -> None:
 
 
 def test_what_the_fused_class_does_not_cover() -> None:
-    """Hooks inside the cell still run, replaced projections are called, other arguments reach the original forward."""
+    """Check calls that the fused class does not cover.
+
+    Hooks inside the cell run, replaced projections are called, and other arguments reach the original forward.
+    """
     cell = randomised(PlainCell())
     x, h, c = inputs(3)
     plain = copy.deepcopy(cell)
@@ -254,7 +258,7 @@ class Unlike(PlainCell):
 def changed(**attributes: Any) -> PlainCell:
     cell = PlainCell()
     for name, value in attributes.items():
-        delattr(cell, name)  # a registered submodule's place takes no function
+        delattr(cell, name)  # setattr cannot put a function in a registered submodule's place
         setattr(cell, name, value)
     return cell
 

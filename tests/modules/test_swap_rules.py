@@ -1,4 +1,4 @@
-"""swap with rules of the user's, and on the modules of the reference."""
+"""swap with the user's rules, and on the modules of the reference."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_subclasses_are_left() -> None:
 
 
 class OtherNames(nn.Module):
-    """The same cell under other names."""
+    """The same cell with other attribute names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ def test_rule_for_other_names(match: Any) -> None:
 
 
 class Wrapper(nn.Module):
-    """What a rule may return: another object that shares the parameters."""
+    """A possible result of a rule: another object that shares the parameters."""
 
     def __init__(self, cell: nn.Module) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ def test_rule_that_replaces() -> None:
 
 
 class Exact(PlainCell):
-    """PlainCell with an eps that shows."""
+    """PlainCell with a visible eps."""
 
     def __init__(self, eps: float, **options: Any) -> None:
         super().__init__(**options)
@@ -161,7 +161,7 @@ class Exact(PlainCell):
 
 
 def check_swapped(cell: nn.Module, plain: nn.Module, tolerance: float = 1e-12) -> None:
-    """The swapped cell computes what its twin does, forward and backward, in fp64 or rounded to the type of both."""
+    """Check that the swapped cell equals its twin, forward and backward, in fp64 or rounded to the type of both."""
     dtype = next(cell.parameters()).dtype
     tensors = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs(4)]
     grads = [grad.to(dtype) for grad in cotangents(4)]
@@ -179,7 +179,7 @@ def test_eps_of_a_swapped_cell(eps: float) -> None:
 
 
 def test_what_is_changed_after_a_swap_counts() -> None:
-    """eps, activation, probability, mode and dtype are read at each call."""
+    """Check that eps, activation, probability, mode and dtype are read at each call."""
     plain = randomised(PlainCell(dropout=0.5)).eval()
     cell = copy.deepcopy(plain)
     dl.swap(cell)
@@ -203,8 +203,9 @@ def test_what_is_changed_after_a_swap_counts() -> None:
 
 @pytest.mark.parametrize("p", [0.2, 0.7])
 def test_dropout_of_a_swapped_cell(p: float) -> None:
-    """What is kept is multiplied by 1 / (1 - p), elements of g alone are dropped, and the dropout module's mode
-    decides.
+    """Check dropout of a swapped cell.
+
+    Kept elements are multiplied by 1 / (1 - p), only elements of g are dropped, and the dropout module's mode decides.
     """
     plain = randomised(PlainCell(dropout=p))
     cell = copy.deepcopy(plain)
@@ -217,7 +218,6 @@ def test_dropout_of_a_swapped_cell(p: float) -> None:
         cell.drop.train(drops)
         found = cell(x, (h, zeros))[1]
         kept = found != 0
-        assert (
-            abs(kept.double().mean().item() - (1 - p if drops else 1)) < 0.04
-        )  # 3000 elements: four standard deviations
+        # 3000 elements: four standard deviations
+        assert abs(kept.double().mean().item() - (1 - p if drops else 1)) < 0.04
         torch.testing.assert_close(found[kept], without[kept] / (1 - p if drops else 1), rtol=1e-12, atol=1e-12)

@@ -1,7 +1,7 @@
 """The whole Transformer at its usual size, 6 + 6 layers of d = 512: compiled, under autocast and with checkpointing.
 
-Forward and backward are held to the reference by the bound of helpers.py: the largest error against fp64 is at most
-twice that of the eager reference at the same precision.
+Forward and backward are compared with the reference by the bound of helpers.py. The largest error against fp64 is at
+most twice that of the eager reference at the same precision.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SOURCE, TARGET = 61, 67
 
 @pytest.fixture(scope="module")
 def models() -> tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module]:
-    """Fused, reference, and reference in fp64, with the same parameters."""
+    """Return fused, reference, and reference in fp64, with the same parameters."""
     torch.manual_seed(0)
     reference = dl.reference.DepthLSTMTransformer(SOURCE, TARGET, dropout=0.0, forget_bias=2.0)
     fused = dl.DepthLSTMTransformer(SOURCE, TARGET, dropout=0.0, forget_bias=2.0)
@@ -37,7 +37,7 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def results(model: torch.nn.Module, call: torch.nn.Module, autocast: bool = False) -> dict[str, Tensor]:
-    """Logits and every parameter's gradient for one random cotangent."""
+    """Return logits and every parameter's gradient for one random cotangent."""
     source, target, cotangent = batch()
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

@@ -1,5 +1,6 @@
-"""What the wings have to agree on: schemas of every backend, the activations of every language, the records of the
-backends.
+"""Agreement between the package's parts.
+
+The tests compare the schemas of every backend, the activations of every language, and the records of the backends.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def test_backends_share_the_schemas(op: str) -> None:
 
 
 def test_names_of_tuples() -> None:
-    """Positions are unpacked where torch wants a flat schema, so the tuples' fields have to stand in one order."""
+    """Check the order of the tuples' fields, because positions are unpacked where torch needs a flat schema."""
     assert TensorGradients._fields == Tensors._fields
     assert [f"d{name}" for name in ("h", "c")] == list(OutputGradients._fields)
 
@@ -44,8 +45,9 @@ def test_codes_of_activations() -> None:
 
 @needs_cpp
 def test_activations_of_the_library() -> None:
-    """The list in csrc/common/activations.h, of which enum, switches and errors are made, has the same words in the
-    same order.
+    """Check that the list in csrc/common/activations.h has the same names in the same order.
+
+    The enum, switches and errors are made of this list.
     """
     ask = ctypes.CDLL(str(LIBRARY)).depthlstm_activations
     ask.restype = ctypes.c_char_p
@@ -55,7 +57,7 @@ def test_activations_of_the_library() -> None:
 @needs_cpp
 @pytest.mark.parametrize("code", [-1, len(FUNCTIONS), len(FUNCTIONS) + 1])
 def test_operators_take_no_other_code(code: int) -> None:
-    """One more than the last is the C++ enum's `given`, which stands for `hidden` and has no code of its own."""
+    """Check the code after the last: it is the C++ enum's `given`, which stands for `hidden` and has no public code."""
     z, c = torch.randn(2, 32), torch.randn(2, 8)
     with pytest.raises(
         RuntimeError, match=f"activation must be the code of one of {' '.join(ACTIVATIONS)}; found {code}"
@@ -72,7 +74,7 @@ def test_slopes_of_activations() -> None:
 
 @needs_triton
 def test_triton_computes_no_activation_that_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name that is added to the dict alone fails; it does not come out as another activation."""
+    """Check that a name added only to the dict fails, instead of running another activation."""
     from depthlstm_fast.kernels import depth_lstm as kernels
 
     monkeypatch.setattr(kernels, "ACTIVATIONS", ("softsign",))

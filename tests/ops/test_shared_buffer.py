@@ -1,4 +1,4 @@
-"""[x | h] buffers: what the layers write beside h, when, and that it changes nothing but where things lie."""
+"""[x | h] buffers: the writes beside h, and results that do not depend on them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import depthlstm_fast as dl
 from depthlstm_fast.ops import shared_buffer
 
 D, HEADS, LENGTH, BATCH = 16, 2, 5, 3
-# every way of meeting of the decoder, and a second cell in the layer
+# every ``merge`` of the decoder, and a second cell in the layer
 DECODERS: dict[str, dict[str, Any]] = {
     "add": {"merge": "add"},
     "concat": {"merge": "concat"},
@@ -42,7 +42,7 @@ def decoder(**options: Any) -> dl.DepthLSTMDecoder:
 
 @contextmanager
 def counted_writes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
-    """What linear_into returned inside the block."""
+    """Return the results of linear_into inside the block."""
     found: list[Tensor] = []
     original = shared_buffer.linear_into
     with monkeypatch.context() as patch:
@@ -62,10 +62,10 @@ def gradients(model: torch.nn.Module, call: Callable[[], Tensor]) -> dict[str, T
 
 
 def check(found: dict[str, Tensor], model: torch.nn.Module, call: Callable[..., Tensor], *inputs: Tensor) -> None:
-    """Hold ``found`` to twice the error of eager fp32, both against ``call(model, *inputs)`` by the reference in fp64.
+    """Compare ``found`` with twice the error of eager fp32, against ``call(model, *inputs)`` by the reference in fp64.
 
-    Errors are relative to the largest value of a result, and eager's is the largest of all results: a chain of cells
-    has results whose error in eager is luckily small.
+    Errors are relative to the largest value of a result. Eager's error is the largest of all results, because a chain
+    of cells has results whose error in eager is luckily small.
     """
     exact, doubled = copy.deepcopy(model).double(), [x.double() for x in inputs]
     with dl.use_backend("reference"):
@@ -91,7 +91,7 @@ def test_side_by_side() -> None:
     assert whole.data_ptr() == buffer.data_ptr()
     for apart in ([left, right], [right, left], [left, middle.clone()], [left[:2], middle[2:]], [left]):
         assert shared_buffer.side_by_side(apart) is apart
-    # the second begins where the first ends, but a row further down: the rows of the whole would overlap
+    # the second begins where the first ends, but a row further down, so the rows of the whole would overlap
     narrow = torch.arange(20.0)
     overlapping = [narrow.as_strided((4, 3), (4, 1)), narrow.as_strided((4, 3), (4, 1), 3)]
     assert shared_buffer.side_by_side(overlapping) is overlapping
@@ -112,7 +112,7 @@ def test_free_columns_are_taken_once_and_by_their_width() -> None:
     shared_buffer.mark(h, buffer)
     assert shared_buffer.take(h, 5) is None
     view = shared_buffer.pass_on(h, h.view(3, 1, 5))
-    assert shared_buffer.take(h, 4) is None  # they went to the view
+    assert shared_buffer.take(h, 4) is None  # the view has them now
     assert shared_buffer.pass_on(view, view.clone()) is not view
     assert shared_buffer.take(view, 4) is buffer
     assert shared_buffer.take(view, 4) is None
@@ -145,7 +145,10 @@ def test_decoder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_triton
 def test_passes_of_a_layer() -> None:
-    """One product for [x ; h'], nothing concatenated, nothing copied: in an encoder layer whose h is not the input."""
+    """Check for one product for [x ; h'], no concatenation and no copy.
+
+    The encoder layer's h is not the input.
+    """
     model = encoder(2)
     source = torch.randn(40, 4, D)
     for grad in (False, True):
@@ -157,15 +160,14 @@ def test_passes_of_a_layer() -> None:
             model(source)
         calls = {event.key: event.count for event in trace.key_averages()}
         assert "aten::cat" not in calls
-        # 2 layers: in_proj and out_proj are addmm (4), the second with an output given; z of the first layer is an mm
-        #     and an accumulating
-        # addmm, that of the second one mm. addmm_ and out= are counted as aten::addmm, too.
+        # 2 layers: in_proj and out_proj are addmm (4), the second with a given output. z of the first layer is an mm
+        # and an accumulating addmm, that of the second one mm. addmm_ and out= are counted as aten::addmm, too.
         assert (calls["aten::addmm"], calls["aten::mm"]) == (5, 2)
 
 
 @needs_triton
 def test_memory_kept_for_backward() -> None:
-    """x and h are kept as halves of one buffer, so that the buffer is all that the product keeps."""
+    """Check that x and h are kept as halves of one buffer, so that the product keeps the buffer only."""
     model = encoder(2)
     storages: dict[int, int] = {}
     with dl.use_backend("triton"):
@@ -207,8 +209,9 @@ def test_checkpointing(reentrant: bool) -> None:
 
 @needs_triton
 def test_two_users_of_one_h() -> None:
-    """Two layers fed from one h write to one place unless the second is refused it: x of the first is kept for
-    backward.
+    """Check two layers fed from one h, which would write to one place.
+
+    The second must be refused the buffer, because the first one's x is kept for backward.
     """
     layers = encoder().layers
     source = torch.randn(BATCH, LENGTH, D)

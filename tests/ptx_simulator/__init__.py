@@ -1,7 +1,6 @@
-"""Runs CUDA kernels on the CPU, exactly as nvcc or Triton compiled them: their PTX becomes C++, and a fiber runs each
-CUDA thread.
+"""A simulator that runs CUDA kernels on the CPU, exactly as nvcc or Triton compiled them.
 
-build.py makes a shared library of .cu files or of PTX; translate.py turns PTX into C++, an instruction at a time by the
-table in instructions.py; runtime/ holds what the C++ calls: arithmetic, memory, barriers, and a stand-in for the CUDA
-runtime.
+Their PTX becomes C++, and a fiber runs each CUDA thread. build.py makes a shared library of .cu files or of PTX.
+translate.py turns PTX into C++, one instruction at a time by the table in instructions.py. runtime/ has the functions
+that the C++ calls: arithmetic, memory, barriers, and a stand-in for the CUDA runtime.
 """

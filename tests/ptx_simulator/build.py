@@ -1,4 +1,4 @@
-"""Builds shared libraries whose CUDA kernels run on the CPU."""
+"""Builds of shared libraries whose CUDA kernels run on the CPU."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ COMPILER = os.environ.get("CXX", "g++")
 STANDARD = "-std=c++20"
 # sanitizers name the lines of a .cu file in their reports; the simulator names them without debug information
 MODES = {"plain": (), "asan": ("-g1", "-fsanitize=address"), "tsan": ("-g1", "-fsanitize=thread")}
-# as IEEE says, and a register's bits as any type; hidden, so that no other CUDA runtime of the process is called
+# IEEE arithmetic; a register's bits are read as any type; hidden symbols keep out other CUDA runtimes of the process
 FLAGS = (STANDARD, "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off", "-w")
 LIBRARY = ("-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs")
-UNCHECKED = ("fiber.cpp", "scheduler.cpp", "launch.cpp")  # compiled without sanitizers: the same in all modes
+UNCHECKED = ("fiber.cpp", "scheduler.cpp", "launch.cpp")  # compiled without sanitizers, the same in all modes
 CHECKED = ("copy.cpp",)
 CUDA_RUNTIME = "cuda_runtime.cpp"
 ERROR_LINES = 25
@@ -36,7 +36,7 @@ KEPT_DAYS = 14
 
 
 def available() -> str | None:
-    """None, or why nothing can be built here."""
+    """Say why nothing can be built here, or None."""
     if platform.system() != "Linux":
         return "the simulator runs on Linux"
     return next((f"there is no {program}" for program in ("nvcc", COMPILER) if shutil.which(program) is None), None)
@@ -52,7 +52,7 @@ def run(*command: str | Path) -> str:
 
 
 def digest(*parts: str | bytes | Path) -> str:
-    """Of strings, and of the contents of files."""
+    """Return the digest of strings, and of the contents of files."""
     result = hashlib.sha256()
     for part in parts:
         data = part.read_bytes() if isinstance(part, Path) else part.encode() if isinstance(part, str) else part
@@ -71,7 +71,7 @@ def own_files() -> list[Path]:
 
 
 class Step:
-    """A file that a command makes, made again only where what it depends on has changed."""
+    """A file that a command makes; it is made again only after a change of its dependencies."""
 
     def __init__(self, output: Path, *key: str | Path) -> None:
         self.output = output
@@ -79,7 +79,7 @@ class Step:
         self.stamp = output.with_name(output.name + ".stamp")
 
     def is_done(self) -> bool:
-        """Whether the key and the files that were read the last time are as they were then."""
+        """Return whether the key and the files read the last time are unchanged."""
         if not self.output.exists() or not self.stamp.exists():
             return False
         recorded, *files = self.stamp.read_text(encoding="utf-8").splitlines()
@@ -92,7 +92,7 @@ class Step:
 
 
 class Lock:
-    """One build at a time in a folder, whichever process does it."""
+    """A lock that allows one build at a time in a folder, over all processes."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ class Lock:
 
 
 def cached(key: Sequence[str | Path], outputs: Sequence[Path], make: Callable[[], object]) -> bool:
-    """Make ``outputs``, or copy what was made of the same key before; returns whether they were made."""
+    """Make ``outputs``, or copy earlier ones of the same key; return whether they were made."""
     entry = CACHE / digest(*key)[:32]
     done, kept = entry / "done", [entry / str(number) for number in range(len(outputs))]
     with Lock(entry):
@@ -127,7 +127,10 @@ def cached(key: Sequence[str | Path], outputs: Sequence[Path], make: Callable[[]
 
 
 def headers(source: Path, flags: Sequence[str]) -> list[Path]:
-    """Beside the source and below the folders of its -I flags; the compiler's version stands for its own."""
+    """Return the headers beside the source and below the folders of its -I flags.
+
+    The compiler's version stands for its own headers.
+    """
     folders = [Path(flag[2:]) for flag in flags if flag.startswith("-I")]
     found = [*source.parent.glob("*.h"), *source.parent.glob("*.cuh")]
     found += [path for folder in folders for suffix in ("h", "cuh") for path in folder.rglob(f"*.{suffix}")]
@@ -135,7 +138,7 @@ def headers(source: Path, flags: Sequence[str]) -> list[Path]:
 
 
 def dependencies(makefile: Path) -> list[Path]:
-    """The files that a compiler wrote into a makefile's rule."""
+    """Return the files that a compiler wrote into a makefile's rule."""
     text = makefile.read_text(encoding="utf-8").replace("\\\n", " ")
     names = re.split(r"(?<!\\)\s+", text.partition(":")[2].strip())
     return [Path(name.replace("\\ ", " ")) for name in names if name]
@@ -152,7 +155,10 @@ def compile_cpp(source: Path, output: Path, *flags: str) -> Path:
 
 
 def compile_cuda(source: Path, stem: Path, flags: Sequence[str]) -> tuple[Path, Path]:
-    """The object of a source's host code, and the PTX of its kernels, by one call of nvcc, which assembles nothing."""
+    """Return the object of a source's host code, and the PTX of its kernels.
+
+    One call of nvcc makes both and assembles nothing.
+    """
     host, rule, kept = stem.with_suffix(".host.o"), stem.with_suffix(".host.o.d"), stem.with_suffix(".kept")
     ptx = kept / f"{source.stem}.ptx"
     command = (
@@ -174,7 +180,7 @@ def compile_cuda(source: Path, stem: Path, flags: Sequence[str]) -> tuple[Path, 
     if not step.is_done() or not ptx.exists():
         shutil.rmtree(kept, ignore_errors=True)
         kept.mkdir(parents=True)
-        # without the names of folders: a copy of the sources elsewhere makes the same code
+        # without the names of folders, so that a copy of the sources elsewhere makes the same code
         named = (STANDARD, *(flag for flag in flags if not flag.startswith("-I")), source.name)
         if cached(
             (version("nvcc"), *named, source, *headers(source, flags)),
@@ -189,7 +195,7 @@ def compile_cuda(source: Path, stem: Path, flags: Sequence[str]) -> tuple[Path, 
 
 
 def compile_ptx(ptx: Path, mode: str) -> Path:
-    """The object of the kernels in a PTX file."""
+    """Return the object of the kernels in a PTX file."""
     cpp = ptx.with_suffix(".kernels.cpp")
     step = Step(cpp, ptx, *own_files())
     if not step.is_done():
@@ -198,7 +204,7 @@ def compile_ptx(ptx: Path, mode: str) -> Path:
             (ptx.name, ptx, *own_files()), [cpp], lambda: cpp.write_text(translate(text, ptx.name), encoding="utf-8")
         )
         step.done()
-    # -Og compiles the longest kernels in 44 s where -O1 takes 72 s and -O0 58 s
+    # -Og compiles the longest kernels in 44 s, -O1 in 72 s and -O0 in 58 s
     return compile_cpp(cpp, ptx.with_suffix(".kernels.o"), "-Og", *MODES[mode])
 
 
@@ -232,7 +238,7 @@ def work_folder(output: Path) -> Path:
 
 
 def runtime_folder(output: Path) -> Path:
-    """Shared by all libraries of a folder."""
+    """Return the folder that all libraries of a folder share."""
     return output.with_name("ptx_simulator_runtime")
 
 
@@ -246,13 +252,12 @@ def build(
     architecture: str = "sm_90",
     units: Sequence[tuple[Path, Sequence[str]]] | None = None,
 ) -> Path:
-    """A shared library of .cu files: their host code as nvcc compiles it, their kernels by the simulator. Does only
-    what has changed.
+    """Return a shared library of .cu files, with host code by nvcc and kernels by the simulator.
 
-    ``mode`` is plain, asan or tsan; ``defines`` are macros such as "NAME=1"; ``units``, (source, flags of nvcc) each,
-    stand in for ``sources`` where a file is compiled several times. Beside what the sources export there are
-    ptx_launch, ptx_error and the others of runtime/launch.cpp. RuntimeError has the first lines of what a compiler
-    says.
+    Only changed parts are built. ``mode`` is plain, asan or tsan; ``defines`` are macros such as "NAME=1". ``units``,
+    (source, flags of nvcc) each, replace ``sources`` if a file is compiled several times. The library also has
+    ptx_launch, ptx_error and the other functions of runtime/launch.cpp. A RuntimeError has the first lines of a
+    compiler's messages.
     """
     if mode not in MODES:
         raise ValueError(f"mode is one of {', '.join(MODES)}, not {mode}")
@@ -281,7 +286,7 @@ def build(
 
 
 def simulate_ptx(ptx_text: str, output: Path, mode: str = "plain") -> Path:
-    """A shared library of the kernels in PTX, without host code; needs no nvcc."""
+    """Return a shared library of the kernels in PTX, without host code; needs no nvcc."""
     output, folder = output.absolute(), work_folder(output.absolute())
     with Lock(folder):
         objects = runtime_objects(runtime_folder(output), mode, (*UNCHECKED, *CHECKED))

@@ -1,5 +1,6 @@
-"""Memory for simulated kernels, and processes in which a sanitizer watches them. Neither torch nor pytest is needed
-here.
+"""Memory for simulated kernels, and processes under a sanitizer.
+
+This file needs neither torch nor pytest.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ LIBC.posix_memalign.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_
 
 
 def empty(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array in an allocation of its own, of its exact size: a sanitizer sees what is out of bounds. All bits are
-    set, which is NaN.
+    """Return an array in a separate allocation of its exact size, so that a sanitizer sees accesses out of bounds.
+
+    All bits are set, which is NaN.
     """
     dtype = np.dtype(dtype)
     size = int(np.prod(shape)) * dtype.itemsize
@@ -35,7 +37,7 @@ def empty(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def copy(array: np.ndarray) -> np.ndarray:
-    """A copy in such an allocation."""
+    """Return a copy in such an allocation."""
     result = empty(array.shape, array.dtype)
     result[...] = array
     return result
@@ -46,7 +48,7 @@ def pointer(array: np.ndarray) -> ctypes.c_void_p:
 
 
 def load(library: Path) -> ctypes.CDLL:
-    """A library of build.py's, with the types of its own functions."""
+    """Load a library of build.py, with the types of its own functions."""
     loaded = ctypes.CDLL(str(library.absolute()))
     loaded.ptx_error.restype = loaded.ptx_kernels.restype = loaded.ptx_launched.restype = ctypes.c_char_p
     loaded.ptx_seed.argtypes = [ctypes.c_uint64]
@@ -62,8 +64,9 @@ def launch(
     arguments: list[Any],
     shared: int = 0,
 ) -> None:
-    """A kernel that has no host code. ``arguments`` are arrays and ctypes values; RuntimeError has the simulator's
-    words.
+    """Launch a kernel without host code.
+
+    ``arguments`` are arrays and ctypes values. A RuntimeError has the simulator's message.
     """
     values = [pointer(argument) if isinstance(argument, np.ndarray) else argument for argument in arguments]
     addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
@@ -72,7 +75,7 @@ def launch(
 
 
 def run_sanitized(mode: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Python with ``arguments``, with the run-time library of a mode (plain, asan, tsan) in it from the start."""
+    """Run Python with ``arguments``, with the run-time library of a mode (plain, asan, tsan) loaded from the start."""
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     command = [sys.executable, *arguments]
     if mode != "plain":

@@ -19,7 +19,7 @@ def choice(names: Iterable[str]) -> str:
 
 
 def finish(i: Instruction, result: str) -> str:
-    """With .ftz, .relu and .sat where the opcode has them."""
+    """Apply .ftz, .relu and .sat if the opcode has them."""
     for modifier, wrapper in (("ftz", "flush_subnormal"), ("relu", "rectify"), ("sat", "saturate")):
         if i.has(modifier):
             result = f"{wrapper}({result})"
@@ -30,7 +30,7 @@ def finish(i: Instruction, result: str) -> str:
 
 
 def floating(i: Instruction, function: str) -> str:
-    """Calls ``function`` of the operands, or on both halves of packed ones."""
+    """Call ``function`` on the operands, or on both halves of packed ones."""
 
     def call(values: Iterable[str]) -> str:
         values = [f"flush_subnormal({value})" if i.has("ftz") else value for value in values]
@@ -221,7 +221,7 @@ def find_leading(i: Instruction) -> str:
 
 COMPARISONS = {"eq": "a == b", "ne": "a < b || a > b", "lt": "a < b", "le": "a <= b", "gt": "a > b", "ge": "a >= b"}
 UNSIGNED_COMPARISONS = {"lo": "a < b", "ls": "a <= b", "hi": "a > b", "hs": "a >= b"}
-# true also where one is a NaN
+# also true if one is a NaN
 UNORDERED_COMPARISONS = {
     "equ": "!(a < b || a > b)",
     "neu": "!(a == b)",

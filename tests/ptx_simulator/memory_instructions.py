@@ -1,4 +1,4 @@
-"""Instructions that move data, talk to other threads, or decide what comes next."""
+"""Instructions that move data, communicate between threads, or control the flow."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def drop_cache_policy(i: Instruction) -> None:
 
 
 def fences(i: Instruction) -> tuple[str, str]:
-    """Before and after an access."""
+    """Return the fences before and after an access."""
     return "fence(); " * i.has("release", "acq_rel"), " fence();" * i.has("acquire", "acq_rel")
 
 
@@ -188,7 +188,7 @@ def synchronize_warp(i: Instruction) -> str:
 
 
 def barrier_and_count(i: Instruction, first: int, last: int) -> str:
-    """The barrier's number, and how many threads it is for, where that is given."""
+    """Return the barrier's number, and its number of threads if given."""
     count = i.value(first + 1, "u32") if last > first + 1 else "all_threads"
     return f"{i.value(first, 'u32')}, {count}"
 
@@ -242,7 +242,7 @@ def trap(i: Instruction) -> str:
     return f'fail({i.at}, "trap");'
 
 
-# Hints: they change when something happens, never what.
+# hints, which change the time of an access but not its result
 @opcodes("prefetch{,u}", "nanosleep.u32", "griddepcontrol{.wait,.launch_dependents}")
 def nothing(i: Instruction) -> str:
     return ";"

@@ -6,7 +6,7 @@ import re
 import struct
 from dataclasses import dataclass, field
 
-# The C++ type of values that an instruction of a PTX type computes with.
+# the C++ type of values that an instruction of a PTX type computes with
 TYPES = {
     **{f"{kind}{bits}": f"{'s' if kind == 's' else 'u'}{bits}" for kind in "bus" for bits in (8, 16, 32, 64)},
     **{name: name for name in ("f16", "bf16", "f32", "f64")},
@@ -39,12 +39,12 @@ SPECIAL_REGISTERS = {
 
 
 class Unsupported(Exception):
-    """What the simulator does not know; the launch that reaches it fails."""
+    """An instruction that the simulator does not know; a launch that reaches it fails."""
 
 
 @dataclass
 class Symbols:
-    """What names stand for within a kernel: registers, and the C++ expressions of addresses."""
+    """The names within a kernel: registers, and the C++ expressions of addresses."""
 
     registers: set[str] = field(default_factory=set)
     addresses: dict[str, str] = field(default_factory=dict)
@@ -52,12 +52,12 @@ class Symbols:
 
 
 def identifier(prefix: str, name: str) -> str:
-    """A C++ name for a PTX name."""
+    """Return a C++ name for a PTX name."""
     return prefix + re.sub(r"\W", "_", name.replace("$", "_S").removeprefix("%"))
 
 
 def immediate(text: str, bits: int) -> str | None:
-    """The bits of a constant, as a C++ literal; None where the text is no constant."""
+    """Return the bits of a constant, as a C++ literal; None if the text is not a constant."""
     suffix = "ull" if bits > 32 else "u"
     if match := re.fullmatch(r"0[fF]([0-9A-Fa-f]{8})|0[dD]([0-9A-Fa-f]{16})", text):
         return f"0x{match[1]}u" if match[1] else f"0x{match[2]}ull"
@@ -73,7 +73,7 @@ def immediate(text: str, bits: int) -> str | None:
 
 
 def split_operands(text: str) -> list[str]:
-    """At the commas outside brackets; {a} is a."""
+    """Split at the commas outside brackets; {a} is a."""
     parts = re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|\([^)]*\)|[^,{}\[\]()])+", text)
     stripped = (part.strip() for part in parts)
     return [re.sub(r"^\{\s*([^,{}]+?)\s*\}$", r"\1", part) for part in stripped if part]
@@ -94,7 +94,7 @@ class Instruction:
 
     @property
     def type(self) -> str:
-        """The last of the types in the opcode."""
+        """Return the last of the types in the opcode."""
         return next(part for part in reversed(self.parts) if part in TYPES)
 
     @property
@@ -109,7 +109,7 @@ class Instruction:
         return any(modifier in self.parts for modifier in modifiers)
 
     def raw(self, operand: str, c_type: str) -> str:
-        """The bits of an operand, which an instruction reads as ``c_type``."""
+        """Return the bits of an operand, which an instruction reads as ``c_type``."""
         if operand.startswith("!"):
             return f"(!{self.raw(operand[1:].strip(), c_type)})"
         if operand in SPECIAL_REGISTERS:
@@ -142,7 +142,7 @@ class Instruction:
         return f"(u64({base}) + u64({int(match[2], 0)}))" if match[2] else f"u64({base})"
 
     def elements(self, index: int) -> list[str]:
-        """The operands within {...}, or the one that stands alone."""
+        """Return the operands within {...}, or the one that stands alone."""
         return [element.strip() for element in self.operands[index].strip("{}").split(",")]
 
     def write(self, target: str, expression: str) -> str:
@@ -153,5 +153,5 @@ class Instruction:
         return f"{identifier('R_', target)} = raw({expression});"
 
     def set(self, expression: str) -> str:
-        """Assigns to the first operand."""
+        """Assign to the first operand."""
         return self.write(self.operands[0], expression)

@@ -12,7 +12,7 @@ from ptx_formulas import DIRECTIONS, FORMATS, PACKED, Number, decode, encode, fi
 
 
 def compare(name: str, a: Number | int, b: Number | int) -> bool:
-    """Of two numbers; with a NaN only the comparisons that end in u hold."""
+    """Compare two numbers; with a NaN only the comparisons that end in u hold."""
     if name in ("num", "nan"):
         return (a == a and b == b) == (name == "num")
     if a != a or b != b:
@@ -22,7 +22,7 @@ def compare(name: str, a: Number | int, b: Number | int) -> bool:
 
 
 def comparison(opcode: str, operands: Sequence[int]) -> bool:
-    """Of setp's and set's first two operands, without what follows from it."""
+    """Compare the first two operands of setp and set."""
     _, name, *modifiers, type_ = opcode.split(".")
     if type_ not in FORMATS:
         return compare(name, *(integer(type_, code) for code in operands[:2]))
@@ -32,7 +32,7 @@ def comparison(opcode: str, operands: Sequence[int]) -> bool:
 
 
 def set_predicate(opcode: str, operands: Sequence[int]) -> int:
-    """Bit 0: the predicate; bit 1: the second one, which is that of the opposite."""
+    """Return bit 0, the predicate, and bit 1, the predicate of the opposite comparison."""
     combine = {"and": bool.__and__, "or": bool.__or__, "xor": bool.__xor__}
     modifiers = opcode.split(".")[2:-1]
     assert set(modifiers) <= {*combine, "ftz"}, opcode
@@ -70,7 +70,7 @@ def to_integer(value: Fraction, direction: str) -> int:
 
 
 def conversion(opcode: str, operands: Sequence[int]) -> int:
-    """cvt of one operand; the result has the bits of the target's type."""
+    """Compute cvt of one operand; the result has the bits of the target's type."""
     _, *modifiers, target, source = opcode.split(".")
     assert set(modifiers) <= {*DIRECTIONS, *WHOLE, "ftz", "sat", "relu"}, opcode
     whole = next((WHOLE[part] for part in modifiers if part in WHOLE), None)
@@ -86,7 +86,7 @@ def conversion(opcode: str, operands: Sequence[int]) -> int:
         if whole is not None and isinstance(value, Fraction):
             value = Fraction(to_integer(value, whole))
         result = encode(FORMATS[target], value, direction, negative)
-        # a result of more range is not flushed by the .ftz of its source
+        # the .ftz of the source does not flush a result of larger range
         return finish(FORMATS[target], modifiers if target != "f64" else (), result)
     return integer_result(target, source, value, whole, "sat" in modifiers)
 
@@ -105,7 +105,7 @@ def integer_result(target: str, source: str, value: Number, whole: str | None, s
 
 
 def to_packed(opcode: str, operands: Sequence[int]) -> int:
-    """cvt of two floats: the first is the upper half."""
+    """Compute cvt of two floats; the first is the upper half."""
     stem, target, _ = opcode.rsplit(".", 2)
     high, low = (conversion(f"{stem}.{PACKED[target]}.f32", [code]) for code in operands[:2])
     return high << 16 | low
@@ -126,7 +126,7 @@ FUNCTIONS = {
 
 
 def exact_value(operation: str, values: Sequence[float]) -> float:
-    """What an approximation approximates; NaN where there is nothing."""
+    """Return the exact value of an approximation; NaN where it is undefined."""
     if any(math.isnan(value) for value in values):
         return math.nan
     try:
@@ -140,7 +140,7 @@ def exact_value(operation: str, values: Sequence[float]) -> float:
 
 
 def largest_error(opcode: str, exact: float, argument: float) -> float:
-    """The absolute error that the PTX ISA allows."""
+    """Return the absolute error that the PTX ISA allows."""
     operation, *modifiers, type_ = opcode.split(".")
     ulp = math.ulp(abs(exact)) * 2**29  # of a float, where it is a normal one
     absolute = {"sin": -20.5, "cos": -20.5}

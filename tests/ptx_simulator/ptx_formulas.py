@@ -1,4 +1,4 @@
-"""What PTX instructions compute, in exact arithmetic of Python's: formulas that share nothing with the simulator's C++.
+"""The results of PTX instructions in Python's exact arithmetic, independent of the simulator's C++.
 
 Operands and results are the bits of registers. A formula gets an opcode, such as "add.rm.ftz.f32", and the operands'
 bits.
@@ -62,7 +62,7 @@ def decode(format: Format, code: int) -> Number:
 
 
 def encode(format: Format, value: Number, direction: str = "rn", negative_zero: bool = False) -> int:
-    """The bits of ``value`` rounded in a direction; an exact zero has the sign asked for."""
+    """Return the bits of ``value`` rounded in a direction; ``negative_zero`` gives the sign of an exact zero."""
     if isinstance(value, float):
         return format.nan if math.isnan(value) else format.infinity | (format.sign if value < 0 else 0)
     if value == 0:
@@ -101,20 +101,20 @@ def signed(value: int, bits: int) -> int:
 
 
 def parse(opcode: str, *known: str) -> tuple[str, list[str], str]:
-    """(operation, modifiers, type); a modifier that the formula does not know is an error."""
+    """Return (operation, modifiers, type); a modifier that the formula does not know is an error."""
     operation, *modifiers, type_ = opcode.split(".")
     assert set(modifiers) <= set(known), opcode
     return operation, modifiers, type_
 
 
 def integer(type_: str, code: int) -> int:
-    """The value of a register's bits as u32, s16, b64 and the like."""
+    """Return the value of a register's bits as u32, s16, b64 and the like."""
     bits = int(type_[1:])
     return signed(code, bits) if type_[0] == "s" else code % (1 << bits)
 
 
 def on_halves(formula: Formula) -> Formula:
-    """The formula on both halves of the operands where the type is a packed one."""
+    """Apply the formula to both halves of the operands if the type is packed."""
 
     @functools.wraps(formula)
     def packed(opcode: str, operands: Sequence[int]) -> int:
@@ -134,7 +134,7 @@ def on_halves(formula: Formula) -> Formula:
 
 
 def finish(format: Format, modifiers: Sequence[str], code: int) -> int:
-    """What .ftz, .relu and .sat make of a result."""
+    """Apply .ftz, .relu and .sat to a result."""
     is_nan = code & ~format.sign > format.infinity
     if "ftz" in modifiers and not is_nan:
         code = flush(format, code)
@@ -147,7 +147,7 @@ def finish(format: Format, modifiers: Sequence[str], code: int) -> int:
 
 
 def multiply_add(format: Format, direction: str, a: int, b: int, c: int) -> int:
-    """a b + c, rounded once."""
+    """Compute a b + c, rounded once."""
     x, y, z = (decode(format, code) for code in (a, b, c))
     product_negative = is_negative(format, a) != is_negative(format, b)
     if any(isinstance(value, float) for value in (x, y, z)):
@@ -183,7 +183,7 @@ def arithmetic(opcode: str, operands: Sequence[int]) -> int:
 
 
 def division(opcode: str, operands: Sequence[int]) -> int:
-    """div, rcp and sqrt."""
+    """Compute div, rcp and sqrt."""
     operation, modifiers, type_ = parse(opcode, *DIRECTIONS, "ftz")
     format, direction = FORMATS[type_], modifiers[0]
     codes = [flush(format, code) if "ftz" in modifiers else code for code in operands]
@@ -207,7 +207,7 @@ def square_root(format: Format, direction: str, code: int) -> int:
         return code
     if isinstance(value, float) or value < 0:
         return format.nan
-    # a floor with many more bits than the format, and one bit for what is below it
+    # a floor with many more bits than the format, and one bit for the rest below it
     scale = 4 ** (600 + format.fraction_bits)
     scaled = value * scale
     assert scaled.denominator == 1
@@ -267,7 +267,7 @@ def integer_arithmetic(opcode: str, operands: Sequence[int]) -> int:
     bits = int(type_[1:])
     values = [integer(type_, code) for code in operands]
     a, b = values[0], values[-1]
-    if operation in ("div", "rem"):  # by zero is not defined
+    if operation in ("div", "rem"):  # division by zero is undefined
         quotient = 0 if b == 0 else abs(a) // abs(b) * (-1 if (a < 0) != (b < 0) else 1)
         result = a - quotient * b if operation == "rem" else -1 if b == 0 else quotient
         return result % (1 << bits)
@@ -321,7 +321,7 @@ def extract_bits(opcode: str, operands: Sequence[int]) -> int:
     _, _, type_ = parse(opcode)
     bits = int(type_[1:])
     start, length = operands[1] & 0xFF, operands[2] & 0xFF
-    # beyond the register there are zeros, or its sign
+    # zeros, or the sign, fill the bits beyond the register
     value = integer(type_, operands[0]) >> start
     if length == 0:
         return 0
@@ -357,6 +357,6 @@ def leading_bit(opcode: str, operands: Sequence[int]) -> int:
 
 
 def is_nan(format: Format, code: int, is_packed: bool = False) -> bool:
-    """Whether it is a NaN, or either half of packed ones is."""
+    """Return whether the bits are a NaN, or either half of packed ones is."""
     halves = (code >> format.bits, code % (1 << format.bits)) if is_packed else (code,)
     return any(half & ~format.sign > format.infinity for half in halves)

@@ -1,5 +1,6 @@
-"""Small kernels written in PTX for tests of single instructions: a body each, one library of all, one launch a
-kernel.
+"""Small kernels written in PTX for tests of single instructions.
+
+Each has its own body. One library has all of them, and one launch runs a kernel.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def bits_of(type_: str) -> int:
 
 
 def width(type_: str) -> int:
-    """Of a register that holds a value of the type."""
+    """Return the width of a register for a value of the type."""
     return max(16, bits_of(type_))
 
 
@@ -63,14 +64,14 @@ def register(type_: str, number: int) -> str:
 
 
 def operand(number: int, type_: str) -> str:
-    """Loads operand ``number`` of a thread into the register of its type with that number."""
+    """Load operand ``number`` of a thread into the register of its type with that number."""
     if type_ == "pred":
         return f"ld.b32 %part, [%in+{8 * number}]; setp.ne.u32 %p{number}, %part, 0;"
     return f"ld.b{width(type_)} {register(type_, number)}, [%in+{8 * number}];"
 
 
 def result(number: int, type_: str, source: str | None = None) -> str:
-    """Stores result ``number`` of a thread."""
+    """Store result ``number`` of a thread."""
     source = source or register(type_, number)
     if type_ == "pred":
         return f"selp.u32 %part, 1, 0, {source}; st.b32 [%out+{8 * number}], %part;"
@@ -78,7 +79,7 @@ def result(number: int, type_: str, source: str | None = None) -> str:
 
 
 def build_folder(factory: pytest.TempPathFactory) -> Path:
-    """Of all libraries of a test run: they share the simulator's runtime."""
+    """Return the folder of all libraries of a test run, which share the simulator's runtime."""
     if shutil.which(COMPILER) is None:
         pytest.skip(f"there is no {COMPILER}")
     folder = factory.getbasetemp() / "ptx_simulator"
@@ -87,10 +88,9 @@ def build_folder(factory: pytest.TempPathFactory) -> Path:
 
 
 def runner(name: str, bodies: dict[str, str], factory: pytest.TempPathFactory) -> Run:
-    """Builds the kernels; returns a function of (kernel, operands of each thread, seed) to the results, 64-bit words
-    (threads, SLOTS).
+    """Build the kernels, and return a function of (kernel, operands of each thread, seed) to the results.
 
-    All bits of a result that nobody writes are set.
+    The results are 64-bit words (threads, SLOTS). All bits of an unwritten result are set.
     """
     names = {test: f"kernel_{number}" for number, test in enumerate(bodies)}
     text = HEAD + "".join(KERNEL.format(name=names[test], body=body) for test, body in bodies.items())
@@ -109,7 +109,7 @@ def runner(name: str, bodies: dict[str, str], factory: pytest.TempPathFactory) -
 
 
 def words(count: int) -> list[list[int]]:
-    """Random operands of ``count`` threads."""
+    """Return random operands of ``count`` threads."""
     rng = random.Random(0)
     return [[rng.getrandbits(64) for _ in range(SLOTS)] for _ in range(count)]
 

@@ -75,14 +75,14 @@ def special_values(type_: str) -> list[int]:
 def random_value(type_: str, rng: random.Random) -> int:
     if type_ in PACKED:
         return random_value(PACKED[type_], rng) << bits_of(PACKED[type_]) | random_value(PACKED[type_], rng)
-    if type_ in FORMATS and rng.random() < 0.7:  # of similar size, so that sums are interesting
+    if type_ in FORMATS and rng.random() < 0.7:  # of similar size, so that sums do not lose an operand
         return formulas.encode(FORMATS[type_], formulas.Fraction(rng.gauss(0, 4)))
     return rng.getrandbits(1 if type_ == "pred" else bits_of(type_))
 
 
 @functools.cache
 def operands(types: tuple[str, ...]) -> list[tuple[int, ...]]:
-    """For each case the operands' bits: every special value, combined at random, and random ones."""
+    """Return the operands' bits for each case: every special value, combined at random, and random ones."""
     rng = random.Random(repr(types))
     columns = []
     for type_ in types:

@@ -1,5 +1,6 @@
-"""Runs the kernels of kernels/samples.cu and compares with numpy: python -m ptx_simulator.samples LIBRARY KERNEL FAULT
-SEEDS.
+"""Run the kernels of kernels/samples.cu and compare with numpy.
+
+Usage: python -m ptx_simulator.samples LIBRARY KERNEL FAULT SEEDS
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def check(library: ctypes.CDLL, error: int) -> None:
 
 
 def sum_rows(library: ctypes.CDLL, fault: str, rows: int = 3, columns: int = 1000) -> bytes:
-    """The bytes of what the kernel writes; AssertionError where they are wrong."""
+    """Return the bytes that the kernel writes; AssertionError if they are wrong."""
     rng = np.random.default_rng(0)
     values = rng.standard_normal((rows, columns), dtype=np.float32)
     source, sums, rows_done = copy(values), empty(rows, np.float32), copy(np.zeros(1, np.int32))
@@ -62,7 +63,7 @@ KERNELS = {"sum_rows": sum_rows, "copy_rows": copy_rows}
 
 
 def results(library: Path, kernel: str, fault: str, seeds: int) -> set[bytes]:
-    """The different results over the orders of blocks and threads that ``seeds`` seeds give."""
+    """Return the different results over the orders of blocks and threads of ``seeds`` seeds."""
     loaded = load(library)
     found = set()
     for seed in range(seeds):

@@ -1,8 +1,8 @@
 """The table of instructions: for each opcode a function that writes its C++.
 
-A new opcode goes beside its kin, in instructions.py or memory_instructions.py: a form such as "add{,.rn}{.f32,.f64}"
-stands for one opcode of each choice of the braces. What it computes goes to runtime/, and its test to
-tests/test_ptx_instructions.py, which fails for an opcode of this table that it does not know.
+A new opcode goes beside similar ones, in instructions.py or memory_instructions.py. A form such as
+"add{,.rn}{.f32,.f64}" stands for one opcode of each choice of the braces. Its arithmetic goes to runtime/, and its test
+to tests/test_ptx_instructions.py. That file fails for an opcode of this table that it does not know.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ OPCODES: dict[str, Handler] = {}
 
 
 def expand(form: str) -> list[str]:
-    """The opcodes that a form stands for."""
+    """Return the opcodes that a form stands for."""
     choices = [
         part[1:-1].split(",") if part.startswith("{") else [part] for part in re.findall(r"\{[^}]*\}|[^{}]+", form)
     ]
@@ -26,7 +26,7 @@ def expand(form: str) -> list[str]:
 
 
 def opcodes(*forms: str) -> Callable[[Handler], Handler]:
-    """Enters a function into the table."""
+    """Enter a function into the table."""
 
     def enter(handler: Handler) -> Handler:
         for opcode in itertools.chain.from_iterable(map(expand, forms)):
@@ -46,7 +46,7 @@ MEMORY = {"ld", "st", "atom", "red", "prefetch", "prefetchu"}
 
 
 def table_name(opcode: str) -> str:
-    """The opcode without what makes no difference."""
+    """Return the opcode without modifiers that make no difference."""
     base, *modifiers = opcode.split(".")
     if base not in MEMORY and not opcode.startswith("cp.async"):
         return opcode
@@ -57,7 +57,7 @@ def table_name(opcode: str) -> str:
 
 
 def translate(instruction: Instruction) -> str:
-    """C++ statements for an instruction."""
+    """Return C++ statements for an instruction."""
     handler = OPCODES.get(table_name(instruction.opcode))
     if handler is None:
         raise Unsupported(instruction.opcode)

@@ -1,5 +1,6 @@
-"""Instructions of the simulator that branch, copy asynchronously, only order or hint; and how a launch that fails says
-so.
+"""Instructions of the simulator that branch, copy asynchronously, only order or hint.
+
+The tests also cover the messages of failed launches.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ NO_EFFECT = [
 CONTROL = ["bra", "bra.uni", "brx.idx", "brx.idx.uni", "ret", "ret.uni", "exit", "trap"]
 ASYNCHRONOUS = ["cp.async", "cp.async.commit_group", "cp.async.wait_group", "cp.async.wait_all"]
 CONTROL_OPCODES = [*NO_EFFECT, *CONTROL, *ASYNCHRONOUS]
-BODIES: dict[str, str] = {}  # of all kernels, by what they test
+BODIES: dict[str, str] = {}  # the bodies of all kernels, by test
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ COPIES = """mul.wide.u32 %d1, %index, 16; shl.b32 %r1, %index, 4; add.u32 %r1, %
     ld.shared.v2.b64 {{%d2, %d3}}, [%r1]; st.b64 [%out+8], %d2; st.b64 [%out+16], %d3;
     ld.shared.b32 %r2, [%r1+512]; st.b32 [%out+24], %r2;
     cp.async.wait_all;"""
-# cache, bytes, bytes there are, how to wait, and the 32-bit words of the second copy that are there by then
+# cache, bytes, available bytes, the wait, and the 32-bit words of the second copy available by then
 COPY_FORMS = {
     "cp.async": ("cg", 16, 16, "cp.async.wait_all;", 1),
     "cp.async 8": ("ca", 8, 8, "cp.async.wait_group 0;", 0),

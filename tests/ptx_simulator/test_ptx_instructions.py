@@ -1,5 +1,6 @@
-"""Every instruction of the simulator that computes, against formulas in exact arithmetic, on special and random
-values.
+"""Every instruction of the simulator that computes, against formulas in exact arithmetic.
+
+The operands are special and random values.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ Types = tuple[list[str], str]  # of the operands, and of the result
 
 
 def all_of(count: int) -> Callable[[str], Types]:
-    """``count`` operands and a result of the opcode's type."""
+    """Return ``count`` operands and a result of the opcode's type."""
     return lambda opcode: ([opcode.split(".")[-1]] * count, opcode.split(".")[-1])
 
 
 def with_counts(typed: int, counts: int) -> Callable[[str], Types]:
-    """Operands of the opcode's type, then u32 ones."""
+    """Return operands of the opcode's type, then u32 ones."""
     return lambda opcode: ([opcode.split(".")[-1]] * typed + ["u32"] * counts, opcode.split(".")[-1])
 
 
@@ -70,7 +71,7 @@ def conversion_types(opcode: str) -> Types:
 
 
 class Family(NamedTuple):
-    """Opcodes that one formula knows."""
+    """Opcodes of one formula."""
 
     pattern: str
     types: Callable[[str], Types]
@@ -174,7 +175,7 @@ class Group(NamedTuple):
 
 
 def grouped() -> dict[str, list[Group]]:
-    """The kernels of each family."""
+    """Return the kernels of each family."""
     signatures: dict[str, Callable[[str], Types]] = {name: family.types for name, family in FAMILIES.items()}
     patterns = {name: family.pattern for name, family in FAMILIES.items()} | {"approximation": APPROXIMATIONS}
     signatures["approximation"] = lambda opcode: all_of(operand_count(opcode))(opcode)
@@ -196,7 +197,7 @@ Results = Callable[[Group], dict[str, list[int]]]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """Runs a group's kernel: the bits of each opcode's results."""
+    """Return a function that runs a group's kernel and returns the bits of each opcode's results."""
     text = HEAD + "".join(group.ptx() for groups in GROUPS.values() for group in groups)
     library = load(simulate_ptx(text, build_folder(tmp_path_factory) / "instructions.so"))
 
@@ -215,7 +216,7 @@ def is_nan(type_: str, code: int) -> bool:
 
 
 def same(type_: str, found: int, expected: int) -> bool:
-    """Equal bits, or both NaN; half by half for packed types."""
+    """Return whether the bits are equal or both NaN; packed types are compared by halves."""
     if type_ in PACKED:
         bits = bits_of(PACKED[type_])
         pairs = [(code >> bits, code % (1 << bits)) for code in (found, expected)]
@@ -224,7 +225,7 @@ def same(type_: str, found: int, expected: int) -> bool:
 
 
 def in_register(type_: str, code: int) -> int:
-    """A signed result extends its sign into a wider register."""
+    """Extend the sign of a signed result into a wider register."""
     return formulas.signed(code, bits_of(type_)) % (1 << width(type_)) if type_[0] == "s" else code
 
 
@@ -251,7 +252,7 @@ def to_float(type_: str, code: int) -> float:
 
 
 def approximation_error(opcode: str, case: Sequence[int], found: int) -> str | None:
-    """What is wrong with the result of an approximation."""
+    """Say what is wrong with the result of an approximation."""
     type_ = opcode.split(".")[-1]
     format = FORMATS[type_]
     flushed = [formulas.flush(format, code) if "ftz" in opcode else code for code in case]
@@ -283,7 +284,7 @@ def finish(opcode: str, code: int) -> int:
 
 
 def test_approximations(results: Results) -> None:
-    """Within the error that the PTX ISA states, of that order, and exact where the result is a number of the type."""
+    """Check the PTX ISA's error limit, errors of that order, and exact results for numbers of the type."""
     wrong, inexact = [], dict.fromkeys(opcodes_of(APPROXIMATIONS), 0)
     for group in GROUPS["approximation"]:
         for opcode, found in results(group).items():
@@ -321,7 +322,7 @@ def test_a_new_opcode_without_a_test_is_noticed(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_logic_of_three(results: Results) -> None:
-    """lop3 takes its table as a constant: bit i is the result for the bits of i."""
+    """Check lop3, which takes its table as a constant: bit i is the result for the bits of i."""
     (group,) = GROUPS["lop3"]
     for (opcode, found), table in zip(results(group).items(), TABLES, strict=True):
         for (a, b, c), code in zip(operands(group.types), found, strict=True):
@@ -330,7 +331,7 @@ def test_logic_of_three(results: Results) -> None:
 
 
 def test_formats_are_ieee() -> None:
-    """The formulas' own encoding and decoding, by Python's."""
+    """Compare the formulas' own encoding and decoding with Python's."""
     for value in (0.1, 1e-310, -3.5, 1e300, 2.0**-1074, math.pi):
         assert (
             formulas.encode(FORMATS["f64"], formulas.Fraction(value))

@@ -1,4 +1,4 @@
-"""The simulator of CUDA kernels itself: right kernels pass under every sanitizer, planted faults are found."""
+"""The simulator of CUDA kernels: right kernels pass under every sanitizer, and planted faults are found."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ extern "C" int TEXT(scale_, NAME)(float* x) {
 
 
 def scaled(output: Path) -> list[float]:
-    """What the two kernels make of 1."""
+    """Return the results of the two kernels on 1."""
     library = load(output)
     values = [copy(np.ones(32, np.float32)) for _ in range(2)]
     for name, value in zip(("first", "second"), values, strict=True):
@@ -125,14 +125,14 @@ def scaled(output: Path) -> list[float]:
 
 
 def test_only_what_has_changed_is_built_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builder, "CACHE", tmp_path / "cache")  # what another run has made would be there at once
+    monkeypatch.setattr(builder, "CACHE", tmp_path / "cache")  # a cache of another run would have the files at once
     source, header, output = tmp_path / "scale.cu", tmp_path / "include" / "factor.h", folder / "scale.so"
     units = [(source, ["-DNAME=first"]), (source, ["-DNAME=second", "-DTWICE"])]
     header.parent.mkdir()
     source.write_text(SCALE, encoding="utf-8")
 
     def build_with(factor: int) -> float:
-        """Returns the seconds that the build took."""
+        """Return the seconds of the build."""
         header.write_text(f"#define FACTOR {factor}\n", encoding="utf-8")
         started = time.perf_counter()
         build([], output, include=[header.parent], units=units)
@@ -150,7 +150,7 @@ def test_only_what_has_changed_is_built_again(folder: Path, tmp_path: Path, monk
 def test_what_another_folder_has_made_is_not_made_again(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A copy of the same sources; another header, macro or source is made anew."""
+    """Check that a copy of the same sources is reused, and that another header, macro or source is built."""
     monkeypatch.setattr(builder, "CACHE", tmp_path / "cache")
     commands: list[str] = []
     run = builder.run
@@ -193,7 +193,7 @@ def test_modes_have_names(folder: Path) -> None:
         build([SOURCE], folder / "library.so", "fast")
 
 
-# ---- what nvcc makes of common CUDA
+# ---- nvcc's output for common CUDA
 
 
 def rounded(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
@@ -201,7 +201,7 @@ def rounded(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
 
 
 def fused(x: np.ndarray) -> np.ndarray:
-    """x x + x and 1 + 1 in bf16, added."""
+    """Return x x + x and 1 + 1 in bf16, added."""
     x = rounded(x, torch.bfloat16)
     return rounded((x * x + x).astype(np.float32), torch.bfloat16) + 2
 
@@ -314,9 +314,9 @@ def test_the_cuda_runtime(folder: Path, tmp_path: Path) -> None:
     kilobyte = 1024
     expected = {
         (64, 48 * kilobyte, 0): b"cudaSuccess",
-        (64, 48 * kilobyte + 16, 0): b"cudaErrorInvalidValue",  # more has to be asked for
+        (64, 48 * kilobyte + 16, 0): b"cudaErrorInvalidValue",  # more must be requested
         (64, 100 * kilobyte, 100 * kilobyte): b"cudaSuccess",
-        (64, 0, 228 * kilobyte): b"cudaErrorInvalidValue",  # and nothing is that large
+        (64, 0, 228 * kilobyte): b"cudaErrorInvalidValue",  # and no block gets that much
         (65, 256, 0): b"cudaErrorInvalidConfiguration",  # beyond __launch_bounds__
         (0, 256, 0): b"cudaErrorInvalidConfiguration",
     }
@@ -341,8 +341,9 @@ extern "C" int launch_numbers(int x, int y, uint2* out, unsigned first) {
 
 
 def test_the_last_blocks_of_a_grid(folder: Path, tmp_path: Path) -> None:
-    """Numbered from where one says, along the last axis that has several; what was launched, and where, can be
-    asked.
+    """Check blocks numbered from a given start, along the last axis that has several.
+
+    The launched kernels and their device can be queried.
     """
     source = tmp_path / "blocks.cu"
     source.write_text(BLOCKS, encoding="utf-8")

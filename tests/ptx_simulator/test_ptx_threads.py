@@ -1,4 +1,4 @@
-"""Every instruction of the simulator that moves data or talks to other threads."""
+"""Every instruction of the simulator that moves data or communicates between threads."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PATTERNS = {
     "barrier reduction": r"(bar|barrier)(\.cta)?\.red.*",
     "warp": r"bar\.warp\.sync",
 }
-BODIES: dict[str, str] = {}  # of all kernels, by what they test
+BODIES: dict[str, str] = {}  # the bodies of all kernels, by test
 
 
 def opcodes_of(name: str) -> list[str]:
@@ -113,7 +113,7 @@ def test_special_registers(run: Run) -> None:
 
 # ---- ld, st
 
-QUALIFIED = {  # of which the cache and the kind of memory make no difference
+QUALIFIED = {  # the cache and the kind of memory make no difference
     "ld.global.nc.L1::no_allocate.L2::128B.v4.f32": "ld.v4.f32",
     "ld.global.cs.v2.b64": "ld.v2.b64",
     "ld.weak.global.L1::evict_last.b16": "ld.b16",
@@ -129,7 +129,7 @@ QUALIFIED = {  # of which the cache and the kind of memory make no difference
 
 
 def access(opcode: str) -> tuple[str, int]:
-    """(type, elements) of a load or store."""
+    """Return (type, elements) of a load or store."""
     vector = re.search(r"\.v(\d)\b", opcode)
     return opcode.split(".")[-1], int(vector[1]) if vector else 1
 
@@ -183,7 +183,7 @@ for opcode in opcodes_of("atom"):
     sources = [f"%{LETTERS[width(type_)]}{n}" for n in (1, 2)][: 2 if ".cas." in opcode else 1]
     returned = f"%{LETTERS[width(type_)]}0"
     target = f"{returned}, " if opcode.startswith("atom") else ""
-    # the operands lie behind the word that changes
+    # the operands lie behind the changed word
     BODIES[opcode] = (
         f"{operand(0, 'b64')} st.b64 [%out+8], %d0; {operand(1, type_)} "
         f"{operand(2, type_)} mov.b64 %d5, -1; mov.b32 %r0, -1; "
@@ -192,7 +192,7 @@ for opcode in opcodes_of("atom"):
 
 
 def updated(opcode: str, old: int, value: int, replacement: int) -> int:
-    """The formula of atom and red."""
+    """Return the result of atom and red by formula."""
     name, type_ = opcode.split(".")[-2:]
     if name == "add" and (type_ in FORMATS or type_ in PACKED):
         return formulas.arithmetic(f"add.rn.{type_}", [old, value])
@@ -236,7 +236,7 @@ for opcode in opcodes_of("vote"):
     kind = opcode.split(".")[-1]
     source, target = ("%p1" if opcode.startswith("vote") else "%r1"), ("%p2" if kind == "pred" else "%r2")
     stored = result(0, "pred", "%p2") if kind == "pred" else result(0, "b32", "%r2")
-    # a warp's first word is the mask of the lanes that take part
+    # a warp's first word is the mask of the participating lanes
     BODIES[opcode] = f"""
         {operand(0, "b32")} {operand(1, "pred")} {operand(1, "b32")} mov.u32 %r3, %lanemask_eq;
         and.b32 %r3, %r3, %r0; setp.eq.u32 %p3, %r3, 0; @%p3 bra DONE_{len(BODIES)};
@@ -246,7 +246,7 @@ for opcode in opcodes_of("vote"):
 
 
 def shuffled(mode: str, values: Sequence[int], lane: int, b: int, c: int) -> tuple[int, bool]:
-    """(value, whether the source is in range), by the pseudo-code of the PTX ISA."""
+    """Return (value, whether the source is in range), by the pseudo-code of the PTX ISA."""
     b, clamp, mask = b & 31, c & 31, c >> 8 & 31
     most, least = lane & mask | clamp & ~mask, lane & mask
     source = {"up": lane - b, "down": lane + b, "bfly": lane ^ b, "idx": least | b & ~mask}[mode]
@@ -340,7 +340,7 @@ EXCHANGE = """{before} shl.b32 %r1, %index, 2; add.u32 %r1, %address, %r1; st.sh
     ld.shared.b32 %r3, [%r2]; """ + result(0, "b32", "%r3")
 for opcode in opcodes_of("barrier"):
     BODIES[opcode] = EXCHANGE.format(before="", barrier=f"{opcode} 0;", partner=63)
-    # two pairs of warps, each with a barrier of its own
+    # two pairs of warps, each with its own barrier
     numbered = f"shr.u32 %r4, %index, 6; add.u32 %r4, %r4, 3; {opcode} %r4, 64;"
     BODIES[f"{opcode} numbered"] = EXCHANGE.format(before="", barrier=numbered, partner=63)
 for opcode in opcodes_of("arrive"):

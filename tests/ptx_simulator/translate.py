@@ -1,5 +1,6 @@
-"""PTX to C++: a function for each kernel, which the runtime's fibers run; statements keep the lines of the kernel's
-source.
+"""PTX to C++: a function for each kernel, which the runtime's fibers run.
+
+Statements keep the lines of the kernel's source.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from .operands import BITS, TYPES, Instruction, Symbols, Unsupported, identifier
 from .table import translate as translate_instruction
 
 RED_ZONE = 32  # bytes between the arrays in shared memory, as in runtime/simulator.h
+# the errors of an instruction with an unexpected form
 UNKNOWN = (
     Unsupported,
     IndexError,
     KeyError,
     StopIteration,
     ValueError,
-)  # what an instruction of another form than expected raises
+)
 DYNAMIC_ALIGNMENT = 128  # of dynamic shared memory
 DECLARATION = re.compile(
     r"(?P<linkage>(?:\.(?:visible|weak|extern|common)\s+)*)\.(?P<space>shared|global|const|local)\s+"
@@ -35,7 +37,7 @@ PARAMETER = re.compile(
     r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+(?:\.ptr\b[^,]*?\s)?([\w$]+)\s*(?:\[(\d+)\])?\s*$", re.S
 )
 TOOLKIT = re.compile(r"/(?:cuda|nvidia)[^/]*/.*\binclude/")  # paths of CUDA's own headers
-# a #line's worth of position, a label, a brace, or a statement up to its semicolon
+# a source position, a label, a brace, or a statement up to its semicolon
 TOKEN = re.compile(r"\s*(?:(?P<loc>\.loc\s[^\n]*)|(?P<label>[\w$]+):(?!:)|(?P<brace>[{}])|(?P<statement>[^;]*);)")
 
 
@@ -64,7 +66,7 @@ class Variable:
         return cls(match["space"], alignment, match["type"], match["name"], count, match["initial"])
 
     def define(self) -> str:
-        """A global or constant variable as C++."""
+        """Return a global or constant variable as C++."""
         values = ""
         if self.initial is not None:
             bits = BITS[TYPES[self.type]]
@@ -77,7 +79,7 @@ class Variable:
 
 
 class KernelWriter:
-    """Writes one kernel's function and its registration."""
+    """Writer of one kernel's function and its registration."""
 
     def __init__(
         self, module: ModuleWriter, number: int, name: str, parameters: str, directives: str, body: str, line: int
@@ -95,7 +97,7 @@ class KernelWriter:
         self.shared_used = 0
         self.at = ""
         self.has_positions = ".loc" in body
-        self.callers: dict[tuple[str, ...], tuple[str, ...]] = {}  # where the code at a position was inlined
+        self.callers: dict[tuple[str, ...], tuple[str, ...]] = {}  # the place where the code at a position was inlined
         self.parameter_sizes = self.read_parameters(parameters)
 
     def read_parameters(self, text: str) -> list[int]:
@@ -140,7 +142,7 @@ class KernelWriter:
         self.lines.append(f"{c_type} {', '.join(identifier('R_', name) for name in names)};")
 
     def tokens(self) -> Iterator[tuple[str, str, int]]:
-        """(kind, text, line of the PTX)."""
+        """Yield (kind, text, line of the PTX)."""
         position = 0
         while match := TOKEN.match(self.body, position):
             kind = match.lastgroup
@@ -171,7 +173,10 @@ class KernelWriter:
         return self.finish()
 
     def move_to(self, text: str) -> None:
-        """To the position of a .loc; where that is in CUDA's own headers, to the place that they were inlined at."""
+        """Move to the position of a .loc.
+
+        A position in CUDA's own headers is replaced by the place of inlining.
+        """
         position = tuple(text.replace(",", " ").split()[1:4])
         if caller := re.search(r"inlined_at\s+(\d+)\s+(\d+)\s+(\d+)", text):
             self.callers[position] = caller.groups()
@@ -209,7 +214,7 @@ class KernelWriter:
         return self.at or self.module.location(self.module.name, self.first_line)
 
     def failure(self, text: str, error: Exception) -> str:
-        """Ends the launch that comes here."""
+        """Return a statement that ends the launch."""
         message = f"the simulator does not support: {text} ({error})".replace("%", "%%")
         return f"fail({self.position}, {json.dumps(message)});"
 
@@ -237,7 +242,7 @@ class KernelWriter:
 
 
 class ModuleWriter:
-    """Writes the C++ of a PTX file."""
+    """Writer of the C++ of a PTX file."""
 
     def __init__(self, text: str, name: str) -> None:
         self.name = name
@@ -263,7 +268,7 @@ class ModuleWriter:
         return "\n".join((*head, *definitions, *kernels)) + "\n"
 
     def split(self) -> tuple[list[tuple[str, str, str, str, int]], str]:
-        """The kernels as (name, parameters, directives, body, line), and the text outside of them."""
+        """Return the kernels as (name, parameters, directives, body, line), and the text outside of them."""
         kernels, outside, position = [], [], 0
         while match := ENTRY.search(self.text, position):
             outside.append(self.text[position : match.start()])
@@ -278,7 +283,10 @@ class ModuleWriter:
         return kernels, "".join((*outside, self.text[position:]))
 
     def variables(self, text: str) -> Iterator[str]:
-        """C++ definitions of the module's variables; an instruction that names one of another kind is not supported."""
+        """Yield C++ definitions of the module's variables.
+
+        An instruction that names a variable of another kind is not supported.
+        """
         for statement in re.findall(r"^\s*((?:\.\w+\s+)*\.(?:shared|global|const)\s[^;]*);", text, re.M):
             try:
                 variable = Variable.parse(statement)
@@ -292,5 +300,5 @@ class ModuleWriter:
 
 
 def translate(text: str, name: str) -> str:
-    """C++ of the PTX ``text``; ``name`` stands for its file where a statement has no source line."""
+    """Return the C++ of the PTX ``text``; ``name`` stands for its file if a statement has no source line."""
     return ModuleWriter(text, name).write()

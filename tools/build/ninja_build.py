@@ -1,8 +1,10 @@
-"""Writes build.ninja for a target and runs it. A new op is a folder of csrc: its files are found by their names.
+"""Write build.ninja for a target and run it.
 
-csrc/common/cpu/*.cpp, csrc/<op>/cpu*.cpp      without torch; *_kernel.cpp once for each instruction set
-csrc/<op>/cuda_*.cu                            by nvcc, without torch; *_kernel.cu once for each dtype
-csrc/*.cpp, csrc/<op>/*_op.cpp                 over torch's stable ABI; cuda_op.cpp where there is nvcc
+A new op is a folder of csrc. Its files are found by their names:
+
+    csrc/common/cpu/*.cpp, csrc/<op>/cpu*.cpp      without torch; *_kernel.cpp once for each instruction set
+    csrc/<op>/cuda_*.cu                            by nvcc, without torch; *_kernel.cu once for each dtype
+    csrc/*.cpp, csrc/<op>/*_op.cpp                 over torch's stable ABI; cuda_op.cpp if there is nvcc
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ CSRC = ROOT / "csrc"
 
 
 class Unit(NamedTuple):
-    """An object file, what it is compiled of, and the flags that it alone gets."""
+    """An object file, its source, and its own flags."""
 
     name: str
     source: Path
@@ -54,18 +56,18 @@ class NinjaBuild:
         name = "ninja" + ("-" + self.sanitize.replace(",", "-") if self.sanitize else "")
         self.folder = ROOT / "build" / name
         self.folder.mkdir(parents=True, exist_ok=True)
-        # messages name the sources as the repository does, whatever folder they were built in
+        # messages name the sources as the repository does, in every build folder
         self.includes = [
             f"-ffile-prefix-map={ROOT}/=",
             f"-I{ROOT / 'csrc'}",
             "-isystem",
             str(ROOT / "third_party" / "xsimd" / "include"),
         ]
-        # gcc spells the limit differently from clang; a template error floods the terminal without one.
+        # gcc and clang spell this option differently; a template error floods the terminal without a limit
         self.limit_flags = ["-ferror-limit=5"] if "clang" in self.identity else ["-fmax-errors=5"]
         self.sanitize_flags: list[str] = []
         if self.sanitize:
-            # -O1, placed after -O3: instrumented vector code takes minutes to optimise further.
+            # -O1 after -O3: instrumented vector code takes minutes to optimise further
             self.sanitize_flags = [
                 "-O1",
                 "-g1",
@@ -78,10 +80,10 @@ class NinjaBuild:
             ]
 
     def cpu_units(self) -> list[Unit]:
-        """The kernels for the CPU of every op, and what they share."""
+        """Return the CPU kernels of every op, and their common code."""
         units = []
         for source in sorted(CSRC.glob("*/cpu_kernel.cpp")):
-            # the widest take the longest, so they are started first
+            # the widest sets take the longest, so they are started first
             for isa, flags in reversed(isas().items()):
                 isa_flags = [*flags, f"-DDEPTHLSTM_ISA={isa}", f"-DDEPTHLSTM_ISA_{isa.upper()}=1"]
                 units.append(Unit(f"{source.parent.name}/{source.stem}.{isa}.o", source, isa_flags))
@@ -94,9 +96,9 @@ class NinjaBuild:
         return units
 
     def cuda_units(self, nvcc: Nvcc) -> list[Unit]:
-        """The kernels for GPUs of every op."""
+        """Return the GPU kernels of every op."""
         common = gencode(nvcc.archs)
-        if os.environ.get("CXX") and len(self.compiler.split()) == 1:  # nvcc takes no "ccache g++"
+        if os.environ.get("CXX") and len(self.compiler.split()) == 1:  # nvcc does not accept "ccache g++"
             common += ["-ccbin", self.compiler]
         units = []
         for source in sorted(CSRC.glob("*/cuda_*.cu")):
@@ -113,7 +115,7 @@ class NinjaBuild:
         return units
 
     def torch_units(self, name: str, flags: list[str]) -> list[Unit]:
-        """The operators that torch sees, csrc/<op>/<name>.cpp."""
+        """Return the operators that torch sees, csrc/<op>/<name>.cpp."""
         return [
             Unit(f"torch/{source.parent.name}_{name}.o", source, flags) for source in sorted(CSRC.glob(f"*/{name}.cpp"))
         ]
@@ -138,7 +140,7 @@ class NinjaBuild:
         flags = [*isas()["generic"], *headers, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
         about = Unit("library.o", CSRC / "library.cpp", [*isas()["generic"], f'-DDEPTHLSTM_BUILD_INFO="{stamp}"'])
         units = [*self.cpu_units(), *self.torch_units("cpu_op", flags), about]
-        # --no-as-needed: the linker would drop libtorch.so, whose loading is what makes torch's symbols available.
+        # --no-as-needed: the linker would drop libtorch.so, and loading it makes torch's symbols available
         link = [
             "-shared",
             f"-L{torch_folder / 'lib'}",
@@ -180,7 +182,7 @@ class NinjaBuild:
 
     def run(self, target: str, units: list[Unit], link_flags: list[str]) -> Path:
         def quote(words: list[str]) -> str:
-            # One shell (single quotes around what needs them), then ninja's own escape.
+            # one shell (single quotes around special words), then ninja's own escape
             return " ".join(w if re.fullmatch(r"[\w@%+=:,./-]+", w) else f"'{w}'" for w in words).replace("$", "$$")
 
         def path(value: Path | str) -> str:
@@ -222,10 +224,10 @@ class NinjaBuild:
         import fcntl  # the extension is built on Linux only
 
         lines = []
-        # one build at a time in a folder: two would write the same objects
+        # one build at a time in a folder, because two would write the same objects
         with open(self.folder / "lock", "w", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            # ninja names a file when it is done, which may be minutes later
+            # ninja names a file only when it is done, possibly minutes later
             planned = subprocess.run(
                 [*command, "-n", target], cwd=self.folder, text=True, capture_output=True, check=False
             ).stdout

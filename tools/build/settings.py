@@ -1,4 +1,4 @@
-"""What is compiled and how: folders, versions, flags, instruction sets, architectures."""
+"""Settings of the build: folders, versions, flags, instruction sets, architectures."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ COMMON_FLAGS = [
         "-Wall",
         "-Wextra",
     ),
-    # errno and trap flags block vectorisation; NaN and infinity keep their meaning, so -ffast-math is out.
+    # errno and trap flags block vectorisation. NaN and infinity keep their meaning, so -ffast-math is not used.
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
 ]
 AVX512_FLAGS = [
-    # xsimd wants CD beside DQ; gcc 12 warns of its own _mm512_undefined_ps.
+    # xsimd needs CD beside DQ; gcc 12 warns of its own _mm512_undefined_ps
     *("-mavx512f", "-mavx512cd", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
     *("-mprefer-vector-width=512", "-Wno-maybe-uninitialized", "-Wno-uninitialized"),
 ]
@@ -41,16 +41,16 @@ ISA_FLAGS = {
     "avx512": AVX512_FLAGS,
     "avx512_bf16": [*AVX512_FLAGS, "-mavx512bf16"],
 }
-CUDA_ARCHS = ["80", "90", "100", "100-ptx"]  # the PTX is for 12.0 and later: made of 10.0's, it costs no second pass
+CUDA_ARCHS = ["80", "90", "100", "100-ptx"]  # the PTX is for 12.0 and later; PTX of 10.0 costs no second pass
 CUDA_DTYPES = ["float", "bfloat16", "float16"]
-NVCC_FLOOR = (12, 0)  # the first that knows C++20
+NVCC_FLOOR = (12, 0)  # the first version with C++20
 NVCC_FLAGS = ["-O3", "-std=c++20", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility=hidden", f"-I{ROOT / 'csrc'}"]
 # the shared run-time library would break the import on a CPU torch
 CUDA_LINK = ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
 
 def fail(message: str) -> NoReturn:
-    """Ends the build with one readable line instead of a traceback, and keeps it for the report command."""
+    """End the build with one readable line instead of a traceback, and keep the line for the report command."""
     text = f"depthlstm_fast: {message}"
     FAILURE_FILE.write_text(text + "\n", encoding="utf-8")
     raise SystemExit(f"\nerror: {text}\n")

@@ -1,4 +1,4 @@
-"""What the build finds on this machine: torch, the C++ compiler, nvcc, ninja."""
+"""Tools that the build finds on this machine: torch, the C++ compiler, nvcc, ninja."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from settings import CUDA_ARCHS, NVCC_FLOOR, TORCH_FLOOR, TORCH_INSTALL, fail
 
 
 def find_torch() -> tuple[Path, str]:
-    """The folder and version of the installed torch, which is not imported (an isolated build cannot)."""
+    """Return the folder and version of the installed torch.
+
+    torch is not imported, because an isolated build cannot import it.
+    """
     candidates = []
     spec = importlib.util.find_spec("torch")
     if spec is not None and spec.submodule_search_locations:
         candidates += list(spec.submodule_search_locations)
-    # Inside pip's isolated build these still point at the target environment.
+    # in pip's isolated build these paths still point at the target environment
     candidates += [os.path.join(sysconfig.get_paths()[key], "torch") for key in ("purelib", "platlib")]
     wanted = ("version.py", "include/torch")
     folder = next(
@@ -39,7 +42,7 @@ def find_torch() -> tuple[Path, str]:
 
 
 def find_compiler() -> tuple[str, str]:
-    """The C++ compiler and the first line it says about itself; it must know C++20."""
+    """Return the C++ compiler and the first line of its version text; it must support C++20."""
     wanted = os.environ.get("CXX")
     names = [wanted] if wanted else ["g++", "c++", "clang++"]
     compiler = next((name for name in names if shutil.which(name.split()[0])), None)
@@ -72,7 +75,7 @@ class Nvcc(NamedTuple):
 
 
 def find_nvcc() -> Nvcc | str:
-    """nvcc and what it is to compile for, or the reason why the library is built without CUDA."""
+    """Return nvcc and its architectures, or the reason why the library is built without CUDA."""
     if os.environ.get("DEPTHLSTM_CUDA") == "0":
         return "DEPTHLSTM_CUDA=0"
     places = ["nvcc", "/usr/local/cuda/bin/nvcc"]
@@ -94,7 +97,7 @@ def find_nvcc() -> Nvcc | str:
     if tuple(map(int, version.group(1).split(".")))[:2] < NVCC_FLOOR:
         return f"nvcc {version.group(1)} is too old, 12.0 or newer is needed"
     archs = cuda_archs(version.group(1), set((ask("--list-gpu-code") + ask("--list-gpu-arch")).split()))
-    # asked for, not guessed: the nvcc on PATH may be a script that lies elsewhere
+    # queried, because the nvcc on PATH may be a script that lies elsewhere
     libraries = re.search(r"^#\$ LIBRARIES=(.*)$", ask("--dryrun", "-x", "cu", os.devnull, "-o", "unused"), re.M)
     folders = [
         word.removeprefix("-L")
@@ -105,7 +108,10 @@ def find_nvcc() -> Nvcc | str:
 
 
 def cuda_archs(version: str, known: set[str]) -> list[str]:
-    """DEPTHLSTM_CUDA_ARCHS, else of CUDA_ARCHS those that this nvcc knows; "80" is machine code, "80-ptx" PTX."""
+    """Return DEPTHLSTM_CUDA_ARCHS, or those of CUDA_ARCHS that this nvcc supports.
+
+    "80" is machine code, "80-ptx" PTX.
+    """
     wanted = re.findall(r"[^\s;,]+", os.environ.get("DEPTHLSTM_CUDA_ARCHS", ""))
     unknown = []
     for arch in wanted or CUDA_ARCHS:
@@ -131,10 +137,12 @@ def cuda_archs(version: str, known: set[str]) -> list[str]:
 
 
 def gencode(archs: list[str]) -> list[str]:
-    """nvcc's flags. Machine code of one generation of GPUs, before and from 10.0, comes of one PTX: that of its oldest.
+    """Return nvcc's flags for the architectures.
 
-    Making PTX is half of nvcc's time. Between 8.0 and 9.0 it differs in one conversion of bfloat16, and the machine
-    code of the hot kernels in nothing. From 10.0 on nvcc 13.0 has another compiler, whose code is better.
+    Machine code of one generation of GPUs comes from a single PTX, that of its oldest GPU. The generations are those
+    before 10.0 and those from 10.0 on. Making PTX is half of nvcc's time. Between 8.0 and 9.0 the PTX differs in one
+    conversion of bfloat16, and the machine code of the hot kernels is equal. From 10.0 on nvcc 13.0 uses another
+    compiler, whose code is better.
     """
     codes: dict[str, list[str]] = {}
     for arch in archs:

@@ -3,7 +3,7 @@
 
 namespace depthlstm {
 
-// From the narrowest to the widest. Kernels of a set lie in a namespace of its name.
+// Instruction sets from the narrowest to the widest. The kernels of a set lie in a namespace of its name.
 #if defined(__x86_64__) && !defined(DEPTHLSTM_SANITIZED)
 #define DEPTHLSTM_ISAS(X) X(generic) X(avx2) X(avx512) X(avx512_bf16)
 #else
@@ -14,18 +14,18 @@ namespace depthlstm {
 enum class Isa : int { DEPTHLSTM_ISAS(DEPTHLSTM_ENUMERATOR) none };
 #undef DEPTHLSTM_ENUMERATOR
 
-// Whether this CPU runs it.
+// Whether this CPU can run the set.
 bool has_isa(Isa isa);
 
-// The widest set this CPU has, or the one DEPTHLSTM_CPU_ISA names; none where that one cannot run here. Decided at the
-// first call.
+// The widest set this CPU has, or the set that DEPTHLSTM_CPU_ISA names. It is none where that set cannot run here. The
+// first call decides.
 Isa chosen_isa();
 
-// Its name; empty for none.
+// The set's name; empty for none.
 const char* isa_name(Isa isa);
 
-// The chosen one of an op's tables of kernels, which stand in the order of the list; null where none can run. Static:
-// the linker must not take the copy of a file that is compiled for a wider set.
+// The chosen table of an op's tables of kernels, which stand in the order of the list. It is null where no set can run.
+// Static, because the linker must not take the copy of a file that is compiled for a wider set.
 template <class Kernels, int count>
 static const Kernels* chosen_kernels(const Kernels* const (&tables)[count]) {
     static_assert(count == int(Isa::none), "a table for each instruction set");

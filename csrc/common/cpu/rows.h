@@ -1,4 +1,4 @@
-// Walking a row by vectors: where rows lie, whole and partial vectors, prefetching.
+// Walks over a row by vectors: positions of rows, whole and partial vectors, prefetching.
 #pragma once
 
 #include "simd.h"
@@ -25,8 +25,8 @@ M* row_of(const Rows& rows, int64_t row) {
     return static_cast<M*>(rows.data) + row * rows.stride;
 }
 
-// One vector of a row: whole, or its last `count` lanes. Loops over whole blocks must call nothing, a call in them
-// would spill every accumulator; so their bodies are written once over a Part and instantiated for both.
+// One vector of a row: whole, or its last `count` lanes. Loops over whole blocks must call nothing, because a call
+// would spill every accumulator. Their bodies are therefore written once over a Part and instantiated for both.
 struct Whole {
     template <class M>
     inline __attribute__((always_inline)) auto load(const M* p) const {
@@ -60,7 +60,7 @@ inline __attribute__((always_inline)) void for_blocks(int64_t features, Body bod
     if (block * W < features) body(Partial{features - block * W}, block);
 }
 
-// Into L1 where a row is short, else into L2.
+// Fetches rows of 16-bit types, which are short, into L1, and others into L2.
 template <class M>
 inline __attribute__((always_inline)) void prefetch(const M* p) {
     __builtin_prefetch(p, 0, sizeof(M) == 2 ? 3 : 2);

@@ -1,5 +1,5 @@
-// Vectors of float or double for the instruction set this file is compiled for: xsimd's arithmetic, our own
-// conversions.
+// Vectors of float or double for the instruction set of this compilation: xsimd's arithmetic with conversions of its
+// own.
 #pragma once
 
 #include <cstring>
@@ -55,7 +55,7 @@ inline __attribute__((always_inline)) float float16_to_float(uint16_t bits) {
         std::memcpy(&value, &wide, 4);
         return value;
     }
-    // the exponent is rebased by a multiplication, which is right for subnormals too
+    // the multiplication rebases the exponent, which is right for subnormals too
     wide = magnitude << 13;
     std::memcpy(&value, &wide, 4);
     value *= 5.192296858534828e33f;  // 2^112
@@ -69,7 +69,7 @@ inline __attribute__((always_inline)) uint16_t float_to_float16(float value) {
     const uint32_t magnitude = wide & 0x7fffffffu;
     if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00u);
     if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // rounds past 65504
-    if (magnitude < 0x38800000u) {                                  // subnormal: let the addition of 1/2 round
+    if (magnitude < 0x38800000u) {                                  // subnormal: the addition of 1/2 rounds
         float small;
         std::memcpy(&small, &magnitude, 4);
         small += 0.5f;
@@ -82,7 +82,7 @@ inline __attribute__((always_inline)) uint16_t float_to_float16(float value) {
 }
 #endif
 
-// One vector from or to memory of type T, which need not be aligned.
+// One vector from or to memory of type T, without alignment.
 template <class T>
 struct Memory {
     static inline __attribute__((always_inline)) Vector<T> load(const T* p) { return Vector<T>::load_unaligned(p); }
@@ -119,7 +119,7 @@ struct Memory<BFloat16> {
 #if defined(__AVX512F__)
     static inline __attribute__((always_inline)) __m256i round(V v) {
 #if defined(__AVX512BF16__)
-        return (__m256i)_mm512_cvtneps_pbh(v);  // one instruction for ten; fp32 subnormals become zero
+        return (__m256i)_mm512_cvtneps_pbh(v);  // one instruction instead of ten; fp32 subnormals become zero
 #else
         const __m512i bits = _mm512_castps_si512(v);
         const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -193,7 +193,7 @@ struct Memory<Float16> {
     }
 };
 
-// The first `count` lanes; the others are read as zero and never written.
+// The first `count` lanes. The other lanes are read as zero and never written.
 template <class T>
 __attribute__((noinline)) static Vector<typename ComputeType<T>::type> load_part(const T* p, int64_t count) {
     alignas(64) T whole[Vector<typename ComputeType<T>::type>::size] = {};
@@ -212,7 +212,7 @@ __attribute__((noinline)) static void store_part(T* p, Vector<typename ComputeTy
 
 namespace depthlstm {
 
-// 2^x from its two parts, and 1 / x for x >= 1, for one vector or a group of them.
+// 2^x from its two parts, and 1 / x for x >= 1, for one vector or a group of vectors.
 template <bool fast, class V>
 DEPTHLSTM_HD V exp2_of(V x) {
     using P = Primitives<V>;
@@ -243,9 +243,9 @@ DEPTHLSTM_HD V reciprocal_of(V x) {
     using T = typename P::Scalar;
 #if defined(__AVX512F__)
     if constexpr (sizeof(T) == 4) {
-        // a division takes the pipe that the multiplications need
+        // a division would take the pipe that the multiplications need
         if constexpr (fast) return P::approximate_reciprocal(x);
-        const V y = P::minimum(x, V(T(4e37)));  // 1 / y is no subnormal, infinity becomes finite, NaN stays
+        const V y = P::minimum(x, V(T(4e37)));  // keeps 1 / y from being subnormal, makes infinity finite, keeps NaN
         const V r = P::approximate_reciprocal(y);
         return P::fma(r, P::fnma(y, r, V(T(1))), r);
     }
@@ -276,7 +276,7 @@ struct Primitives<xsimd::batch<T, A>> {
     }
 #if defined(__AVX512F__)
     static DEPTHLSTM_HD V approximate_reciprocal(V x) { return _mm512_rcp14_ps(x); }  // 6e-5
-    // x - floor(x), which is 0 for +-infinity; scalef takes the floor of its second operand itself, and saturates
+    // x - floor(x), which is 0 for +-infinity. scalef takes the floor of its second operand itself, and saturates.
     static DEPTHLSTM_HD V fraction(V x) { return _mm512_reduce_ps(x, 9); }
     static DEPTHLSTM_HD V scale(V p, V x) { return _mm512_scalef_ps(p, x); }
 #else
@@ -289,8 +289,8 @@ struct Primitives<xsimd::batch<T, A>> {
 #endif
 };
 
-// Several vectors that take each step of a formula together: their dependency chains then overlap in the processor's
-// window, which does not reach from the end of one sigmoid to the start of the next.
+// Several vectors that take each step of a formula together, so that their dependency chains overlap in the processor's
+// window. The window does not reach from the end of one sigmoid to the start of the next.
 template <class Vector, int n>
 struct Group {
     Vector v[n];

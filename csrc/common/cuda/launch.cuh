@@ -1,5 +1,4 @@
-// How kernels are launched: on which device, which rows are whole 16-byte vectors, how many blocks the GPU holds at a
-// time.
+// Kernel launches: the device, the check for whole 16-byte vectors, the number of blocks that the GPU holds at a time.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -20,7 +19,7 @@ struct GpuDevice {
     cudaStream_t stream;
 };
 
-// Makes a device the current one while it lives.
+// Makes a device the current one during its lifetime.
 class CurrentDevice {
 public:
     explicit CurrentDevice(int device) {
@@ -41,7 +40,7 @@ private:
     cudaError_t error_;
 };
 
-// The device's figures, which are asked for once.
+// The device's figures; CUDA is asked once.
 inline cudaError_t describe(int index, void* stream, GpuDevice* device) {
     static std::atomic<int> known[max_devices];
     std::atomic<int>& place = known[index % max_devices];
@@ -68,7 +67,7 @@ bool is_aligned(std::initializer_list<ConstRows> operands, int64_t features, int
     return aligned;
 }
 
-// Blocks of a kernel that the GPU holds at a time. The question takes a microsecond or two, so the answers are kept.
+// Number of blocks of a kernel that the GPU holds at a time. The query takes a microsecond or two, so answers are kept.
 template <auto kernel>
 cudaError_t resident_blocks(const GpuDevice& device, int threads, int* blocks) {
     static std::atomic<int> known[max_devices][32];
@@ -82,7 +81,8 @@ cudaError_t resident_blocks(const GpuDevice& device, int threads, int* blocks) {
     return cudaSuccess;
 }
 
-// One block for `rows_at_once` rows, as many blocks as the GPU holds at a time; they go on with the rows that are left.
+// Launches one block for `rows_at_once` rows, but no more blocks than the GPU holds at a time. The blocks loop over the
+// remaining rows.
 template <auto kernel, class Launch>
 cudaError_t launch_rows(const Launch& launch, int64_t rows, const GpuDevice& device, int threads,
                         int64_t rows_at_once) {

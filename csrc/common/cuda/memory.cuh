@@ -1,5 +1,4 @@
-// Rows in a GPU's memory: 16-byte accesses to W features of a thread at a time, their conversion to fp32, small
-// parameters.
+// Rows in a GPU's memory: 16-byte accesses to W features of a thread, conversion to fp32, small parameters.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +18,7 @@ __device__ __forceinline__ T* row_of(const Rows& rows, int64_t row) {
     return static_cast<T*>(rows.data) + row * rows.stride;
 }
 
-// W consecutive elements as they lie in memory. Loads are issued as Raw and converted later, so that none waits for
+// W consecutive elements as they lie in memory. Loads are issued as Raw and converted later, so that no load waits for
 // another.
 template <class T, int W>
 struct Raw {
@@ -28,8 +27,7 @@ struct Raw {
     uint4 word[words];
 };
 
-// A tensor's row is read once: it is marked to leave the caches first, so that parameters, which every row needs, stay
-// in them.
+// A tensor's row is read once. It is marked to leave the caches first, so that parameters, which every row needs, stay.
 enum class Reading { once, often };
 
 template <int W, Reading reading = Reading::once, class T>
@@ -43,7 +41,7 @@ __device__ __forceinline__ Raw<T, W> load_raw(const T* at) {
     return raw;
 }
 
-// Brings what will be loaded later into L2.
+// Brings data for later loads into L2.
 __device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
 template <class T>
@@ -100,7 +98,7 @@ __device__ __forceinline__ void store(T* at, const float (&values)[W]) {
     }
 }
 
-// A small parameter (K, D), in fp32 or in z's dtype. It is read again and again and stays in L1.
+// A small parameter (K, D), in fp32 or in z's dtype. Every row reads it, and it stays in L1.
 template <class Z>
 struct Parameter {
     const void* data;
@@ -112,8 +110,8 @@ struct Parameter {
     }
 };
 
-// Calls `body` with the parameters' elements as they are typed, if there are any: one branch for all loads in it, none
-// of which then waits.
+// Calls `body` with the parameters' typed elements, if there are any. One branch covers all loads in `body`, so that
+// none of them waits.
 template <class Z, class Body>
 __device__ __forceinline__ void with_type(const Parameter<Z>& parameter, const Body& body) {
     if (parameter.data == nullptr) return;

@@ -1,4 +1,4 @@
-// What activations.h needs of a GPU's float, and the element types of tensors.
+// The primitives that activations.h needs for a GPU's float, and the element types of tensors.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -11,7 +11,7 @@ namespace depthlstm {
 using bfloat16 = __nv_bfloat16;
 using float16 = __half;
 
-// One instruction each for 2^x and 1/x; what is subnormal counts as 0. In sigmoid that is 1e-38 of an absolute error.
+// One instruction each for 2^x and 1/x. Subnormal numbers count as 0, which is an absolute error of 1e-38 in sigmoid.
 template <>
 struct Primitives<float> {
     using Scalar = float;
@@ -26,8 +26,8 @@ struct Primitives<float> {
     static __device__ __forceinline__ float reciprocal(float x) {
         float y;
 #if defined(DEPTHLSTM_Z_FLOAT)
-        // One step of Newton's method: an error of 1 ulp, the instruction's own, is more than the bound of fp32 results
-        // has room for in s (1 - s). At infinity it would make NaN of 0.
+        // One step of Newton's method. The instruction's own error of 1 ulp exceeds the bound of fp32 results in s (1 -
+        // s). At infinity the step would turn 0 into NaN.
         asm("min.NaN.f32 %0, %0, 0f7E967699;" : "+f"(x));  // 1e38; NaN stays
         asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
         return __fmaf_rn(y, __fmaf_rn(-x, y, 1.f), y);
@@ -40,8 +40,8 @@ struct Primitives<float> {
     static __device__ __forceinline__ float abs(float x) { return ::fabsf(x); }
 };
 
-// Every operand here is computed in fp32 with the full polynomials: the short ones of 16-bit types save 4 of 85
-// instructions an element.
+// Every operand here is computed in fp32 with the full polynomials. The short polynomials of 16-bit types would save
+// only 4 of 85 instructions an element.
 constexpr bool short_polynomials = false;
 
 __device__ __forceinline__ float to_float(float x) { return x; }

@@ -1,11 +1,11 @@
-// Sums over a row, which lies in one warp or in all warps of a block. Every thread gets the sums, always added in the
+// Sums over a row that lies in one warp or in all warps of a block. Every thread gets the sums, always added in the
 // same order.
 #pragma once
 
 namespace depthlstm {
 
-// The sum over the warp of v[lane / (32 / N)]: half of the values go to the other half of the lanes, and so on. 9
-// shuffles for 8 values where one butterfly a value takes 40.
+// The sum over the warp of v[lane / (32 / N)]. Half of the values go to the other half of the lanes, and so on. This
+// takes 9 shuffles for 8 values, where one butterfly a value takes 40.
 template <int N>
 __device__ __forceinline__ float scattered_warp_sum(float (&v)[N], int lane) {
     int offset = 16;
@@ -24,7 +24,7 @@ __device__ __forceinline__ float scattered_warp_sum(float (&v)[N], int lane) {
     return v[0];
 }
 
-// `finish` is applied to each sum, by one lane, before all lanes get it.
+// One lane applies `finish` to each sum before all lanes get it.
 template <int N, class Finish>
 __device__ __forceinline__ void warp_sums(float (&v)[N], const Finish& finish) {
     const float sum = finish(scattered_warp_sum(v, threadIdx.x & 31));
@@ -32,7 +32,7 @@ __device__ __forceinline__ void warp_sums(float (&v)[N], const Finish& finish) {
     for (int i = 0; i < N; ++i) v[i] = __shfl_sync(0xffffffffu, sum, i * (32 / N));
 }
 
-// `slots` has N floats a warp. It may be written again only after another barrier than the one in here.
+// `slots` has N floats a warp. A barrier other than the one in here must come before it is written again.
 template <int N, class Finish>
 __device__ __forceinline__ void block_sums(float (&v)[N], float* slots, const Finish& finish) {
     if (blockDim.x == 32) {
@@ -43,8 +43,8 @@ __device__ __forceinline__ void block_sums(float (&v)[N], float* slots, const Fi
     const float sum = scattered_warp_sum(v, lane);
     if (lane % (32 / N) == 0) slots[threadIdx.x / 32 * N + lane / (32 / N)] = sum;
     __syncthreads();
-    // every warp adds the sums of all: a lane those of value lane % N of every (32 / N)-th warp, and then the lanes
-    // with each other
+    // Every warp adds the sums of all warps. A lane adds those of value lane % N of every (32 / N)-th warp, and then
+    // the lanes add theirs together.
     float total = 0.f;
     for (int i = lane; i < int(blockDim.x / 32) * N; i += 32) total += slots[i];
 #pragma unroll
@@ -62,8 +62,8 @@ struct WarpRow {
     }
 };
 
-// A row in a block of at most `warps` warps. Sums are numbered, and each number has slots of its own: between two sums
-// of one number there must be one of another. (With two numbers in turn one barrier a sum is enough.)
+// A row in a block of at most `warps` warps. Sums are numbered, and each number has its own slots. A sum of another
+// number must come between two sums of one number. With two numbers in turn one barrier a sum is enough.
 template <int warps, int numbers>
 struct BlockRow {
     float (*slots)[warps * 8];  // shared memory

@@ -1,4 +1,4 @@
-// Rows over threads.
+// Distribution of rows over threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -8,18 +8,18 @@
 
 namespace depthlstm {
 
-// Elements that one thread takes at least: below about this many waking a second thread costs more than it saves.
+// Smallest number of elements of one thread. Below it, waking a second thread costs more than it saves.
 constexpr int64_t grain_elements = 16384;
 
 inline int64_t row_grain(int64_t features) { return std::max<int64_t>(1, grain_elements / features); }
 
-// `body(begin, end)` for ranges of the rows 0 .. rows - 1.
+// Calls `body(begin, end)` for ranges of the rows 0 .. rows - 1.
 template <class Body>
 void parallel_rows(int64_t rows, int64_t features, const Body& body) {
     torch::stable::parallel_for(0, rows, row_grain(features), body);
 }
 
-// Rows cut into chunks by their number alone, never by the threads: sums over chunks are bitwise repeatable.
+// Chunks of rows that depend on the number of rows only, not on the threads: sums over chunks are bitwise repeatable.
 struct Chunks {
     static constexpr int64_t most = 64, least_rows = 32;
     int64_t rows, chunk_rows, count;
@@ -32,7 +32,7 @@ struct Chunks {
     int64_t end(int64_t chunk) const { return std::min(rows, (chunk + 1) * chunk_rows); }
 };
 
-// `body(begin, end)` for ranges of chunks.
+// Calls `body(begin, end)` for ranges of chunks.
 template <class Body>
 void parallel_chunks(const Chunks& chunks, int64_t features, const Body& body) {
     torch::stable::parallel_for(0, chunks.count, std::max<int64_t>(1, row_grain(features) / chunks.chunk_rows), body);

@@ -1,4 +1,4 @@
-// Tensors of torch's stable ABI: checked and seen as rows, outputs allocated.
+// Tensors of torch's stable ABI: checks, views as rows, allocation of outputs.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -57,16 +57,16 @@ inline TensorDevice device_of(const Tensor& tensor) {
     return device;
 }
 
-// Without the pool, outputs of this size come from mmap on a CPU, and their page faults cost more than the kernel: huge
-// pages make them few. (N=4096, D=512, fp32 backward, noisy host: 16.5 ms before, 4.8 ms with torch's own THP_MEM_ALLOC_ENABLE=1,
-// 5 to 13 ms with this.)
+// Without the pool a CPU gets fresh outputs of this size from mmap, and their page faults cost more than the kernel. Huge
+// pages make the faults few. (N=4096, D=512, fp32 backward, noisy host: 16.5 ms before, 4.8 ms with torch's own
+// THP_MEM_ALLOC_ENABLE=1, 5 to 13 ms with this.)
 inline void use_huge_pages([[maybe_unused]] const Tensor& tensor, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
     if (bytes < pool_least_bytes || !tensor.is_cpu()) return;
     constexpr uintptr_t page = 4096;
     const uintptr_t begin = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + page - 1) / page * page;
     const uintptr_t end = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + uintptr_t(bytes)) / page * page;
-    // advice only: where the kernel knows no huge pages nothing changes
+    // advice only: a kernel without huge pages ignores it
     (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
@@ -108,7 +108,7 @@ inline Tensor empty(const int64_t* sizes, int64_t dims, int32_t dtype, TensorDev
     return Tensor(handle);
 }
 
-// Of the shape of `tensor`, contiguous, on its device.
+// A contiguous tensor of the shape of `tensor`, on its device.
 inline Tensor empty_as(const Tensor& tensor, int32_t dtype) {
     const auto sizes = tensor.sizes();
     Tensor made = empty(sizes.data(), int64_t(sizes.size()), dtype, device_of(tensor));
@@ -165,7 +165,7 @@ inline RowView as_rows(const Tensor& tensor, int64_t width, const char* argument
     return {torch::stable::contiguous(tensor), width};
 }
 
-// Small per-feature parameters: contiguous, and of a type that the kernels read.
+// Checks a small per-feature parameter: its size, and a type that the kernels read. Returns it contiguous.
 inline Tensor parameter(const Tensor& tensor, int64_t elements, const char* argument, const Tensor& c, DType z_dtype) {
     STD_TORCH_CHECK(tensor.numel() == elements, argument, " must have ", elements, " elements; found ", tensor.numel());
     STD_TORCH_CHECK(device_of(tensor) == device_of(c), argument, " must be on the device of c");

@@ -1,1 +1,1 @@
-"""Text to train on: where it comes from, how it is cleaned and split, and the prepared folder that holds it."""
+"""Training text: its sources, its cleaning and splitting, and the prepared folder that holds it."""

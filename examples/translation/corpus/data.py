@@ -1,5 +1,6 @@
-"""Sentence pairs: the catalogs in the Django wheel (BSD licence), two aligned text files, or the pairs of
-``sentences.py``.
+"""Sentence pairs from one of three sources.
+
+These are the catalogs in the Django wheel (BSD licence), two aligned text files, and the pairs of ``sentences.py``.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Pair(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """Named sentence pairs, split into those to train on and those held out."""
+    """Named sentence pairs, split into training pairs and held-out pairs."""
 
     name: str
     train: list[Pair]
@@ -45,7 +46,7 @@ class DownloadError(RuntimeError):
 
 
 def cache_folder() -> Path:
-    """The folder that downloads are kept in: below ``XDG_CACHE_HOME`` where that is set, else below ``~/.cache``.
+    """Return the folder for downloads: below ``XDG_CACHE_HOME`` if set, else below ``~/.cache``.
 
     Raises:
         DownloadError: the user has no home folder.
@@ -57,11 +58,11 @@ def cache_folder() -> Path:
 
 
 def fetch_wheel(version: str = DJANGO_VERSION, timeout: float = 60.0) -> Path:
-    """Return the path of the Django wheel, downloaded by pip the first time.
+    """Return the path of the Django wheel, which pip downloads the first time.
 
     Raises:
         DownloadError: pip is missing, found no network or no such version, or took longer than ``timeout`` seconds; or
-            there is no folder to keep the wheel in, or it cannot be read.
+            there is no folder for the wheel, or the wheel cannot be read.
     """
     wheel = cache_folder() / f"django-{version}-py3-none-any.whl"
     try:
@@ -105,7 +106,7 @@ def fetch_wheel(version: str = DJANGO_VERSION, timeout: float = 60.0) -> Path:
 def parse_catalog(text: str) -> list[Pair]:
     """Return the finished translations of a .po catalog, given as text: neither fuzzy, obsolete nor empty.
 
-    A message with plural forms gives one pair, its plural: the singular says nearly the same.
+    A message with plural forms gives one pair, its plural, because the singular says nearly the same.
     """
     try:
         import polib  # type: ignore[import-untyped]
@@ -126,7 +127,7 @@ def read_wheel(wheel: Path, language: str = "de") -> list[Pair]:
     """Return the pairs of every catalog for ``language`` in ``wheel``, in the order of the files' names.
 
     Raises:
-        ValueError: the file is no wheel, or holds no such catalog.
+        ValueError: the file is not a wheel, or holds no such catalog.
     """
     try:
         with zipfile.ZipFile(wheel) as archive:
@@ -144,10 +145,10 @@ def read_wheel(wheel: Path, language: str = "de") -> list[Pair]:
 
 
 def read_aligned(source: Path, target: Path) -> list[Pair]:
-    """Return the pairs of two UTF-8 text files, line n of the one being the translation of line n of the other.
+    """Return the pairs of two UTF-8 text files; line n of one is the translation of line n of the other.
 
     Raises:
-        ValueError: the files differ in their number of lines, or one is no UTF-8.
+        ValueError: the files differ in their number of lines, or one is not UTF-8.
     """
     left, right = read_lines(source), read_lines(target)
     if len(left) != len(right):
@@ -159,8 +160,9 @@ def read_aligned(source: Path, target: Path) -> list[Pair]:
 
 
 def clean(pairs: Iterable[Pair]) -> list[Pair]:
-    """Return the pairs with single spaces, less empty and untranslated ones, bare formats, mark-up, and repeated
-    sources.
+    """Return the cleaned pairs, with single spaces.
+
+    Empty and untranslated pairs, bare formats, mark-up, and repeated sources are dropped.
     """
     kept: dict[str, Pair] = {}
     for pair in pairs:
@@ -172,7 +174,9 @@ def clean(pairs: Iterable[Pair]) -> list[Pair]:
 
 
 def split(name: str, pairs: Iterable[Pair], heldout_share: float = 0.05) -> Dataset:
-    """Hold out the share of ``pairs`` whose sources have the smallest hashes, one at least: the same ones in every run.
+    """Hold out the share of ``pairs`` whose sources have the smallest hashes, but at least one pair.
+
+    Every run holds out the same pairs.
 
     Raises:
         ValueError: fewer than two pairs.
@@ -187,8 +191,8 @@ def split(name: str, pairs: Iterable[Pair], heldout_share: float = 0.05) -> Data
 def read_named(data: str, language: str = "de") -> tuple[str, list[Pair]]:
     """Return the name and the clean pairs of ``data``; ``language`` is that of the translations.
 
-    ``"auto"`` is ``"django"``, or ``"builtin"`` (German alone) with one line on stderr where the wheel cannot be
-    fetched.
+    ``"auto"`` is ``"django"``. If the wheel cannot be fetched, it is ``"builtin"`` (German only), with one line on
+    stderr.
 
     Raises:
         ValueError: an unknown ``data``, or a ``language`` that it does not have.
@@ -211,8 +215,7 @@ def read_named(data: str, language: str = "de") -> tuple[str, list[Pair]]:
 
 
 def load_dataset(data: str = "auto", source: Path | None = None, target: Path | None = None) -> Dataset:
-    """Return the pairs to train on: those of ``source`` and ``target`` where given, else those that ``data`` names in
-    German.
+    """Return the training pairs: those of ``source`` and ``target`` if given, else the German pairs of ``data``.
 
     Raises:
         ValueError: one of ``source`` and ``target`` without the other, or as ``read_named``.

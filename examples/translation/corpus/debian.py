@@ -1,8 +1,7 @@
-"""Parallel text from Debian: English documentation and package descriptions with their German, French or Czech
-    translations.
+"""Parallel text from Debian: English documentation and package descriptions with translations.
 
-The texts are under copyleft licences: they are fetched from the mirror that apt is set up for, and not kept in this
-repository.
+The translations are German, French or Czech. The texts are under copyleft licences. They are fetched from the mirror
+that apt is set up for, and not kept in this repository.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ LOCALES = {"de": "de-DE", "fr": "fr-FR", "cs": "cs-CZ"}
 
 
 class Guide(NamedTuple):
-    """HTML pages in two languages: the packages and the folders of the English ones and of the translated ones."""
+    """HTML pages in two languages: the packages and folders of the English and of the translated pages."""
 
     name: str
     package: str
@@ -99,8 +98,8 @@ TRANSLATED_MANUALS = {
     "cs": ("manpages-cs",),
 }
 DEVELOPER_MANUALS = "manpages-dev"
-# the packages of the English manual pages, some with their translations; not net-tools, whose translations are of other
-# versions
+# Packages of the English manual pages, some with their translations. net-tools is left out, because its translations
+# are of other versions.
 MANUALS = """
     manpages coreutils util-linux bsdutils mount fdisk systemd systemd-container udev procps passwd login e2fsprogs
     findutils tar grep sed gzip man-db less nano cron rsyslog logrotate openssh-client gnupg gpg gpgv xz-utils bzip2
@@ -141,7 +140,7 @@ def unpack(name: str, content: bytes) -> str:
 
 
 def manual_rows(archive: Archive, language: str) -> Iterator[Row]:
-    """Yield the blocks of the manual pages that are there in both languages."""
+    """Yield the blocks of the manual pages that exist in both languages."""
     prefix, translated_prefix = "usr/share/man/man", f"usr/share/man/{language}/man"
     packages = [*MANUALS.split(), *TRANSLATED_MANUALS[language]]
     if f"manpages-{language}-dev" in packages:
@@ -158,7 +157,7 @@ def manual_rows(archive: Archive, language: str) -> Iterator[Row]:
 
 
 def all_rows(archive: Archive, language: str) -> Iterator[Row]:
-    """Yield the paragraphs of every document that is there in English and ``language``."""
+    """Yield the paragraphs of every document that exists in English and ``language``."""
     english, translated = (archive.read_lists(f"*_Translation-{name}") for name in ("en", language))
     yield from description_rows(archive.sources, english, translated, language)
     for guide in GUIDES:
@@ -170,10 +169,9 @@ def all_rows(archive: Archive, language: str) -> Iterator[Row]:
 
 
 def build(language: str, folder: Path) -> dict[str, tuple[Path, Path]]:
-    """Write aligned sentences of English and ``language`` to ``folder``: for train, dev and test the English file and
-    the other.
+    """Write aligned sentences of English and ``language`` to ``folder``; return both files of train, dev and test.
 
-    Packages are fetched once, and kept below ``cache_folder()``; equal packages give equal files.
+    Packages are fetched once, and kept below ``cache_folder()``. Equal packages give equal files.
 
     Raises:
         ValueError: an unknown ``language``.

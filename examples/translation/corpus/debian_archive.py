@@ -34,10 +34,10 @@ Dir::Cache::pkgcache "pkgcache.bin";
 
 
 def tool_output(command: list[str], folder: Path, timeout: float = 900.0) -> str:
-    """Run ``command`` in ``folder`` and return what it wrote to stderr.
+    """Run ``command`` in ``folder`` and return its output on stderr.
 
     Raises:
-        DownloadError: it is not installed, failed, or took longer than ``timeout`` seconds.
+        DownloadError: the command is not installed, failed, or took longer than ``timeout`` seconds.
     """
     shown = " ".join(word for word in command if not word.startswith(("-", "/")))
     try:
@@ -66,11 +66,10 @@ def first_error(text: str) -> str:
 
 
 class Archive:
-    """The Debian archive that the system's apt is set up for, with apt's lists and the packages fetched so far below
-    ``root``.
+    """The Debian archive that the system's apt is set up for.
 
-    apt runs with lists and a cache of its own: those of the system are neither read nor written, and its hooks do not
-    run.
+    Apt's lists and the packages fetched so far lie below ``root``. apt runs with its own lists and cache. The system's
+    lists and cache are neither read nor written, and the system's hooks do not run.
     """
 
     def __init__(self, root: Path) -> None:
@@ -91,7 +90,7 @@ class Archive:
         }
 
     def apt_get(self, lists: Path, folder: Path, *arguments: str) -> str:
-        """Run apt-get in ``folder`` with the lists in ``lists``; return what it wrote to stderr."""
+        """Run apt-get in ``folder`` with the lists in ``lists``; return its output on stderr."""
         with tempfile.TemporaryDirectory(dir=self.root) as work:
             for name in ("state", "cache/archives/partial"):
                 Path(work, name).mkdir(parents=True)
@@ -107,19 +106,20 @@ class Archive:
             lists = Path(folder, "lists")
             (lists / "partial").mkdir(parents=True)
             warnings = self.apt_get(lists, Path(folder), "update")
-            for language in ("en", *LANGUAGES):  # apt-get update warns of what it could not fetch, and still succeeds
+            for language in ("en", *LANGUAGES):  # apt-get update only warns of files that it could not fetch
                 if not any(lists.glob(f"*_Translation-{language}")):
                     reason = first_error(warnings) or "is this Debian?"
                     raise DownloadError(f"apt-get update: no package descriptions for {language!r}: {reason}")
             os.replace(lists, self.lists)
 
     def read_lists(self, pattern: str) -> list[str]:
-        """Return the texts of apt's lists of these names."""
+        """Return the texts of apt's lists with these names."""
         return ["\n".join(read_lines(path)) for path in sorted(self.lists.glob(pattern))]
 
     def fetch(self, name: str) -> Path | None:
-        """Return the path of a package, which apt has checked against the signed lists; None, with a line on stderr,
-        where Debian has none.
+        """Return the path of a package, which apt has checked against the signed lists.
+
+        If Debian lacks the package, the result is None, with a line on stderr.
 
         Raises:
             DownloadError: the package is in apt's lists, and could not be fetched.
@@ -141,15 +141,16 @@ class Archive:
         return package
 
     def read(self, name: str, prefixes: tuple[str, ...], suffix: str) -> dict[str, bytes]:
-        """Return the files of a package whose paths begin and end so, sorted by path; none where there is no such
-        package.
+        """Return the files of a package whose paths have the prefix and suffix, sorted by path.
+
+        The result is empty if the package does not exist.
         """
         package = self.fetch(name)
         return dict(sorted(read_package(package, prefixes, suffix))) if package else {}
 
 
 def read_package(package: Path, prefixes: tuple[str, ...], suffix: str) -> Iterator[tuple[str, bytes]]:
-    """Yield path and content of the files in a .deb whose paths begin and end so; links are left out.
+    """Yield path and content of the files in a .deb whose paths have the prefix and suffix; links are left out.
 
     Raises:
         DownloadError: dpkg-deb is missing, or the package is damaged.
@@ -174,6 +175,6 @@ def read_package(package: Path, prefixes: tuple[str, ...], suffix: str) -> Itera
                         yield path, content.read()
         except tarfile.TarError:
             raise damaged from None
-        process.stdout.read()  # padding: dpkg-deb fails if nobody reads it
+        process.stdout.read()  # padding: dpkg-deb fails unless it is read
     if process.returncode != 0:
         raise damaged

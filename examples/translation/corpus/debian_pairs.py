@@ -1,5 +1,6 @@
-"""Sentence pairs from paired documents: alignment of blocks and sentences, filters, and the split into train, dev and
-test.
+"""Sentence pairs from paired documents.
+
+The steps are alignment of blocks and sentences, filters, and the split into train, dev and test.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ ABBREVIATIONS = word_set(
 
 
 def split_sentences(text: str) -> list[str]:
-    """Split after ``.!?…`` where a capital or a digit follows; not after the dots of abbreviations and of one or two
-    digits.
+    """Split after ``.!?…`` before a capital or a digit.
+
+    Dots of abbreviations and of one or two digits do not end a sentence.
     """
     sentences, start = [], 0
     for end in SENTENCE_END.finditer(text):
@@ -45,7 +47,7 @@ LENGTH_VARIANCE = 6.8  # of the target's characters, for each character of the s
 
 
 def length_cost(source: int, target: int) -> float:
-    """Return -log of the probability that texts of these lengths, in characters, differ as much as they do or more."""
+    """Return -log of the probability that texts of these lengths, in characters, differ at least as much as they do."""
     mean = max((source + target) / 2, 1.0)
     deviation = abs(target - source) / math.sqrt(LENGTH_VARIANCE * mean)
     return -math.log(max(math.erfc(deviation / math.sqrt(2)), 1e-300))
@@ -79,8 +81,9 @@ def align_sentences(source: list[str], target: list[str]) -> list[Pair]:
 
 
 def sentence_pairs(source: str, target: str, most: int = 40) -> list[Pair]:
-    """Return the sentence pairs of a paragraph and its translation; none of a paragraph of more than ``most``
-    sentences.
+    """Return the sentence pairs of a paragraph and its translation.
+
+    A paragraph of more than ``most`` sentences gives none.
     """
     left, right = split_sentences(source), split_sentences(target)
     if min(len(left), len(right)) == 1:
@@ -91,9 +94,9 @@ def sentence_pairs(source: str, target: str, most: int = 40) -> list[Pair]:
 def align_blocks(source: list[Block], target: list[Block], shortest: int = 3, highest: float = 2.0) -> list[Pair]:
     """Pair the blocks of equal signatures.
 
-    Where the documents differ, a run of such blocks counts if it has an identifier (a signature with ``#``), or if it
-    has ``shortest`` blocks or more whose ``length_cost`` is ``highest`` or less in the mean: of true pairs it is near
-    1, as its exponential is uniform.
+    If the documents differ, a run of such blocks counts in two cases. It has an identifier (a signature with ``#``), or
+    it has ``shortest`` blocks or more with a mean ``length_cost`` of ``highest`` or less. The mean cost of true pairs
+    is near 1, because the exponential of the cost is uniform.
     """
     left, right = [block.signature for block in source], [block.signature for block in target]
     if left == right:
@@ -131,8 +134,9 @@ MARKUP = re.compile(r"[\\{}|<>]|%[-#0-9$]*[sdiuxf]|\$\(|https?://")
 
 
 def letters_key(text: str) -> str:
-    """Return the letters of ``text`` in lower case: what two sentences have in common that differ in numbers and signs
-    only.
+    """Return the letters of ``text`` in lower case.
+
+    Sentences that differ only in numbers and signs have equal keys.
     """
     return normalize(NOT_LETTERS.sub("", text.casefold()))
 
@@ -143,7 +147,7 @@ def letters_share(text: str) -> float:
 
 
 def rejection(source: str, target: str, language: str) -> str | None:
-    """Return why a pair is of no use for training, in one word, or None."""
+    """Return why a pair is useless for training, in one word, or None."""
     left, right = source.split(), target.split()
     shorter, longer = sorted((len(source), len(target)))
     if source == target:
@@ -167,8 +171,9 @@ def rejection(source: str, target: str, language: str) -> str | None:
 
 
 def clean_rows(rows: Iterable[Row], language: str) -> tuple[list[Row], Counter[str]]:
-    """Split paragraphs into sentences, drop the pairs of no use and the repeated ones; return the rest, and the dropped
-    ones' reasons.
+    """Split paragraphs into sentences, and drop useless and repeated pairs.
+
+    Returns the remaining pairs, and the reasons for the dropped ones.
     """
     kept, reasons, seen = [], Counter[str](), set()
     for row in rows:
@@ -184,17 +189,18 @@ def clean_rows(rows: Iterable[Row], language: str) -> tuple[list[Row], Counter[s
 
 
 def part_of(document: str, held_out: float = 0.02) -> str:
-    """Return the part that ``document`` belongs to, by the hash of its name: a share ``held_out`` each is dev and
-    test.
+    """Return the part that ``document`` belongs to, by the hash of its name.
+
+    dev and test get a share ``held_out`` each.
     """
     fraction = int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big") / 2**64
     return "test" if fraction < held_out else "dev" if fraction < 2 * held_out else "train"
 
 
 def split_rows(rows: Iterable[Row], most: int = 60) -> dict[str, list[Row]]:
-    """Split by document, and drop sentences of train that dev or test have, and of dev that test has, on either side.
+    """Split by document; drop train sentences that dev or test have, and dev sentences that test has, on either side.
 
-    Dev and test take sentences of 4 to 60 words, and ``most`` of a document at most, so that no long one outweighs the
+    Dev and test take sentences of 4 to 60 words, and at most ``most`` of a document, so that no long one outweighs the
     others.
     """
     parts: dict[str, list[Row]] = {"train": [], "dev": [], "test": []}

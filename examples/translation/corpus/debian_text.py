@@ -1,5 +1,6 @@
-"""Readers of documents and their translations: HTML and manual pages, gettext catalogs, and the package descriptions in
-apt's lists.
+"""Readers of documents and their translations.
+
+They read HTML and manual pages, gettext catalogs, and the package descriptions in apt's lists.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class Block(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A paragraph or a sentence, its translation, and the name of the document that it is from."""
+    """A paragraph or a sentence, its translation, and the name of its document."""
 
     document: str
     source: str
@@ -137,8 +138,9 @@ def roff_text(text: str) -> str:
 
 
 def roff_blocks(text: str) -> list[Block]:
-    """Return the paragraphs of a man page, signed with the macro that begins each; none of an mdoc page, whose macros
-    are words.
+    """Return the paragraphs of a man page, signed with the macro that begins each.
+
+    An mdoc page, whose macros are words, gives none.
     """
     if re.search(r"^\.Dd\b", text, re.MULTILINE):
         return []
@@ -161,7 +163,7 @@ def roff_blocks(text: str) -> list[Block]:
             end_block()
             verbatim_until = ROFF_VERBATIM[name]
         elif line in (".", "'", ".\\}"):
-            continue  # a comment or a condition's end
+            continue  # a comment or the end of a condition
         elif macro and name not in ROFF_FONTS:
             end_block()
             signature, tag_follows = name, name in ("TP", "TQ")
@@ -186,8 +188,9 @@ def roff_blocks(text: str) -> list[Block]:
 
 
 def catalog_rows(name: str, content: bytes) -> Iterator[Row]:
-    """Yield the messages of a .mo catalog, less mark-up and marks of shortcut keys; a document is a dialog, by the
-    message's context.
+    """Yield the messages of a .mo catalog, without mark-up and marks of shortcut keys.
+
+    A document is a dialog, by the message's context.
     """
     import polib  # type: ignore[import-untyped]
 
@@ -231,7 +234,7 @@ def description_paragraphs(description: str) -> list[Block]:
     in_item = False
     for line in [*lines, " ."]:
         item = re.match(r"\s+[-*+o•] ", line)
-        verbatim = line.startswith("  ") and not in_item  # in a list it goes on with the item
+        verbatim = line.startswith("  ") and not in_item  # inside a list such a line continues the item
         if line.strip() == "." or item or verbatim:
             blocks.append(Block("paragraph", normalize(" ".join(buffer))))
             buffer, in_item = [], item is not None
@@ -245,8 +248,8 @@ def description_rows(
 ) -> Iterator[Row]:
     """Yield the paragraphs of the descriptions in apt's ``Translation`` lists, given as texts.
 
-    ``sources`` gives each binary package's source package: one document, as its binary packages share most of their
-    text.
+    ``sources`` gives each binary package's source package. A source package is one document, because its binary
+    packages share most of their text.
     """
     descriptions = {
         stanza["Description-md5"]: stanza["Description-en"]

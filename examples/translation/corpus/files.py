@@ -1,5 +1,6 @@
-"""Readers of files that a kill, a full disk or a broken copy may have damaged: all of what was written, or one line
-that names the file.
+"""Readers of files that a kill, a full disk or a broken copy may have damaged.
+
+A reader returns everything that was written, or raises an error of one line that names the file.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 
 class DamagedError(ValueError):
-    """A file holds something else than what was written to it; the message is one line."""
+    """A file does not hold what was written to it; the message is one line."""
 
 
 def _safetensors() -> Any:
@@ -25,7 +26,7 @@ def _safetensors() -> Any:
 
 
 def check_values(path: Path, values: Any, wanted: Mapping[str, type]) -> None:
-    """Check that ``values``, found in ``path``, is a dict that has a value of the type ``wanted`` for each name.
+    """Check that ``values``, found in ``path``, is a dict with a value of the type in ``wanted`` for each name.
 
     Raises:
         DamagedError: it is not.
@@ -56,10 +57,10 @@ def read_json(path: Path, wanted: Mapping[str, type] | None = None) -> dict[str,
 
 
 def to_json(values: Any, **options: Any) -> str:
-    """Return ``values`` as JSON, to be followed by a line feed.
+    """Return ``values`` as JSON with a line feed at the end.
 
     Raises:
-        ValueError: a number is NaN or infinite, which JSON has no word for.
+        ValueError: a number is NaN or infinite, which JSON cannot express.
     """
     return json.dumps(values, ensure_ascii=False, allow_nan=False, **options) + "\n"
 
@@ -68,7 +69,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors in a safetensors file.
 
     Raises:
-        DamagedError: the file is cut, or is none.
+        DamagedError: the file is cut, or is not a safetensors file.
     """
     library = _safetensors()
     if path.is_dir():

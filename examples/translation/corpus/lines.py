@@ -1,5 +1,6 @@
-"""Lines of text, read and written in one way by every program: UTF-8, and a line ends at a line feed and nowhere
-else.
+"""Lines of text, read and written in the same way by every program.
+
+The encoding is UTF-8, and only a line feed ends a line.
 """
 
 from __future__ import annotations
@@ -13,22 +14,23 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-MARK = "\ufeff"  # the byte-order mark that some editors begin a file with
+MARK = "\ufeff"  # the byte-order mark at the start of some editors' files
 SELECTOR = re.compile("[\u034f\u180b-\u180d\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]")
-BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs to Unicode, and empty space to the reader
+BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs in Unicode that look like empty space
 
 
 def decode_lines(chunks: Iterable[bytes], name: str, errors: str = "strict") -> Iterator[str]:
-    """Yield the lines of a binary stream without their ends; a carriage return before the end goes with it, others
-    stay.
+    """Yield the lines of a binary stream without their ends.
+
+    A carriage return right before the line feed belongs to the end, others stay.
 
     Args:
-        chunks: what iterating over the stream gives: bytes up to and with each line feed.
+        chunks: the stream's iterator: bytes up to and with each line feed.
         name: of the stream, for messages.
-        errors: "replace" reads what is no UTF-8 as U+FFFD.
+        errors: "replace" reads bytes that are not UTF-8 as U+FFFD.
 
     Raises:
-        ValueError: a line is no UTF-8.
+        ValueError: a line is not UTF-8.
     """
     for number, chunk in enumerate(chunks, 1):
         if number == 1 and not (chunk := chunk.removeprefix(codecs.BOM_UTF8)):
@@ -46,10 +48,12 @@ def read_lines(path: Path) -> list[str]:
 
 
 def standard_input() -> Iterator[str]:
-    """Yield the lines of standard input as they come, whatever the locale; what is no UTF-8 is read as U+FFFD.
+    """Yield the lines of standard input as they come, in every locale.
+
+    Bytes that are not UTF-8 are read as U+FFFD.
 
     Raises:
-        ValueError: it is closed.
+        ValueError: standard input is closed.
     """
     if sys.stdin is None:
         raise ValueError("standard input must be open; found it closed")
@@ -58,8 +62,9 @@ def standard_input() -> Iterator[str]:
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> Path:
-    """Write ``lines`` to ``path`` at once, so that no reader finds half a file and ``read_lines`` gives them back;
-    return ``path``.
+    """Write ``lines`` to ``path`` at once, and return ``path``.
+
+    No reader finds half a file, and ``read_lines`` returns the same lines.
 
     Raises:
         ValueError: a line holds a line feed.
@@ -69,7 +74,7 @@ def write_lines(path: Path, lines: Iterable[str]) -> Path:
             for number, line in enumerate(lines, 1):
                 if "\n" in line:
                     raise ValueError(f"a line of {path} must be one line; found a line feed in line {number}")
-                # what a reader takes away is written once more
+                # characters that a reader removes are written twice
                 mark, end = (
                     MARK if number == 1 and line.startswith(MARK) else "",
                     "\r\n" if line.endswith("\r") else "\n",
@@ -85,25 +90,27 @@ def write_lines(path: Path, lines: Iterable[str]) -> Path:
 
 
 def visible(text: str) -> bool:
-    """Return whether ``text`` has a character that is seen by itself: no blank, control or format character, nor a
-    combining mark.
+    """Return whether ``text`` has a character that is visible by itself.
+
+    Blanks, control and format characters and combining marks are not.
     """
     return any(unicodedata.category(character)[0] not in "CMZ" and character not in BLANK_LETTERS for character in text)
 
 
 def _leaves_no_trace(character: str) -> bool:
-    """Whether a text looks the same without ``character``, which is no blank."""
+    """Return whether a text looks the same without ``character``, which is not a blank."""
     if character.isspace():
         return False
-    # variation selectors and the grapheme joiner are marks, other marks are seen on the letter before them
+    # variation selectors and the grapheme joiner are invisible marks; other marks show on the letter before them
     return (
         unicodedata.category(character)[0] == "C" or character in BLANK_LETTERS or SELECTOR.match(character) is not None
     )
 
 
 def same_text(text: str) -> str:
-    """Return what texts have in common that look alike: compatible characters, case, blanks and invisible characters do
-    not count.
+    """Return a key that is equal for texts that look alike.
+
+    Compatible characters, case, blanks and invisible characters make no difference.
     """
     shown = "".join(character for character in unicodedata.normalize("NFKC", text) if not _leaves_no_trace(character))
     return " ".join(shown.split()).casefold()

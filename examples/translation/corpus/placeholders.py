@@ -1,5 +1,6 @@
-"""Format placeholders ("%(name)s", "{}") as subwords of their own, so that the model learns to place them and never has
-to spell them.
+"""Format placeholders ("%(name)s", "{}") as separate subwords.
+
+The model learns to place them and never has to spell them.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ def hide(text: str, found: list[str], add: bool = True) -> str:
     """Return ``text`` with a symbol for each placeholder: the n-th of ``found`` becomes the n-th symbol.
 
     Args:
-        found: placeholders so far; with ``add`` new ones are appended to it, as long as there are symbols. Others stay
-            as they are.
+        found: placeholders so far. With ``add`` new ones are appended to it, as long as there are symbols. Others stay
+            in the text.
     """
 
     def symbol(match: re.Match[str]) -> str:
@@ -28,13 +29,13 @@ def hide(text: str, found: list[str], add: bool = True) -> str:
 
 
 def hide_pair(pair: Pair) -> Pair:
-    """Return ``pair`` with symbols for the placeholders of its source, in both sides."""
+    """Return ``pair`` with symbols for the placeholders of its source, on both sides."""
     found: list[str] = []
     return Pair(hide(pair.source, found), hide(pair.target, found, add=False))
 
 
 def restore(text: str, found: list[str]) -> str:
-    """Return ``text`` with the placeholders for their symbols; a symbol that stands for none is left out."""
+    """Replace the symbols in ``text`` by their placeholders; a symbol without a placeholder is removed."""
     for number, symbol in enumerate(SYMBOLS):
         text = text.replace(symbol, found[number] if number < len(found) else "")
     return text

@@ -1,4 +1,7 @@
-"""A prepared folder: the tokenizer, the text of each split, its ids in one binary file, and what all that is (JSON)."""
+"""A prepared folder.
+
+It has the tokenizer, the text of each split, the ids in one binary file, and a description of these (JSON).
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,9 @@ SPLITS = ("train", "dev", "test")
 
 @dataclass(frozen=True)
 class Corpus:
-    """What ``load_corpus`` returns: ``examples`` has ids for each of ``SPLITS``, ``texts`` the pairs of dev and test as
-    they are.
+    """The result of ``load_corpus``.
+
+    ``examples`` has ids for each of ``SPLITS``, ``texts`` the unchanged pairs of dev and test.
     """
 
     tokenizer: Any
@@ -59,15 +63,15 @@ def _rows(path: Path, tensors: dict[str, Tensor], name: str, vocabulary: int) ->
 def save_corpus(
     folder: Path, texts: dict[str, list[Pair]], tokenizer: Any, meta: dict[str, Any], longest: int = 256
 ) -> dict[str, Any]:
-    """Write a prepared folder; ``meta.json`` comes last, so that a folder that has one is complete.
+    """Write a prepared folder; ``meta.json`` comes last, so that a folder with it is complete.
 
     Args:
         texts: the pairs of each of ``SPLITS``.
         meta: names to keep; the sizes of the splits and of the vocabulary are added.
-        longest: pairs of which a side has more ids are left out of the binary file.
+        longest: pairs with more ids on a side are left out of the binary file.
 
     Returns:
-        what ``meta.json`` holds.
+        the content of ``meta.json``.
 
     Raises:
         ValueError: a split has no pair of at most ``longest`` ids a side.
@@ -96,10 +100,10 @@ def save_corpus(
 
 
 def load_corpus(folder: Path) -> Corpus:
-    """Return what ``prepare.py`` wrote below ``folder``.
+    """Return the corpus that ``prepare.py`` wrote below ``folder``.
 
     Raises:
-        ValueError: ``folder`` is no prepared folder, or a file of it is missing, or damaged, or another folder's.
+        ValueError: ``folder`` is not a prepared folder, or one of its files is missing, damaged or another folder's.
     """
     names = [META, IDS, TOKENIZER, *(f"{name}.{side}.txt" for name in SPLITS[1:] for side in ("source", "target"))]
     missing = [name for name in names if not (folder / name).is_file()]

@@ -1,5 +1,6 @@
-"""English-German pairs for machines without a network, written for this example: enough to run everything, too few to
-learn from.
+"""English-German pairs for machines without a network, written for this example.
+
+They are enough to run everything, and too few to learn from.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The split of a text into train, dev and test: cut by a hash of the source, or given as files of the user's own."""
+"""The split of a text into train, dev and test.
+
+A hash of the source cuts the text, or the user gives a file for each split.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,9 @@ HELDOUT_SHARE, HELDOUT_MOST = 0.08, 2000
 
 
 def split(pairs: Sequence[Pair], seed: int, heldout: Sequence[str] = SPLITS[1:]) -> Texts:
-    """Give each split of ``heldout`` 8% of ``pairs``, one at least and 2000 at most; the rest is train.
+    """Give each split of ``heldout`` 8% of ``pairs``, at least one and at most 2000; the rest is train.
 
-    Which pair goes where depends on ``seed`` and on its source alone, not on the order of ``pairs``.
+    The place of a pair depends on ``seed`` and on its source only, not on the order of ``pairs``.
 
     Raises:
         ValueError: there are fewer pairs than splits.
@@ -32,9 +35,9 @@ def split(pairs: Sequence[Pair], seed: int, heldout: Sequence[str] = SPLITS[1:])
 
 
 def read_split_files(files: dict[str, tuple[Path, Path]], seed: int) -> Texts:
-    """Return the pairs of two aligned text files a split; dev and test without files of their own are cut from train's.
+    """Return the pairs of two aligned text files a split; dev and test without files are cut from train's.
 
-    Train is cleaned, and loses every pair whose source is also in dev or test; given dev and test only lose blank
+    Train is cleaned, and loses every pair whose source is also in dev or test. Given dev and test only lose blank
     lines.
 
     Raises:

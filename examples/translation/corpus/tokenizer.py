@@ -14,7 +14,7 @@ from .placeholders import SYMBOLS, hide_pair
 Example = tuple[list[int], list[int]]  # ids of a source and of its target
 
 PAD, BOS, EOS, UNKNOWN = 0, 1, 2, 3
-LONGEST_LINE = 4192  # bytes; SentencePiece passes over the longer ones
+LONGEST_LINE = 4192  # bytes; SentencePiece skips longer lines
 
 
 def _sentencepiece() -> Any:
@@ -28,7 +28,7 @@ def _sentencepiece() -> Any:
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 2000) -> Any:
     """Train byte-pair encoding on ``texts`` and return the ``SentencePieceProcessor``.
 
-    A text too small for ``vocab_size`` pieces gives fewer: ask ``len(tokenizer)``.
+    A text too small for ``vocab_size`` pieces gives fewer; ``len(tokenizer)`` has the number.
 
     Raises:
         ValueError: ``vocab_size`` is smaller than the number of different characters, or no line is short enough to
@@ -70,7 +70,7 @@ def load_tokenizer(model: bytes, name: str = "tokenizer") -> Any:
     """Return the ``SentencePieceProcessor`` of a model kept by ``tokenizer.serialized_model_proto()``.
 
     Raises:
-        DamagedError: ``model``, called ``name`` in the message, is cut, or was not made by ``train_tokenizer``.
+        DamagedError: ``model``, called ``name`` in the message, is cut, or ``train_tokenizer`` did not make it.
     """
     try:
         tokenizer = _sentencepiece().SentencePieceProcessor(model_proto=model) if model else None
@@ -91,9 +91,9 @@ def load_tokenizer(model: bytes, name: str = "tokenizer") -> Any:
 
 
 def encode_pairs(pairs: Iterable[Pair], tokenizer: Any, longest: int = 256) -> list[Example]:
-    """Return the ids of each pair less the pairs with a side that is blank or of more than ``longest`` ids.
+    """Return the ids of each pair, without pairs that have a side that is blank or of more than ``longest`` ids.
 
-    A source ends with EOS; a target begins with BOS and ends with EOS.
+    A source ends with EOS. A target begins with BOS and ends with EOS.
 
     Raises:
         ValueError: no pair is left.

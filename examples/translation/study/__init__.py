@@ -1,1 +1,1 @@
-"""The study of docs/study.md: its runs, and the page that is made of them."""
+"""The study of docs/study.md: its runs, and the page made of them."""

@@ -1,9 +1,9 @@
 """All runs of a study: gradients at initialisation, dev cross entropy by depth, speed and memory.
 
-Every model has as many matrix weights at the same depth, sees the same batches, and has its own learning rate.
-The rate is that of a grid with the lowest dev cross entropy with the first seed; the grid is prolonged while the best
-is at its end. The other seeds then run with that rate. Each run is one thread of one process, as many at once as there
-are cores; the speed is measured before, with nothing beside it.
+All models of one depth have equally many matrix weights and see the same batches. Each has its own learning rate. It is
+the rate of a grid with the lowest dev cross entropy for the first seed. The grid is extended while its best rate is at
+its end. The other seeds then run with that rate. Each run is one thread of one process, with as many at once as there
+are cores. The speed is measured first, with nothing beside it.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from depthlstm_fast.bench.measure.timing import interleave, spread
 
 DEPTHS = (6, 12, 24)
 RATES = (1e-3, 2e-3, 4e-3)
-FURTHER = 2  # steps, of a factor of 2, that a grid is prolonged by at most
+FURTHER = 2  # the most steps, of a factor of 2, that extend a grid
 SEEDS = (0, 1, 2)
 DEV_PAIRS = 250
-EVERY = 20  # steps that one point of a learning curve is the mean of
+EVERY = 20  # steps that one point of a learning curve averages
 VARIANTS: dict[str, dict[str, Any]] = {
     "depth-lstm": {"architecture": "depth-lstm"},
     "depth-lstm, forget bias 2": {"architecture": "depth-lstm", "forget_bias": 2.0},
@@ -75,14 +75,14 @@ class Task:
 
 
 def write_atomically(path: Path, found: dict[str, Any]) -> None:
-    """``found`` as JSON in ``path``, all of it or nothing."""
+    """Write ``found`` as JSON to ``path``, all of it or nothing."""
     partial = path.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(to_json(found, indent=1), encoding="utf-8")
     os.replace(partial, path)
 
 
 def dev_batches(corpus: Corpus, pairs: int, token_budget: int) -> list[Any]:
-    """The same ``pairs`` of the dev set for every run, in batches."""
+    """Return the same ``pairs`` of the dev set for every run, in batches."""
     count = len(corpus.examples["dev"])
     chosen = [corpus.examples["dev"][index * count // pairs] for index in range(min(pairs, count))]
     ordered = sorted(chosen, key=lambda example: (len(example[0]), len(example[1])))
@@ -90,8 +90,9 @@ def dev_batches(corpus: Corpus, pairs: int, token_budget: int) -> list[Any]:
 
 
 def unigram_loss(corpus: Corpus, batches: Iterable[Any], steps: int, base: Settings) -> float:
-    """Dev cross entropy, in nats a token, of the frequencies of the target tokens that a run is trained on, each
-    counted once more.
+    """Return the dev cross entropy, in nats a token, of the frequencies of a run's target tokens.
+
+    Each token is counted once more than it occurs.
     """
     counts = torch.ones(len(corpus.tokenizer), dtype=torch.float64)
     order = BatchOrder(corpus.examples["train"], base.token_budget, base.seed)
@@ -104,9 +105,9 @@ def unigram_loss(corpus: Corpus, batches: Iterable[Any], steps: int, base: Setti
 
 
 def train_run(corpus: Corpus, settings: Settings, dev: Sequence[Any]) -> dict[str, Any]:
-    """Train from scratch; losses are cross entropies in nats a target token, None from where the run diverges on."""
+    """Train from scratch; losses are cross entropies in nats a target token, None from the divergence on."""
     trainer = Trainer(build_model(settings, len(corpus.tokenizer)), settings, "auto")
-    # the seed is the model's: every run sees the same batches
+    # the seed is the model's; every run sees the same batches
     order, losses = BatchOrder(corpus.examples["train"], settings.token_budget, 0), []
     for _ in range(settings.steps):
         try:
@@ -129,7 +130,7 @@ def train_run(corpus: Corpus, settings: Settings, dev: Sequence[Any]) -> dict[st
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """Return what ``train_run`` found, kept in ``path``.
+    """Return the result of ``train_run`` kept in ``path``.
 
     Raises:
         DamagedError: the file holds something else.
@@ -142,8 +143,9 @@ def read_run(path: Path) -> dict[str, Any]:
 
 
 def run_task(task: Task) -> list[dict[str, Any]]:
-    """All runs of one variant at one depth: tune the learning rate, then the other seeds; what is already on disk is
-    read.
+    """Do all runs of one variant at one depth: tune the learning rate, then run the other seeds.
+
+    Runs that are on disk already are read.
     """
     torch.set_num_threads(1)
     corpus = load_corpus(task.corpus)
@@ -175,7 +177,7 @@ def run_task(task: Task) -> list[dict[str, Any]]:
 
 
 def layer_gradients(model: nn.Module, batch: Any, stack: nn.Module) -> list[float]:
-    """Norm of the loss's gradient at the output of each layer of ``stack``, from the first layer to the last."""
+    """Return the norm of the loss's gradient at the output of each layer of ``stack``, from first to last."""
     outputs: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -192,8 +194,9 @@ def layer_gradients(model: nn.Module, batch: Any, stack: nn.Module) -> list[floa
 
 
 def gradients(corpus: Corpus, base: Settings, depths: Sequence[int]) -> list[dict[str, Any]]:
-    """The gradient at each layer before any training, for every variant, initialisation and depth; plain PyTorch
-    models.
+    """Return the gradient at each layer before any training, for every variant, initialisation and depth.
+
+    The models are plain PyTorch.
     """
     batch = collate(BatchOrder(corpus.examples["train"], base.token_budget // 4, 0)[0])
     found = []
@@ -209,8 +212,9 @@ def gradients(corpus: Corpus, base: Settings, depths: Sequence[int]) -> list[dic
 
 
 def costs(corpus: Corpus, base: Settings, layers: int, seconds: float) -> list[dict[str, Any]]:
-    """Speed of a training step and bytes kept for backward, the variants and plain PyTorch's depth-wise LSTM in
-    turn.
+    """Measure the speed of a training step and the bytes kept for backward.
+
+    The variants and plain PyTorch's depth-wise LSTM take turns.
     """
     examples = BatchOrder(corpus.examples["train"], base.token_budget, 0)[0]
     batch, predicted = share(examples), target_tokens(examples)
@@ -242,7 +246,7 @@ def costs(corpus: Corpus, base: Settings, layers: int, seconds: float) -> list[d
 
 
 def once(path: Path, make: Any) -> Any:
-    """What ``make()`` returns, kept in ``path`` the first time and read from it ever after."""
+    """Return the result of ``make()``, which is kept in ``path`` the first time and read from it later."""
     if not path.exists():
         write_atomically(path, {"found": make()})
     found = read_json(path)
@@ -253,8 +257,9 @@ def once(path: Path, make: Any) -> Any:
 
 @contextmanager
 def deaf_children() -> Iterator[None]:
-    """Have processes that are started meanwhile ignore the terminal's interrupt, which this one passes on to them in
-    its own way.
+    """Let processes started inside the block ignore the terminal's interrupt.
+
+    This process passes the interrupt on to them in its own way.
     """
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -274,10 +279,10 @@ def study(
     workers: int | None = None,
     seconds: float = 8.0,
 ) -> dict[str, Any]:
-    """Do all that ``output`` does not hold yet, and write ``output``/study.json.
+    """Do everything that ``output`` does not hold yet, and write ``output``/study.json.
 
     Raises:
-        ValueError: ``output`` holds another study, or ``folder`` is no prepared folder.
+        ValueError: ``output`` holds another study, or ``folder`` is not a prepared folder.
     """
     corpus = load_corpus(folder)
     dev = dev_batches(corpus, dev_pairs, base.token_budget)
@@ -300,7 +305,7 @@ def study(
     )
     print("gradients at initialisation", file=sys.stderr, flush=True)
     found["gradients"] = once(output / "gradients.json", lambda: gradients(corpus, base, depths))
-    # the deepest first: the shortest are left to fill up the last core
+    # the deepest first, so that the shortest fill up the last core
     tasks = [
         Task(folder, runs, variant, layers, base, rates, seeds, dev_pairs)
         for layers in sorted(depths, reverse=True)
@@ -316,7 +321,7 @@ def study(
                 found["runs"] += future.result()
                 task = waiting[future]
                 print(f"{task.variant}, {task.layers} layers: {len(future.result())} runs", file=sys.stderr, flush=True)
-        except BaseException:  # no reason to wait for the others: what they have found so far is kept
+        except BaseException:  # ends at once, because the other tasks' results so far are kept
             for process in multiprocessing.active_children():
                 process.terminate()
             raise

@@ -1,4 +1,4 @@
-"""The page of a study: every number and every sentence that holds one comes from its JSON."""
+"""The page of a study: every number and every sentence with a number comes from its JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-# Okabe and Ito's colours, and a marker and a line each, so that they can be told apart without colour
+# Okabe and Ito's colours, each with its own marker and line, so that they are distinct without colour.
 STYLES: dict[str, dict[str, Any]] = {
     "depth-lstm": {"color": "#E69F00", "marker": "o", "linestyle": "-"},
     "depth-lstm, forget bias 2": {"color": "#D55E00", "marker": "D", "linestyle": "--"},
@@ -25,26 +25,26 @@ Study = dict[str, Any]
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table, the first column to the left, the others to the right."""
+    """Format a Markdown table, the first column to the left, the others to the right."""
     head = list(head)
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def failed(study: Study, run: dict[str, Any]) -> bool:
-    """Whether a run knows no more of the dev set than the tokens' frequencies tell, or broke off."""
+    """Return whether a run broke off, or knows no more of the dev set than the tokens' frequencies tell."""
     return run["dev_loss"] is None or run["dev_loss"] >= study["unigram_loss"]
 
 
 def tuning(study: Study, variant: str, layers: int) -> dict[float, dict[str, Any]]:
-    """The runs of the first seed by their learning rates."""
+    """Return the runs of the first seed by their learning rates."""
     first = study["settings"]["seeds"][0]
     runs = [run for run in study["runs"] if (run["variant"], run["layers"], run["seed"]) == (variant, layers, first)]
     return {run["learning_rate"]: run for run in runs}
 
 
 def tuned(study: Study, variant: str, layers: int) -> list[dict[str, Any]]:
-    """The runs with the best learning rate, one a seed."""
+    """Return the runs with the best learning rate, one a seed."""
     grid = tuning(study, variant, layers)
     best = min(grid, key=lambda rate: float("inf") if grid[rate]["dev_loss"] is None else grid[rate]["dev_loss"])
     chosen = [
@@ -54,12 +54,12 @@ def tuned(study: Study, variant: str, layers: int) -> list[dict[str, Any]]:
 
 
 def losses(study: Study, variant: str, layers: int) -> list[float]:
-    """Dev cross entropy of each seed at the tuned learning rate; infinite where a run broke off."""
+    """Return the dev cross entropy of each seed at the tuned learning rate; infinite if a run broke off."""
     return [float("inf") if run["dev_loss"] is None else run["dev_loss"] for run in tuned(study, variant, layers)]
 
 
 def change(now: list[float], before: list[float]) -> str:
-    """By how much the mean differs; of runs that broke off there is none."""
+    """Return the difference of the means as text; there is none if runs broke off."""
     difference = mean(now) - mean(before)
     return f"{difference:+.3f}" if math.isfinite(difference) else "no number (runs broke off)"
 
@@ -129,7 +129,7 @@ def cost_table(study: Study) -> str:
 
 
 def findings(study: Study) -> list[str]:
-    """What the numbers say, defeats included, one line each."""
+    """Return the findings, defeats included, one line each."""
     lines = []
     for layers in study["settings"]["depths"]:
         found = {variant: losses(study, variant, layers) for variant in study["variants"]}
@@ -167,7 +167,7 @@ def findings(study: Study) -> list[str]:
 
 
 def markdown(study: Study) -> str:
-    """The page."""
+    """Return the page."""
     machine, settings, corpus = study["machine"], study["settings"], study["corpus"]
     commit = (machine["commit"] or "unknown")[:12]
     return f"""# A small study: depth-wise LSTM, pre-norm, post-norm
@@ -256,7 +256,10 @@ def _panels(count: int) -> tuple[Any, Any]:
 
 
 def gradient_plot(study: Study, path: Path) -> None:
-    """Each decoder layer's gradient over the last layer's, the deepest models, a panel for each initialisation."""
+    """Plot each decoder layer's gradient over the last layer's.
+
+    The figure has the deepest models, with one panel for each initialisation.
+    """
     deep = max(study["settings"]["depths"])
     entries = [entry for entry in study["gradients"] if entry["stack"] == "decoder" and entry["layers"] == deep]
     inits = list(dict.fromkeys(entry["init"] for entry in entries))
@@ -274,7 +277,10 @@ def gradient_plot(study: Study, path: Path) -> None:
 
 
 def learning_plot(study: Study, path: Path) -> None:
-    """Training cross entropy over steps at the tuned rate, mean of the seeds, a panel for each depth."""
+    """Plot training cross entropy over steps at the tuned rate, as the mean of the seeds.
+
+    The figure has one panel for each depth.
+    """
     depths, steps = study["settings"]["depths"], study["settings"]["steps"]
     figure, panels = _panels(len(depths))
     for axes, layers in zip(panels, depths, strict=True):

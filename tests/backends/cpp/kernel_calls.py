@@ -1,5 +1,6 @@
-"""Calls of one instruction set's kernels through tests/_internals: past csrc/depth_lstm/cpu_op.cpp, on any memory,
-streamed or not.
+"""Calls of one instruction set's kernels through tests/_internals.
+
+They bypass csrc/depth_lstm/cpu_op.cpp, work on any memory, and are streamed or not.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ def _runs(isa: str) -> bool:
 
 
 ISAS = [isa for isa in ("generic", "avx2", "avx512", "avx512_bf16") if _runs(isa)]
-# Above this traffic csrc/depth_lstm/cpu_op.cpp has the outputs written past the caches.
+# Above this traffic csrc/depth_lstm/cpu_op.cpp writes the outputs past the caches.
 _source = (Path(__file__).resolve().parents[3] / "csrc" / "depth_lstm" / "cpu_op.cpp").read_text(encoding="utf-8")
 STREAM_BYTES = int(re.search(r"stream_bytes = int64_t\((\d+)\) << 20;", _source).group(1)) << 20  # type: ignore[union-attr]
 
 
 class Memory:
-    """A tensor ``shift`` elements after a 64-byte boundary, between bytes that nobody may write."""
+    """A tensor ``shift`` elements after a 64-byte boundary, between bytes that must stay unwritten."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, shift: int = 0) -> None:
         size = torch.Size(shape).numel() * dtype.itemsize
@@ -72,10 +73,10 @@ def run(
     chunk_rows: int = 1 << 40,
     place: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """What ``helpers.results`` gives, of the kernels of ``isa``; without grads h and c_out alone.
+    """Return the result of ``helpers.results`` from the kernels of ``isa``; without grads h and c_out alone.
 
     tensors: z, c, hidden (rows, ...), weight, bias, z_bias; options: norm, activation, eps, dropout_p, seed (an int).
-    place: gives the outputs by rows other memory, of the shape and dtype of what it is given.
+    place: replaces each output tensor by rows of other memory, with the same shape and dtype.
     """
     z, c = tensors["z"], tensors["c"]
     rows, features = c.shape

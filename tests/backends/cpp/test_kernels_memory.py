@@ -1,4 +1,7 @@
-"""What each instruction set's kernels write and where: past the caches, off alignment, far apart, and nowhere else."""
+"""Memory of each instruction set's kernels: past the caches, off alignment, far apart.
+
+The kernels must write the right bytes, and no others.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +48,9 @@ def call(
 @pytest.mark.parametrize(("norm", "affine", "kind"), CALLS)
 @pytest.mark.parametrize("isa", ISAS)
 def test_streamed_results_are_the_others(isa: str, norm: str, affine: bool, kind: str, types: Types) -> None:
-    """Whole vectors alone, as csrc/depth_lstm/cpu_op.cpp streams them: bit for bit, and not a byte beside the
-    outputs.
+    """Check streamed calls of whole vectors, as csrc/depth_lstm/cpu_op.cpp makes them.
+
+    The results are equal bit for bit, and no byte beside the outputs changes.
     """
     for rows, features in ((1, 64), (5, 64), (3, 192)):
         tensors, options = call(rows, features, types, norm, affine, kind)
@@ -74,7 +78,7 @@ def test_outputs_need_no_alignment(isa: str, types: Types, shift: int) -> None:
 @pytest.mark.parametrize(("norm", "affine", "kind"), CALLS)
 @pytest.mark.parametrize("isa", ISAS)
 def test_partial_vectors(isa: str, norm: str, affine: bool, kind: str, types: Types) -> None:
-    """Few and many lanes in the last vector: results as the reference's, and nothing written after it."""
+    """Check few and many lanes in the last vector: the reference's results, and no byte written after it."""
     for features in (1, 2, 3, 5, 7, 11, 15, 17):
         tensors, options = arguments(3, features, types, norm, affine, kind)
         options["eps"] = 1e-2  # at D = 1 and 2 the variance may vanish, and 1/sqrt(eps) magnifies every rounding
@@ -87,17 +91,17 @@ STREAMED = [
     (types, 512)
     for types in (Types(F32, F32, F32), Types(F64, F64, F64), Types(BF16, BF16, BF16), Types(F16, F32, F32))
 ]
-STREAMED += [(STREAMED[0][0], 514)]  # rows that begin on 8-byte boundaries: not to be streamed
+STREAMED += [(STREAMED[0][0], 514)]  # rows that begin on 8-byte boundaries, which must not be streamed
 
 
 def check_large(types: Types, features: int) -> None:
-    """A call of so many bytes that its outputs are streamed: 251 rows again and again, whose results are those of 251
-    rows.
+    """Check a call with so many bytes that its outputs are streamed.
+
+    It repeats 251 rows, and the results are those of 251 rows.
     """
     few, options = arguments(251, features, types)
-    bytes_a_row = features * (
-        5 * types.z.itemsize + 2 * types.c.itemsize
-    )  # of the forward pass; the backward pass moves more
+    # of the forward pass; the backward pass moves more
+    bytes_a_row = features * (5 * types.z.itemsize + 2 * types.c.itemsize)
     again = torch.arange(STREAM_BYTES // bytes_a_row + 3) % 251
     grads = cotangents(few)
     wanted = results(fused, few, grads, **options)
@@ -120,7 +124,7 @@ def check_large(types: Types, features: int) -> None:
 @needs_cpp
 @pytest.mark.parametrize("isa", ISAS)
 def test_large_calls(isa: str) -> None:
-    """The operator itself, whose library chooses its instruction set once in a process."""
+    """Check the operator itself in a subprocess, because the library chooses its instruction set once in a process."""
     script = (
         f"import sys; sys.path[:0] = {sys.path!r}\nimport torch, test_kernels_memory as tests\ntorch.manual_seed(0)\n"
     )
@@ -133,7 +137,7 @@ def test_large_calls(isa: str) -> None:
 
 
 def far_apart(rows: int, features: int, stride: int, dtype: torch.dtype) -> Tensor:
-    """Rows ``stride`` elements apart in memory of which only the pages that are touched exist."""
+    """Return rows ``stride`` elements apart, in memory of which only the touched pages exist."""
     size = ((rows - 1) * stride + features) * dtype.itemsize
     try:
         room = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))
@@ -153,7 +157,7 @@ def distant(stride: int) -> Callable[[Tensor], Tensor]:
 @pytest.mark.skipif(not hasattr(mmap, "MAP_PRIVATE"), reason="mmap has no private mappings here")
 @pytest.mark.parametrize("types", [Types(BF16, BF16, F32), Types(F32, F32, F32)], ids=str)
 def test_rows_beyond_2_to_the_31_elements(types: Types) -> None:
-    """Offsets of 64 bits in every operand: the third row begins at element 2^31 + 2."""
+    """Check offsets of 64 bits in every operand: the third row begins at element 2^31 + 2."""
     move = distant(2**30 + 1)
     tensors, options = arguments(5, 33, types, kind="given")
     grads = cotangents(tensors)

@@ -1,5 +1,6 @@
-"""Conversions to and from 16 bits in each instruction set's kernels, bit for bit, and which results keep the accuracy
-of fp32.
+"""Conversions to and from 16 bits in each instruction set's kernels, bit for bit.
+
+The tests also check which results keep the accuracy of fp32.
 """
 
 from __future__ import annotations
@@ -17,23 +18,28 @@ from depthlstm_fast.checks import ACTIVATIONS
 
 
 def near_every_rounding(half: torch.dtype) -> Tensor:
-    """fp32: every number of ``half``, infinity and NaN too, and beside and on every point half way to the next."""
+    """Return fp32 numbers on and beside every point of rounding to ``half``.
+
+    They are every number of ``half``, infinity and NaN, and every midpoint between neighbours with its own neighbours.
+    """
     grid = torch.arange(2**15, dtype=torch.int32).to(torch.int16).view(half).float()
     grid = grid[grid.isfinite()]
     middle = grid[:-1] + (grid[1:] - grid[:-1]) / 2
-    last = grid[-1] + (grid[-1] - grid[-2]) / 2  # from here on it rounds to infinity
+    last = grid[-1] + (grid[-1] - grid[-2]) / 2  # numbers from here on round to infinity
     points = torch.cat((middle, last[None]))
     ends = torch.tensor([2.0**127, torch.finfo(F32).max, torch.inf])
-    nan = torch.tensor([0x7FC00000, 0x7FFFFFFF, 0x7F800001], dtype=torch.int32).view(
-        F32
-    )  # rounded up as numbers are, one would be -0
+    # rounding as for numbers would turn one of them into -0
+    nan = torch.tensor([0x7FC00000, 0x7FFFFFFF, 0x7F800001], dtype=torch.int32).view(F32)
     values = [grid, points, *(torch.nextafter(points, torch.tensor(way)) for way in (0.0, torch.inf)), ends, nan]
     every = torch.cat(values)
     return torch.cat((every, -every))
 
 
 def converted(isa: str, values: Tensor, half: torch.dtype, **options: Any) -> Tensor:
-    """``values`` (rows, D) in fp32 as a kernel writes them in 16 bits: f = o = 1 and i g = -0 leave h = c = c'."""
+    """Return ``values`` (rows, D) in fp32 as a kernel writes them in 16 bits.
+
+    f = o = 1 and i g = -0 leave h = c = c'.
+    """
     z = torch.full((values.shape[0], 3, values.shape[1]), torch.inf, dtype=half)
     z[:, 0] = -torch.inf
     found = run(
@@ -47,7 +53,7 @@ def converted(isa: str, values: Tensor, half: torch.dtype, **options: Any) -> Te
 
 
 def bits(x: Tensor) -> Tensor:
-    """The bits, the same for every NaN."""
+    """Return the bits, the same for every NaN."""
     return torch.where(x.isnan(), 0x7FFF, x.view(torch.int16))
 
 
@@ -74,7 +80,7 @@ def test_rounding_to_nearest_even(isa: str, half: torch.dtype, width: int, strea
 @pytest.mark.parametrize("half", [BF16, F16], ids=str)
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_16_bit_number_is_read_exactly(isa: str, half: torch.dtype, width: int) -> None:
-    """i = 1 and c' = 0 leave c = hidden."""
+    """Check that i = 1 and c' = 0 leave c = hidden."""
     hidden = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(half)
     hidden = torch.nn.functional.pad(hidden, (0, -len(hidden) % width)).view(-1, width)
     tensors = {
@@ -94,7 +100,7 @@ WIDE = {"c": {"c_out", "dc"}, "affine": {"dweight", "dbias"}, "z_bias": {"dz_bia
 @pytest.mark.parametrize("wide", WIDE)
 @pytest.mark.parametrize("isa", ISAS)
 def test_fp32_beside_16_bits_is_computed_as_such(isa: str, wide: str, half: torch.dtype, kind: str) -> None:
-    """One fp32 operand asks for the exact formulas: its results are far better than the fast ones' 5e-5."""
+    """Check that one fp32 operand gets the exact formulas, whose results are far better than the fast ones' 5e-5."""
     types = Types(half, F32 if wide == "c" else half, F32 if wide == "affine" else half)
     tensors, options = arguments(17, 33, types, kind=kind)
     tensors["z_bias"] = torch.randn(tensors["z"].shape[1]).to(F32 if wide == "z_bias" else half)
@@ -114,10 +120,11 @@ def test_fp32_beside_16_bits_is_computed_as_such(isa: str, wide: str, half: torc
 @pytest.mark.parametrize("half", [BF16, F16], ids=str)
 @pytest.mark.parametrize("isa", ISAS)
 def test_fast_formulas(isa: str, half: torch.dtype, kind: str) -> None:
-    """Every a between -20 and 20 that ``half`` holds: sigmoid and activation within a rounding and the formulas' own
-    errors.
+    """Check every a between -20 and 20 in ``half``.
+
+    Sigmoid and activation stay within a rounding and the formulas' own errors.
     """
-    fast = 2e-4 if isa.startswith("avx512") else 6e-5  # the approximate reciprocal of AVX-512 has an error of its own
+    fast = 2e-4 if isa.startswith("avx512") else 6e-5  # the approximate reciprocal of AVX-512 adds an error
     a = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(half)
     a = a[a.abs() <= 20][None]
     exact = a.double()

@@ -1,8 +1,8 @@
-"""Calls of the C functions in csrc/depth_lstm/cuda.h on arrays of exact size, without torch: a process that a sanitizer
-watches.
+"""Calls of the C functions in csrc/depth_lstm/cuda.h on arrays of exact size, without torch, under a sanitizer.
 
-python cuda_calls.py LIBRARY FOLDER SEED runs CALLS with the threads in the order that SEED gives, and writes
-FOLDER/<number>.npz.
+    python cuda_calls.py LIBRARY FOLDER SEED
+
+This command runs CALLS with the threads in the order of SEED, and writes FOLDER/<number>.npz.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a process of its own: pytest's paths are not there
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a separate process lacks pytest's paths
 
 from ptx_simulator.device import copy, empty, load
 
@@ -50,13 +50,14 @@ class CudaCall(ctypes.Structure):
     )
 
 
-# rows and features, all in fp32: forward by warp and by block, narrow backward of one warp and of several with a part
-# of a vector's lanes idle; then rows that are no whole vectors: forward_any and the two kernels of wide backward
+# Rows and features, all in fp32. The first four are forward by warp and by block, and narrow backward of one warp and
+# of several, with a part of a vector's lanes idle. The others are rows without whole vectors: forward_any and the two
+# kernels of wide backward.
 CALLS = [(9, 136), (3, 520), (9, 40), (5, 33), (2, 259)]
 
 
 def arrays(rows: int, features: int) -> dict[str, np.ndarray]:
-    """What a call reads."""
+    """Return the arrays that a call reads."""
     random = np.random.default_rng(rows * 10_000 + features)
     shapes = {"z": (rows, 4 * features), "c": (rows, features), "dh": (rows, features), "dc": (rows, features)}
     shapes |= {"z_bias": (4 * features,), "weight": (4, features), "bias": (4, features)}
@@ -65,7 +66,7 @@ def arrays(rows: int, features: int) -> dict[str, np.ndarray]:
 
 
 def run(library: ctypes.CDLL, rows: int, features: int) -> dict[str, np.ndarray]:
-    """Forward and backward with everything that a call may have but `hidden`; what it wrote."""
+    """Run forward and backward with all arguments but `hidden`; return the written arrays."""
     read = arrays(rows, features)
     outputs = dict.fromkeys(("h", "c_out", "dc_in"), (rows, features)) | {"dz": (rows, 4 * features)}
     outputs |= {"dweight": (4, features), "dbias": (4, features), "dz_bias": (4 * features,)}

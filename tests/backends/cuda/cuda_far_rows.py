@@ -1,10 +1,16 @@
-"""A few rows beyond 2^31 through the simulated CUDA kernels, by the last blocks of a grid that nobody could wait for.
-Without torch.
+"""A few rows beyond 2^31 through the simulated CUDA kernels, without torch.
 
-python cuda_far_rows.py LIBRARY FOLDER FEATURES FIRST writes FOLDER/near.npz, what some rows from 0 on give,
-FOLDER/far.npz, the same rows from FIRST on, and FOLDER/mask.npz, those with dropout, g = 1 and c' = 0: c and the
-gradient of g are then the mask. Before the rows there
-is nothing: a row number that wraps ends the process.
+Only the last blocks of the grid run, because the whole grid would take too long.
+
+    python cuda_far_rows.py LIBRARY FOLDER FEATURES FIRST
+
+This command writes three files:
+
+- FOLDER/near.npz: the results of some rows from 0 on.
+- FOLDER/far.npz: the results of the same rows from FIRST on.
+- FOLDER/mask.npz: the same rows with dropout, g = 1 and c' = 0. c and the gradient of g are then the mask.
+
+There is no memory before the rows, so a row number that wraps ends the process.
 """
 
 from __future__ import annotations
@@ -39,7 +45,7 @@ def run(library: ctypes.CDLL, features: int, first: int, dropout: bool) -> dict[
     statistics = empty((ROWS, STATISTICS), np.float32)
 
     def begin(array: np.ndarray) -> int:
-        """Where row 0 would be."""
+        """Return the address of row 0."""
         return array.ctypes.data - first * array.shape[1] * array.itemsize
 
     placed = {**{name: copy(array) for name, array in read.items()}, **written}
@@ -61,7 +67,7 @@ def run(library: ctypes.CDLL, features: int, first: int, dropout: bool) -> dict[
 def main() -> None:
     path, folder, *numbers = sys.argv[1:]
     features, first = map(int, numbers)
-    signal.alarm(60)  # rows that wrap may go on for ever
+    signal.alarm(60)  # wrapped rows may loop for ever
     library = load(Path(path))
     for name, start, dropout in (("near", 0, False), ("far", first, False), ("mask", first, True)):
         np.savez(Path(folder) / name, **run(library, features, start, dropout))

@@ -1,6 +1,6 @@
-"""The C functions of csrc/depth_lstm/cuda.h, simulated: no operator is between.
+"""The simulated C functions of csrc/depth_lstm/cuda.h, without an operator in between.
 
-Each tensor, outputs as well, may lie anywhere.
+Each tensor, outputs included, may lie anywhere.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def library() -> ctypes.CDLL:
 
 
 def launched() -> list[str]:
-    """The kernels that ran since the last call."""
+    """Return the kernels that ran since the last call."""
     return re.findall(KERNELS, library().ptx_launched().decode())
 
 
@@ -57,8 +57,9 @@ def run(
     place: Place = lambda name, x: x,
     device: int = 0,
 ) -> dict[str, Tensor]:
-    """What helpers.results gives, with the names of csrc/depth_lstm/call.h for ``place``; with "z_more" forward
-    alone.
+    """Return the results of helpers.results, with the names of csrc/depth_lstm/call.h for ``place``.
+
+    With "z_more" only forward runs.
     """
     z, c = tensors["z"], tensors["c"]
     outputs = {"h": c.to(z.dtype), "c_out": c}
@@ -101,7 +102,7 @@ def reference(
 def check(
     tensors: dict[str, Tensor], options: dict[str, Any], place: Place = lambda name, x: x, device: int = 0
 ) -> list[str]:
-    """Hold what :func:`run` gives to the error bound; the kernels that ran."""
+    """Compare the results of :func:`run` with the error bound; return the kernels that ran."""
     grads = cotangents(tensors)
     launched()
     found = run(tensors, grads, options, place, device)

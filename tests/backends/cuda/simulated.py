@@ -1,9 +1,10 @@
-"""The operators of the CUDA backend on CPU tensors: csrc/depth_lstm/cuda_op.cpp as it is, in a namespace of its own,
-above other kernels.
+"""The operators of the CUDA backend on CPU tensors, with other kernels.
 
-``load`` has the CUDA kernels below, simulated (ptx_simulator); ``stand_in`` the CPU kernels (cpp/cuda_stand_in.cpp),
-for tests of the binding alone, which need no nvcc. ``use`` makes either of them the "cuda" backend, for CPU tensors, as
-long as a test runs.
+They are csrc/depth_lstm/cuda_op.cpp, unchanged, in a separate namespace.
+
+``load`` puts the simulated CUDA kernels (ptx_simulator) below them. ``stand_in`` puts the CPU kernels
+(cpp/cuda_stand_in.cpp) below them, for tests of the binding alone, which need no nvcc. ``use`` makes either of them the
+"cuda" backend for CPU tensors during a test.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ FLAGS = ["-std=c++20", "-O1", "-g0", "-fPIC", "-shared", "-fvisibility=hidden", 
 
 
 def _built(name: str, sources: list[Path], flags: list[str], headers: list[Path]) -> Path:
-    """A shared library of ``sources``, compiled again when they, the headers or the flags have changed."""
+    """Return a shared library of ``sources``, compiled again after a change of them, the headers or the flags."""
     if shutil.which(COMPILER.split()[0]) is None:
         pytest.skip(f"no C++ compiler: {COMPILER}")
     command = [*COMPILER.split(), *FLAGS, *map(str, sources), *flags]
@@ -55,7 +56,7 @@ def _built(name: str, sources: list[Path], flags: list[str], headers: list[Path]
 
 
 def _operators(namespace: str, kernels: Path) -> Operators:
-    """The operators above a library that has the functions of csrc/depth_lstm/cuda.h."""
+    """Return the operators on top of a library that has the functions of csrc/depth_lstm/cuda.h."""
     torch_folder = Path(torch.__file__).parent
     flags = [
         *(
@@ -80,8 +81,9 @@ def _operators(namespace: str, kernels: Path) -> Operators:
 
 @functools.cache
 def kernels() -> Path:
-    """The CUDA kernels as setup.py compiles them, a source named *_kernel.cu once for each dtype of z, but for the
-    simulator.
+    """Return the CUDA kernels, compiled for the simulator.
+
+    As in setup.py a source named *_kernel.cu is compiled once for each dtype of z.
     """
     reason = available()
     if reason is not None:
@@ -99,7 +101,7 @@ def kernels() -> Path:
 
 @functools.cache
 def load() -> Operators:
-    """The operators above the simulated CUDA kernels; skips the test, with a reason, where they cannot be."""
+    """Return the operators on the simulated CUDA kernels; skip the test, with a reason, if that is impossible."""
     return _operators("depthlstm_fast_simulated", kernels())
 
 
@@ -112,17 +114,17 @@ def _stand_in_library() -> Path:
 
 @functools.cache
 def stand_in() -> Operators:
-    """The operators above the CPU kernels; skips as :func:`load` does."""
+    """Return the operators on the CPU kernels; skips as :func:`load` does."""
     return _operators("depthlstm_fast_stand_in", _stand_in_library())
 
 
 def fail_once(error: int) -> None:
-    """Make the next call of the stand-in return ``error``; a negative one, the next question for its workspace."""
+    """Make the next call of the stand-in return ``error``; a negative error fails its next workspace query."""
     ctypes.CDLL(str(_stand_in_library())).stand_in_fails(error)
 
 
 def anywhere(record: Backend) -> Backend:
-    """The backend as one that this machine has, for tensors of every device."""
+    """Return the backend as available on this machine, for tensors of every device."""
     return dataclasses.replace(
         record, device_types=("cpu", "cuda", "meta"), why_not_here=lambda: None, why_not_on=lambda tensor: None
     )

@@ -1,8 +1,7 @@
-"""depth_lstm_gates by the CUDA C++ kernels: on a GPU where there is one, else simulated from the PTX that nvcc makes of
-them.
+"""depth_lstm_gates by the CUDA C++ kernels, on a GPU or simulated from their PTX.
 
-The sizes are those beside a boundary: of a vector of 16 bytes, of the rows that a warp and a block hold, of the three
-forward kernels and the two schemes of backward. test_cuda_binding.py tests the Python and C++ above the kernels,
+The sizes lie beside a boundary: of a vector of 16 bytes, of the rows that a warp and a block hold, of the three forward
+kernels, and of the two schemes of backward. test_cuda_binding.py tests the Python and C++ above the kernels.
 test_cuda_faults.py looks for races and for accesses beside a buffer.
 """
 
@@ -45,7 +44,7 @@ fused = functools.partial(fused_by, backend="cuda")
 FULL, HALF, MIXED = Types(F32, F32, F32), Types(BF16, BF16, BF16), Types(BF16, F32, F32)
 CUDA_TYPES = [types for types in TYPES if types.z != F64]
 given = functools.partial(arguments, device=DEVICE)
-# forward takes a warp a row above 4 rows a multiprocessor; a simulated GPU has two of them
+# forward gives a row a warp above 4 rows a multiprocessor; a simulated GPU has two multiprocessors
 FEW = 8 if DEVICE == "cpu" else 4 * torch.cuda.get_device_properties(0).multi_processor_count
 MANY = FEW + 1
 
@@ -76,8 +75,9 @@ def dropout(seed: int = 77, p: float = 0.3) -> dict[str, Any]:
 
 @pytest.mark.parametrize("features", [16, 33])
 def test_more_rows_than_blocks(features: int) -> None:
-    """Every block takes several rows, not all of them the same number; more partial sums than are added at a time on a
-    GPU.
+    """Check blocks that take several rows, not all of them equally many.
+
+    On a GPU there are more partial sums than are added at a time.
     """
     rows = 47 if DEVICE == "cpu" else 40_000
     check(*given(rows, features, FULL))
@@ -89,7 +89,7 @@ def test_more_rows_than_blocks(features: int) -> None:
 # --- the bias of the GEMM, a second partial product, dropout
 
 
-# several vectors of a lane and of a thread, several warps, two blocks of columns: the first has the smallest row of
+# several vectors of a lane and of a thread, several warps, two blocks of columns; the first has the smallest row of
 # each
 @pytest.mark.parametrize("types", [FULL, HALF], ids=str)
 @pytest.mark.parametrize(("norm", "affine", "kind"), CALLS[:3:2])
@@ -124,8 +124,9 @@ def check_z_bias(tensors: dict[str, Tensor], options: dict[str, Any], dtype: tor
 @pytest.mark.parametrize("rows", [1, MANY])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_two_products(with_bias: bool, rows: int, features: int, types: Types) -> None:
-    """A decoding step: z is the sum of two partial products, which is not rounded in between; h lies in a buffer of
-    other columns.
+    """Check a decoding step: z is the sum of two partial products, which is not rounded in between.
+
+    h lies in a buffer of other columns.
     """
     tensors, _ = given(rows, features, types)
     more = normal(rows, 4 * features, dtype=types.z).to(DEVICE)
@@ -149,7 +150,7 @@ def test_two_products(with_bias: bool, rows: int, features: int, types: Types) -
 @pytest.mark.parametrize("features", [8, 33, 520])
 @pytest.mark.parametrize("rows", [3, MANY])
 def test_dropout_mask(rows: int, features: int, seed: int) -> None:
-    """The elements that an independent Philox drops, forward and backward."""
+    """Compare the dropped elements, forward and backward, with an independent Philox."""
     tensors, options = given(rows, features, FULL, kind="given")
     tensors["hidden"] = torch.ones_like(tensors["hidden"])
     tensors["c"] = torch.zeros_like(tensors["c"])
@@ -163,8 +164,9 @@ def test_dropout_mask(rows: int, features: int, seed: int) -> None:
 @pytest.mark.parametrize("types", [FULL, HALF], ids=str)
 @pytest.mark.parametrize(("rows", "features"), [(MANY, 16), (3, 16), (3, 33)])
 def test_dropout_at_a_word(rows: int, features: int, types: Types) -> None:
-    """p 2^32 is cut off, and an element whose word is that number is kept; what is kept is divided by 1 - p, however
-    small that is.
+    """Check that p 2^32 is truncated, and that an element whose word is that number is kept.
+
+    Kept elements are divided by 1 - p, however small it is.
     """
     tensors, options = given(rows, features, types, kind="given")
     tensors["hidden"], tensors["c"] = torch.ones_like(tensors["hidden"]), torch.zeros_like(tensors["c"])
@@ -207,7 +209,7 @@ def test_tensors_that_start_anywhere(offset: int) -> None:
 @pytest.mark.skipif(DEVICE == "cuda", reason="test_gpu.py has tensors of more than 2^31 elements")
 @pytest.mark.parametrize("features", [16, 33])
 def test_offsets_beyond_2_to_the_31(features: int) -> None:
-    """Three rows whose offsets are 0, 2^30 and 2^31 elements, in memory that is there where it is touched."""
+    """Check three rows at offsets 0, 2^30 and 2^31 elements, in memory that exists where it is touched."""
     tensors, options = given(3, features, HALF)
     dh, dc = cotangents(tensors)
     rows = {key: x for key, x in {**tensors, "dh": dh, "dc": dc}.items() if key not in ("weight", "bias")}

@@ -1,4 +1,4 @@
-"""The operators of "cuda" above a stand-in for the kernels, and the Python above them."""
+"""The operators of "cuda" on a stand-in for the kernels, and the Python above them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ ROOT = Path(__file__).resolve().parents[3]
 CUDA_TYPES = [types for types in TYPES if types.z != F64]
 
 
-# the operators, above a stand-in for the kernels
+# the operators on a stand-in for the kernels
 
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The operators' namespace; "cuda" is them, on CPU tensors."""
+    """Return the operators' namespace; they are the backend "cuda" for CPU tensors."""
     simulated.use(monkeypatch, simulated.stand_in())
     return torch.ops.depthlstm_fast_stand_in
 
@@ -69,7 +69,7 @@ def test_values(stand_in: Any, norm: str, affine: bool, kind: str, types: Types)
 def test_strided_rows_and_expanded_gradients(stand_in: Any) -> None:
     tensors, options = arguments(6, 5, Types(F32, F32, F32), kind="given")
     apart = {name: torch.cat((t, t), dim=-1).narrow(-1, 0, t.shape[-1]) for name, t in tensors.items()}
-    apart["c"] = tensors["c"].t().contiguous().t()  # no single row stride: copied
+    apart["c"] = tensors["c"].t().contiguous().t()  # no single row stride, so it is copied
     for grads in (
         (torch.randn(()).expand(6, 5), torch.randn(5).expand(6, 5)),
         (torch.randn(6, 10)[:, ::2], torch.randn(6, 1).expand(6, 5)),
@@ -89,7 +89,7 @@ def test_one_gradient_is_enough(stand_in: Any) -> None:
 
 @pytest.mark.parametrize("shape", [(0,), (2, 0)], ids=str)
 def test_no_rows(stand_in: Any, shape: tuple[int, ...]) -> None:
-    """Nothing is launched: an error that waits for the next launch is still there after it."""
+    """Check that nothing is launched: an error set for the next launch is still there afterwards."""
     simulated.fail_once(1)
     tensors, options = arguments(shape, 5, Types(BF16, F32, F32))
     found = check_gates(tensors, options, backend="cuda")
@@ -199,7 +199,7 @@ def test_the_operators_take_cuda_tensors_only() -> None:
 
 @pytest.fixture
 def products(monkeypatch: pytest.MonkeyPatch, stand_in: Any) -> list[bool]:
-    """For each call of the forward operator in eager, whether it was given a second product."""
+    """Return, for each call of the forward operator in eager, whether it got a second product."""
     found: list[bool] = []
     operators = OPERATORS["depth_lstm"]["cuda"]
     assert operators.direct is not None
@@ -264,7 +264,7 @@ def test_stack_writes_into_buffers(products: list[bool], grad: bool) -> None:
             )
     for a, e in zip(*results, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
-    # the first cell's h comes from outside, where nobody left room beside it
+    # the first cell's h comes from outside, without room beside it
     assert products == ([False] * 3 if grad else [True, False, False])
 
 

@@ -1,7 +1,8 @@
-"""The CUDA C++ kernels under sanitizers, and what they and a comparison of values find: faults that the tests plant.
+"""The CUDA C++ kernels under sanitizers, and faults that the tests plant.
 
-The kernels are simulated from their PTX, with the threads between two barriers in random order. The faults go into a
-copy of csrc/, in which only the kernels that a few calls in fp32 need are left, so that it compiles in seconds.
+Sanitizers or a comparison of values must find each planted fault. The kernels are simulated from their PTX, with the
+threads between two barriers in random order. The faults go into a copy of csrc/. It has only the kernels that a few
+calls in fp32 need, so it compiles in seconds.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ CSRC = HERE.parents[2] / "csrc"
 
 
 def replace(path: Path, old: str, new: str, pattern: bool = False) -> None:
-    """A text that is not there would plant nothing."""
+    """Replace a text in a file, and fail if it is absent: the fault would not be planted."""
     text = path.read_text(encoding="utf-8")
     changed = re.sub(old, new, text) if pattern else text.replace(old, new)
     assert changed != text, f"{path.name} has no {old!r}"
@@ -36,7 +37,7 @@ def replace(path: Path, old: str, new: str, pattern: bool = False) -> None:
 
 
 def sources(folder: Path) -> Path:
-    """A copy of csrc/ with no more kernels than cuda_calls.CALLS need."""
+    """Return a copy of csrc/ with only the kernels that cuda_calls.CALLS need."""
     copied = folder / "csrc"
     shutil.copytree(CSRC, copied)
     launch, forward, backward = (
@@ -63,7 +64,7 @@ def run(path: Path, mode: str, folder: Path, seed: int = 0) -> subprocess.Comple
 
 
 def wrong_values(folder: Path) -> list[str]:
-    """Which results of which call are not those of the reference in fp64."""
+    """List the results, with their calls, that differ from the reference in fp64."""
     wrong = []
     for number, (rows, features) in enumerate(cuda_calls.CALLS):
         read = {name: torch.from_numpy(np.array(array)) for name, array in cuda_calls.arrays(rows, features).items()}
@@ -92,7 +93,7 @@ def wrong_values(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def right(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The kernels as they are."""
+    """Return the kernels unchanged."""
     return sources(tmp_path_factory.mktemp("right"))
 
 
@@ -130,7 +131,7 @@ def test_missing_barrier(tmp_path: Path) -> None:
 
 
 def test_write_out_of_bounds(tmp_path: Path) -> None:
-    """A row that is not there."""
+    """Plant a write to a row that does not exist."""
     csrc = plant(
         tmp_path,
         "depth_lstm/cuda_backward_kernel.cu",
@@ -143,7 +144,7 @@ def test_write_out_of_bounds(tmp_path: Path) -> None:
 
 
 def test_wrong_mask(tmp_path: Path) -> None:
-    """Vectors that are not there take part in the variance."""
+    """Let absent vectors take part in the variance."""
     loop = (
         "#pragma unroll\n        for (int k = 0; k < K; ++k) {\n#pragma unroll\n "
         "           for (int j = v * W; j < (v + 1) * W; ++j) {\n"

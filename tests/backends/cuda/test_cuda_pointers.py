@@ -1,8 +1,7 @@
-"""The CUDA C++ kernels behind their C functions: which kernel takes a call, and operands that lie anywhere, one at a
-time.
+"""The CUDA C++ kernels behind their C functions: the choice of kernels, and operands anywhere in memory.
 
-Simulated on every machine: a GPU has no row that begins 2^33 elements after the first, and the operators allocate
-    outputs as they like.
+The operands move one at a time. The tests are simulated on every machine, because a GPU has no row that begins 2^33
+elements after the first. The operators would also allocate the outputs themselves.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from depthlstm_fast.checks import ACTIVATIONS
 
 HERE = Path(__file__).resolve().parent
 FULL, HALF, MIXED = Types(F32, F32, F32), Types(BF16, BF16, BF16), Types(BF16, F32, F32)
-FEW, MANY = 3, 9  # rows for a block each, and for a warp each, on the simulated GPU's two multiprocessors
+FEW, MANY = 3, 9  # rows that take a block each, and a warp each, on the simulated GPU's two multiprocessors
 NARROW, WIDE = ["narrow_backward", "sums_kernel"], ["row_statistics", "wide_backward", "sums_kernel"]
 
 
@@ -75,8 +74,9 @@ def test_a_second_product_takes_a_block(types: Types, kind: str) -> None:
 
 @pytest.mark.parametrize("code", [-1, len(ACTIVATIONS), len(ACTIVATIONS) + 1])
 def test_a_code_of_no_activation_is_refused(code: int) -> None:
-    """Before a launch: to the kernels' switch it would be the identity. The first code after the list stands for
-    `hidden`, which is absent here.
+    """Check that an unknown code is refused before a launch; to the kernels' switch it would be the identity.
+
+    The first code after the list stands for `hidden`, which is absent here.
     """
     call = CudaCall()
     call.gates.rows, call.gates.features, call.gates.activation = 3, 8, code
@@ -94,8 +94,9 @@ READ_BY_VECTORS = ("weight", "bias", "z_bias")
 
 
 def moved(x: Tensor, offset: int, apart: int) -> Tensor:
-    """``x`` that begins ``offset`` elements after a multiple of 64 bytes, its rows ``apart`` elements further from each
-    other, in NaN.
+    """Return ``x`` ``offset`` elements after a multiple of 64 bytes, surrounded by NaN.
+
+    Its rows are ``apart`` elements further from each other.
     """
     rows, width = (1, x.numel()) if x.dim() == 1 else x.shape
     room = torch.full((offset + rows * (width + apart) + 64,), torch.nan, dtype=x.dtype)
@@ -105,8 +106,9 @@ def moved(x: Tensor, offset: int, apart: int) -> Tensor:
 @pytest.mark.parametrize("types", [FULL, HALF, MIXED], ids=str)
 @pytest.mark.parametrize("name", dict.fromkeys((*FORWARD, *BACKWARD, *READ_BY_VECTORS, "z_more")))
 def test_one_operand_that_is_not_aligned(name: str, types: Types) -> None:
-    """Its start, or its rows; by one element and by the largest part of 16 bytes. Only what touches it leaves the
-    vectors.
+    """Move the start or the rows of one operand by one element and by the largest part of 16 bytes.
+
+    Only the kernels that touch it stop using vectors.
     """
     for rows, by_start in itertools.product((FEW, MANY), (True, False)):
         if not by_start and name in READ_BY_VECTORS:
@@ -146,8 +148,9 @@ def test_every_operand_has_its_own_row_stride(rows: int, features: int, step: in
 @pytest.mark.parametrize("kind", ["gelu", "given"])
 @pytest.mark.parametrize(("rows", "features"), [(MANY, 16), (6, 16), (6, 33)])
 def test_rows_far_apart(rows: int, features: int, kind: str, more: bool) -> None:
-    """Of every operand, 2^30 elements: as a signed product of 32 bits row 2 begins before row 0, as an unsigned one row
-    4 is row 0.
+    """Check rows of every operand that lie 2^30 elements apart.
+
+    With a signed 32-bit product row 2 would begin before row 0. With an unsigned one row 4 would be row 0.
     """
     no_reserve = 0x4000  # Linux's MAP_NORESERVE, which mmap names from Python 3.13 on
     try:
@@ -170,12 +173,13 @@ def test_rows_far_apart(rows: int, features: int, kind: str, more: bool) -> None
     assert ("forward_warp" in kernels) == (rows == MANY and not more)
 
 
-# forward by warp, by block, and of rows that are no vectors; narrow and wide backward
+# forward by warp, by block, and of rows without whole vectors; narrow and wide backward
 @pytest.mark.parametrize("features", [8, 516, 3])
 @pytest.mark.parametrize("first", [2**31 - 8, 2**32 - 8])
 def test_rows_beyond_2_to_the_31(features: int, first: int, tmp_path: Path) -> None:
-    """What row numbers are made of, blocks and the step from row to row, has 64 bits, and so has the row in dropout's
-    counter.
+    """Check 64-bit row numbers.
+
+    Blocks, the step from row to row, and the row in dropout's counter all have 64 bits.
     """
     command = [
         sys.executable,
@@ -204,12 +208,13 @@ def test_rows_beyond_2_to_the_31(features: int, first: int, tmp_path: Path) -> N
 @pytest.mark.parametrize("kind", ["gelu", "given"])
 @pytest.mark.parametrize(("features", "backward"), [(8, NARROW), (5, WIDE)])
 def test_sums_over_as_many_blocks_as_a_gpu_has(features: int, backward: list[str], kind: str) -> None:
-    """264 partial sums, which a block adds by 16 and, unrolled, by 128; 300 rows for them. On a GPU that is not the
-    current one.
+    """Check 264 partial sums of 300 rows, which a block adds by 16 and, unrolled, by 128.
+
+    The GPU is not the current one.
     """
     kernels = check(*given(300, features, FULL, kind=kind), device=1)
     assert kernels[1:] == backward
-    assert library().ptx_devices() == 16  # 16 times the device of the launch; device 0 is the current one again
+    assert library().ptx_devices() == 16  # the launch's device times 16; device 0 is the current one again
 
 
 @pytest.mark.parametrize("rows", [15, 16, 17, 127, 129, 144])

@@ -1,6 +1,6 @@
-"""What the tests of kernels on a GPU share: random arguments made there, poisoned memory, results held to fp64 on the
-same GPU.
+"""Helpers of the tests of GPU kernels.
 
+They make random arguments on the GPU, poison memory, and compare results with fp64 on the same GPU.
 DEPTHLSTM_REHEARSE=1 puts everything on the CPU, where Triton's interpreter runs its kernels, and makes all sizes tiny.
 """
 
@@ -24,7 +24,7 @@ REHEARSE = os.environ.get("DEPTHLSTM_REHEARSE", "0") not in ("", "0")
 DEVICE = "cpu" if REHEARSE else "cuda"
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 BACKENDS = ["triton", "cuda"]  # the fused backends for GPUs
-# of backward: rows in registers, and not, and rows that are no whole vectors
+# backward schemes: rows in registers, longer rows, and rows without whole vectors
 SCHEMES = [12] if REHEARSE else [512, 4096, 1001]
 every_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 FREE_BYTES, SMALL_BYTES = 1 << 29, 1 << 20
@@ -32,7 +32,7 @@ Function = Callable[..., tuple[Tensor, Tensor]]
 
 
 def runnable(backend: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """``backend``, which runs until the end of the test; where it cannot the test is skipped."""
+    """Return ``backend``, which runs until the end of the test; skip the test if it cannot run."""
     if REHEARSE and backend == "cuda":
         import simulated
 
@@ -51,7 +51,7 @@ def normal(*shape: int, dtype: torch.dtype = F32, scale: float = 1.0, shift: flo
 
 
 def make(rows: int, features: int, types: Types, affine: bool = True, kind: str = "gelu") -> dict[str, Tensor]:
-    """Random arguments of depth_lstm_gates."""
+    """Return random arguments of depth_lstm_gates."""
     gates = 3 if kind == "given" else 4
     tensors = {
         "z": normal(rows, gates * features, dtype=types.z, scale=1.5, shift=0.3),
@@ -71,8 +71,9 @@ def grads_for(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def spoil_free_memory() -> None:
-    """Leave NaN in the memory that the next allocations get: what is allocated over the stable ABI, no mode of torch
-    fills.
+    """Leave NaN in the memory that the next allocations get.
+
+    No mode of torch fills memory allocated over the stable ABI.
     """
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
@@ -85,7 +86,7 @@ def spoil_free_memory() -> None:
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Fill what torch.empty gives with NaN, and leave NaN in a GPU's free memory."""
+    """Fill the results of torch.empty with NaN, and leave NaN in a GPU's free memory."""
     spoil_free_memory()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -99,7 +100,7 @@ def poisoned() -> Iterator[None]:
 def results(
     function: Function, tensors: dict[str, Tensor], grads: tuple[Tensor, Tensor], **options: Any
 ) -> dict[str, Tensor]:
-    """h, c and the gradient of every tensor."""
+    """Return h, c and the gradient of every tensor."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
     h, c = function(**leaves, **options)
     found = torch.autograd.grad((h, c), list(leaves.values()), grads)
@@ -125,7 +126,7 @@ def assert_bound(found: dict[str, Tensor], eager: dict[str, Tensor], exact: dict
 def check(
     backend: str, tensors: dict[str, Tensor], grads: tuple[Tensor, Tensor] | None = None, **options: Any
 ) -> dict[str, Tensor]:
-    """Hold the fused gates to the bound, their memory poisoned; returns their results."""
+    """Compare the fused gates with the bound, with poisoned memory; return their results."""
     grads = grads_for(tensors) if grads is None else grads
     with poisoned():
         found = fused_results(backend, tensors, grads, **options)

@@ -1,9 +1,8 @@
-"""The kernels on a GPU, Triton's and those of CUDA C++: values against fp64 on the same GPU. test_gpu_device.py has
-what only a GPU can show.
+"""The Triton and CUDA C++ kernels on a GPU: values against fp64 on the same GPU.
 
-Whatever the kernels allocate is NaN before they write it. Rehearsed without a GPU: DEPTHLSTM_REHEARSE=1 runs, on tiny
-sizes, the tests that the CPU can run, with Triton's interpreter and with what stands in for the CUDA kernels in the
-tests of their binding.
+test_gpu_device.py has the properties that only a GPU can show. The kernels' outputs hold NaN before they are written.
+DEPTHLSTM_REHEARSE=1 rehearses the tests without a GPU: tiny sizes, Triton's interpreter, and the stand-in for the CUDA
+kernels from the tests of their binding.
 """
 
 from __future__ import annotations
@@ -207,7 +206,7 @@ def test_values_of_the_cell(backend: str, dtype: torch.dtype, beside: bool) -> N
 @pytest.mark.parametrize("beside", [False, True], ids=["apart", "beside"])
 @pytest.mark.parametrize("rows", [1, 8, 64] if not REHEARSE else [2])
 def test_values_of_a_decoding_step(backend: str, rows: int, beside: bool) -> None:
-    """Few rows without gradients, where a cell may make two products and leave their sum to the gates."""
+    """Check few rows without gradients, where a cell may make two products and leave their sum to the gates."""
     tensors = cell_tensors(rows, few(512, 8), F32 if REHEARSE else BF16, beside)
     with torch.no_grad(), poisoned():
         found = dl.depth_lstm_cell(**tensors, backend=backend)
@@ -219,8 +218,9 @@ def test_values_of_a_decoding_step(backend: str, rows: int, beside: bool) -> Non
 @every_backend
 @pytest.mark.parametrize("merge", [None, "add", "concat", "cells"], ids=["encoder", "add", "concat", "cells"])
 def test_stacks_in_fp32(backend: str, merge: str | None) -> None:
-    """Layers that write beside each other's states, forward and every gradient, against the reference stack on the
-    GPU.
+    """Check layers that write beside each other's states: forward and every gradient.
+
+    The reference stack runs on the same GPU.
     """
     width, heads, kind = few(64, 8), 2, "Encoder" if merge is None else "Decoder"
     options: dict[str, Any] = {"dropout": 0.0, "batch_first": True, "device": DEVICE} | (
@@ -261,10 +261,11 @@ def test_cell_module_under_autocast(backend: str) -> None:
     exact = modules[0].double()(x.double(), (h.double(), c.double()))
     for found, eager, wanted in zip(outputs[1], outputs[0], exact, strict=True):
         error, allowed = excess(found, eager, wanted)
+        # eager's h and c come from one rounded z, too
         assert error <= max(allowed, torch.finfo(BF16).eps), (
             error,
             allowed,
-        )  # eager's h and c come of one rounded z, too
+        )
 
 
 def test_auto_chooses_a_kernel() -> None:

@@ -1,7 +1,7 @@
-"""What only a GPU can show of the kernels, Triton's and those of CUDA C++: streams, graphs, compilation, large sizes,
-allocations.
+"""Properties of the Triton and CUDA C++ kernels that only a GPU can show.
 
-Rehearsed as test_gpu.py; most of it needs a GPU.
+They are streams, graphs, compilation, large sizes and allocations. Most of the tests need a GPU; test_gpu.py says how
+to rehearse.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @every_backend
 @pytest.mark.parametrize("features", SCHEMES)
 def test_side_stream(backend: str, features: int) -> None:
-    """Work on a side stream behind a slow kernel: whatever ran on another stream would read NaN."""
+    """Check work on a side stream behind a slow kernel: work on another stream would read NaN."""
     tensors = make(3000, features, Types(BF16, BF16, BF16))
     grads = grads_for(tensors)
     wanted = fused_results(backend, tensors, grads)
@@ -139,8 +139,9 @@ def test_compiled_once_for_any_number_of_rows(backend: str) -> None:
 
 
 def hold_large_call(backend: str, features: int) -> None:
-    """z of 2^31 elements and a few rows: first and last rows, and those about element 2^31, are those of small calls,
-    bit for bit.
+    """Check a z of 2^31 elements and a few rows.
+
+    The first and last rows, and those about element 2^31, equal those of small calls bit for bit.
     """
     edge = 2**31 // (4 * features)
     rows = edge + 3
@@ -169,7 +170,7 @@ def hold_large_call(backend: str, features: int) -> None:
 @needs_gpu
 @every_backend
 def test_more_than_two_to_the_31_elements(backend: str) -> None:
-    """Rows in registers in backward, and not; one after the other, for memory's sake."""
+    """Check both backward schemes; one after the other, to save memory."""
     if torch.cuda.mem_get_info()[0] < 24 << 30:
         pytest.skip("needs 24 GiB of free GPU memory")
     for features in (2048, 4096):
@@ -226,9 +227,8 @@ def test_nothing_is_kept_but_inputs_and_outputs(backend: str, features: int) -> 
     before = torch.cuda.memory_allocated()
     found = torch.autograd.grad(outputs, list(tensors.values()), grads)
     peak = torch.cuda.max_memory_allocated() - before
-    assert peak <= 1.25 * sum(
-        gradient.nbytes for gradient in found
-    )  # beside the gradients the partial sums, and statistics of rows
+    # partial sums and statistics of rows come beside the gradients
+    assert peak <= 1.25 * sum(gradient.nbytes for gradient in found)
 
 
 @needs_gpu

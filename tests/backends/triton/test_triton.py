@@ -1,9 +1,8 @@
-"""depth_lstm_gates by the Triton kernels: values, gradients and memory, on a GPU where there is one, else interpreted
-on the CPU.
+"""depth_lstm_gates by the Triton kernels: values, gradients and memory, on a GPU or interpreted on the CPU.
 
-Interpreted, a program costs 10 to 50 ms whatever its size and a row of the wide scheme half a second. So the rows are
-few and the sizes are those beside a boundary: of a tile (BLOCK features, ROWS rows), of the narrow scheme, of what a
-register file holds. All memory that the launcher allocates is NaN between guards, and all arguments lie in NaN.
+An interpreted program costs 10 to 50 ms at every size, and a row of the wide scheme half a second. The rows are
+therefore few, and the sizes lie beside a boundary: of a tile (BLOCK features, ROWS rows), of the narrow scheme, of a
+register file. All memory that the launcher allocates is NaN between guards, and all arguments lie in NaN.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ import depthlstm_fast as dl
 from depthlstm_fast.ops import depth_lstm_autograd
 from depthlstm_fast.ops.depth_lstm import ACTIVATION_CODES, NORM_CODES, Options
 
-pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]  # numpy's, of overflows
+pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]  # numpy's overflows
 
 
 # --- the error bound
@@ -65,11 +64,11 @@ pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore::RuntimeWarning:t
 @pytest.mark.parametrize("features", [16, 256, 512])
 @pytest.mark.parametrize(("norm", "affine", "kind"), CALLS)
 def test_features_that_fill_a_block(norm: str, affine: bool, kind: str, features: int) -> None:
-    """No column is masked; with 512 of them no row is either, and loads and stores have no mask at all."""
+    """Check sizes without masked columns; with 512 features there are no masked rows and no masks at all."""
     check(*given(2, features, FULL, norm, affine, kind))
 
 
-# The last of the narrow scheme, the first of the wide one, whole blocks of it, and the most that a program holds
+# the last size of the narrow scheme, the first of the wide one, whole blocks of it, and the most that a program holds
 @pytest.mark.parametrize(
     ("features", "rows", "types"),
     [
@@ -104,8 +103,8 @@ def test_rows_that_fill_a_tile(scheme: str, beside: int, features: int) -> None:
     check(*given(plans[0].constants["ROWS"] + beside, features, FULL))
 
 
-# Programs that take several tiles, not all of them the same number; partial sums of one program, and of more than are
-# added at a time
+# Programs that take several tiles, not all of them equally many. The partial sums come from one program, or from more
+# programs than are added at a time.
 @pytest.mark.parametrize(
     ("count", "rows", "features"), [(1, 9, 33), (2, 18, 33), (3, 9, 65), (18, 273, 1), (4, 9, 512), (4, 5, 1024)]
 )
@@ -116,7 +115,7 @@ def test_more_rows_than_programs(count: int, rows: int, features: int, monkeypat
 
 @pytest.mark.parametrize("features", [33, 512])
 def test_every_plan(features: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plans that only tuning takes are as right as the first; interpreted, the number of stages changes nothing."""
+    """Check that the plans used only by tuning are right, too; interpreted, the number of stages changes nothing."""
     tensors, options = given(3, features, FULL)
     forward, narrow = gates.forward_plans(features), gates.narrow_plans(features, 2, 4)
     seen = set()
@@ -143,7 +142,7 @@ def test_every_wide_plan(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("features", [1024, 1025])
 def test_z_bias_of_both_schemes(features: int) -> None:
-    """The sums of one more gradient leave less room for rows than test_features_of_both_schemes has."""
+    """Check the sums of one more gradient, which leave less room for rows than test_features_of_both_schemes has."""
     assert bool(gates.narrow_plans(features, 3, 4)) == (features <= 1024)
     check_z_bias(2, features, FULL, "gate", True, "gelu")
 
@@ -178,8 +177,9 @@ def check_z_bias(
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("kind", ["gelu", "given"])
 def test_cell(kind: str, autocast: bool) -> None:
-    """The product, its bias and the gates as one node; under autocast in bf16 with c, the bias and the affine in
-    fp32.
+    """Check the product, its bias and the gates as one node.
+
+    Autocast is in bf16, with c, the bias and the affine in fp32.
     """
     counts = 3 if kind == "given" else 4
     shapes = {
@@ -203,7 +203,7 @@ def test_cell(kind: str, autocast: bool) -> None:
 
     def eager_cell(**named: Any) -> Any:
         if kind == "given":
-            named["hidden"] = named["hidden"].to(half)  # as the product before it gives it
+            named["hidden"] = named["hidden"].to(half)  # in the dtype of the product before it
         return dl.reference.depth_lstm_cell(**named)
 
     found = results(functools.partial(run, dl.depth_lstm_cell, backend="triton"), tensors, grads)
@@ -217,7 +217,7 @@ def test_cell(kind: str, autocast: bool) -> None:
     assert_bound(found, eager, exact)
 
 
-# --- what cannot run
+# --- refused calls
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,10 @@ def test_cell(kind: str, autocast: bool) -> None:
 def test_limits(
     features: int, dtype: torch.dtype, limit: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By name a ValueError that says what the limit is, by "auto" one line and the reference."""
+    """Check the limits of the backend.
+
+    By name it raises ValueError with the limit. "auto" logs one line and takes the reference.
+    """
     z, c = (
         torch.zeros(1, 4 * features, dtype=dtype, device=DEVICE),
         torch.zeros(1, features, dtype=dtype, device=DEVICE),
@@ -253,7 +256,7 @@ def test_limits(
 @pytest.mark.parametrize("what", BAD)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_raw_operators_refuse_bad_arguments(what: str, backward: bool) -> None:
-    """Below the checks of the public functions nothing may read or write out of bounds."""
+    """Check that raw operators, below the public functions' checks, cannot read or write out of bounds."""
     inputs = on_device(raw((3,), 8, FULL, "gate", True, "gelu", True, True))
     more = on_device(backward_arguments(inputs))
     position, value = BAD[what]

@@ -22,7 +22,7 @@ import depthlstm_fast as dl
 from depthlstm_fast.ops.depth_lstm import split
 from depthlstm_fast.ops.depth_lstm_autograd import gates
 
-pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]  # numpy's, of overflows
+pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]  # numpy's overflows
 
 
 # --- autograd
@@ -51,7 +51,7 @@ def test_opcheck_backward(call: tuple, dh: bool, dc: bool, wanted: bool) -> None
 
 @pytest.mark.parametrize(("norm", "affine", "kind", "z_bias", "seed"), CHECKED)
 def test_operator_equals_function(norm: str, affine: bool, kind: str, z_bias: bool, seed: bool) -> None:
-    """The autograd that is registered for tracers gives what the autograd.Function of eager gives."""
+    """Check that the autograd registered for tracers equals the autograd.Function of eager."""
     inputs = with_gradients(on_device(raw((4,), 9, FULL, norm, affine, kind, z_bias, seed)))
     leaves = [x for x in inputs[:6] if x is not None]
     grads = (normal(4, 9, dtype=F32).to(DEVICE), normal(4, 9, dtype=F32).to(DEVICE))
@@ -84,7 +84,7 @@ def test_compiled_once_for_any_number_of_rows(kind: type[torch.nn.Module]) -> No
         wanted = step(reference, reference, *inputs, grads)
         torch.manual_seed(1)
         found = step(compiled, model, *inputs, grads)
-        assert dl.last_backend() == "triton" or number != 7  # noted when the call is traced
+        assert dl.last_backend() == "triton" or number != 7  # the backend is noted when the call is traced
         for a, e in zip(found, wanted, strict=True):
             torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
@@ -124,8 +124,9 @@ print(sum(not torch.equal(found[name], start[name].to(device)) for name in found
 
 
 def test_training_step_by_environment(tmp_path: Path) -> None:
-    """As a user has it: the backend named by a variable, a model trained for a step, the weights those of the
-    reference.
+    """Train a model for a step as a user does, with the backend named by a variable.
+
+    The weights must be those of the reference.
     """
     environment = {**os.environ, "DEPTHLSTM_BACKEND": "triton", "PYTHONPATH": os.pathsep.join(sys.path)}
     if DEVICE == "cpu":

@@ -1,5 +1,6 @@
-"""The gate that compiles the Triton kernels without a GPU: they keep their budget, and a kernel or a budget made worse
-is found.
+"""The gate that compiles the Triton kernels without a GPU.
+
+The kernels keep their budget, and the gate finds a worsened kernel or budget.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def only(name: str) -> tuple[str, str]:
 
 
 def table(output: str) -> dict[str, list[int]]:
-    """(warps, registers, stack, spills, shared) of every kernel in the gate's output."""
+    """Return (warps, registers, stack, spills, shared) of every kernel in the gate's output."""
     rows = re.findall(r"^((?:sm_|gfx)\S+ [a-z].*?) +(\d+) +(\d+) +(\d+) +(\d+) +(\d+)  ", output, re.M)
     return {name: [int(number) for number in numbers] for name, *numbers in rows}
 
@@ -58,7 +59,7 @@ def gate() -> types.ModuleType:
 
 @pytest.fixture
 def budget(gate: types.ModuleType) -> dict[str, Any]:
-    """A copy of what the kernels are held to under this Triton."""
+    """Return a copy of the kernels' budget for this Triton."""
     if gate.version() not in BUDGETS:
         pytest.skip(f"there is no budget for Triton {gate.version()}")
     return json.loads(json.dumps(BUDGETS[gate.version()]["kernels"]))
@@ -144,7 +145,7 @@ def test_a_lowered_budget_fails(gate: types.ModuleType, budget: dict[str, Any], 
     ]
 
 
-# Appended to kernels/depth_lstm.py of a copy of the package: what the launcher runs is then compiled as badly.
+# Appended to kernels/depth_lstm.py of a copy of the package, so that the launcher compiles bad plans.
 REPLACE_PLAN = """
 rule = narrow_plans
 def narrow_plans(*arguments):
@@ -189,7 +190,10 @@ def test_bad_options() -> None:
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the kernels that the launcher asks to be compiled, in this test; nothing is compiled or launched."""
+    """Return the names of the kernels that the launcher compiles in this test.
+
+    Nothing is really compiled or launched.
+    """
     from depthlstm_fast.kernels.common import launch, tune
 
     asked = []
@@ -211,8 +215,9 @@ def launch_all(
     seed: int | None = None,
     eps: float = 1e-6, dropout_p: float = 0.1, expanded: bool = False,
 ) -> None:  # fmt: skip
-    """Forward and backward, with ``left`` columns before each row of z, c and h; ``expanded``, every row of c and dc is
-    the same.
+    """Run forward and backward, with ``left`` columns before each row of z, c and h.
+
+    With ``expanded`` every row of c and dc is the same.
     """
     from depthlstm_fast.kernels import depth_lstm as gates
 
@@ -254,5 +259,5 @@ def test_what_the_code_depends_on_compiles_anew(compiled: list[str]) -> None:
         del compiled[:]
         for rows in (1, 2, 50):
             launch_all(rows, **change)
-        # the sum of the partial sums knows nothing of the rows it came from but their alignment
+        # the sum of the partial sums depends on its rows through their alignment only
         assert compiled == (NARROW if "left" in change else NARROW[:2]), change

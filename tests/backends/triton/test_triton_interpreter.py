@@ -1,7 +1,7 @@
-"""Triton's interpreter: that it computes what a GPU computes, and two tests of the kernels that only it allows.
+"""Triton's interpreter computes what a GPU computes; and two kinds of kernel tests that need it.
 
-It can run the last programs of a grid alone, on memory that is not there, and it can run kernels that were broken on
-purpose: each such mutation turns a named test of the Triton kernels red.
+It can run the last programs of a grid alone, on memory that does not exist. It can also run deliberately broken
+kernels. Each such mutation makes a named test of the Triton kernels fail.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ INTERPRETED = HAS_TRITON and not torch.cuda.is_available()
 pytestmark = [
     needs_triton,
     pytest.mark.skipif(HAS_TRITON and not INTERPRETED, reason="on a GPU Triton compiles"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # numpy's, of overflows
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # numpy's overflows
 ]
 
 if INTERPRETED:
@@ -39,7 +39,7 @@ if INTERPRETED:
 
     @triton.jit
     def triangle_kernel(out, count, STEP: tl.constexpr):
-        """The sum of the numbers below count in steps, by a loop whose bounds are known when it runs."""
+        """Sum the numbers below count in steps, by a loop with bounds known only at run time."""
         total = tl.zeros((1,), tl.int64)
         for number in tl.range(tl.program_id(0), tl.cdiv(count, STEP), tl.num_programs(0), num_stages=2):
             total += tl.cast(number, tl.int64)
@@ -77,18 +77,18 @@ def run(kernel: Any, grid: tuple[int, ...], *given: Any, **constants: Any) -> No
     launcher.launch(kernel, grid, given, {}, launcher.Launch(1, constants), False)
 
 
-# --- what a GPU computes
+# --- agreement with a GPU
 
 
 def nearest_bf16(bits: np.ndarray) -> np.ndarray:
-    """The bits of the bf16 number nearest to fp32 ``bits``, ties to even, found by comparing distances in fp64."""
+    """Return the bits of the bf16 number nearest to fp32 ``bits``, ties to even, by comparing distances in fp64."""
     low = bits >> np.uint32(16) << np.uint32(16)
     infinity = np.uint32(0x7F800000)
 
     def magnitude(x: np.ndarray) -> np.ndarray:
         positive = x & np.uint32(0x7FFFFFFF)
         finite = np.where(positive < infinity, positive, np.uint32(0)).view(np.float32).astype(np.float64)
-        return np.where(positive < infinity, finite, 2.0**128)  # infinity stands where the next number would
+        return np.where(positive < infinity, finite, 2.0**128)  # infinity stands for the next number
 
     x, below, above = magnitude(bits), magnitude(low), magnitude(low + np.uint32(0x10000))
     odd = (low >> np.uint32(16)) & np.uint32(1)
@@ -98,8 +98,9 @@ def nearest_bf16(bits: np.ndarray) -> np.ndarray:
 
 
 def patterns() -> Tensor:
-    """fp32 numbers of every kind, as bits: random ones, ties, neighbours of ties, subnormals, the largest, infinities,
-    NaN.
+    """Return fp32 numbers of every kind, as bits.
+
+    They are random ones, ties, neighbours of ties, subnormals, the largest, infinities, NaN.
     """
     random = torch.randint(-(2**31), 2**31, (1 << 16,), dtype=torch.int64)
     ties = (torch.randint(-(2**15), 2**15, (1 << 13,)) << 16) + 0x8000
@@ -121,7 +122,7 @@ def test_rounding_to_bf16() -> None:
     numbers = ~source.isnan()
     assert torch.equal(found.view(torch.int16)[numbers], wanted[numbers])
     assert found[~numbers].isnan().all()
-    # torch may use an instruction of the CPU that takes subnormal numbers for zeros
+    # torch may use a CPU instruction that takes subnormal numbers for zeros
     normal = numbers & ((source == 0) | (source.abs() >= torch.finfo(F32).smallest_normal))
     assert torch.equal(found[normal].view(torch.int16), source.to(BF16)[normal].view(torch.int16))
 
@@ -137,7 +138,7 @@ def test_conversion_to_fp32_is_exact(dtype: torch.dtype) -> None:
 
 
 def test_rounding_to_fp16() -> None:
-    source = patterns() * 1e-30  # most of fp32 is beyond fp16
+    source = patterns() * 1e-30  # most of fp32 exceeds fp16
     found = torch.empty(source.shape, dtype=F16)
     run(convert_kernel, (1,), source, found, SIZE=len(source))
     numbers = ~source.isnan()
@@ -156,7 +157,7 @@ def test_loop_bounds_that_are_known_when_it_runs(count: int, programs: int) -> N
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("shape", [(1, 8), (4, 1), (4, 8)], ids=str)
 def test_reductions_equal_those_of_triton(shape: tuple[int, int], axis: int, keep: bool) -> None:
-    """By halves and element by element, of small integers, whose sums are the same in any order."""
+    """Check reductions by halves and element by element, on small integers, whose sums are the same in any order."""
     source = torch.randint(-4, 5, shape).to(F32)
     sizes = {"AXIS": axis, "KEEP": keep, "ROWS": shape[0], "COLUMNS": shape[1]}
     found, wanted = ([torch.empty(shape[1 - axis], dtype=dtype) for dtype in (F32, F32, torch.int32)] for _ in range(2))
@@ -169,7 +170,7 @@ def test_reductions_equal_those_of_triton(shape: tuple[int, int], axis: int, kee
 
 
 def changeable() -> dict[str, Any]:
-    """Everything of Triton's interpreter that could be replaced."""
+    """Return all parts of Triton's interpreter that could be replaced."""
     parts = {
         "module": module,
         "builder": module.InterpreterBuilder,
@@ -201,15 +202,16 @@ def test_nothing_is_changed_outside() -> None:
 
 
 class LazyMemory:
-    """Stands for the module torch in the launcher: what it allocates is not there before it is touched, nor is what
-    lies before it.
+    """Stand-in for the module torch in the launcher.
+
+    Its memory does not exist before it is touched, and neither does the memory before it.
     """
 
     def __getattr__(self, attribute: str) -> Any:
         return getattr(torch, attribute)
 
     def empty(self, shape: Any, *, dtype: torch.dtype, device: Any) -> Tensor:
-        size, before = math.prod(shape), 2**31  # where an offset that wrapped would lead
+        size, before = math.prod(shape), 2**31  # the place of an offset that wrapped
         no_reserve = 0x4000  # Linux's MAP_NORESERVE, which mmap names from Python 3.13 on
         pages = mmap.mmap(
             -1, (before + size + 4096) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
@@ -218,7 +220,7 @@ class LazyMemory:
 
 
 def run_last_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on each kernel runs its last tile alone, on lazy memory."""
+    """Make each kernel run only its last tile, on lazy memory."""
     launch, builder = gates.launch, module.interpreter_builder
     set_grid_idx = builder.set_grid_idx
 
@@ -226,9 +228,8 @@ def run_last_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         kernel: Any, grid: tuple[int, ...], arguments: Any, constants: Any, plan: Any, aligned: bool
     ) -> None:
         named = dict(zip(kernel.arg_names, arguments, strict=False))
-        tiles = -(
-            -named.get("rows", grid[0]) // plan.constants.get("ROWS", 1)
-        )  # the kernel without an argument `rows` has a program a row
+        # the kernel without an argument `rows` has a program a row
+        tiles = -(-named.get("rows", grid[0]) // plan.constants.get("ROWS", 1))
         axis = len(grid) - 1
 
         def from_the_last(*index: int) -> None:
@@ -240,14 +241,15 @@ def run_last_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
             launch(kernel, (*grid[:axis], 1), arguments, constants, plan, aligned)
 
     monkeypatch.setattr(gates, "torch", LazyMemory())
-    monkeypatch.setattr(gates, "WARPS", 1)  # one program, which takes one tile after the other
+    monkeypatch.setattr(gates, "WARPS", 1)  # one program, which takes the tiles one after the other
     monkeypatch.setattr(gates, "launch", launch_last)
 
 
 @pytest.mark.parametrize(("scheme", "features"), [("narrow", 33), ("wide", 20)])
 def test_outputs_of_more_than_2_to_the_31_elements(scheme: str, features: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last row of h, of c and of every gradient by row, and in the wide scheme of the statistics, lies beyond
-    2^31.
+    """Check the last row of h, c and every row gradient, which lies beyond 2^31.
+
+    The wide scheme's statistics are included.
     """
     if scheme == "wide":
         monkeypatch.setattr(gates, "narrow_plans", lambda *_: [])
@@ -255,7 +257,7 @@ def test_outputs_of_more_than_2_to_the_31_elements(scheme: str, features: int, m
         monkeypatch.setattr(gates, "ROW_SUMS_PLAN", launcher.Launch(1, {"BLOCK": 16}))
     tensors, _ = arguments(1, features, Types(BF16, BF16, BF16), affine=False, kind="given")
     dh, dc = cotangents(tensors)
-    rows = 2**31 // features // 64 * 64 + 65  # alone in the last tile
+    rows = 2**31 // features // 64 * 64 + 65  # the last row is alone in the last tile
 
     def outputs(count: int) -> dict[str, Tensor]:
         z, c, hidden, *grads = (x.expand(count, -1) for x in (*tensors.values(), dh, dc))

@@ -1,5 +1,6 @@
-"""What the launcher hands to Triton, without a GPU: a stand-in for its driver takes the compiled kernels and records
-their launches.
+"""The launcher's calls to Triton, without a GPU.
+
+A stand-in for Triton's driver takes the compiled kernels and records their launches.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 ROOT = Path(__file__).resolve().parents[3]
 
-# Everything but the last step is real: compiled for sm_90, loaded and launched through Triton's own CompiledKernel.
+# Only the last step is replaced: kernels are compiled for sm_90, and loaded and launched by Triton's CompiledKernel.
 LAUNCHES = """
 import json, types
 import torch
@@ -97,8 +98,9 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_launches(recorded: dict[str, Any]) -> None:
-    """Grids as the kernels' headers say: a tile of rows a program forward, resident programs backward, tiles of columns
-    in the wide one.
+    """Check the grids against the kernels' headers.
+
+    A program takes a tile of rows forward, resident programs run backward, and the wide scheme takes tiles of columns.
     """
     names = [name for name, *_ in recorded["launches"]]
     assert names[:3] == ["forward_kernel", "narrow_backward_kernel", "sums_kernel"]
@@ -108,7 +110,7 @@ def test_launches(recorded: dict[str, Any]) -> None:
     assert grids[:3] == [[125, 1, 1], [500, 1, 1], [4, 1, 1]]
     # D=4096: a row a program; 8 blocks of 512 columns times the rows; three sums of (4, 4096) are 384 blocks
     assert grids[-4:] == [[5, 1, 1], [5, 1, 1], [8, 5, 1], [384, 1, 1]]
-    assert {stream for _, _, stream, _ in recorded["launches"]} == {12345}  # the current one
+    assert {stream for _, _, stream, _ in recorded["launches"]} == {12345}  # the current stream
 
 
 def test_one_compilation_for_all_row_counts_and_strides(recorded: dict[str, Any]) -> None:
@@ -148,7 +150,7 @@ def test_tuning_keeps_the_fastest(tune: types.ModuleType, monkeypatch: pytest.Mo
     assert timed == plans
     assert tune.fastest("forward", (64, "*bf16"), plans, run) == plans[1]
     assert len(timed) == 3
-    monkeypatch.setattr(tune, "_found", {})  # another process
+    monkeypatch.setattr(tune, "_found", {})  # simulates another process
     assert tune.fastest("forward", (64, "*bf16"), plans, run) == plans[1]
     assert len(timed) == 3
     tune.fastest("forward", (128, "*bf16"), plans, run)

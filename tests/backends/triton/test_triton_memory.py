@@ -1,5 +1,6 @@
-"""The Triton kernels' dropout, and what they read and write: every element, nothing beside it, rows anywhere, far
-offsets.
+"""The Triton kernels' dropout, and the memory that they read and write.
+
+They write every element and nothing beside it. Rows may lie anywhere, also at far offsets.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ from triton_helpers import (  # noqa: F401, fixtures
 import depthlstm_fast as dl
 from depthlstm_fast.reference.depth_lstm import dropout_mask
 
-pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]  # numpy's, of overflows
+pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]  # numpy's overflows
 
 
 # --- dropout
@@ -65,8 +66,9 @@ pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore::RuntimeWarning:t
 @pytest.mark.parametrize("scheme", ["narrow", "wide"])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_dropout_mask(seed: int, scheme: str, request: pytest.FixtureRequest) -> None:
-    """What forward drops, and what backward drops, are the elements that the paper's Philox names; the other backends
-    drop the same.
+    """Compare the dropped elements, forward and backward, with the paper's Philox.
+
+    The other backends drop the same elements.
     """
     features = 37 if scheme == "wide" else 21
     if scheme == "wide":
@@ -91,7 +93,7 @@ def by_device(function: Callable, *positional: Tensor, hidden: Tensor, **named: 
 
 
 def test_dropout_mask_of_real_blocks() -> None:
-    """In the wide scheme as it is run, beyond the first of its blocks of 512 and 1024 features."""
+    """Check the wide scheme with its real blocks, beyond the first of 512 and 1024 features."""
     tensors, options = given(1, 2049, FULL, "gate", False, "given")
     tensors["hidden"] = torch.ones_like(tensors["hidden"])
     found = results(fused, tensors, cotangents(tensors), **options, **dropout(5, 0.5))
@@ -102,7 +104,7 @@ def test_dropout_mask_of_real_blocks() -> None:
 @pytest.mark.parametrize("first", [0, 512])
 @pytest.mark.parametrize("seed", [5, -1])
 def test_dropout_of_far_rows(seed: int, first: int, row: int) -> None:
-    """Rows beyond 2^32, of which no test could hold the elements: the formula by itself."""
+    """Check the formula itself for rows beyond 2^32, whose elements fit no test."""
     found = torch.empty(4, 32, device=DEVICE)
     plan = launcher.Launch(1, {"ROWS": 4, "BLOCK": 32})
     key = torch.tensor([seed], device=DEVICE)
@@ -126,8 +128,9 @@ def test_dropout_probabilities(p: float) -> None:
 
 
 def test_dropout_at_a_word() -> None:
-    """p 2^32 is cut off, and an element whose word is that number is kept; 1 / (1 - p) is that of p, not of the nearest
-    fp32.
+    """Check that p 2^32 is truncated, and that an element whose word is that number is kept.
+
+    1 / (1 - p) is that of p, not of the nearest fp32.
     """
     words = words_by_hand(5, 4, 32)
     found = torch.empty(4, 32, device=DEVICE)
@@ -147,9 +150,8 @@ def test_dropout_at_a_word_of_a_call(scheme: str, request: pytest.FixtureRequest
     tensors["hidden"], tensors["c"] = torch.ones_like(tensors["hidden"]), torch.zeros_like(tensors["c"])
     grads = (torch.zeros_like(tensors["c"]), torch.ones_like(tensors["c"]))
     words = words_by_hand(5, 3, 20)
-    for p in ties(words)[
-        -3:
-    ]:  # of the largest word: what is kept is multiplied by some 60, which a p in fp32 would give three digits of
+    # of the largest word: kept elements are multiplied by some 60, and a p in fp32 would give three digits of it
+    for p in ties(words)[-3:]:
         found = results(fused, tensors, grads, **options, **dropout(5, p))
         mask = torch.from_numpy(words >= int(p * 2**32)).to(DEVICE)
         assert torch.equal(found["c_out"] != 0, mask), p
@@ -171,7 +173,7 @@ def test_error_bound_with_dropout(
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing(reentrant: bool) -> None:
-    """The seed that is drawn in forward is drawn again when it is recomputed."""
+    """Check that the recomputation draws the seed of forward again."""
     tensors, options = given(5, 9, FULL)
     options.update(dropout_p=0.5, training=True)
     grads = cotangents(tensors)
@@ -203,13 +205,13 @@ def test_every_element_is_written(
     memory: Memory,  # noqa: F811
     request: pytest.FixtureRequest,
 ) -> None:
-    """Outputs, partial sums and statistics: nothing of what the launcher allocates stays as it was."""
+    """Check that every element of the outputs, partial sums and statistics is written."""
     if scheme == "wide":
         request.getfixturevalue("small_wide")
     inputs = on_device(raw((5,), 20, FULL, norm, affine, kind, True, True))
     found = (*gates.gates_forward(*inputs), *gates.gates_backward(*on_device(backward_arguments(inputs))))
     storages = {buffer.untyped_storage().data_ptr() for buffer, _ in memory.buffers}
-    assert {x.untyped_storage().data_ptr() for x in found} < storages  # and there is scratch beside the results
+    assert {x.untyped_storage().data_ptr() for x in found} < storages  # there is scratch beside the results
     for buffer, size in memory.buffers:
         inner = buffer[GUARD : GUARD + size]
         if size == 5 * gates.STATISTICS.value and kind == "given":
@@ -218,7 +220,7 @@ def test_every_element_is_written(
 
 
 def test_h_may_be_written_beside_something_else() -> None:
-    """Into every row of a wider matrix, and nothing else of it."""
+    """Check that h goes into every row of a wider matrix, and that nothing else of it changes."""
     inputs = on_device(raw((9,), 33, FULL, "gate", True, "gelu", False, False))
     wanted, _ = gates.gates_forward(*inputs)
     for left, right in ((0, 0), (0, 7), (7, 0), (31, 64)):
@@ -237,7 +239,7 @@ def rows_apart(x: Tensor) -> Tensor:
 LAYOUTS = [rows_apart, transposed, strided_features, expanded, expanded_once]
 
 
-# Inputs and gradients of different layouts on a batch of (2, 3, 2) rows, where a single row stride may not exist: each
+# Inputs and gradients of different layouts on a batch of (2, 3, 2) rows, where a single row stride may not exist. Each
 # layout meets each in one of the two roles.
 @pytest.mark.parametrize("shift", range(len(LAYOUTS)))
 @pytest.mark.parametrize("inputs", LAYOUTS, ids=name)
@@ -250,7 +252,7 @@ def test_layouts(inputs: Callable, shift: int) -> None:
 
 @pytest.mark.parametrize("scheme", ["narrow", "wide"])
 def test_each_argument_has_its_own_row_stride(scheme: str, request: pytest.FixtureRequest) -> None:
-    """No stride can stand in for another, and the parameters are no views of rows."""
+    """Check that no stride stands in for another, and that the parameters are no views of rows."""
     if scheme == "wide":
         request.getfixturevalue("small_wide")
     tensors, options = given(3, 20, FULL, kind="given")
@@ -260,7 +262,7 @@ def test_each_argument_has_its_own_row_stride(scheme: str, request: pytest.Fixtu
 
 
 def test_row_strides_of_the_longest_rows() -> None:
-    """Of which forward loads c last."""
+    """Check the rows for which forward loads c last."""
     tensors, options = given(2, 4100, MIXED, kind="given")
     apart = {key: among_nan(tensor, number) for number, (key, tensor) in enumerate(tensors.items(), 3)}
     for found, wanted in zip(fused(**apart, **options), fused(**tensors, **options), strict=True):
@@ -268,7 +270,7 @@ def test_row_strides_of_the_longest_rows() -> None:
 
 
 def test_row_strides() -> None:
-    """The stride that the launcher finds reads the rows that the tensor has; where it finds none there is none."""
+    """Check that the launcher's stride reads the tensor's own rows, and that it finds none only if there is none."""
     whole = torch.arange(2 * 3 * 4 * 30).view(2, 3, 4, 30)
     views = [
         whole,
@@ -295,7 +297,7 @@ def test_row_strides() -> None:
 
 
 def test_alignment() -> None:
-    """Aligned means that every row of every tensor begins at a multiple of 16 bytes."""
+    """Check that aligned means that every row of every tensor begins at a multiple of 16 bytes."""
     for dtype, offset, stride in itertools.product((F32, BF16), range(9), range(1, 18)):
         room = torch.empty(200, dtype=dtype)
         x = room[(-room.data_ptr() // room.itemsize) % 16 + offset :]
@@ -316,7 +318,7 @@ def rows_one_element_apart(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("types", [HALF, MIXED], ids=str)
 @pytest.mark.usefixtures("real_memory")
 def test_alignment_is_asked_of_every_operand(types: Types, move: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is promised to the compiler, with one of the operands that are read or written moved, and with none."""
+    """Check the promise to the compiler with one of the operands moved, and with none."""
     promised: list[bool] = []
     monkeypatch.setattr(gates, "launch", lambda *call: promised.append(call[-1]))
     tensors, _ = given(3, 32, types, kind="given")
@@ -345,7 +347,7 @@ def test_alignment_is_asked_of_every_operand(types: Types, move: Callable, monke
 
 @pytest.mark.parametrize(("types", "features"), [(HALF, 12), (MIXED, 4), (MIXED, 12), (FULL, 6)], ids=str)
 def test_alignment_is_asked_of_what_is_written(types: Types, features: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inputs whose every row is aligned, beside gradients whose rows, one after the other, are not."""
+    """Check inputs whose every row is aligned, beside gradients whose consecutive rows are not."""
     promised: list[bool] = []
     monkeypatch.setattr(gates, "launch", lambda *call: promised.append(call[-1]))
     tensors, _ = given(3, features, types, affine=False)
@@ -362,8 +364,9 @@ def test_alignment_is_asked_of_what_is_written(types: Types, features: int, monk
 @pytest.mark.parametrize("kind", ["gelu", "given"])
 @pytest.mark.parametrize("scheme", ["narrow", "wide"])
 def test_rows_more_than_2_to_the_31_elements_apart(scheme: str, kind: str, request: pytest.FixtureRequest) -> None:
-    """Three rows whose offsets are 0, 2^30 and 2^31: an int32 would wrap to -2^31, where zeros are read in the last
-    row's place.
+    """Check three rows at offsets 0, 2^30 and 2^31.
+
+    An int32 would wrap to -2^31, where zeros are read in place of the last row.
     """
     if scheme == "wide":
         request.getfixturevalue("small_wide")
@@ -386,12 +389,15 @@ def test_rows_more_than_2_to_the_31_elements_apart(scheme: str, kind: str, reque
 @pytest.mark.parametrize("features", [64, 4096] if DEVICE == "cuda" else [64])
 @pytest.mark.usefixtures("real_memory")
 def test_more_than_2_to_the_31_elements(features: int) -> None:
-    """On a GPU; interpreted, the same with a few, and test_triton_interpreter.py runs the last programs of as many."""
+    """Check calls with more than 2^31 elements on a GPU, and with few elements in the interpreter.
+
+    test_triton_interpreter.py runs the last programs of as many elements.
+    """
     elements = 2**31 if DEVICE == "cuda" else 4 * features * 5
     rows = elements // (4 * features) + 3
     if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < rows * features * 2 * 20:
         pytest.skip(f"needs {rows * features * 40 / 2**30:.0f} GiB of the GPU's memory")
-    # the first and last rows, and those about 2^29, 2^30 and 2^31 elements, are random; the others zeros
+    # the first and last rows, and those about 2^29, 2^30 and 2^31 elements, are random; the others are zeros
     marks = [0, *(elements // divisor // (4 * features) for divisor in (4, 2, 1)), rows - 2]
     chosen = torch.tensor(sorted({row for mark in marks for row in range(max(mark - 1, 0), min(mark + 2, rows))}))
     tensors, options = given(len(chosen), features, HALF, affine=False)

@@ -1,5 +1,6 @@
-"""What users do to the Triton backend by accident: lazy signs, no rows, threads, hints that make no sense, broken
-installations.
+"""Accidental misuse of the Triton backend.
+
+The cases are lazy signs, no rows, threads, senseless hints and broken installations.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ ROOT = Path(__file__).resolve().parents[3]
 @needs_triton
 @pytest.mark.parametrize("place", range(4))
 def test_lazy_minus_signs_are_applied(place: int) -> None:
-    """The imaginary part of a conjugate is a view with a sign that is yet to be applied; kernels see memory, not
-    signs.
+    """Check that a pending minus sign is applied, as in the imaginary part of a conjugate.
+
+    Kernels see memory, not signs.
     """
     tensors = [torch.randn(shape, device=DEVICE) for shape in ((5, 32), (5, 8), (4, 8), (4, 8))]
     tensors[place] = torch._neg_view(tensors[place])
@@ -50,7 +52,7 @@ def test_lazy_minus_sign_of_a_gradient() -> None:
 @pytest.mark.parametrize("shape", [(0, 3, 16), (2, 0, 16)], ids=str)
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_stack_of_no_rows(backend: str, shape: tuple[int, ...]) -> None:
-    """In training, so that dropout's mask has no rows either."""
+    """Check a stack in training, so that dropout's mask has no rows either."""
     encoder = dl.DepthLSTMEncoder(dl.DepthLSTMEncoderLayer(16, 2, batch_first=True, dropout=0.1), 2).to(DEVICE)
     decoder = dl.DepthLSTMDecoder(dl.DepthLSTMDecoderLayer(16, 2, batch_first=True, dropout=0.0), 2).to(DEVICE)
     source = torch.randn(shape, device=DEVICE)
@@ -63,7 +65,7 @@ def test_stack_of_no_rows(backend: str, shape: tuple[int, ...]) -> None:
 
 @needs_triton
 def test_threads() -> None:
-    """Two at once: the interpreter works by globals, which are theirs in turn, and are put back."""
+    """Check two threads at once: they take turns with the interpreter's globals, which are restored afterwards."""
     z, c = torch.randn(20, 64, device=DEVICE).to(torch.bfloat16), torch.randn(20, 16, device=DEVICE).to(torch.bfloat16)
     alone = dl.depth_lstm_gates(z, c, backend="triton")
     found: list[Any] = []
@@ -112,7 +114,7 @@ def test_eps_that_no_float_holds() -> None:
             "raise RuntimeError('boom')",
             "Name: triton",
             "do not import: RuntimeError: boom",
-        ),  # what an interrupted pip leaves
+        ),  # left by an interrupted pip
     ],
     ids=["raises", "old", "no version"],
 )

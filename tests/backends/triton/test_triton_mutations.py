@@ -1,4 +1,4 @@
-"""Triton kernels that are broken on purpose: each fault is found by the test that is named for it."""
+"""Deliberately broken Triton kernels: the named test finds each fault."""
 
 from __future__ import annotations
 
@@ -30,15 +30,16 @@ TESTS = Path(__file__).resolve().parents[2]
 
 @functools.cache
 def file_of(test: str) -> str:
-    """The file that has this test of the Triton kernels, below tests/."""
+    """Return the file, below tests/, that has this test of the Triton kernels."""
     files = sorted((*Path(__file__).parent.glob("test_triton*.py"), *(TESTS / "conformance").glob("test_*.py")))
     (found,) = (str(file.relative_to(TESTS)) for file in files if f"\ndef {test}(" in file.read_text(encoding="utf-8"))
     return found
 
 
 class Mutation(NamedTuple):
-    """In a file of the kernels ``old`` becomes ``new`` at its ``place``-th occurrence; ``test`` then fails with
-    ``words``.
+    """A mutation: in a kernel file the ``place``-th occurrence of ``old`` becomes ``new``.
+
+    ``test`` then fails with ``words``.
     """
 
     file: str
@@ -70,14 +71,14 @@ LONG_NARROW, LONG_WIDE = (
 )
 PHILOX, WIDE_PHILOX = "test_dropout_mask[0-narrow]", "test_dropout_mask[0-wide]"
 DROPOUT, WIDE_DROPOUT = (f"test_error_bound_with_dropout[{scheme}-gate-True-gelu]" for scheme in ("narrow", "wide"))
-# what they say
+# their messages
 BOUND, POISON, GUARD, UNEQUAL = (
     r"error [\d.e+-]+, allowed",
     "error nan, allowed",
     "guard: written beside",
     "assert False|Mismatched",
 )
-# what is broken
+# the broken code
 INSIDE = "inside = (row < rows) & (column < FEATURES)"
 ANY_ROW = "inside = (row >= 0) & (column < FEATURES)"
 TILE, TILE32 = "(tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS))", "(tile * ROWS + tl.arange(0, ROWS))"
@@ -113,7 +114,7 @@ MUTATIONS = [
     Mutation("depth_lstm.py", NUMBER, NUMBER32, LONG_WIDE, UNEQUAL, 1),
     Mutation("depth_lstm.py", TILE, TILE32, LONG_NARROW, UNEQUAL),
     Mutation("depth_lstm.py", TILE, TILE32, LONG_WIDE, UNEQUAL, 1),
-    # loops that end a tile too early, or after the first partial sums
+    # loops that end one tile too early, or after the first partial sums
     Mutation(
         "depth_lstm.py", "tl.cdiv(rows, ROWS), tl.num_programs(0)", "rows // ROWS, tl.num_programs(0)", TILES, POISON
     ),
@@ -184,8 +185,8 @@ MUTATIONS = [
     Mutation("common/interpreter.py", HALF_UP, "bits + np.uint32(0x8000)", "test_rounding_to_bf16", UNEQUAL),
 ]
 
-# One pytest session collects the tests; each mutation runs its test in a fork of it, in which the kernels are imported
-# anew, and what the tests hold of the old ones is replaced.
+# One pytest session collects the tests. Each mutation runs its test in a fork of it, which imports the kernels anew and
+# replaces the tests' references to the old ones.
 SESSION = """
 import importlib, json, os, sys, traceback
 import pytest, torch
@@ -257,8 +258,9 @@ def mutate(text: str, mutation: Mutation) -> str:
 
 @pytest.mark.slow
 def test_mutations_are_caught(tmp_path: Path) -> None:
-    """Every mutation by the test that is named for it, in the words of that test's own check; without one, all of them
-    pass.
+    """Check that the named test finds every mutation, with the words of its own check.
+
+    Without a mutation all tests pass.
     """
     tests = sorted({mutation.node() for mutation in MUTATIONS})
     jobs: list[tuple[Path, list[str]]] = []

@@ -1,5 +1,6 @@
-"""The Triton kernels on difficult rows: NaN, far means, constant rows, the largest numbers; rows are independent, runs
-identical.
+"""The Triton kernels on difficult rows.
+
+The rows have NaN, far means, constant values and the largest numbers. Rows are independent, and runs are identical.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from helpers import (
 )
 from triton_helpers import FULL, HALF, MEMORIES, among_nan, check, dropout, fused, given, memory, programs, small_wide  # noqa: F401, fixtures
 
-pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]  # numpy's, of overflows
+pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]  # numpy's overflows
 
 
 # --- rows and numbers
@@ -27,7 +28,9 @@ pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore::RuntimeWarning:t
 @pytest.mark.parametrize("kind", KINDS[:-1])
 @pytest.mark.parametrize("norm", ["gate", "joint"])
 def test_columns_and_rows_that_are_not_there(norm: str, kind: str) -> None:
-    """Beyond the last column n would be -mean / sqrt(eps), whose powers overflow fp32, and beyond the last row 1 / 0
+    """Check masked columns and rows.
+
+    n would be -mean / sqrt(eps) past the last column, and its powers overflow fp32. Past the last row it would be 1 / 0
     with eps = 0.
     """
     tensors, options = given(3, 7, FULL, norm, False, kind)

@@ -1,5 +1,6 @@
-"""The Triton kernels as compiled for sm_90, run on a CPU by the simulator of PTX: the interpreter never sees what the
-compiler made.
+"""The Triton kernels as compiled for sm_90, run on a CPU by the simulator of PTX.
+
+The interpreter never sees the compiler's output.
 """
 
 from __future__ import annotations

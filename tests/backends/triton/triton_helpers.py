@@ -1,5 +1,6 @@
-"""What the tests of the Triton kernels share: the kernels' modules, NaN and guards around all memory, arguments on the
-device.
+"""Helpers of the Triton kernels' tests.
+
+They have the kernels' modules, NaN and guards around all memory, and arguments on the device.
 """
 
 from __future__ import annotations
@@ -42,13 +43,14 @@ if HAS_TRITON:
         factors = dropout_factors(tl.load(seed), rows, first, threshold, scale, ROWS, BLOCK)
         tl.store(out + tl.arange(0, ROWS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :], factors)
 else:
-    gates = launcher = triton = tl = factors_kernel = None  # what is skipped may be imported
+    gates = launcher = triton = tl = factors_kernel = None  # skipped tests may still be imported
 
 
 fused = functools.partial(fused_by, backend="triton")
 FULL, HALF, MIXED = Types(F32, F32, F32), Types(BF16, BF16, BF16), Types(BF16, F32, F32)
 TRITON_TYPES = [types for types in TYPES if types.z != F64]
-# one for each type of memory, and the mixtures in which a 16-bit z and fp32 meet: autocast's, and fp32 parameters alone
+# One for each type of memory, and the mixtures in which a 16-bit z and fp32 meet: autocast's, and only the parameters
+# in fp32.
 MEMORIES = [FULL, HALF, Types(F16, F16, F16), MIXED, Types(F16, F16, F32)]
 
 GUARD = 1 << 13  # elements on either side, a multiple of every alignment
@@ -56,7 +58,7 @@ SENTINEL = 1536.0  # exact in every type
 
 
 class Memory:
-    """Stands for the module torch in the launcher: what it allocates is NaN between two guards of SENTINELs."""
+    """Stand-in for the module torch in the launcher: allocated memory is NaN between two guards of SENTINELs."""
 
     def __init__(self) -> None:
         self.buffers: list[tuple[Tensor, int]] = []
@@ -69,9 +71,8 @@ class Memory:
         buffer = torch.full((size + 2 * GUARD,), SENTINEL, dtype=dtype, device=device)
         buffer[GUARD : GUARD + size] = torch.nan
         self.buffers.append((buffer, size))
-        return buffer.new_empty(0).set_(
-            buffer.untyped_storage(), GUARD, shape
-        )  # no view, as little as torch.empty's result is one
+        # a tensor of its own and no view, as torch.empty's result
+        return buffer.new_empty(0).set_(buffer.untyped_storage(), GUARD, shape)
 
     def check_guards(self) -> None:
         for buffer, size in self.buffers:
@@ -88,8 +89,9 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Memory]:
 
 
 def make_small_wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The wide scheme for any D, in blocks of 16 and tiles of two rows: what costs seconds at 2049 features, in
-    less.
+    """Use the wide scheme for any D, in blocks of 16 and tiles of two rows.
+
+    The test then avoids the seconds that 2049 features cost.
     """
     monkeypatch.setattr(gates, "narrow_plans", lambda *_: [])
     monkeypatch.setattr(gates, "WIDE_PLANS", [launcher.Launch(1, {"ROWS": 2, "BLOCK": 16, "STAGES": 2})])
@@ -102,7 +104,7 @@ def small_wide(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def among_nan(x: Tensor, apart: int = 0) -> Tensor:
-    """x in the middle of NaN, its rows ``apart`` elements further from each other."""
+    """Return x in the middle of NaN, its rows ``apart`` elements further from each other."""
     rows, width = x.shape[:-1].numel(), x.shape[-1]
     room = torch.full((rows * (width + apart) + 2 * GUARD,), torch.nan, dtype=x.dtype, device=x.device)
     inner = room[GUARD:-GUARD].view(*x.shape[:-1], width + apart)[..., :width]
@@ -123,7 +125,7 @@ def check(
     grads: tuple[Tensor, Tensor] | None = None,
     condition: float = 0.0,
 ) -> dict[str, Tensor]:
-    """check_gates with every argument and gradient among NaN."""
+    """Run check_gates with every argument and gradient among NaN."""
     dh, dc = cotangents(tensors) if grads is None else grads
     surrounded = {key: among_nan(tensor) for key, tensor in tensors.items()}
     return check_gates(surrounded, options, (among_nan(dh), among_nan(dc)), condition, backend="triton")
@@ -134,19 +136,19 @@ def dropout(seed: int = 77, p: float = 0.3) -> dict[str, Any]:
 
 
 def programs(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    """As on a GPU that holds ``count`` programs of one warp."""
+    """Pretend a GPU that holds ``count`` programs of one warp."""
     monkeypatch.setattr(gates, "multiprocessors", lambda device: 1)
     monkeypatch.setattr(gates, "WARPS", count)
 
 
 @pytest.fixture
 def real_memory(monkeypatch: pytest.MonkeyPatch, memory: Memory) -> None:
-    """Outputs begin where their memory begins, as the shapes that tracing is told say."""
+    """Let outputs begin where their memory begins, as the shapes for tracing say."""
     monkeypatch.setattr(memory, "empty", torch.empty)
 
 
 def lazy_memory(elements: int, dtype: torch.dtype) -> Tensor:
-    """Memory that is not there before it is touched; on a GPU it has to be."""
+    """Return memory that does not exist before it is touched; on a GPU it is real."""
     size = elements * dtype.itemsize
     if DEVICE == "cuda":
         if torch.cuda.mem_get_info()[0] < size + 2**30:

@@ -1,8 +1,8 @@
-"""The Triton kernels as compiled for sm_90, on a CPU: every launch of a call goes to the simulator of PTX. A process of
-its own.
+"""The Triton kernels as compiled for sm_90, on a CPU: every launch of a call goes to the simulator of PTX.
 
-python triton_ptx.py FOLDER ROWS FEATURES DTYPE SCHEME prints the largest error of each result over that of eager
-PyTorch, as JSON.
+    python triton_ptx.py FOLDER ROWS FEATURES DTYPE SCHEME
+
+This command runs as a separate process. It prints the largest error of each result over that of eager PyTorch, as JSON.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ launched: list[str] = []
 
 
 def simulated_launch(folder: Path) -> Any:
-    """Stands for kernels.launch.launch."""
+    """Return a stand-in for kernels.launch.launch."""
 
     def launch(
         kernel: Any, grid: tuple[int, ...], values: tuple[Any, ...], options: dict[str, Any], plan: Any, aligned: bool
@@ -50,7 +50,7 @@ def simulated_launch(folder: Path) -> Any:
         passed += [
             ctypes.c_void_p(),
             ctypes.c_void_p(),
-        ]  # Triton's own working memory, of which these kernels need none
+        ]  # Triton's own working memory, which these kernels do not need
         addresses = (ctypes.c_void_p * len(passed))(*(ctypes.addressof(value) for value in passed))
         sizes = (*grid, 1, 1)[:3]
         shared = ctypes.c_size_t(compiled.metadata.shared)

@@ -1,5 +1,6 @@
-"""depth_lstm_cell: the product with slices of [x ; h'] and the gates as one autograd node, against eager PyTorch and
-fp64.
+"""depth_lstm_cell against eager PyTorch and fp64.
+
+The product with slices of [x ; h'] and the gates are one autograd node.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def arguments(
     kind: str = "gelu",
     bias: bool = True,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Random tensors by name (x0, x1, ... for the slices of x) and the options."""
+    """Return random tensors by name (x0, x1, ... for the slices of x) and the options."""
     wide, narrow = types[1], types[0]
     gates = 3 if kind == "given" else 4
     columns = sum(widths) + features
@@ -114,7 +115,7 @@ def test_leading_shapes(shape: tuple[int, ...], norm: str, affine: bool, kind: s
 @pytest.mark.parametrize("kind", ["gelu", "given"])
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (2, 0)], ids=str)
 def test_no_rows(shape: tuple[int, ...], kind: str) -> None:
-    """Empty dx, zero dw."""
+    """Check for an empty dx and a zero dw."""
     tensors, options = arguments(shape, (4, 2), 6, (F32, F32), kind=kind)
     found = results(fused_cell, tensors, cotangents(tensors), options)
     for name, tensor in tensors.items():
@@ -164,7 +165,7 @@ def test_layouts(layout: str, argument: str, types: tuple[torch.dtype, torch.dty
 
 
 def test_slices_of_one_buffer() -> None:
-    """x and h' as the halves of one buffer, as a layer writes them for the next one."""
+    """Check x and h' as the halves of one buffer, as a layer writes them for the next one."""
     tensors, options = arguments((6,), (8,), 8, (F32, F32))
     buffer = torch.cat((tensors["x0"], tensors["h"]), -1)
     halves = {**tensors, "x0": buffer[:, :8], "h": buffer[:, 8:]}
@@ -190,7 +191,7 @@ def test_subsets_of_gradients(wanted: tuple[str, ...]) -> None:
         torch.autograd.backward(outputs, grads)
     for name, leaf in leaves.items():
         if name in wanted:
-            # not bit for bit: how many gradients are wanted decides how many products there are
+            # not bit for bit: the number of wanted gradients decides the number of products
             torch.testing.assert_close(leaf.grad, every[f"d{name}"], rtol=1e-5, atol=1e-6)
         else:
             assert leaf.grad is None, name
@@ -228,7 +229,7 @@ def test_nothing_given_is_written_and_backward_runs_twice() -> None:
 
 
 def test_kept_for_backward() -> None:
-    """Beside what was given only z is kept: no [x ; h'], no statistics, no gates."""
+    """Check that only z is kept beside the arguments: no [x ; h'], no statistics, no gates."""
     tensors, options = arguments((6,), (8,), 8, (F32, F32))
     leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
     kept: list[Tensor] = []
@@ -256,7 +257,7 @@ def test_autocast(kind: str, half: torch.dtype) -> None:
 
     exact = results(dl.reference.depth_lstm_cell, double(tensors), (dh.double(), dc.double()), options)
     found, eager = under_autocast(fused_cell), under_autocast(dl.reference.depth_lstm_cell)
-    # gradients of fp32 leaves pass through the 16-bit product: its rounding is their unit, too
+    # gradients of fp32 leaves pass through the 16-bit product, whose rounding is their unit, too
     for name, value in found.items():
         assert value.dtype == eager[name].dtype == (half if name == "h" else F32), name
         error = (value.double() - exact[name]).abs().max().item()
@@ -273,7 +274,7 @@ def test_autocast_leaves_fp64_alone() -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_with_dropout(reentrant: bool) -> None:
-    """The seed is drawn anew in the recomputation; the saved generator state makes it the same one."""
+    """Check that the recomputation draws the same seed, because the generator state is saved."""
     tensors, options = arguments((40,), (4,), 9, (F32, F32))
     options.update(dropout_p=0.5, training=True)
     grads = cotangents(tensors)
@@ -298,7 +299,7 @@ def test_checkpointing_with_dropout(reentrant: bool) -> None:
 def test_without_gradients(
     norm: str, affine: bool, kind: str, widths: tuple[int, ...], types: tuple[torch.dtype, torch.dtype]
 ) -> None:
-    """Few rows take another way to z then; what comes out is what the same call gives with gradients."""
+    """Check few rows, which compute z in another way; the results equal the same call with gradients."""
     for rows in (1, 3, 64, 65):
         tensors, options = arguments((rows,), widths, 33, types, norm, affine, kind)
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""Dropout on g: which elements are kept, by what they are multiplied, and that every pass sees the same mask."""
+"""Dropout on g: the kept elements, their factor, and the same mask in every pass."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ LOW = 0xFFFFFFFF
 
 
 def philox(counter: list[int], key: list[int]) -> list[int]:
-    """Philox4x32-10 in Python integers, from the paper (Salmon et al., SC 2011): nothing shared with the package."""
+    """Compute Philox4x32-10 in Python integers, independently of the package.
+
+    Source: Salmon et al., SC 2011.
+    """
     x, k = list(counter), list(key)
     for _ in range(10):
         first, second = 0xD2511F53 * x[0], 0xCD9E8D57 * x[2]
@@ -41,7 +44,7 @@ def philox(counter: list[int], key: list[int]) -> list[int]:
     return x
 
 
-# The known-answer vectors that the authors publish with Random123 (kat_vectors, philox4x32 10)
+# The authors' known-answer vectors in Random123 (kat_vectors, philox4x32 10).
 VECTORS = [
     ([0, 0, 0, 0], [0, 0], [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
     ([LOW] * 4, [LOW] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
@@ -59,7 +62,7 @@ def test_philox_of_this_file(counter: list[int], key: list[int], wanted: list[in
 
 
 def words_by_hand(seed: int, rows: int, features: int, first: int = 0) -> np.ndarray:
-    """The random words of ``rows`` rows from ``first`` on."""
+    """Return the random words of ``rows`` rows from ``first`` on."""
     key = [seed & LOW, (seed >> 32) & LOW]
     words = [
         [philox([d // 4, n & LOW, n >> 32, 0], key)[d % 4] for d in range(features)] for n in range(first, first + rows)
@@ -72,8 +75,9 @@ def mask_by_hand(seed: int, rows: int, features: int, p: float, first: int = 0) 
 
 
 def ties(words: np.ndarray) -> list[float]:
-    """Probabilities that are, times 2^32, one of the words or beside it, for each place in a group of eight features;
-    and extreme ones.
+    """Return probabilities that are, times 2^32, one of the words or beside it, and extreme ones.
+
+    They cover each place in a group of eight features.
     """
     word = [int(words[column % len(words), column]) for column in range(8)] + [int(words.max())]
     return [
@@ -98,15 +102,16 @@ def test_mask_of_the_reference(features: int, seed: int) -> None:
 def kept(
     function: Callable, shape: tuple[int, ...], features: int, p: float, seed: Tensor, dtype: torch.dtype = F32
 ) -> Tensor:
-    """g * factor as the function computes it: i = sigmoid(0) = 1/2, f c = 0, so that c is half of what dropout leaves
-    of hidden = 1.
+    """Return g * factor as the function computes it.
+
+    i = sigmoid(0) = 1/2 and f c = 0, so c is half of the result of dropout on hidden = 1.
     """
     z = torch.zeros(*shape, 3 * features, dtype=dtype)
     c, hidden = torch.zeros(*shape, features, dtype=dtype), torch.ones(*shape, features, dtype=dtype)
     return 2 * function(z, c, hidden=hidden, norm="none", dropout_p=p, training=True, seed=seed)[1]
 
 
-# features: within a Philox block, a vector, and the group of 64 features that the kernel draws at once, and beyond each
+# within a Philox block, a vector, and the group of 64 features that the kernel draws at once, and beyond each
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("features", [1, 3, 4, 17, 63, 64, 65, 200])
 @needs_cpp
@@ -146,7 +151,7 @@ def test_seeds() -> None:
         second = kept(fused, (50,), 64, 0.5, torch.tensor([other])) != 0
         assert abs((first == second).double().mean().item() - 0.5) < 0.05  # 3200 coin tosses: 5.6 standard deviations
     rows = first.double()
-    assert (rows[:-1] == rows[1:]).double().mean() < 0.6  # a row is not the next one's mask either
+    assert (rows[:-1] == rows[1:]).double().mean() < 0.6  # a row's mask is not the next row's either
     assert (rows[:, :-1] == rows[:, 1:]).double().mean() < 0.6
 
 
@@ -155,14 +160,14 @@ def test_seeds() -> None:
 @pytest.mark.parametrize("types", MAIN_TYPES, ids=str)
 @needs_cpp
 def test_error_bound_with_dropout(types: Types, kind: str, norm: str, affine: bool) -> None:
-    """Outputs and gradients against the reference with the same seed: backward regenerates forward's mask."""
+    """Check outputs and gradients against the reference with the same seed: backward regenerates forward's mask."""
     tensors, options = arguments(17, 33, types, norm, affine, kind)
     check_gates(tensors, {**options, "dropout_p": 0.3, "training": True, "seed": torch.tensor([77])})
 
 
 @needs_cpp
 def test_backward_uses_the_mask_of_its_own_forward() -> None:
-    """With no seed given one is drawn in forward; other draws before backward must not matter."""
+    """Check a call without a seed: forward draws one, and other draws before backward must not matter."""
     tensors, options = arguments(40, 33, MAIN_TYPES[0], kind="given")
     options.update(dropout_p=0.5, training=True)
     leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
@@ -206,7 +211,7 @@ def test_backends_draw_the_same_seed() -> None:
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=needs_cpp)])
 @pytest.mark.parametrize("off", [{"training": False, "dropout_p": 0.5}, {"training": True, "dropout_p": 0.0}], ids=str)
 def test_no_dropout(off: dict[str, Any], backend: str) -> None:
-    """Not training, or p = 0: no element is dropped, a seed is ignored, and torch's generator is left alone."""
+    """Check for no dropout outside training or at p = 0: a seed is ignored, and torch's generator is unchanged."""
     tensors, options = arguments(5, 9, MAIN_TYPES[0])
     state = torch.get_rng_state()
     wanted = dl.depth_lstm_gates(**tensors, **options, backend=backend)

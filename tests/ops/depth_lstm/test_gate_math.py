@@ -1,6 +1,6 @@
 """The formulas of csrc/common/activations.h and csrc/depth_lstm/math.h.
 
-Scalar against Python's math, and as vectors of each instruction set against PyTorch in fp64.
+Scalars are compared with Python's math, vectors of each instruction set with PyTorch in fp64.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from depthlstm_fast.activations import FUNCTIONS
 from depthlstm_fast.checks import ACTIVATIONS
 from depthlstm_fast.reference import depth_lstm as reference
 
-# 0, the polynomials' knots and bounds (4.4, 4.5), where exp leaves fp32 (88, 104), where erfc leaves fp64 (38), and
+# 0, the polynomials' knots and bounds (4.4, 4.5), the ends of exp in fp32 (88, 104) and of erfc in fp64 (38), and
 # infinity
 POINTS = [
     0.0,
@@ -113,7 +113,7 @@ def test_cell_and_its_gradient() -> None:
     assert internals.cell_backward(i, f, o, g, c_in, dh, dc) == pytest.approx([x.item() for x in wanted], rel=1e-13)
 
 
-# A dense grid through the range that matters, so that no piece of a polynomial is missed, and the tails beyond it
+# A dense grid through the important range, so that no piece of a polynomial is missed, and the tails beyond it.
 GRID = np.concatenate(
     [np.linspace(-20, 20, 40001), np.linspace(-120, 120, 4001), np.array(POINTS[:22] + POINTS[23:-1])]
 )
@@ -121,7 +121,7 @@ DTYPES = {"float": np.float32, "double": np.float64}
 
 
 def forward(isa: str, z: np.ndarray, c: np.ndarray, activation: int) -> tuple[np.ndarray, np.ndarray]:
-    """(h, c) of one row with norm none; z (4, D), c (D)."""
+    """Return (h, c) of one row with norm none; z (4, D), c (D)."""
     tensors = {"z": torch.from_numpy(z).reshape(1, -1), "c": torch.from_numpy(c)[None]}
     found = run(isa, tensors, {"norm": "none", "activation": ACTIVATIONS[activation]})
     return found["h"][0].numpy(), found["c_out"][0].numpy()
@@ -131,7 +131,10 @@ def forward(isa: str, z: np.ndarray, c: np.ndarray, activation: int) -> tuple[np
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_vectors(dtype: str, isa: str, name: str) -> None:
-    """i = 1/2 and f c' = 0 leave act(a) / 2 in c; with c' = 1 and g = 0 the sigmoids of f and o stand alone."""
+    """Check i = 1/2 and f c' = 0, which leave act(a) / 2 in c.
+
+    With c' = 1 and g = 0 the sigmoids of f and o stand alone.
+    """
     kind = DTYPES[dtype]
     a = GRID.astype(kind)
     exact = torch.from_numpy(a).double()
@@ -169,10 +172,10 @@ LOG2_E = 1.4426950408889634
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("dtype", "least", "most", "systematic"), [("float", 40, 2.5, 0.85), ("double", 60, 2.0, 0.1)])
 def test_exp2_of_vectors(dtype: str, least: int, most: float, systematic: float, isa: str) -> None:
-    """1 + 2^x is 2^x from ``least`` on, and the forget gate 2^-x: within ``most`` eps, and in the mean over 1/64 of x
-    ``systematic``.
+    """Check 1 + 2^x, which is 2^x from ``least`` on, and the forget gate 2^-x.
 
-    The mean of 4096 roundings is nothing, so that what is left of it is the polynomial's own error: 7.5e-8 in fp32.
+    They stay within ``most`` eps, and in the mean over 1/64 of x within ``systematic``. The mean of 4096 roundings is
+    negligible, so the rest is the polynomial's own error: 7.5e-8 in fp32.
     """
     kind = DTYPES[dtype]
     a = -np.linspace(least, least + 1, 2**18).astype(kind) / kind(LOG2_E)
@@ -197,9 +200,9 @@ def exact_activation(a: np.ndarray, name: str) -> np.ndarray:
     return (1 if name == "sigmoid" else a) / (1 + np.exp(-inner))
 
 
-# eps of the type: relative to the value where |a| < 1, and to max(1, |value|) everywhere; then the slope's, absolute.
-#     tanh is
-# 2 sigmoid(2 a) - 1, which has no relative accuracy at zero; xsimd's erfc in fp64 is good to some 20 eps.
+# In eps of the type: relative to the value where |a| < 1, relative to max(1, |value|) everywhere, and the slope's,
+# absolute. tanh is 2 sigmoid(2 a) - 1, which has no relative accuracy at zero. xsimd's erfc in fp64 is good to some 20
+# eps.
 ACCURACY = {
     "gelu": (4.5, 4.0, 4.0),
     "gelu_tanh": (3.5, 3.0, 20.0),
@@ -215,9 +218,9 @@ ACCURACY_OF_DOUBLE = {**ACCURACY, "gelu": (25.0, 60.0, 60.0), "gelu_tanh": (3.5,
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_accuracy_of_activations(dtype: str, isa: str, name: str) -> None:
-    """i = 1 and f c' = 0 leave act(a) in c; backward dc = 1 and dh = 0 leave act'(a) in dz."""
+    """Check i = 1 and f c' = 0, which leave act(a) in c; backward dc = 1 and dh = 0 leave act'(a) in dz."""
     kind = DTYPES[dtype]
-    slack = 1.5 if isa.startswith("avx512") else 1.0  # a Newton step there is what a division is elsewhere
+    slack = 1.5 if isa.startswith("avx512") else 1.0  # a Newton step replaces the division there
     near, everywhere, steep = (slack * bound for bound in (ACCURACY if dtype == "float" else ACCURACY_OF_DOUBLE)[name])
     a = np.concatenate([np.linspace(-9, 9, 30001), [0.0]]).astype(kind)
     exact = a.astype(np.float64)

@@ -1,4 +1,4 @@
-"""Layouts of every tensor argument and gradient, and memory that nobody wrote."""
+"""Layouts of every tensor argument and gradient, and unwritten memory."""
 
 from __future__ import annotations
 
@@ -28,31 +28,34 @@ pytestmark = needs_cpp
 
 
 def row_slice(x: Tensor) -> Tensor:
-    """Rows that are parts of wider ones, as chunks of a projection are; the rest of the row is NaN."""
+    """Return rows that are parts of wider ones, as chunks of a projection are; the rest of the row is NaN."""
     wide = torch.full((*x.shape[:-1], x.shape[-1] + 5), torch.nan, dtype=x.dtype)
     wide[..., 2:-3] = x
     return wide[..., 2:-3]
 
 
 def transposed(x: Tensor) -> Tensor:
-    """The two leading dimensions swapped in memory, (length, batch) beside (batch, length); features still dense."""
+    """Swap the two leading dimensions in memory: (length, batch) beside (batch, length).
+
+    Features stay dense.
+    """
     if x.dim() < 3:
         return x.t().contiguous().t()
     return x.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 def strided_features(x: Tensor) -> Tensor:
-    """Every second element of rows: no kernel can read that, it has to be copied."""
+    """Return every second element of rows, which kernels cannot read and must copy."""
     return torch.stack((x, torch.full_like(x, torch.nan)), -1)[..., 0]
 
 
 def expanded(x: Tensor) -> Tensor:
-    """One row for all: stride 0 in the leading dimensions."""
+    """Return one row for all: stride 0 in the leading dimensions."""
     return x[(0,) * (x.dim() - 1)].expand(x.shape)
 
 
 def expanded_once(x: Tensor) -> Tensor:
-    """Stride 0 in the last leading dimension only, as a mean over positions gives."""
+    """Return stride 0 in the last leading dimension only, as a mean over positions has."""
     return x[..., :1, :].expand(x.shape)
 
 
@@ -86,7 +89,7 @@ def test_layouts(inputs: Callable, gradients: Callable, types: Types, kind: str)
 @pytest.mark.parametrize("argument", ["z", "c", "weight", "bias", "hidden", "dh", "dc"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name)
 def test_one_argument_strided(layout: Callable, argument: str, shape: tuple[int, ...]) -> None:
-    """Alone beside dense ones, so that no argument's stride can stand in for another's."""
+    """Check one strided argument beside dense ones, so that no argument's stride can stand in for another's."""
     tensors, options = arguments(shape, 17, MAIN_TYPES[0], kind="given")
     dh, dc = cotangents(tensors)
     given = {**tensors, "dh": dh, "dc": dc}
@@ -100,7 +103,7 @@ def test_one_argument_strided(layout: Callable, argument: str, shape: tuple[int,
 
 @pytest.mark.parametrize("dim", [0, 1, 2, 3])
 def test_size_one_dimensions_have_any_stride(dim: int) -> None:
-    """A dimension of size 1 may carry any stride; it must not be taken for the row stride."""
+    """Check that the arbitrary stride of a size-1 dimension is not taken for the row stride."""
     tensors, options = arguments((2, 3, 2), 9, MAIN_TYPES[0])
     odd = {
         key: torch.as_strided(x.unsqueeze(dim), *_odd_stride(x, dim)) if x.dim() > 2 else x
@@ -148,8 +151,9 @@ def test_memory_that_is_not_aligned(dtype: torch.dtype, offset: int) -> None:
 @pytest.mark.parametrize(("norm", "affine", "kind"), CALLS)
 @pytest.mark.parametrize(("rows", "features"), [(1, 3), (3, 7), (40, 33), (70, 512)])
 def test_memory_that_nobody_wrote(rows: int, features: int, norm: str, affine: bool, kind: str, types: Types) -> None:
-    """Heap and stack full of NaN, and of zeros, before forward and before backward: no result depends on it, bit for
-    bit.
+    """Check that no result depends on unwritten memory, bit for bit.
+
+    Heap and stack are full of NaN, and of zeros, before forward and before backward.
     """
     internals = pytest.importorskip("_internals", reason="tests/_internals is not built (make internals)")
     tensors, options = arguments(rows, features, types, norm, affine, kind)
@@ -162,7 +166,7 @@ def test_memory_that_nobody_wrote(rows: int, features: int, norm: str, affine: b
             poisoned_malloc.poison_malloc(0x1FF - fill)
             internals.dirty_stack(1 << 18, fill)
             outputs = fused(**leaves, **options)
-            # called on the way to the kernel's backward
+            # runs right before the kernel's backward
             outputs[0].register_hook(lambda _, fill=fill: internals.dirty_stack(1 << 18, fill))
             gradients = torch.autograd.grad(outputs, list(leaves.values()), grads)
         finally:

@@ -1,4 +1,4 @@
-"""Hard numbers for the C++ kernels, rows that do not see each other, and results that do not depend on threads."""
+"""Large sizes and threads of the C++ kernels: results do not depend on the number of threads."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-# 300 rows of 512 are shared by two threads in both passes; 4096 rows of 7 give chunks of 64 rows, more than one of them
-# to a thread
+# Two threads share 300 rows of 512 in both passes. 4096 rows of 7 give chunks of 64 rows, more than one to a thread.
 @pytest.mark.parametrize(("rows", "features"), [(300, 512), (4096, 7), (2049, 33)])
 @pytest.mark.parametrize("types", [MAIN_TYPES[0], MAIN_TYPES[2]], ids=str)
 @pytest.mark.usefixtures("threads")
@@ -66,16 +65,17 @@ def _memory_available() -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_more_than_2_to_the_31_elements(backward: bool) -> None:
-    """z has 2^31 + 2^17 elements: an int32 offset would wrap, and read or write the first rows in place of the last
-    ones.
+    """Check a z of 2^31 + 2^17 elements.
+
+    An int32 offset would wrap, and read or write the first rows in place of the last ones.
     """
     features = 4096
     rows = 2**31 // (4 * features) + 8
     need = rows * features * 2 * (12 if backward else 7) + 2 * 2**30
     if _memory_available() < need:
         pytest.skip(f"needs {need / 2**30:.0f} GiB of memory")
-    # random first and last rows, and those about 2^29, 2^30 and 2^31 elements; zeros, which cost little to make, in
-    # between
+    # The first and last rows, and those about 2^29, 2^30 and 2^31 elements, are random. The rows between are zeros,
+    # which are cheap to make.
     marks = [0, *(2**power // (4 * features) for power in (29, 30, 31)), rows - 4]
     chosen = torch.tensor(sorted({row for mark in marks for row in range(max(mark - 3, 0), min(mark + 4, rows))}))
     tensors, options = arguments(len(chosen), features, Types(BF16, BF16, BF16), affine=False)

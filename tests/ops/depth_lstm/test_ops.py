@@ -1,5 +1,6 @@
-"""The operators in torch: opcheck, torch.compile, export, double backward, torch.func, and direct calls with bad
-arguments.
+"""The operators in torch.
+
+The tests cover opcheck, torch.compile, export, double backward, torch.func, and direct calls with bad arguments.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def fresh_dynamo() -> None:
 def raw(
     rows: Any, features: int, types: Types, norm: str, affine: bool, kind: str, z_bias: bool, seed: bool
 ) -> list[Any]:
-    """The arguments of the operator gates_forward."""
+    """Return the arguments of the operator gates_forward."""
     tensors, options = arguments(rows, features, types, norm, affine, kind)
     width = tensors["z"].shape[-1]
     return [
@@ -54,7 +55,7 @@ def with_gradients(inputs: list[Any]) -> list[Any]:
 
 
 def backward_arguments(inputs: list[Any], dh: bool = True, dc: bool = True, wanted: bool = True) -> list[Any]:
-    """The arguments of gates_backward beside those of gates_forward."""
+    """Return the arguments of gates_backward beside those of gates_forward."""
     z, c = inputs[0], inputs[3]
     grads = (normal(*c.shape, dtype=z.dtype) if dh else None, normal(*c.shape, dtype=c.dtype) if dc else None)
     return [*grads, *inputs, wanted and inputs[4] is not None, wanted and inputs[1] is not None]
@@ -95,7 +96,7 @@ def test_opcheck_backward(
 
 @pytest.mark.parametrize(("norm", "affine", "kind", "z_bias", "seed"), CHECKED)
 def test_operator_equals_function(norm: str, affine: bool, kind: str, z_bias: bool, seed: bool) -> None:
-    """The autograd that is registered for tracers gives what the autograd.Function of eager gives; z_bias is z + b."""
+    """Check that the autograd registered for tracers equals the autograd.Function of eager; z_bias is z + b."""
     inputs = with_gradients(raw((4,), 9, Types(F64, F64, F64), norm, affine, kind, z_bias, seed))
     z, b, hidden, c, weight, bias, key = inputs[:7]
     options = {
@@ -144,7 +145,7 @@ class Cell(nn.Module):
 
 
 def step(module: Any, model: nn.Module, z: Tensor, c: Tensor, grads: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """Outputs and every gradient of one call."""
+    """Return outputs and every gradient of one call."""
     z, c = z.detach().requires_grad_(), c.detach().requires_grad_()
     outputs = module(z, c)
     return [*outputs, *torch.autograd.grad(outputs, [z, c, *model.parameters()], grads)]
@@ -175,7 +176,10 @@ def test_compiled_once_for_any_number_of_rows(kind: type[nn.Module], options: di
 
 @pytest.mark.parametrize("kind", [Gates, Cell])
 def test_compiled_with_dropout(kind: type[nn.Module]) -> None:
-    """The seed is drawn by torch's generator inside the graph, so that eager and compiled drop the same elements."""
+    """Check that torch's generator draws the seed inside the graph.
+
+    Eager and compiled then drop the same elements.
+    """
     compiled_equals_eager(kind, "aot_eager", [5, 8], dropout_p=0.5, training=True)
 
 
@@ -201,7 +205,10 @@ def test_compiled_graph_holds_the_operator() -> None:
 
 @pytest.mark.parametrize("kind", [Gates, Cell])
 def test_export_takes_the_decomposition(kind: type[nn.Module]) -> None:
-    """What runs elsewhere (ONNX, another runtime) must not need this package's operators."""
+    """Check that an exported program needs no operator of this package.
+
+    It runs elsewhere (ONNX, another runtime).
+    """
     model = kind(8).eval()
     inputs = (normal(5, 32 if kind is Gates else 16, dtype=F32), normal(5, 8, dtype=F32))
     rows = torch.export.Dim("rows", min=2, max=1000)
@@ -215,7 +222,7 @@ def test_export_takes_the_decomposition(kind: type[nn.Module]) -> None:
 
 
 def test_make_fx() -> None:
-    """A tracer of ATen operators sees this one and can run it, forward and backward."""
+    """Check that a tracer of ATen operators sees this operator and can run it, forward and backward."""
     tensors, options = arguments(5, 8, Types(F32, F32, F32))
 
     def function(z: Tensor, c: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -252,7 +259,7 @@ def test_functorch_takes_the_decomposition(monkeypatch: pytest.MonkeyPatch) -> N
         torch.func.grad(lambda x: dl.depth_lstm_gates(x, c, weight, bias, backend="cpp")[0].sum())(z)
 
 
-# (position in gates_forward, what stands there instead)
+# (position in gates_forward, the replacement)
 BAD = {
     "z too narrow": (0, torch.randn(3, 31)),
     "z of other rows": (0, torch.randn(4, 32)),
@@ -286,7 +293,7 @@ BAD = {
 @pytest.mark.parametrize("what", BAD)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_raw_operators_refuse_bad_arguments(what: str, backward: bool) -> None:
-    """Below the checks of the public functions nothing may read or write out of bounds."""
+    """Check that raw operators, below the public functions' checks, cannot read or write out of bounds."""
     inputs = raw((3,), 8, Types(F32, F32, F32), "gate", True, "gelu", True, True)
     more = backward_arguments(inputs)
     position, value = BAD[what]
@@ -360,9 +367,8 @@ def test_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_cpp
 def test_forward_mode_takes_the_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        sys.modules["depthlstm_fast.backends.choice"], "_strict", False
-    )  # the fallback is what is tested
+    # this test is about the fallback
+    monkeypatch.setattr(sys.modules["depthlstm_fast.backends.choice"], "_strict", False)
     z, tangent, c = normal(2, 12), normal(2, 12), normal(2, 3)
     results = []
     for function in (dl.depth_lstm_gates, dl.reference.depth_lstm_gates):

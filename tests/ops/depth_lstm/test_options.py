@@ -1,4 +1,4 @@
-"""Every option of a constructor reaches what it is for."""
+"""Every option of a constructor takes effect."""
 
 from __future__ import annotations
 
@@ -113,8 +113,9 @@ def test_every_cell_is_shared(module: Any) -> None:
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("init", ["lipschitz", "glorot"])
 def test_tables_of_a_model(init: str, module: Any) -> None:
-    """Embeddings, learned positions and an untied output: drawn from U(+-sqrt((2 or 6) / (rows + D))), and drawn
-    anew.
+    """Check how embeddings, learned positions and an untied output are drawn.
+
+    They come from U(+-sqrt((2 or 6) / (rows + D))), and are drawn anew.
     """
     model = module.DepthLSTMTransformer(
         **SMALL, init=init, positions="learned", max_len=70, tie_output=False, init_cell="learned"

@@ -57,7 +57,7 @@ def gates_in_plain_python(
     activation: str,
     eps: float,
 ) -> tuple[list[float], list[float]]:
-    """One row, scalar by scalar, from the formulas of the paper: nothing shared with the package."""
+    """Compute one row, scalar by scalar, from the formulas of the paper, independently of the package."""
     size = len(c)
     gates = [z[k * size : (k + 1) * size] for k in range(len(z) // size)]
 
@@ -174,8 +174,7 @@ def test_cell_gradcheck(norm: str) -> None:
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
-# What the error bound is worth: each mutant is the hand-written arithmetic in fp32 with one fault that a kernel could
-# have.
+# Tests of the error bound: each mutant is the hand-written arithmetic in fp32 with one fault that a kernel could have.
 def mutant(fault: str, tensors: dict[str, Tensor], grads: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     z, c, weight, bias = (tensors[name] for name in ("z", "c", "weight", "bias"))
     a = z.unflatten(-1, (4, -1))
@@ -229,8 +228,8 @@ FAULTS += [
 def test_error_bound_finds_faults(fault: str) -> None:
     tensors, options = arguments(17, 33, MAIN_TYPES[0])
     if fault == "wrong eps":
-        tensors["z"] *= 1e-2  # only where the variance is near it can eps be seen
-    ratio = 100.0 if fault == "one-pass variance" else 0.0  # as test_mean_far_beyond_deviation has it
+        tensors["z"] *= 1e-2  # eps is visible only near its size
+    ratio = 100.0 if fault == "one-pass variance" else 0.0  # as in test_mean_far_beyond_deviation
     tensors["z"] += ratio
     grads = cotangents(tensors)
     eager = results(dl.reference.depth_lstm_gates, tensors, grads, **options)

@@ -1,5 +1,5 @@
-// What nvcc makes of common CUDA: library functions, conversions, constant, local and dynamic shared memory, parameters
-// by index.
+// Common CUDA through nvcc: library functions, conversions, constant, local and dynamic shared memory, indexed
+// parameters.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -48,8 +48,8 @@ __global__ void functions(const __grid_constant__ Call call, int which) {
     if (i < call.count) call.output[i] = function(which, call.input[i]);
 }
 
-// output[i] = the weighted sum of the four inputs that end at i within the block, plus an offset chosen by i, by way of
-// every kind of memory.
+// output[i] = the weighted sum of the four inputs that end at i within the block, plus an offset chosen by i. The
+// values pass through every kind of memory.
 __global__ void memories(const __grid_constant__ Call call, int* positive, int* all_done) {
     extern __shared__ float4 dynamic[];
     float* values = reinterpret_cast<float*>(dynamic);

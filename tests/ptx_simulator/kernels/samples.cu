@@ -1,4 +1,4 @@
-// Two small kernels, right ones and ones with a planted fault, which the tests of the simulator look for.
+// Two small kernels for the tests of the simulator, each without a fault and with planted ones.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -10,7 +10,7 @@ enum Fault {
     no_syncwarp,
     divergent_barrier,  // one warp waits in a barrier that is not the others'
     lonely_barrier,     // one warp waits in a barrier that the others never reach
-    absent_lane,        // a shuffle that only some of the lanes it names take part in
+    absent_lane,        // only some of the named lanes take part in a shuffle
     beyond_global,
     beyond_shared,
     misaligned,
@@ -73,7 +73,7 @@ struct Rows {
     int rows, columns;
 };
 
-// Copies rows with a stride between them, a warp a row, 16 bytes a lane and what is left element by element.
+// Copies rows with a stride between them, a warp a row: 16 bytes a lane, and the rest element by element.
 template <Fault fault>
 __global__ void __launch_bounds__(256) copy_rows_kernel(const __grid_constant__ Rows call) {
     constexpr int vector = 8;

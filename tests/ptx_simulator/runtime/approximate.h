@@ -1,6 +1,6 @@
-// The `approx` instructions. What hardware returns is not specified, only an error that it keeps to; here the exact
-// result is moved by an error up to that bound, which a hash of the operands chooses: tests meet errors of that size,
-// the same ones in each run. A result that the type holds exactly (0, infinity, 2^3, 1/4) is returned as it is.
+// The `approx` instructions. The results of hardware are not specified, only a bound of their error. Here the exact
+// result is moved by an error up to that bound. A hash of the operands chooses the error, so tests meet errors of that
+// size, the same ones in each run. A result that the type holds exactly (0, infinity, 2^3, 1/4) is returned unchanged.
 #pragma once
 #include "arithmetic.h"
 
@@ -70,7 +70,7 @@ inline f32 sqrt_approximate(f32 a) { return perturbed_relative(std::sqrt(double(
 inline f32 sine_approximate(f32 a) { return a == 0 ? a : perturbed_absolute(std::sin(double(a)), sine_error, a, 7); }
 inline f32 cosine_approximate(f32 a) { return perturbed_absolute(std::cos(double(a)), sine_error, a, 8); }
 inline f32 divide_full(f32 a, f32 b) { return perturbed_ulp(double(a) / double(b), 2, u64(raw(a)) << 32 | raw(b), 9); }
-// Divisors beyond 2^126 are not supported by hardware: it gives 0, and NaN for infinity over one.
+// Hardware does not support divisors beyond 2^126: it gives 0, and NaN for infinity over one of them.
 inline f32 divide_approximate(f32 a, f32 b) {
     if (std::isfinite(b) && std::abs(b) > 0x1p126f && !std::isnan(a)) {
         return std::isinf(a) ? not_a_number<f32>() : std::copysign(0.0f, a) * std::copysign(1.0f, b);

@@ -1,5 +1,4 @@
-// What the arithmetic, logic and conversion instructions of PTX compute. Integers wrap; floating point is IEEE's, in
-// any direction.
+// The arithmetic, logic and conversion instructions of PTX. Integers wrap; floating point is IEEE's, in any direction.
 #pragma once
 #include <cfenv>
 #include <limits>
@@ -31,7 +30,7 @@ template <class Wide, std::integral T>
 INLINE Wide multiply_wide(T a, T b) {
     return static_cast<Wide>(Wide(a) * Wide(b));
 }
-// Division by zero and the one quotient that overflows are not defined: all bits set, and the dividend.
+// Division by zero gives all bits set. The one quotient that overflows gives the dividend. Both are undefined in PTX.
 template <std::integral T>
 INLINE T divide(T a, T b) {
     if (b == 0) return static_cast<T>(~T(0));
@@ -142,7 +141,7 @@ inline u32 find_leading_bit(T a, bool as_shift) {
 
 // ---- floating point
 
-// Where a type's arithmetic is done: in itself, or in double for 16 bits.
+// The type of the arithmetic: the operand's own, or double for 16 bits.
 template <Floating T>
 INLINE auto wide(T a) {
     if constexpr (Small<T>) {
@@ -171,7 +170,7 @@ INLINE T rectify(T a) {
     return std::isnan(wide(a)) || wide(a) > 0 ? a : T(0);
 }
 
-// A value that the compiler knows nothing of, and that is there from here on.
+// A value that is computed here and unknown to the compiler.
 template <class T>
 INLINE T opaque(T value) {
     asm volatile("" : "+m"(value));
@@ -214,7 +213,7 @@ template <int Direction = FE_TONEAREST, std::floating_point T>
 INLINE T square_root(T a) {
     return directed<Direction>([](T x) { return std::sqrt(x); }, a);
 }
-// The sum rounded to odd: rounding it again to fewer bits is like rounding once.
+// The sum rounded to odd. Rounding it again to fewer bits equals rounding once.
 inline double add_to_odd(double a, double b) {
     const double sum = a + b;
     if (!std::isfinite(sum)) return sum;
@@ -237,7 +236,7 @@ template <Floating T>
 INLINE T not_a_number() {
     return T(std::numeric_limits<double>::quiet_NaN());
 }
-// Of a number and a NaN, the number; -0 is less than +0.
+// The minimum; of a number and a NaN, the number. -0 is less than +0.
 template <Floating T>
 INLINE T minimum(T first, T second) {
     const auto a = wide(first), b = wide(second);
@@ -289,8 +288,7 @@ INLINE To convert_to_float(From a) {
         return rounded<To>(Direction, [](From value) { return To(value); }, a);
     }
 }
-// Numbers beyond the integers become the nearest one; a NaN becomes 0, or the top bit alone where either type has 64
-// bits.
+// Numbers beyond the integers become the nearest one. A NaN becomes 0, or the top bit alone if either type has 64 bits.
 template <int Direction, std::integral To, Floating From>
 inline To convert_to_integer(From a) {
     const double value = wide(a);

@@ -1,4 +1,4 @@
-// The accesses that a cp.async makes: compiled with the sanitizers, like the kernels.
+// The accesses of a cp.async, compiled with the sanitizers, like the kernels.
 #include <cstring>
 
 #include "scheduler.h"

@@ -1,4 +1,4 @@
-// A stand-in for libcudart: host code that nvcc compiled, `<<<>>>` and all, launches into the simulator through it.
+// A stand-in for libcudart. Host code compiled by nvcc, `<<<>>>` included, launches into the simulator through it.
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -13,14 +13,14 @@ using cudaError_t = int;
 using cudaStream_t = void*;
 using Size = ptx::Dimensions;  // CUDA's dim3
 
-constexpr size_t default_shared_memory = 48 << 10;  // what a block may have without asking
+constexpr size_t default_shared_memory = 48 << 10;  // the limit of a block without a request
 constexpr int occupancy = 2, devices = 2;
-constexpr int multiprocessors[devices] = {2, 132};  // so few that a block takes several rows, and as many as a GPU has
+constexpr int multiprocessors[devices] = {2, 132};  // few, so that a block takes several rows; and as many as a GPU has
 int current_device = 0, device_of_last_launch = 0;
 
 struct Function {
     std::string name;
-    size_t dynamic_shared = 0;  // asked for by cudaFuncSetAttribute
+    size_t dynamic_shared = 0;  // requested by cudaFuncSetAttribute
 };
 std::map<const void*, Function>& functions() {
     static std::map<const void*, Function> known;
@@ -31,7 +31,7 @@ struct {
     Size grid, block;
     size_t shared;
     cudaStream_t stream;
-} configuration;  // of the `<<<>>>` under way
+} configuration;  // of the current `<<<>>>`
 cudaError_t last = ptx::success;
 
 cudaError_t remember(cudaError_t error) { return error == ptx::success ? error : last = error; }
@@ -132,7 +132,7 @@ cudaError_t cudaSetDevice(int device) {
     current_device = device;
     return ptx::success;
 }
-// The current device, and times 16 the one of the last launch.
+// The current device, plus 16 times the device of the last launch.
 [[gnu::visibility("default")]] int ptx_devices() { return current_device + 16 * device_of_last_launch; }
 cudaError_t cudaGetDeviceCount(int* count) {
     *count = devices;
@@ -189,7 +189,7 @@ cudaError_t cudaFuncSetAttribute(const void* host_function, int attribute, int v
     return ptx::success;
 }
 
-// Memory of the device is memory like any other: what nobody wrote is NaN.
+// The device's memory is ordinary memory. Unwritten elements are NaN.
 cudaError_t cudaMalloc(void** memory, size_t size) {
     if (posix_memalign(memory, 256, size)) return remember(ptx::out_of_memory);
     memset(*memory, 0xff, size);

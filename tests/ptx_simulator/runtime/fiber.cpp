@@ -12,7 +12,7 @@
 namespace ptx {
 namespace {
 
-constexpr size_t stack_size = 512 << 10;  // AddressSanitizer keeps much on it
+constexpr size_t stack_size = 512 << 10;  // AddressSanitizer needs much of it
 constexpr size_t guard_size = 4096;
 
 void* scheduler_stack_pointer;
@@ -22,7 +22,7 @@ const void* scheduler_stack;
 size_t scheduler_stack_size;
 
 #ifdef __x86_64__
-// Saves the callee-saved registers and the stack pointer, and takes up those of another stack.
+// Saves the callee-saved registers and the stack pointer, and restores those of another stack.
 extern "C" [[gnu::visibility("hidden")]] void ptx_switch_stack(void** save, void* load);
 asm(R"(
 .text
@@ -49,7 +49,7 @@ ptx_switch_stack:
 )");
 void* new_stack_pointer(char* stack, void (*entry)()) {
     void** top = reinterpret_cast<void**>(stack + stack_size);
-    *--top = nullptr;  // where entry() would return to; keeps the stack aligned
+    *--top = nullptr;  // the return address of entry(); keeps the stack aligned
     *--top = reinterpret_cast<void*>(entry);
     for (int i = 0; i < 6; i++) *--top = nullptr;
     return top;
@@ -86,7 +86,7 @@ Fiber::Fiber() {
 }
 
 Fiber::~Fiber() {
-    // one that did not finish leaves the red zones of its variables behind
+    // an unfinished fiber leaves the red zones of its variables behind
     if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(stack, stack_size);
     if (sanitizer_thread) __tsan_destroy_fiber(sanitizer_thread);
     syscall(SYS_munmap, stack - guard_size, guard_size + stack_size);

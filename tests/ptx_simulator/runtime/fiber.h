@@ -1,11 +1,10 @@
-// A CUDA thread runs as a fiber: a stack of its own, and switches between it and the scheduler that the sanitizers are
-// told of.
+// A CUDA thread runs as a fiber with its own stack. The sanitizers are told of switches to and from the scheduler.
 #pragma once
 #include <cstddef>
 
 namespace ptx {
 
-// ThreadSanitizer's and AddressSanitizer's interfaces, null where the process runs without them.
+// ThreadSanitizer's and AddressSanitizer's interfaces, null in a process without them.
 extern "C" {
 [[gnu::weak]] void* __tsan_get_current_fiber();
 [[gnu::weak]] void* __tsan_create_fiber(unsigned flags);
@@ -32,7 +31,8 @@ inline void release(void* address) {
     if (__tsan_release) __tsan_release(address);
 }
 
-// The simulator's own memory is no part of the kernel: no access is checked for races while one of these lives.
+// The simulator's own memory is not part of the kernel. No access is checked for races during the lifetime of one of
+// these.
 class NotChecked {
 public:
     NotChecked() {
@@ -42,7 +42,7 @@ public:
         AnnotateIgnoreWritesBegin("", 0);
     }
     ~NotChecked() { end(); }
-    // For a fiber that is left for good from within such scopes.
+    // Ends all scopes, for a fiber that is left for good from within them.
     static void end_all() {
         while (depth > 0) end();
     }
@@ -59,11 +59,11 @@ private:
     static inline int depth = 0;  // no fiber is suspended within such a scope
 };
 
-// Memory that is mapped without a sanitizer's knowledge: to ThreadSanitizer a mapping is a write to all of it, which
-// takes time and may race with what comes later. `flags` beside those of private anonymous memory.
+// Maps memory without a sanitizer's knowledge. To ThreadSanitizer a mapping is a write to all of it, which takes time
+// and may race with later accesses. `flags` are added to those of private anonymous memory.
 void* map_memory(size_t size, int flags = 0);
 
-// To ThreadSanitizer each is a thread: what they do is unordered but for acquire() and release().
+// ThreadSanitizer sees each fiber as a thread. Only acquire() and release() order their accesses.
 class Fiber {
 public:
     Fiber();
@@ -73,12 +73,12 @@ public:
 
     // The next resume() calls entry(), on an empty stack.
     void start(void (*entry)());
-    // From the scheduler: runs until the fiber calls suspend() or finish().
+    // Runs the fiber, from the scheduler, until it calls suspend() or finish().
     void resume();
     void suspend();
     [[noreturn]] void finish();
 
-    static void enter();  // first of all in entry()
+    static void enter();  // the first call in entry()
 
 private:
     void leave(bool for_good);

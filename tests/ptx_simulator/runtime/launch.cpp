@@ -1,4 +1,4 @@
-// The simulator's C functions, the kernels it knows, and the shared memory of a block.
+// The simulator's C functions, the known kernels, and the shared memory of a block.
 #include <sys/mman.h>
 
 #include <cstdio>
@@ -37,7 +37,7 @@ u8* shared_arena() {
     return arena;
 }
 
-// Why CUDA would refuse the launch, nullptr if it would not.
+// The reason why CUDA would refuse the launch, or nullptr.
 const char* refused(const Kernel& kernel, const LaunchSize& size) {
     const u64 threads = size.block.count();
     if (threads == 0 || threads > 1024 || size.block.z > 64) return "a block has 1 to 1024 threads, 64 in z";
@@ -115,7 +115,7 @@ extern "C" {
                                               size_t dynamic_shared, void** arguments) {
     return ptx::launch(name, {{grid_x, grid_y, grid_z}, {block_x, block_y, block_z}, dynamic_shared}, arguments);
 }
-// What went wrong in the last launch that failed.
+// The error of the last failed launch.
 [[gnu::visibility("default")]] const char* ptx_error() { return ptx::last_error.c_str(); }
 // Names of all kernels, a line each.
 [[gnu::visibility("default")]] const char* ptx_kernels() {
@@ -125,8 +125,7 @@ extern "C" {
     return names.c_str();
 }
 [[gnu::visibility("default")]] void ptx_seed(uint64_t seed) { ptx::order_seed = seed; }
-// From now on blocks are numbered from here, along the last axis that has several: the end of a grid that nobody could
-// wait for.
+// Numbers blocks from `first` on, along the last axis that has several. A test reaches the end of a long grid this way.
 [[gnu::visibility("default")]] void ptx_first_block(unsigned first) { ptx::first_block = first; }
 // Names of the kernels that were launched since the last call, a line each.
 [[gnu::visibility("default")]] const char* ptx_launched() {

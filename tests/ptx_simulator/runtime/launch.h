@@ -1,4 +1,4 @@
-// What the stand-in for the CUDA runtime shares with the simulator's own launch function.
+// Interface between the stand-in for the CUDA runtime and the simulator's launch function.
 #pragma once
 #include <cstddef>
 #include <string>
@@ -16,9 +16,9 @@ enum CudaError {
     launch_failure = 719,
     not_supported = 801,
 };
-constexpr size_t largest_shared_memory = 232448;  // of a block that asks for it, on sm_90
+constexpr size_t largest_shared_memory = 232448;  // of a block that requests it, on sm_90
 
-const Kernel* find_kernel(const std::string& name);  // nullptr where there is none, or not just one
+const Kernel* find_kernel(const std::string& name);  // nullptr if there is none, or more than one
 int launch(const std::string& name, LaunchSize size, void** arguments);
 const std::string& error_of_last_launch();
 

@@ -38,7 +38,7 @@ INLINE void store_vector(u64 address, Vector<T, Count> value, const Location& at
     for (int i = 0; i < Count; i++) target[i] = value.element[i];
 }
 
-// Without an order, as `relaxed` and `volatile` accesses are: they do not race with each other.
+// An unordered load, as `relaxed` and `volatile` accesses are. Such accesses do not race with each other.
 template <class T>
 INLINE T load_relaxed(u64 address, const Location& at) {
     return std::bit_cast<T>(__atomic_load_n(pointer<Raw<T>>(address, sizeof(T), at), __ATOMIC_RELAXED));

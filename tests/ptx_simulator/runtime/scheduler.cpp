@@ -1,4 +1,4 @@
-// Not compiled with the sanitizers: only the kernels' own accesses are checked.
+// This file is compiled without the sanitizers: only the kernels' own accesses are checked.
 #include "scheduler.h"
 
 #include <cstdarg>
@@ -26,10 +26,10 @@ struct Thread {
     ThreadContext context;
     Fiber fiber;
     State state;
-    const Location* at;  // where it waits
+    const Location* at;  // where the thread waits
     u32 waits_for;       // the barrier's number, or the mask of lanes
     WarpOperation operation;
-    void* order;  // what it acquires when it goes on
+    void* order;  // the address that it acquires when it continues
     u32 barrier_result[3];
     u32 lane_values[32];
     std::vector<Copy> open_copies;
@@ -69,12 +69,12 @@ const u8* const* kernel_parameters;
 std::string error;
 u64 random_state;
 
-char launch_order, end_order, fence_order;  // addresses that acquire() and release() know
+char launch_order, end_order, fence_order;  // addresses known to acquire() and release()
 char order_pool[1 << 16];
 u32 next_order;
 
-// Each barrier and each __syncwarp orders by an address of its own: a late thread does not acquire what the next one
-// released.
+// Each barrier and each __syncwarp orders by its own address. A late thread does not acquire the release of the next
+// one.
 void* new_order() { return &order_pool[next_order++ % sizeof(order_pool)]; }
 
 u32 random_below(u32 bound) {
@@ -112,7 +112,7 @@ Thread& running() {
 }
 
 void wait(Thread& thread) {
-    release(&end_order);  // a launch that fails never resumes it
+    release(&end_order);  // a failed launch never resumes it
     thread.fiber.suspend();
     if (thread.order) acquire(thread.order);
 }
@@ -139,7 +139,7 @@ void run_thread() {
     thread.fiber.finish();
 }
 
-// Arrival at a barrier; `waiting` is the thread that will wait for the others, if it does.
+// Arrives at a barrier. `waiting` is the thread that then waits for the others, if any.
 void arrive(u32 identifier, u32 count, bool vote, const Location& at, Thread* waiting) {
     if (identifier >= 16) fail(at, "barrier %u of 0 to 15", identifier);
     Barrier& barrier = barriers[identifier];
@@ -360,7 +360,7 @@ void wait_for_copies(u32 groups_left) {
 }
 
 std::string run_grid(const Kernel& launched, const LaunchSize& size, const u8* const* parameters, u64 seed) {
-    constexpr u32 most_sanitizer_threads = 1024;  // each costs it a millisecond, once
+    constexpr u32 most_sanitizer_threads = 1024;  // each costs the sanitizer a millisecond, once
     kernel = &launched;
     kernel_parameters = parameters;
     error.clear();
@@ -390,7 +390,7 @@ std::string run_grid(const Kernel& launched, const LaunchSize& size, const u8* c
         run_block(block);
     }
     acquire(&end_order);
-    if (!error.empty()) made.clear();  // some are in the midst of their kernel
+    if (!error.empty()) made.clear();  // some are in the middle of their kernel
     return error;
 }
 

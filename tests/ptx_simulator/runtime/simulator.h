@@ -1,4 +1,4 @@
-// What translated kernels ask of the simulator: who they are, barriers, exchanges within a warp, and reporting a fault.
+// The simulator's services for translated kernels: identity, barriers, exchanges within a warp, and fault reports.
 #pragma once
 #include <cstddef>
 
@@ -45,7 +45,7 @@ enum class WarpOperation {
     load_matrix,
     store_matrix
 };
-// Waits for all lanes of `mask`, and gives the values that they brought; only synchronize orders memory.
+// Waits for all lanes of `mask`, and returns their values; only synchronize orders memory.
 void exchange(u32 mask, WarpOperation operation, u32 value, const Location& at, u32 (&values)[32]);
 
 void copy_async(u64 shared, u64 global, u32 size, u32 source_size, const Location& at);
@@ -66,8 +66,8 @@ struct Kernel {
     u32 parameter_count;
     const SharedArray* shared_arrays;
     u32 shared_array_count;
-    u32 shared_size;  // with red zones: where dynamic shared memory starts
-    u32 shared_used;  // without them
+    u32 shared_size;  // with red zones; dynamic shared memory starts there
+    u32 shared_used;  // without red zones
     u32 largest_block;
     bool exact_block;  // .reqntid: a block has largest_block threads
 };

@@ -1,5 +1,5 @@
-// The types of PTX instructions. A register holds raw bits; as<T>() reads it as a value of an instruction's type, raw()
-// goes back.
+// The types of PTX instructions. A register holds raw bits; as<T>() reads them as a value of an instruction's type,
+// raw() converts back.
 #pragma once
 #include <algorithm>
 #include <bit>
@@ -51,7 +51,7 @@ struct SmallFloat {
             const u64 half = u64(1) << (dropped - 1);
             u64 kept = significand >> dropped;
             if (!toward_zero && (rest > half || (rest == half && (kept & 1)))) kept++;
-            // the leading bit of `kept`, where there is one, adds 1 to the exponent field
+            // the leading bit of `kept`, if there is one, adds 1 to the exponent field
             const s64 magnitude = (s64(std::max(exponent, 1 - bias) + bias - 1) << FractionBits) + s64(kept);
             const s64 largest = toward_zero ? infinity - 1 : infinity;
             code = sign | static_cast<u16>(std::min(magnitude, largest));
@@ -103,7 +103,7 @@ struct Bits<16> {
 template <class T>
 using Raw = Bits<sizeof(T)>::type;
 
-// A register may be wider than the type of the instruction: its low bits count.
+// A register may be wider than the type of the instruction. Its low bits count.
 template <class T, class Register>
 INLINE T as(Register bits) {
     static_assert(sizeof(Register) >= sizeof(T), "a register narrower than the type of its instruction");
