@@ -15,7 +15,7 @@ from poisoned_malloc import POISONED
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from depthlstm_fast import memory  # noqa: E402
+from depthlstm_fast import memory
 
 # A block of the pool is filled with NaN before it is handed out again, as malloc fills its memory.
 memory.poison(True)
