@@ -4,7 +4,15 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from . import reference
 from .backends import last_backend, set_backend, use_backend
-from .functional import depth_lstm_cell, depth_lstm_gates
+from .functional import (
+    depth_gru_gates,
+    depth_lstm_cell,
+    depth_lstm_gates,
+    layer_attend,
+    layer_mix,
+    norm_step,
+    siamese_step,
+)
 from .layers import (
     DepthLSTMCell,
     DepthLSTMDecoder,
@@ -26,6 +34,11 @@ __version__ = "0.1.0"
 __all__ = [
     "depth_lstm_cell",
     "depth_lstm_gates",
+    "norm_step",
+    "siamese_step",
+    "depth_gru_gates",
+    "layer_mix",
+    "layer_attend",
     "DepthLSTMCell",
     "DepthLSTMEncoderLayer",
     "DepthLSTMDecoderLayer",
