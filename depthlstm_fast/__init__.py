@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-from . import reference
+from . import connections, reference
 from .backends import last_backend, set_backend, use_backend
 from .functional import (
     depth_gru_gates,
@@ -55,5 +55,6 @@ __all__ = [
     "last_backend",
     "set_backend",
     "use_backend",
+    "connections",
     "reference",
 ]

@@ -90,6 +90,22 @@ def _attend_into(
     return _linear_into(buffer, first, attention.out_proj, attention.context(*arguments, **options))
 
 
+def add_cross_attention(
+    attention: CrossAttention, s: Tensor, options: dict[str, Any], buffer: Tensor | None = None
+) -> Tensor:
+    """s + attention(s), the output projection accumulating onto s; written into ``buffer`` where there is one."""
+    projection = attention.out_proj
+    if not is_plain_linear(projection) or not _is_plain_attention(attention) or is_jit_traced():
+        return s + attention(s, **options)
+    context = attention.context(s, **options)
+    if buffer is not None:
+        return _linear_into(buffer, 0, projection, context, s)
+    weight, bias = projection.weight, projection.bias
+    # s + b costs what copying s into the product's output would: the product then accumulates in place
+    base = _rows(s) if bias is None else _rows(s) + bias.to(s.dtype)  # type: ignore[operator]
+    return _accumulate(base, _rows(context), weight, bias is not None).view(s.shape)  # type: ignore[arg-type]
+
+
 class DepthLSTMCell(reference.DepthLSTMCell):
     __doc__ = reference.DepthLSTMCell.__doc__
     # the width of the next cell's input, which the layer or the stack that holds the two sets; see depth_lstm_cell
@@ -314,20 +330,9 @@ class DepthLSTMDecoderLayer(_FusedLayer, reference.DepthLSTMDecoderLayer):
         if self.merge == "concat":
             s = _attend_into(buffer, 0, self.self_attn, (h,), self_options)
             return self._attend_and_step(self.cross_attn, (s,), cross_options, "cell", (h, c), (s,), buffer)
-        return self.cell(self._add_cross_attention(self.self_attn(h, **self_options), cross_options, buffer), (h, c))
-
-    def _add_cross_attention(self, s: Tensor, options: dict[str, Any], buffer: Tensor | None) -> Tensor:
-        """s + CrossAttn(s), the output projection accumulating onto s; written into ``buffer`` where there is one."""
-        projection = self.cross_attn.out_proj
-        if not is_plain_linear(projection) or not _is_plain_attention(self.cross_attn) or is_jit_traced():
-            return s + self.cross_attn(s, **options)
-        context = self.cross_attn.context(s, **options)
-        if buffer is not None:
-            return _linear_into(buffer, 0, projection, context, s)
-        weight, bias = projection.weight, projection.bias
-        # s + b costs what copying s into the product's output would: the product then accumulates in place
-        base = _rows(s) if bias is None else _rows(s) + bias.to(s.dtype)  # type: ignore[operator]
-        return _accumulate(base, _rows(context), weight, bias is not None).view(s.shape)  # type: ignore[arg-type]
+        return self.cell(
+            add_cross_attention(self.cross_attn, self.self_attn(h, **self_options), cross_options, buffer), (h, c)
+        )
 
 
 def _connect(layers: Iterable[nn.Module]) -> None:

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..activations import activate
-from .attention import CrossAttention, DecoderCache, SelfAttention, attention_mask, initialise_linear, new_cache
+from .attention import CrossAttention, DecoderCache, SelfAttention, initialise_linear, new_cache
 from .cell import DepthLSTMCell
+from .layout import Layout
 
 MERGES = ("add", "concat", "cells")
 
 
-class _Layer(nn.Module):
+class _Layer(Layout, nn.Module):
     """What encoder and decoder layers share: layout, and with ``sublayer=True`` the feed-forward network with a cell of
     its own.
     """
@@ -60,33 +61,6 @@ class _Layer(nn.Module):
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, nhead={self.nhead}, batch_first={self.batch_first}, sublayer={self.sublayer}"
 
-    def _enter(self, argument: str, outside: Tensor) -> Tensor:
-        """(batch, length, D) from whatever layout the caller uses."""
-        checks.check_float_tensor(argument, outside)
-        if outside.dim() not in (2, 3) or outside.shape[-1] != self.d_model:
-            shape = (
-                f"({'batch, length' if self.batch_first else 'length, batch'}, "
-                f"{self.d_model}) or (length, {self.d_model})"
-            )
-            raise ValueError(f"{argument} must have shape {shape}; found {tuple(outside.shape)}")
-        if outside.dim() == 2:
-            return outside.unsqueeze(0)
-        if self.batch_first:
-            return outside
-        inside = outside.transpose(0, 1)
-        # _leave returns such a view, so in a stack only the first layer copies; without this every consumer of it would
-        rows_apart = inside.stride(1)
-        return (
-            inside
-            if inside.stride(2) == 1 and inside.stride(0) == inside.shape[1] * rows_apart
-            else inside.contiguous()
-        )
-
-    def _leave(self, inside: Tensor, like: Tensor) -> Tensor:
-        if like.dim() == 2:
-            return inside.squeeze(0)
-        return inside if self.batch_first else inside.transpose(0, 1)
-
     def _enter_states(self, argument: str, outside: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         h = self._enter(argument, outside)
         if state is None:
@@ -94,21 +68,6 @@ class _Layer(nn.Module):
         checks.check_float_tensor("state", state)
         checks.check_shape("state", state, tuple(outside.shape))
         return h, self._enter("state", state)
-
-    def _masks(
-        self,
-        h: Tensor,
-        keys: Tensor,
-        mask: Tensor | None,
-        padding: Tensor | None,
-        causal: bool,
-        arguments: tuple[str, str],
-        unbatched: bool,
-    ) -> tuple[Tensor | None, bool]:
-        if unbatched and padding is not None and isinstance(padding, Tensor) and padding.dim() == 1:
-            padding = padding.unsqueeze(0)
-        sizes = (h.shape[0], self.nhead, h.shape[1], keys.shape[1])
-        return attention_mask(mask, padding, causal, sizes=sizes, device=h.device, arguments=arguments)
 
     def _feed_forward(self, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         if not self.sublayer:

@@ -22,6 +22,7 @@ FLOORS = (
     ("ops",),
     ("functional",),
     ("layers",),
+    ("connections",),
     ("models",),
     ("swap",),
     ("__init__",),
