@@ -21,7 +21,8 @@ from .layers import (
     DepthLSTMEncoderLayer,
     fold_output_projections,
 )
-from .models import DepthLSTMTransformer, param_groups
+from .models import DepthLSTMTransformer, Transformer, param_groups
+from .stacks import Decoder, Encoder
 from .swap import SwapReport, swap_rnmt_cell, unswap
 
 if _TYPE_CHECKING:
@@ -45,6 +46,9 @@ __all__ = [
     "DepthLSTMEncoder",
     "DepthLSTMDecoder",
     "DepthLSTMTransformer",
+    "Encoder",
+    "Decoder",
+    "Transformer",
     "param_groups",
     "fold_output_projections",
     "swap",

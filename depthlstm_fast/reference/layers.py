@@ -20,6 +20,22 @@ from .layout import Layout
 MERGES = ("add", "concat", "cells")
 
 
+def check_step(h: Tensor, cache: DecoderCache) -> None:
+    """Raise TypeError or ValueError unless h (rows, 1, D) can be a decoding step that goes on from ``cache``."""
+    if not isinstance(cache, DecoderCache):
+        raise TypeError(f"cache must be a DecoderCache, as new_cache makes it; found {type(cache).__name__}")
+    if h.shape[1] != 1:
+        raise ValueError(f"tgt must hold one position with a cache; found {h.shape[1]}")
+    if h.shape[0] % cache.memory.shape[0]:
+        raise ValueError(
+            f"tgt must have a multiple of the cache's {cache.memory.shape[0]} sources as its batch; found {h.shape[0]}"
+        )
+    if cache.keys is not None and cache.keys.shape[0] != h.shape[0]:
+        raise ValueError(
+            f"tgt must have the batch that the cache began with, {cache.keys.shape[0]}; found {h.shape[0]}"
+        )
+
+
 class _Layer(Layout, nn.Module):
     """What encoder and decoder layers share: layout, and with ``sublayer=True`` the feed-forward network with a cell of
     its own.
@@ -269,7 +285,8 @@ class DepthLSTMDecoderLayer(_Layer):
         else:
             h, c = self._enter_states("tgt", tgt, state)
         if cache is not None:
-            keys = self._check_step(h, memory, cache)
+            check_step(h, cache)
+            keys = self._enter("memory", memory) if cache.memory_keys_values is None else memory
             cross_options: dict[str, Any] = {"memory": keys, "mask": cache.memory_mask, "cache": cache}
             h, c = self._feed_forward(*self._run(h, c, {"cache": cache}, cross_options))
             return self._leave(h, tgt), self._leave(c, tgt)
@@ -297,23 +314,6 @@ class DepthLSTMDecoderLayer(_Layer):
             return self.cross_cell(self.cross_attn(h, **cross_options), (h, c))
         m = self.cross_attn(s, **cross_options)
         return self.cell((s, m) if self.merge == "concat" else s + m, (h, c))
-
-    def _check_step(self, h: Tensor, memory: Tensor, cache: DecoderCache) -> Tensor:
-        """memory as the cross-attention takes it in a decoding step, which is checked."""
-        if not isinstance(cache, DecoderCache):
-            raise TypeError(f"cache must be a DecoderCache, as new_cache makes it; found {type(cache).__name__}")
-        if h.shape[1] != 1:
-            raise ValueError(f"tgt must hold one position with a cache; found {h.shape[1]}")
-        if h.shape[0] % cache.memory.shape[0]:
-            raise ValueError(
-                f"tgt must have a multiple of the cache's {cache.memory.shape[0]} "
-                f"sources as its batch; found {h.shape[0]}"
-            )
-        if cache.keys is not None and cache.keys.shape[0] != h.shape[0]:
-            raise ValueError(
-                f"tgt must have the batch that the cache began with, {cache.keys.shape[0]}; found {h.shape[0]}"
-            )
-        return self._enter("memory", memory) if cache.memory_keys_values is None else memory
 
     def new_cache(self, memory: Tensor, memory_key_padding_mask: Tensor | None = None) -> DecoderCache:
         """Start incremental decoding: memory (batch, S, D), mask (batch, S) bool or floating point; always batch

@@ -175,9 +175,13 @@ class TranslationModel(nn.Module):
             TypeError, ValueError: naming the argument, what was found and what was wanted. Whether ids are in range is
                 looked at only where that does not stall a device: on the CPU, outside torch.compile.
         """
+        x, padding = self._embed_source(src, src_key_padding_mask)
+        return self.encoder(x, src_key_padding_mask=padding)
+
+    def _embed_source(self, src: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
         self._check_ids("src", src, self.src_vocab, src.device.type == "cpu" if isinstance(src, Tensor) else True)
-        padding = src == self.pad_id if src_key_padding_mask is None else src_key_padding_mask
-        return self.encoder(self._embed(src, self.src_embedding, self.src_positions), src_key_padding_mask=padding)
+        embedded = self._embed(src, self.src_embedding, self.src_positions)
+        return embedded, src == self.pad_id if padding is None else padding
 
     def _decode(self, tgt: Tensor, memory: Memory, tgt_padding: Tensor | None, memory_padding: Tensor | None) -> Tensor:
         return self.decoder(

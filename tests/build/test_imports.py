@@ -23,6 +23,8 @@ FLOORS = (
     ("functional",),
     ("layers",),
     ("connections",),
+    ("initialisation", "memories"),
+    ("stacks",),
     ("models",),
     ("swap",),
     ("__init__",),
