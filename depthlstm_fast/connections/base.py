@@ -89,9 +89,8 @@ class Connection(nn.Module):
 
     def reset_parameters(self) -> None:
         """Set every parameter of the connection to its initial value."""
-        for module in self.modules():
-            if module is not self and hasattr(module, "reset_parameters"):
-                module.reset_parameters()  # type: ignore[operator]
+        for child in self.children():
+            _reset(child)
 
     def bytes_moved(self, rows: int, itemsize: int = 4) -> int:
         """Bytes that must be read and written in a forward pass through the stack, by formula.
@@ -108,6 +107,15 @@ class Connection(nn.Module):
     def _elements(self) -> int:
         """What :meth:`bytes_moved` counts, in units of C elements a token."""
         raise NotImplementedError(f"{type(self).__name__} has no formula for bytes_moved")
+
+
+def _reset(module: nn.Module) -> None:
+    """Reset what knows how to; what is inside it is its own business, as a cell's biases are."""
+    if hasattr(module, "reset_parameters"):
+        module.reset_parameters()  # type: ignore[operator]
+    else:
+        for child in module.children():
+            _reset(child)
 
 
 def make_norms(number: int, d_model: int, norm: str, eps: float) -> nn.ModuleList:
