@@ -174,6 +174,7 @@ class Stack(Layout, nn.Module):
         """(the next layer's input, or after the last one the output; the state)."""
         connection, layer = self.connection, self.layers[index]
         last = connection.num_branches - 1
+        writes = "write" if type(connection).step is Connection.step else "step"
         for place, name in enumerate(layer.branches):  # type: ignore[arg-type]
             i = index * self.branches_per_layer + place
             y = F.dropout(getattr(layer, name)(u, options), self.dropout, self.training)
@@ -181,7 +182,7 @@ class Stack(Layout, nn.Module):
                 found = connection.step(state, y, i)
                 if not isinstance(found, tuple) or len(found) != 2:
                     raise TypeError(f"{type(connection).__name__}.step must return (state, next input)")
-                state, u = _checked(found[0], connection, "step"), found[1]
+                state, u = _checked(found[0], connection, writes), found[1]
             else:
                 state = _checked(connection.write(state, y, i), connection, "write")
                 u = connection.finish(state)
