@@ -22,6 +22,7 @@ from .layers import (
     fold_output_projections,
 )
 from .models import DepthLSTMTransformer, Transformer, param_groups
+from .probes import Probe, probe_gradients
 from .stacks import Decoder, Encoder
 from .swap import SwapReport, swap_rnmt_cell, unswap
 
@@ -50,6 +51,8 @@ __all__ = [
     "Decoder",
     "Transformer",
     "param_groups",
+    "probe_gradients",
+    "Probe",
     "fold_output_projections",
     "swap",
     "unswap",

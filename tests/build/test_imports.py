@@ -25,7 +25,7 @@ FLOORS = (
     ("connections",),
     ("initialisation", "memories"),
     ("stacks",),
-    ("models",),
+    ("models", "probes"),
     ("swap",),
     ("__init__",),
     ("__main__",),

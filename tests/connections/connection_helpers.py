@@ -23,7 +23,7 @@ FORMS: dict[str, Any] = {name: name for name in NAMES} | {
     "depth-gru, before": functools.partial(DepthGRU, reset_before=True, gate_norm=True, update_bias=2.0),
     "depth-gru, normed": functools.partial(DepthGRU, gate_norm=True, bias=False),
     "dlcl, post": functools.partial(DLCL, normalize_before=False),
-    "denseformer, dilation 2, period 2": functools.partial(DenseFormer, dilation=2, period=2),
+    "denseformer, dilation 3, period 2": functools.partial(DenseFormer, dilation=3, period=2),
     "attention-residuals, block": functools.partial(AttentionResiduals, block_size=3),
     "attention-residuals, rms": functools.partial(AttentionResiduals, norm="rms"),
 }

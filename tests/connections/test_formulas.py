@@ -149,7 +149,7 @@ def dlcl_post(connection: nn.Module, x: Tensor, functions: list[Function]) -> Te
     return connection.history_norms[-1](torch.einsum("k,k...->...", w[-1], torch.stack(history)))
 
 
-@formula("denseformer", "denseformer, dilation 2, period 2")
+@formula("denseformer", "denseformer, dilation 3, period 2")
 def denseformer(connection: nn.Module, x: Tensor, functions: list[Function]) -> Tensor:
     outputs, dilation, period = [x], connection.dilation, connection.period
     for block in range(1, len(functions) // 2 + 1):

@@ -187,7 +187,7 @@ ELEMENTS = {
     "dlcl": (2 + 3 + 4 + 5) + 3 * (2 + 4 + 3) + 2,
     "dlcl, post": (2 + 3 + 4 + 5) + 3 * (3 + 3 + 2),
     "denseformer": (3 + 4 + 5) + 3 * (2 + 4 + 3) + 2,
-    "denseformer, dilation 2, period 2": 3 + 3 * (2 + 4 + 3) + 2,
+    "denseformer, dilation 3, period 2": 2 + 3 * (2 + 4 + 3) + 2,
     "attention-residuals": 2 + (3 + 4 + 5 + 6 + 7 + 8),
     "attention-residuals, block": 2 + (3 + 3 + 3 + 4 + 4 + 4) + 4 * 3,
 }
