@@ -13,6 +13,7 @@ from .functional import (
     norm_step,
     siamese_step,
 )
+from .growth import grow
 from .layers import (
     DepthLSTMCell,
     DepthLSTMDecoder,
@@ -52,6 +53,7 @@ __all__ = [
     "Transformer",
     "param_groups",
     "probe_gradients",
+    "grow",
     "Probe",
     "fold_output_projections",
     "swap",

@@ -134,11 +134,28 @@ class Stack(Layout, nn.Module):
             ]
         )
         self.connection = built.to(device=device, dtype=dtype)
+        self.arguments = {
+            "dim_feedforward": inner,
+            "dropout": dropout,
+            "activation": activation,
+            "layer_norm_eps": layer_norm_eps,
+            "batch_first": batch_first,
+            "bias": bias,
+            "connection": connection,
+            "feed_forward": has_network,
+            "init": init,
+        }
         self._draw()
         self.register_load_state_dict_pre_hook(_take_cells)
 
     def extra_repr(self) -> str:
         return f"num_layers={self.num_layers}, init={self.init!r}"
+
+    def like(self, num_layers: int) -> Any:
+        """A stack of the same kind, of ``num_layers`` layers, each drawn anew."""
+        weight = next(self.layers.parameters())
+        placed = {"device": weight.device, "dtype": weight.dtype}
+        return type(self)(self.d_model, self.nhead, num_layers, **self.arguments, **placed)  # type: ignore[arg-type]
 
     def _draw(self) -> None:
         for index, layer in enumerate(self.layers):

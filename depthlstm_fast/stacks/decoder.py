@@ -67,6 +67,7 @@ class Decoder(Stack):
             d_model, nhead, num_layers, connection, feed_forward, dim_feedforward, dropout, activation, layer_norm_eps,
             batch_first, bias, init, device, dtype, decoder_attention, classes,
         )  # fmt: skip
+        self.arguments |= {"decoder_attention": decoder_attention, "context": context}
 
     def forward(
         self,

@@ -26,6 +26,7 @@ FLOORS = (
     ("initialisation", "memories"),
     ("stacks",),
     ("models", "probes"),
+    ("growth",),
     ("swap",),
     ("__init__",),
     ("__main__",),

@@ -236,6 +236,19 @@ def test_dropout_acts_on_branches_unless_the_connection_drops() -> None:
     assert set(encoder(x).unique().tolist()) == {0.0, 2.0}
 
 
+def test_a_connection_is_told_what_it_has_arguments_for() -> None:
+    options = {"layer_norm_eps": 1e-3, "bias": False, "activation": "relu", "dropout": 0.3}
+    cell = dl.Encoder(C, 2, 1, connection="depth-lstm", **options).connection.cells[0]
+    assert (cell.eps, cell.gates.bias, cell.activation, cell.dropout) == (1e-3, None, "relu", 0.3)
+    gru = dl.Encoder(C, 2, 1, connection="depth-gru", **options).connection.cells[0]
+    assert (gru.eps, gru.input_proj.bias) == (1e-3, None)
+    for name in NAMES:
+        connection = dl.Encoder(C, 2, 1, connection=name, **options).connection
+        norms = [module for module in connection.modules() if isinstance(module, nn.LayerNorm)]
+        assert {norm.eps for norm in norms} == {1e-3}, name
+        assert getattr(connection, "eps", 1e-3) == 1e-3, name
+
+
 FILES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {}),
     ({"hidden": "ffn", "bias": False}, {"connection": functools.partial(dl.connections.DepthLSTM, hidden="ffn")}),
