@@ -50,6 +50,7 @@ class DenseFormer(PreNorm):
         self.num_layers = check_layers(num_branches, branches_per_layer)
         self.dilation, self.period, self.branches_per_layer = dilation, period, branches_per_layer
         self.weights = nn.Parameter(torch.empty(self.num_layers // period, self.num_layers + 1))
+        self.kept = [self._find_kept(block) for block in range(self.num_layers + 1)]
         self._reset_weights()
 
     @torch.no_grad()
@@ -68,25 +69,25 @@ class DenseFormer(PreNorm):
 
     def _sources(self, block: int) -> range:
         """The blocks that are summed after ``block``; none where it has no sum."""
-        return (
-            range(block % self.dilation, block + 1, self.dilation) if block and block % self.period == 0 else range(0)
-        )
+        if block == 0 or block % self.period:
+            return range(0)
+        return range(block % self.dilation, block + 1, self.dilation)
 
-    def _kept(self, block: int) -> list[int]:
-        """The blocks up to ``block`` that a later sum reads: those that the state holds."""
+    def _find_kept(self, block: int) -> list[int]:
+        """The blocks up to ``block`` that a later sum reads: those that the state holds after it."""
         later = {j for k in range(block + 1, self.num_layers + 1) for j in self._sources(k)}
         return [j for j in range(block + 1) if j in later]
 
     def start(self, x: Tensor) -> State:
-        return (x, x) if self._kept(0) else (x,)
+        return (x, x) if self.kept[0] else (x,)
 
     def write(self, state: State, y: Tensor, i: int) -> State:
         x, _ = self._advance(state[0], y, i, None)
         if (i + 1) % self.branches_per_layer:
             return (x, *state[1:])
         block = (i + 1) // self.branches_per_layer
-        outputs = dict(zip(self._kept(block - 1), state[1:], strict=True)) | {block: x}
-        kept = tuple(outputs[j] for j in self._kept(block))
+        outputs = dict(zip(self.kept[block - 1], state[1:], strict=True)) | {block: x}
+        kept = tuple(outputs[j] for j in self.kept[block])
         sources = self._sources(block)
         if sources:
             row = block // self.period - 1

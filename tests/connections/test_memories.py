@@ -146,6 +146,15 @@ def test_merged_decoders_have_one_attention_and_take_no_mask() -> None:
         decoder.step(tgt[:, :1], [dl.reference.DecoderCache(memory), dl.reference.DecoderCache(memory)])
 
 
+def test_merged_decoders_average_no_padding() -> None:
+    options = {"batch_first": True, "connection": "pre-norm", "decoder_attention": "merged", "dropout": 0.0}
+    decoder = randomise(dl.Decoder(C, 2, 2, dtype=F64, **options))
+    tgt, memory = normal(2, 5, C), normal(2, 3, C)
+    padding = torch.tensor([[True, True, False, False, False]] * 2)  # on the left
+    found = decoder(tgt, memory, tgt_key_padding_mask=padding)
+    assert_close(found[:, 2:], decoder(tgt[:, 2:], memory))
+
+
 def test_what_does_not_go_together() -> None:
     with pytest.raises(ValueError, match="num_decoder_layers must equal num_encoder_layers, 2, with memory"):
         model(memory="multiscale", num_decoder_layers=3)
