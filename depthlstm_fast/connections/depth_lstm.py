@@ -61,7 +61,10 @@ class DepthLSTM(Connection):
         }
         self.share_cell, self.init_cell = share_cell, init_cell
         cells = [DepthLSTMCell(d_model, d_model, **options) for _ in range(1 if share_cell else num_branches)]
-        self.cells = nn.ModuleList(cells * num_branches if share_cell else cells)
+        cells = cells * num_branches if share_cell else cells
+        for cell in cells[:-1]:
+            cell.left = d_model  # a kernel may leave room beside h for the next branch's output
+        self.cells = nn.ModuleList(cells)
         self.final_norm = nn.LayerNorm(d_model, eps)
         self.initial_cell = nn.Parameter(torch.zeros(d_model)) if init_cell == "learned" else None
 

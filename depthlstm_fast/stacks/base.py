@@ -194,7 +194,9 @@ class Stack(Layout, nn.Module):
         writes = "write" if type(connection).step is Connection.step else "step"
         for place, name in enumerate(layer.branches):  # type: ignore[arg-type]
             i = index * self.branches_per_layer + place
-            y = F.dropout(getattr(layer, name)(u, options), self.dropout, self.training)
+            y = getattr(layer, name)(u, options)
+            if self.dropout:
+                y = F.dropout(y, self.dropout, self.training)
             if i < last:
                 found = connection.step(state, y, i)
                 if not isinstance(found, tuple) or len(found) != 2:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..activations import activate
-from ..layers import add_cross_attention
+from ..layers import add_cross_attention, attend_into, linear_into
+from ..ops import shared_buffer
 from ..reference.attention import CrossAttention, SelfAttention
 
 BRANCHES = {  # of a layer's attention, by kind; None is an encoder's
@@ -41,7 +42,8 @@ class StackLayer(nn.Module):
         **placed: Any,
     ) -> None:
         super().__init__()
-        self.dropout, self.activation, self.branches = dropout, activation, branch_names(attention, feed_forward)
+        self.d_model, self.dropout, self.activation = d_model, dropout, activation
+        self.branches = branch_names(attention, feed_forward)
         if attention != "merged":
             self.self_attn = SelfAttention(d_model, nhead, dropout=dropout, bias=bias, **placed)
         if attention is not None:
@@ -51,21 +53,26 @@ class StackLayer(nn.Module):
             self.linear2: nn.Module = nn.Linear(dim_feedforward, d_model, bias, **placed)
 
     def self_attention(self, u: Tensor, options: dict[str, Any]) -> Tensor:
-        return self.self_attn(u, **options["self"])
+        return attend_into(self._beside(u), 0, self.self_attn, (u,), options["self"])
 
     def cross_attention(self, u: Tensor, options: dict[str, Any]) -> Tensor:
-        return self.cross_attn(u, **options["cross"])
+        return attend_into(self._beside(u), 0, self.cross_attn, (u,), options["cross"])
 
     def added_attention(self, u: Tensor, options: dict[str, Any]) -> Tensor:
         """s + CrossAttn(s), s = SelfAttn(u)."""
-        return add_cross_attention(self.cross_attn, self.self_attn(u, **options["self"]), options["cross"])
+        buffer = self._beside(u)
+        return add_cross_attention(self.cross_attn, self.self_attn(u, **options["self"]), options["cross"], buffer)
 
     def merged_attention(self, u: Tensor, options: dict[str, Any]) -> Tensor:
         return self.cross_attn(u, **options["cross"], keep=options["keep"])
 
     def feed_forward(self, u: Tensor, options: dict[str, Any]) -> Tensor:
         inner = activate(self.linear1(u), self.activation)
-        return self.linear2(F.dropout(inner, self.dropout, self.training))
+        return linear_into(self._beside(u), 0, self.linear2, F.dropout(inner, self.dropout, self.training))
+
+    def _beside(self, u: Tensor) -> Tensor | None:
+        """Free columns beside a cell's h, where u is one: the next cell's product then reads both at once."""
+        return shared_buffer.take(u, self.d_model)
 
 
 def branch_names(attention: str | None, feed_forward: bool) -> tuple[str, ...]:
