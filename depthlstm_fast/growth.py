@@ -75,13 +75,13 @@ class GrownDecoder(_Grown):
         return self.first.takes_caches() and self.second.takes_caches()
 
 
-def grow(model: Transformer, layers: int, freeze: bool = True) -> Transformer:
+def grow(model: Transformer, layers: int, freeze: bool = True, copy: bool = False) -> Transformer:
     """Put ``layers`` more encoder and decoder layers on top of a trained model, in place: Wu et al., ACL 2019.
 
         h1 = enc1(x), h2 = enc2(N(x) + h1);  s1 = dec1(y, h1), s2 = dec2(N(y) + s1, h2)
 
-    x and y are the embedded inputs. The new stacks are of the old ones' kind and drawn anew; every connection can be
-    grown, since the old stacks stay as they are.
+    x and y are the embedded inputs. The new stacks are of the old ones' kind; every connection can be grown, since the
+    old stacks stay as they are.
 
     Args:
         model: with ``memory="top"``, and not grown before. Its ``encoder`` and ``decoder`` become pairs, with the
@@ -89,6 +89,8 @@ def grow(model: Transformer, layers: int, freeze: bool = True) -> Transformer:
         layers: of each new stack.
         freeze: only the new stacks and their norms train; everything else, the embeddings and the output layer among
             it, has ``requires_grad=False``. False: everything trains.
+        copy: the new layers, and what the connection holds for each branch, start as copies of the old stack's top
+            ones, in turn where there are fewer of those. False: they are drawn anew.
 
     Returns:
         The model.
@@ -108,8 +110,23 @@ def grow(model: Transformer, layers: int, freeze: bool = True) -> Transformer:
         raise ValueError(f'model must have memory="top", of which a second stack has one more; found {model.memory!r}')
     if freeze:
         model.requires_grad_(False)
-    model.encoder = GrownEncoder(encoder, encoder.like(layers))
-    model.decoder = GrownDecoder(decoder, decoder.like(layers))
+    seconds = [stack.like(layers) for stack in (encoder, decoder)]
+    if copy:
+        for first, second in zip((encoder, decoder), seconds, strict=True):
+            _copy_top(first, second)
+    model.encoder = GrownEncoder(encoder, seconds[0])
+    model.decoder = GrownDecoder(decoder, seconds[1])
     for grown in (model.encoder, model.decoder):
         grown.train(model.training)
     return model
+
+
+def _copy_top(first: Any, second: Any) -> None:
+    """Copy the top layers of ``first`` to ``second``, and of its connection what there is one of for each branch."""
+    pairs = [(first.layers, second.layers)]
+    for name, theirs in first.connection.named_children():
+        if isinstance(theirs, nn.ModuleList) and len(theirs) == first.connection.num_branches:
+            pairs.append((theirs, getattr(second.connection, name)))
+    for old, new in pairs:
+        for index, module in enumerate(new):
+            module.load_state_dict(old[(len(old) - len(new) + index) % len(old)].state_dict())

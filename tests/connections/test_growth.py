@@ -70,6 +70,26 @@ def test_the_new_stacks_are_of_the_old_ones_kind() -> None:
     translator.reset_parameters()
 
 
+@pytest.mark.parametrize("form", ["pre-norm", "depth-lstm", "dlcl"])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_new_layers_may_be_copies_of_the_top_ones(form: str, layers: int) -> None:
+    translator = dl.grow(randomise(model(form)), layers, freeze=False, copy=True)
+    sources = {1: [1], 3: [1, 0, 1]}[layers]
+    for grown in (translator.encoder, translator.decoder):
+        first, second = grown.first, grown.second
+        pairs = [(first.layers[old], second.layers[new]) for new, old in enumerate(sources)]
+        size = first.branches_per_layer
+        held = {"pre-norm": "read_norms", "depth-lstm": "cells", "dlcl": "branch_norms"}[form]
+        theirs, ours = getattr(first.connection, held), getattr(second.connection, held)
+        for new, old in enumerate(sources):
+            pairs += [(theirs[old * size + k], ours[new * size + k]) for k in range(size)]
+        for old_module, new_module in pairs:
+            for a, b in zip(old_module.parameters(), new_module.parameters(), strict=True):
+                assert torch.equal(a, b)
+                assert a is not b
+    assert translator(*batch()).isfinite().all()
+
+
 def test_what_cannot_be_grown() -> None:
     with pytest.raises(TypeError, match="model must be a Transformer; found Encoder"):
         dl.grow(dl.Encoder(C, 2, 1), 1)
