@@ -224,3 +224,4 @@ def _take_cells(stack: Stack, state_dict: dict[str, Any], prefix: str, *rest: An
         for old, new in moved.items():
             if key.startswith(old):
                 state_dict[new + key[len(old) :]] = state_dict.pop(key)
+                break
