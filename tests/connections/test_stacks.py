@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -122,6 +123,26 @@ def test_compiled_without_a_break(form: str) -> None:
     encoder = randomise(dl.Encoder(C, 2, 2, dropout=0.0, dtype=F64, feed_forward=False, connection=FORMS[form]))
     src = normal(3, 2, C)
     assert_close(torch.compile(encoder, fullgraph=True, backend="eager")(src), encoder(src))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nothing_is_kept_after_a_call(form: str) -> None:
+    """A history that stayed on the module would be there in the next iteration."""
+    encoder, outputs = dl.Encoder(C, 2, 2, dropout=0.0, dtype=F64, connection=FORMS[form]), []
+    for layer in encoder.layers:
+        layer.self_attn.register_forward_hook(lambda module, inputs, output: outputs.append(weakref.ref(output)))
+    output = encoder(normal(3, 2, C))
+    output.sum().backward()
+    del output
+    assert [each() for each in outputs] == [None, None]
+
+
+@pytest.mark.parametrize("form", ["dlcl", "attention-residuals"])
+def test_exported(form: str) -> None:
+    encoder, src = randomise(dl.Encoder(C, 2, 2, dropout=0.0, dtype=F64, connection=FORMS[form])), normal(3, 2, C)
+    exported = torch.export.export(encoder, (src,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    longer = normal(5, 2, C)
+    assert_close(exported.module()(longer), encoder(longer))
 
 
 class Halves(Connection):
