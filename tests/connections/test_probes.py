@@ -32,6 +32,20 @@ def test_gradients_and_gains_of_pre_norm_by_hand() -> None:
     assert probe.gains == pytest.approx([after / before for before, after in itertools.pairwise(sizes)])
 
 
+def test_only_the_outputs_that_a_layer_made_count_as_its_own() -> None:
+    encoder = randomise(dl.Encoder(C, 2, 2, dropout=0.0, dtype=F64, connection="attention-residuals"))
+    src, connection = normal(4, 1, C), encoder.connection
+    sources = [src]
+    for i in range(4):
+        layer, u = encoder.layers[i // 2], connection.read(tuple(sources), i)
+        sources.append(layer.feed_forward(u, {}) if i % 2 else layer.self_attn(u.transpose(0, 1)).transpose(0, 1))
+    output = connection.finish(tuple(sources))
+    direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).double()
+    found = torch.autograd.grad((output * direction).sum(), sources[1:])
+    wanted = [float(torch.stack(found[k : k + 2]).norm()) for k in (0, 2)]
+    assert dl.probe_gradients(encoder, (src,))[""].gradients == pytest.approx(wanted)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_every_connection_can_be_probed(form: str) -> None:
     translator, sentences = model(form, num_encoder_layers=3), batch()
