@@ -2,9 +2,18 @@
 
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-from . import reference
+from . import connections, reference
 from .backends import last_backend, set_backend, use_backend
-from .functional import depth_lstm_cell, depth_lstm_gates
+from .functional import (
+    depth_gru_gates,
+    depth_lstm_cell,
+    depth_lstm_gates,
+    layer_attend,
+    layer_mix,
+    norm_step,
+    siamese_step,
+)
+from .growth import grow
 from .layers import (
     DepthLSTMCell,
     DepthLSTMDecoder,
@@ -14,7 +23,9 @@ from .layers import (
     fold_output_projections,
 )
 from .memory import empty_cache, keep_memory, memory_stats
-from .models import DepthLSTMTransformer, param_groups
+from .models import DepthLSTMTransformer, Transformer, param_groups
+from .probes import Probe, probe_gradients
+from .stacks import Decoder, Encoder
 from .swap import SwapReport, swap_rnmt_cell, unswap
 
 if _TYPE_CHECKING:
@@ -27,13 +38,24 @@ __version__ = "0.1.0"
 __all__ = [
     "depth_lstm_cell",
     "depth_lstm_gates",
+    "norm_step",
+    "siamese_step",
+    "depth_gru_gates",
+    "layer_mix",
+    "layer_attend",
     "DepthLSTMCell",
     "DepthLSTMEncoderLayer",
     "DepthLSTMDecoderLayer",
     "DepthLSTMEncoder",
     "DepthLSTMDecoder",
     "DepthLSTMTransformer",
+    "Encoder",
+    "Decoder",
+    "Transformer",
     "param_groups",
+    "probe_gradients",
+    "grow",
+    "Probe",
     "fold_output_projections",
     "swap",
     "unswap",
@@ -46,5 +68,6 @@ __all__ = [
     "keep_memory",
     "memory_stats",
     "empty_cache",
+    "connections",
     "reference",
 ]

@@ -5,6 +5,8 @@ Each function checks its arguments, chooses a backend and makes the call.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,12 @@ from .backends.choice import choose
 from .modes import autocast_dtype
 from .ops import depth_lstm_autograd
 from .ops.depth_lstm import ACTIVATION_CODES, NAME, NORM_CODES, Options
+from .reference import depth_gru_gates as reference_depth_gru_gates
 from .reference import depth_lstm as reference
+from .reference import layer_attend as reference_layer_attend
+from .reference import layer_mix as reference_layer_mix
+from .reference import norm_step as reference_norm_step
+from .reference import siamese_step as reference_siamese_step
 
 
 def depth_lstm_gates(
@@ -147,3 +154,168 @@ def _key(seed: Tensor | None, like: Tensor) -> Tensor:
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     checks.check_float_tensor("x, h, w and hidden", tensor)
     return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
+def norm_step(
+    x: Tensor,
+    y: Tensor,
+    *,
+    a: float = 1.0,
+    b: float | Tensor = 1.0,
+    weight1: Tensor | None = None,
+    bias1: Tensor | None = None,
+    weight2: Tensor | None = None,
+    bias2: Tensor | None = None,
+    weight3: Tensor | None = None,
+    bias3: Tensor | None = None,
+    norm: str = "layer",
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """A residual connection with its norms: x' = [N1](a x + b [N3] y), u = [N2] x'.
+
+    Pre-norm (Xiong et al., arXiv 2002.04745) has N2, the next branch's norm. Post-norm (Vaswani et al., 2017) has N1.
+    Sandwich-norm (Ding et al., arXiv 2105.13290) has N2 and N3. DeepNorm (Wang et al., arXiv 2203.00555) has N1 and
+    a > 1. Keel (arXiv 2601.19895) has N1, N2 and a > 1. ReZero (arXiv 2003.04887) and LayerScale (arXiv 2103.17239)
+    are pre-norm with a learned b.
+
+    Args:
+        x: (..., C), the residual stream; float32, float64, bfloat16 or float16, or float32 beside a 16-bit y.
+        y: (..., C), the branch's output.
+        a: a number.
+        b: a number, or a tensor () or (C,); dtype of y, or float32 beside a 16-bit y.
+        weight1, bias1: (C,), the affine of N1; dtypes as for b. Without a weight there is no N1; the bias is optional.
+        weight2, bias2, weight3, bias3: as weight1 and bias1, of N2 and N3.
+        norm: "layer" (LayerNorm) or "rms" (RMSNorm, without biases).
+        eps: added to the biased variance, or to the mean square.
+
+    Returns:
+        x' (..., C) in the dtype of x, and u (..., C) in the dtype of y; without N2, u is x' itself. Everything is
+        computed in float32 (float64 for float64), and N2 normalises x' as it was rounded.
+
+    Raises:
+        TypeError: an argument is no floating-point tensor, or of a dtype that does not go with y.
+        ValueError: a shape, device, name or number is not what is wanted.
+    """
+    return reference_norm_step(
+        x, y, a=a, b=b, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2, weight3=weight3, bias3=bias3,
+        norm=norm, eps=eps,
+    )  # fmt: skip
+
+
+def siamese_step(
+    x: Tensor,
+    y: Tensor,
+    o: Tensor,
+    weight_x: Tensor,
+    bias_x: Tensor | None,
+    weight_y: Tensor,
+    bias_y: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    c: float,
+    norm: str = "layer",
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A step of SiameseNorm's two streams: X' = N_x(X + o / c), Y' = Y + o, u = [N](X' + N_y Y').
+
+    Source: arXiv 2602.08064.
+
+    Args:
+        x, y: (..., C), the two streams; the dtype of o, or float32 beside a 16-bit o.
+        o: (..., C), the branch's output; float32, float64, bfloat16 or float16.
+        weight_x, bias_x, weight_y, bias_y: (C,), the affines of N_x and N_y; dtype of o, or float32 beside a 16-bit o.
+        weight, bias: (C,), the affine of N, the next branch's norm. Without a weight there is no N.
+        c: a number above 0.
+        norm, eps: see :func:`norm_step`.
+
+    Returns:
+        X' and Y' (..., C) in the dtypes of x and y, and u (..., C) in the dtype of o.
+
+    Raises:
+        TypeError, ValueError: as :func:`norm_step`.
+    """
+    return reference_siamese_step(x, y, o, weight_x, bias_x, weight_y, bias_y, weight, bias, c=c, norm=norm, eps=eps)
+
+
+def depth_gru_gates(
+    z: Tensor,
+    h: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    reset_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """What follows the products of one depth-wise GRU step: h' = (1 - u) * n + u * h.
+
+    z holds r, u, n, m: reset, update, new and the state's part of new, the last of h alone. Then r and u are sigmoids,
+    and n = tanh(a_n + r * a_m), the reset after the product. With ``reset_weight`` z holds r, u, n, and
+    n = tanh(a_n + reset_weight (r * h)), the reset before the product.
+    Sources: Wei et al., ACL 2020; :class:`torch.nn.GRUCell` (after); GTrXL, arXiv 1910.06764, section 3.2 (before).
+
+    Args:
+        z: (..., 4C), or (..., 3C) with ``reset_weight``; float32, float64, bfloat16 or float16.
+        h: (..., C), the state of the layer below; dtype of z, or float32 beside a 16-bit z.
+        weight, bias: (4, C) or (3, C), the affine of a LayerNorm over each gate's C features; both None for none.
+        reset_weight: (C, C); dtype of z, or float32 beside a 16-bit z.
+        eps: added to the biased variance.
+
+    Returns:
+        h' (..., C) in the dtype of h.
+
+    Raises:
+        TypeError, ValueError: as :func:`norm_step`.
+    """
+    return reference_depth_gru_gates(z, h, weight, bias, reset_weight=reset_weight, eps=eps)
+
+
+def layer_mix(sources: Sequence[Tensor], weights: Tensor) -> tuple[Tensor, ...]:
+    """Weighted sums over a list of tensors: u_v = sum_l weights[v, l] sources[l].
+
+    Sources: DLCL (Wang et al., ACL 2019, equation 7), DenseFormer (arXiv 2402.02622), transparent attention (Bapna et
+    al., EMNLP 2018).
+
+    Args:
+        sources: L tensors (..., C) of one shape; float32, float64, bfloat16 or float16.
+        weights: (V, L), any of these dtypes.
+
+    Returns:
+        V tensors (..., C) in the widest dtype of the sources, summed in their order in float32 (float64 for float64).
+
+    Raises:
+        TypeError: an argument is no floating-point tensor, or sources is no list or tuple.
+        ValueError: a shape or device is not what is wanted, or there is no source.
+    """
+    return reference_layer_mix(sources, weights)
+
+
+def layer_attend(
+    sources: Sequence[Tensor],
+    query: Tensor,
+    key_weight: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    norm: str = "layer",
+    eps: float = 1e-6,
+) -> Tensor:
+    """Attention over a list of tensors by a learned query: u = [N](sum_l softmax_l(query . RMSNorm(x_l)) x_l).
+
+    There is no 1/sqrt(C); a zero query gives the mean. Source: Attention Residuals, arXiv 2603.15031.
+
+    Args:
+        sources: L tensors (..., C) of one shape; float32, float64, bfloat16 or float16.
+        query: (C,), any of these dtypes.
+        key_weight: (C,), the weight of the keys' RMSNorm; None for ones.
+        weight, bias: (C,), the affine of N. Without a weight there is no N.
+        norm: the kind of N, "layer" or "rms" (without a bias).
+        eps: of both norms.
+
+    Returns:
+        u (..., C) in the widest dtype of the sources; everything is computed in float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: as :func:`layer_mix`.
+    """
+    return reference_layer_attend(sources, query, key_weight, weight, bias, norm=norm, eps=eps)

@@ -67,8 +67,8 @@ def linear_slices(inputs: tuple[Tensor, ...], weight: Tensor, bias: Tensor | Non
     return total.view(*inputs[0].shape[:-1], weight.shape[0])
 
 
-def _linear_into(buffer: Tensor | None, first: int, linear: Any, x: Tensor, base: Tensor | None = None) -> Tensor:
-    """Return base + linear(x), written into ``buffer`` from column ``first`` on where possible."""
+def linear_into(buffer: Tensor | None, first: int, linear: Any, x: Tensor, base: Tensor | None = None) -> Tensor:
+    """base + linear(x), written into ``buffer`` from column ``first`` on where that can be."""
     if buffer is None or not is_plain_linear(linear):
         return linear(x) if base is None else base + linear(x)
     weight, bias = linear.weight, linear.bias
@@ -80,7 +80,7 @@ def _linear_into(buffer: Tensor | None, first: int, linear: Any, x: Tensor, base
     return shared_buffer.linear_into(buffer, first, x, weight, bias, base)
 
 
-def _attend_into(
+def attend_into(
     buffer: Tensor | None,
     first: int,
     attention: SelfAttention | CrossAttention,
@@ -90,7 +90,23 @@ def _attend_into(
     """Return the attention's output, written into ``buffer`` from column ``first`` on where possible."""
     if buffer is None or not _is_plain_attention(attention):
         return attention(*arguments, **options)
-    return _linear_into(buffer, first, attention.out_proj, attention.context(*arguments, **options))
+    return linear_into(buffer, first, attention.out_proj, attention.context(*arguments, **options))
+
+
+def add_cross_attention(
+    attention: CrossAttention, s: Tensor, options: dict[str, Any], buffer: Tensor | None = None
+) -> Tensor:
+    """s + attention(s), the output projection accumulating onto s; written into ``buffer`` where there is one."""
+    projection = attention.out_proj
+    if not is_plain_linear(projection) or not _is_plain_attention(attention) or is_jit_traced():
+        return s + attention(s, **options)
+    context = attention.context(s, **options)
+    if buffer is not None:
+        return linear_into(buffer, 0, projection, context, s)
+    weight, bias = projection.weight, projection.bias
+    # s + b costs what copying s into the product's output would: the product then accumulates in place
+    base = _rows(s) if bias is None else _rows(s) + bias.to(s.dtype)  # type: ignore[operator]
+    return _accumulate(base, _rows(context), weight, bias is not None).view(s.shape)  # type: ignore[arg-type]
 
 
 class DepthLSTMCell(reference.DepthLSTMCell):
@@ -284,13 +300,13 @@ class _FusedLayer(nn.Module):
             return cell._folded_step((*before, attention.context(*arguments, **options)), state, fold)
         if not before:
             buffer = shared_buffer.take(state[0], self.d_model)
-        output = _attend_into(buffer, width, attention, arguments, options)
+        output = attend_into(buffer, width, attention, arguments, options)
         return cell((*before, output) if before else output, state)
 
     def _feed_forward(self, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         if not self.sublayer:
             return h, c
-        x = _linear_into(shared_buffer.take(h, self.d_model), 0, self.linear2, self._inner(h))  # type: ignore[operator]
+        x = linear_into(shared_buffer.take(h, self.d_model), 0, self.linear2, self._inner(h))  # type: ignore[operator]
         return self.ffn_cell(x, (h, c))  # type: ignore[operator]
 
     def _enter(self, argument: str, outside: Tensor) -> Tensor:
@@ -320,22 +336,11 @@ class DepthLSTMDecoderLayer(_FusedLayer, reference.DepthLSTMDecoderLayer):
             return self._attend_and_step(self.cross_attn, (h,), cross_options, "cross_cell", (h, c))
         buffer = shared_buffer.take(h, self.cell.input_size)
         if self.merge == "concat":
-            s = _attend_into(buffer, 0, self.self_attn, (h,), self_options)
+            s = attend_into(buffer, 0, self.self_attn, (h,), self_options)
             return self._attend_and_step(self.cross_attn, (s,), cross_options, "cell", (h, c), (s,), buffer)
-        return self.cell(self._add_cross_attention(self.self_attn(h, **self_options), cross_options, buffer), (h, c))
-
-    def _add_cross_attention(self, s: Tensor, options: dict[str, Any], buffer: Tensor | None) -> Tensor:
-        """Return s + CrossAttn(s), written into ``buffer`` if given; the output projection accumulates onto s."""
-        projection = self.cross_attn.out_proj
-        if not is_plain_linear(projection) or not _is_plain_attention(self.cross_attn) or is_jit_traced():
-            return s + self.cross_attn(s, **options)
-        context = self.cross_attn.context(s, **options)
-        if buffer is not None:
-            return _linear_into(buffer, 0, projection, context, s)
-        weight, bias = projection.weight, projection.bias
-        # s + b costs as much as a copy of s into the output, and the product then accumulates in place
-        base = _rows(s) if bias is None else _rows(s) + bias.to(s.dtype)  # type: ignore[operator]
-        return _accumulate(base, _rows(context), weight, bias is not None).view(s.shape)  # type: ignore[arg-type]
+        return self.cell(
+            add_cross_attention(self.cross_attn, self.self_attn(h, **self_options), cross_options, buffer), (h, c)
+        )
 
 
 def _connect(layers: Iterable[nn.Module]) -> None:

@@ -12,22 +12,36 @@ from .arguments import (
     check_shape,
     check_size,
 )
+from .connections import (
+    NORMALISATIONS,
+    check_depth_gru_gates,
+    check_layer_attend,
+    check_layer_mix,
+    check_norm_step,
+    check_siamese_step,
+)
 from .depth_lstm import MAX_FEATURES, NORMS, check_cell, check_gates, check_options
 
 __all__ = [
     "ACTIVATIONS",
     "FLOATS",
     "MAX_FEATURES",
+    "NORMALISATIONS",
     "NORMS",
     "check_cell",
     "check_companion",
+    "check_depth_gru_gates",
     "check_eps",
     "check_finite",
     "check_float_tensor",
     "check_gates",
+    "check_layer_attend",
+    "check_layer_mix",
     "check_name",
+    "check_norm_step",
     "check_options",
     "check_probability",
     "check_shape",
+    "check_siamese_step",
     "check_size",
 ]

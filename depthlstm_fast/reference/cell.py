@@ -35,7 +35,7 @@ class GateNorm(nn.Module):
     def reset_parameters(self, forget_bias: float = 0.0) -> None:
         """Set ones and zeros; ``forget_bias`` goes to the forget gate's row of the bias."""
         nn.init.ones_(self.weight)
-        _set_forget_bias(self.bias, 1, 2, forget_bias)
+        fill_rows(self.bias, 1, 2, forget_bias)
 
     def forward(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (weight, bias), each (4, D) or (3, D), as new tensors.
@@ -52,13 +52,13 @@ class GateNorm(nn.Module):
 
 
 @torch.no_grad()
-def _set_forget_bias(bias: Tensor, first: int, end: int, forget_bias: float) -> None:
-    """Set rows ``first`` to ``end - 1`` of ``bias`` to ``forget_bias``, the others to zero.
+def fill_rows(bias: Tensor, first: int, end: int, value: float) -> None:
+    """``value`` in rows ``first`` to ``end - 1`` of ``bias``, zeros elsewhere.
 
     An index would not work: a row of a sharded parameter is a copy, and a write to it is lost.
     """
     values = torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
-    values[first:end] = forget_bias
+    values[first:end] = value
     bias.copy_(sharding.replicated(values, bias))
 
 
@@ -158,7 +158,7 @@ class DepthLSTMCell(nn.Module):
         if isinstance(self.norm, GateNorm):
             self.norm.reset_parameters(self.forget_bias)
         elif self.norm is None and isinstance(self.gates, nn.Linear) and self.gates.bias is not None:
-            _set_forget_bias(self.gates.bias, self.hidden_size, 2 * self.hidden_size, self.forget_bias)
+            fill_rows(self.gates.bias, self.hidden_size, 2 * self.hidden_size, self.forget_bias)
 
     def extra_repr(self) -> str:
         network = f", ffn_size={self.ffn_size}" if self.hidden == "ffn" else ""

@@ -13,16 +13,32 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..activations import activate
-from .attention import CrossAttention, DecoderCache, SelfAttention, attention_mask, initialise_linear, new_cache
+from .attention import CrossAttention, DecoderCache, SelfAttention, initialise_linear, new_cache
 from .cell import DepthLSTMCell
+from .layout import Layout
 
 MERGES = ("add", "concat", "cells")
 
 
-class _Layer(nn.Module):
-    """Base of the encoder and decoder layers.
+def check_step(h: Tensor, cache: DecoderCache) -> None:
+    """Raise TypeError or ValueError unless h (rows, 1, D) can be a decoding step that goes on from ``cache``."""
+    if not isinstance(cache, DecoderCache):
+        raise TypeError(f"cache must be a DecoderCache, as new_cache makes it; found {type(cache).__name__}")
+    if h.shape[1] != 1:
+        raise ValueError(f"tgt must hold one position with a cache; found {h.shape[1]}")
+    if h.shape[0] % cache.memory.shape[0]:
+        raise ValueError(
+            f"tgt must have a multiple of the cache's {cache.memory.shape[0]} sources as its batch; found {h.shape[0]}"
+        )
+    if cache.keys is not None and cache.keys.shape[0] != h.shape[0]:
+        raise ValueError(
+            f"tgt must have the batch that the cache began with, {cache.keys.shape[0]}; found {h.shape[0]}"
+        )
 
-    It has the layout, and with ``sublayer=True`` the feed-forward network with its own cell.
+
+class _Layer(Layout, nn.Module):
+    """What encoder and decoder layers share: layout, and with ``sublayer=True`` the feed-forward network with a cell of
+    its own.
     """
 
     cell_class: type[DepthLSTMCell] = DepthLSTMCell
@@ -61,33 +77,6 @@ class _Layer(nn.Module):
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, nhead={self.nhead}, batch_first={self.batch_first}, sublayer={self.sublayer}"
 
-    def _enter(self, argument: str, outside: Tensor) -> Tensor:
-        """Return (batch, length, D) from the caller's layout."""
-        checks.check_float_tensor(argument, outside)
-        if outside.dim() not in (2, 3) or outside.shape[-1] != self.d_model:
-            shape = (
-                f"({'batch, length' if self.batch_first else 'length, batch'}, "
-                f"{self.d_model}) or (length, {self.d_model})"
-            )
-            raise ValueError(f"{argument} must have shape {shape}; found {tuple(outside.shape)}")
-        if outside.dim() == 2:
-            return outside.unsqueeze(0)
-        if self.batch_first:
-            return outside
-        inside = outside.transpose(0, 1)
-        # _leave returns such a view, so only the first layer of a stack copies; without the copy every consumer would
-        rows_apart = inside.stride(1)
-        return (
-            inside
-            if inside.stride(2) == 1 and inside.stride(0) == inside.shape[1] * rows_apart
-            else inside.contiguous()
-        )
-
-    def _leave(self, inside: Tensor, like: Tensor) -> Tensor:
-        if like.dim() == 2:
-            return inside.squeeze(0)
-        return inside if self.batch_first else inside.transpose(0, 1)
-
     def _enter_states(self, argument: str, outside: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         h = self._enter(argument, outside)
         if state is None:
@@ -95,21 +84,6 @@ class _Layer(nn.Module):
         checks.check_float_tensor("state", state)
         checks.check_shape("state", state, tuple(outside.shape))
         return h, self._enter("state", state)
-
-    def _masks(
-        self,
-        h: Tensor,
-        keys: Tensor,
-        mask: Tensor | None,
-        padding: Tensor | None,
-        causal: bool,
-        arguments: tuple[str, str],
-        unbatched: bool,
-    ) -> tuple[Tensor | None, bool]:
-        if unbatched and padding is not None and isinstance(padding, Tensor) and padding.dim() == 1:
-            padding = padding.unsqueeze(0)
-        sizes = (h.shape[0], self.nhead, h.shape[1], keys.shape[1])
-        return attention_mask(mask, padding, causal, sizes=sizes, device=h.device, arguments=arguments)
 
     def _feed_forward(self, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         if not self.sublayer:
@@ -314,7 +288,8 @@ class DepthLSTMDecoderLayer(_Layer):
         else:
             h, c = self._enter_states("tgt", tgt, state)
         if cache is not None:
-            keys = self._check_step(h, memory, cache)
+            check_step(h, cache)
+            keys = self._enter("memory", memory) if cache.memory_keys_values is None else memory
             cross_options: dict[str, Any] = {"memory": keys, "mask": cache.memory_mask, "cache": cache}
             h, c = self._feed_forward(*self._run(h, c, {"cache": cache}, cross_options))
             return self._leave(h, tgt), self._leave(c, tgt)
@@ -342,23 +317,6 @@ class DepthLSTMDecoderLayer(_Layer):
             return self.cross_cell(self.cross_attn(h, **cross_options), (h, c))
         m = self.cross_attn(s, **cross_options)
         return self.cell((s, m) if self.merge == "concat" else s + m, (h, c))
-
-    def _check_step(self, h: Tensor, memory: Tensor, cache: DecoderCache) -> Tensor:
-        """Check a decoding step and return memory as the cross-attention takes it."""
-        if not isinstance(cache, DecoderCache):
-            raise TypeError(f"cache must be a DecoderCache, as new_cache makes it; found {type(cache).__name__}")
-        if h.shape[1] != 1:
-            raise ValueError(f"tgt must hold one position with a cache; found {h.shape[1]}")
-        if h.shape[0] % cache.memory.shape[0]:
-            raise ValueError(
-                f"tgt must have a multiple of the cache's {cache.memory.shape[0]} "
-                f"sources as its batch; found {h.shape[0]}"
-            )
-        if cache.keys is not None and cache.keys.shape[0] != h.shape[0]:
-            raise ValueError(
-                f"tgt must have the batch that the cache began with, {cache.keys.shape[0]}; found {h.shape[0]}"
-            )
-        return self._enter("memory", memory) if cache.memory_keys_values is None else memory
 
     def new_cache(self, memory: Tensor, memory_key_padding_mask: Tensor | None = None) -> DecoderCache:
         """Start incremental decoding; memory (batch, S, D), mask (batch, S) bool or floating point.

@@ -209,12 +209,12 @@ class DepthLSTMDecoder(_Stack):
         The user may have replaced either.
         """
         parts = [getattr(layer, name, None) for layer in self.layers for name in ("self_attn", "cross_attn")]
-        inside = all(_takes(part, "cache") for part in parts if isinstance(part, nn.Module))
-        return _takes(self, "caches") and inside and all(_takes(layer, "cache") for layer in self.layers)
+        inside = all(takes(part, "cache") for part in parts if isinstance(part, nn.Module))
+        return takes(self, "caches") and inside and all(takes(layer, "cache") for layer in self.layers)
 
 
-def _takes(module: nn.Module, argument: str) -> bool:
-    """Return whether ``module`` can be called with this keyword argument."""
+def takes(module: nn.Module, argument: str) -> bool:
+    """Whether ``module`` can be called with this keyword argument."""
     return _accepts(module.forward if "forward" in module.__dict__ else type(module).forward, argument)
 
 

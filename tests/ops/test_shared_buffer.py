@@ -133,6 +133,40 @@ def test_encoder(options: dict[str, Any], batch_first: bool, monkeypatch: pytest
 
 
 @needs_triton
+@pytest.mark.parametrize("feed_forward", [False, True])
+@pytest.mark.parametrize("attention", [None, "add", "separate"])
+def test_stacks_around_any_connection(
+    attention: str | None, feed_forward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They write beside h as often as the depth-wise LSTM's own stacks do, and the results are the same bits."""
+    shape: dict[str, Any] = {"batch_first": True, "dropout": 0.0}
+    source, memory = torch.randn(BATCH, LENGTH, D), torch.randn(BATCH, 4, D)
+    if attention is None:
+        old: torch.nn.Module = encoder(2, sublayer=feed_forward)
+        new: torch.nn.Module = dl.Encoder(D, HEADS, 2, feed_forward=feed_forward, **shape)
+        inputs: tuple[Tensor, ...] = (source,)
+    else:
+        old = dl.DepthLSTMDecoder(
+            dl.DepthLSTMDecoderLayer(
+                D, HEADS, merge="cells" if attention == "separate" else "add", sublayer=feed_forward, **shape
+            ),
+            2,
+        )
+        new = dl.Decoder(D, HEADS, 2, feed_forward=feed_forward, decoder_attention=attention, **shape)
+        inputs = (source, memory)
+    new.load_state_dict(old.state_dict(), strict=False)
+    old.norm = new.connection.final_norm
+    results, counts = [], []
+    for stack in (old, new):
+        with dl.use_backend("triton"), counted_writes(monkeypatch) as writes:
+            results.append(stack(*inputs))
+        assert dl.last_backend() == "triton"
+        counts.append(len(writes))
+    assert counts[0] == counts[1] > 0
+    assert torch.equal(*results)
+
+
+@needs_triton
 @pytest.mark.parametrize("name", DECODERS)
 def test_decoder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = decoder(**DECODERS[name])

@@ -1,0 +1,108 @@
+"""DenseFormer: a depth-weighted average after each block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from ..functional import layer_mix
+from .base import State, check_layers
+from .placements import PreNorm
+
+
+class DenseFormer(PreNorm):
+    """Pre-norm, and after block i a weighted sum of blocks' outputs: Pagliardini et al., arXiv 2402.02622.
+
+        x = sum_j a_ij x_j     over j <= i with j = i mod dilation, after every period-th block i
+
+    x_0 is the embedded input and x_j the output of block j before its own sum. The weights start at 1 for j = i and
+    0 elsewhere, so that the stack starts as pre-norm.
+
+    Args:
+        d_model, num_branches, norm, eps: see :class:`PreNorm`.
+        dilation: in blocks.
+        period: in blocks.
+        branches_per_layer: how many branches make a block. A stack gives its own.
+
+    Parameter: ``weights`` (num_layers // period, num_layers + 1), of which the sources' entries are used.
+
+    Raises:
+        TypeError, ValueError: a size, name or number is not what is wanted.
+    """
+
+    mixes_depth = True
+
+    def __init__(
+        self,
+        d_model: int,
+        num_branches: int,
+        *,
+        dilation: int = 1,
+        period: int = 1,
+        branches_per_layer: int = 1,
+        norm: str = "layer",
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__(d_model, num_branches, norm=norm, eps=eps)
+        checks.check_size("dilation", dilation)
+        checks.check_size("period", period)
+        self.num_layers = check_layers(num_branches, branches_per_layer)
+        self.dilation, self.period, self.branches_per_layer = dilation, period, branches_per_layer
+        self.weights = nn.Parameter(torch.empty(self.num_layers // period, self.num_layers + 1))
+        self.kept = [self._find_kept(block) for block in range(self.num_layers + 1)]
+        self._reset_weights()
+
+    @torch.no_grad()
+    def _reset_weights(self) -> None:
+        values = torch.zeros_like(self.weights)
+        for index in range(values.shape[0]):
+            values[index, (index + 1) * self.period] = 1
+        self.weights.copy_(values)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._reset_weights()
+
+    def no_weight_decay(self) -> set[str]:
+        return {"weights"}
+
+    def _sources(self, block: int) -> range:
+        """The blocks that are summed after ``block``; none where it has no sum."""
+        if block == 0 or block % self.period:
+            return range(0)
+        return range(block % self.dilation, block + 1, self.dilation)
+
+    def _find_kept(self, block: int) -> list[int]:
+        """The blocks up to ``block`` that a later sum reads: those that the state holds after it."""
+        later = {j for k in range(block + 1, self.num_layers + 1) for j in self._sources(k)}
+        return [j for j in range(block + 1) if j in later]
+
+    def start(self, x: Tensor) -> State:
+        return (x, x) if self.kept[0] else (x,)
+
+    def write(self, state: State, y: Tensor, i: int) -> State:
+        x, _ = self._advance(state[0], y, i, None)
+        if (i + 1) % self.branches_per_layer:
+            return (x, *state[1:])
+        block = (i + 1) // self.branches_per_layer
+        outputs = dict(zip(self.kept[block - 1], state[1:], strict=True)) | {block: x}
+        kept = tuple(outputs[j] for j in self.kept[block])
+        sources = self._sources(block)
+        if sources:
+            row = block // self.period - 1
+            weights = self.weights[row : row + 1, sources.start : sources.stop : sources.step]
+            (x,) = layer_mix([outputs[j] for j in sources], weights)
+        return x, *kept
+
+    def step(self, state: State, y: Tensor, i: int) -> tuple[State, Tensor]:
+        if (i + 1) % self.branches_per_layer:
+            (x,), u = super().step(state[:1], y, i)
+            return (x, *state[1:]), u
+        state = self.write(state, y, i)
+        return state, self.read(state, i + 1)
+
+    def _elements(self) -> int:
+        layers, per_layer = self.num_layers, self.branches_per_layer
+        mixed = sum(len(self._sources(block)) + 1 for block in range(1, layers + 1) if self._sources(block))
+        return mixed + layers * (2 + 4 * (per_layer - 1) + 3) + 2

@@ -1,0 +1,6 @@
+"""Encoders and decoders around any depth connection."""
+
+from .decoder import Decoder
+from .encoder import Encoder
+
+__all__ = ["Encoder", "Decoder"]

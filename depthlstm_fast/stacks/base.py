@@ -1,0 +1,227 @@
+"""What encoders and decoders share: layers of branches, and one connection through all of them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .. import checks, connections
+from ..connections import Connection, DepthLSTM
+from ..initialisation import INITS, initialise_connection, initialise_layer
+from ..reference.attention import CrossAttention
+from ..reference.layout import Layout
+from ..reference.stacks import CELLS
+from .layer import StackLayer, branch_names
+
+Factory = str | Callable[[int, int], Connection]
+
+
+def build_connection(connection: Factory, d_model: int, num_branches: int, hints: dict[str, Any]) -> Connection:
+    """The connection of a stack from a name or a callable, which is told those of ``hints`` that it has arguments for.
+
+    Raises:
+        TypeError: connection is neither, or what it returns is no Connection.
+        ValueError: there is no connection of that name.
+    """
+    factory: Any = connections.get(connection) if isinstance(connection, str) else connection
+    if isinstance(factory, nn.Module) or not callable(factory):
+        raise TypeError(
+            f"connection must be a name or a callable (d_model, num_branches) -> Connection; "
+            f"found {'an instance of ' if callable(factory) else ''}{type(factory).__name__}"
+        )
+    accepted, chosen = inspect.signature(factory).parameters, getattr(factory, "keywords", {})
+    told = {name: value for name, value in hints.items() if name in accepted and name not in chosen}
+    built = factory(d_model, num_branches, **told)
+    if not isinstance(built, Connection):
+        raise TypeError(f"connection must return a Connection; found {type(built).__name__}")
+    return built
+
+
+def absorbs_feed_forward(connection: Factory) -> bool:
+    """Whether layers with this connection have no feed-forward network by default, as far as a callable says."""
+    factory: Any = connections.get(connection) if isinstance(connection, str) else connection
+    while isinstance(factory, functools.partial):
+        factory = factory.func
+    return bool(getattr(factory, "absorbs_feed_forward", False))
+
+
+def takes_dropout(connection: Factory) -> bool:
+    """Whether the connection drops by itself."""
+    factory: Any = connections.get(connection) if isinstance(connection, str) else connection
+    return "dropout" in inspect.signature(factory).parameters
+
+
+def _checked(state: Any, connection: Connection, method: str) -> tuple[Tensor, ...]:
+    if not isinstance(state, tuple) or not all(isinstance(each, Tensor) for each in state):
+        found = f"a tuple of {[type(each).__name__ for each in state]}" if isinstance(state, tuple) else type(state)
+        raise TypeError(
+            f"{type(connection).__name__}.{method} must return a state that is a tuple of tensors; found "
+            f"{found if isinstance(found, str) else found.__name__}"
+        )
+    return state
+
+
+class Stack(Layout, nn.Module):
+    """Layers of branches, and one connection through all of them."""
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        num_layers: int,
+        connection: Factory,
+        feed_forward: bool | None,
+        dim_feedforward: int | None,
+        dropout: float,
+        activation: str,
+        layer_norm_eps: float,
+        batch_first: bool,
+        bias: bool,
+        init: str,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        attention: str | None,
+        cross_classes: list[Callable[..., CrossAttention]],
+    ) -> None:
+        super().__init__()
+        checks.check_size("d_model", d_model)
+        checks.check_size("num_layers", num_layers)
+        checks.check_probability("dropout", dropout)
+        checks.check_name("activation", activation, checks.ACTIVATIONS)
+        checks.check_eps("layer_norm_eps", layer_norm_eps)
+        checks.check_name("init", init, INITS)
+        inner = 4 * d_model if dim_feedforward is None else dim_feedforward
+        checks.check_size("dim_feedforward", inner)
+        has_network = not absorbs_feed_forward(connection) if feed_forward is None else bool(feed_forward)
+        names = branch_names(attention, has_network)
+        hints = {
+            "branches_per_layer": len(names),
+            "dropout": dropout,
+            "activation": activation,
+            "bias": bias,
+            "eps": layer_norm_eps,
+        }
+        built = build_connection(connection, d_model, num_layers * len(names), hints)
+        if feed_forward is None and has_network and built.absorbs_feed_forward:
+            raise ValueError(
+                f"feed_forward must be True or False where connection is a callable that does not say that "
+                f"{type(built).__name__} absorbs it; found None"
+            )
+        self.d_model, self.nhead, self.num_layers, self.batch_first, self.init = (
+            d_model,
+            nhead,
+            num_layers,
+            batch_first,
+            init,
+        )
+        self.dropout = 0.0 if takes_dropout(connection) else dropout
+        self.branches_per_layer, self.gradient_checkpointing, self.attention = len(names), False, attention
+        self.beta = (4 * built.num_branches) ** -0.25  # DeepNorm's, by branches: (8N) for two a layer, (12M) for three
+        placed: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.layers = nn.ModuleList(
+            [
+                StackLayer(
+                    d_model, nhead, attention, has_network, inner, dropout, activation, bias, cross_class, **placed
+                )
+                for cross_class in cross_classes
+            ]
+        )
+        self.connection = built.to(device=device, dtype=dtype)
+        self.arguments = {
+            "dim_feedforward": inner,
+            "dropout": dropout,
+            "activation": activation,
+            "layer_norm_eps": layer_norm_eps,
+            "batch_first": batch_first,
+            "bias": bias,
+            "connection": connection,
+            "feed_forward": has_network,
+            "init": init,
+        }
+        self._draw()
+        self.register_load_state_dict_pre_hook(_take_cells)
+
+    def extra_repr(self) -> str:
+        return f"num_layers={self.num_layers}, init={self.init!r}"
+
+    def like(self, num_layers: int) -> Any:
+        """A stack of the same kind, of ``num_layers`` layers, each drawn anew."""
+        weight = next(self.layers.parameters())
+        placed = {"device": weight.device, "dtype": weight.dtype}
+        return type(self)(self.d_model, self.nhead, num_layers, **self.arguments, **placed)  # type: ignore[arg-type]
+
+    def _draw(self) -> None:
+        for index, layer in enumerate(self.layers):
+            initialise_layer(layer, self.init, index, self.beta)
+        initialise_connection(self.connection, self.init, self.branches_per_layer)
+
+    def reset_parameters(self) -> None:
+        """Draw every matrix anew, and set every other parameter to its initial value."""
+        for layer in self.layers:
+            cross = getattr(layer, "cross_attn", None)
+            if isinstance(cross, CrossAttention):
+                cross.reset_parameters()
+        self.connection.reset_parameters()
+        self._draw()
+
+    def _through_layers(self, x: Tensor, options: list[dict[str, Any]], outputs: list[Tensor] | None = None) -> Tensor:
+        """The output for the embedded input x; ``outputs`` is given what the connection makes of each depth."""
+        state = _checked(self.connection.start(x), self.connection, "start")
+        if outputs is not None:
+            outputs.append(self.connection.finish(state))
+        u = self.connection.read(state, 0)
+        for index, each in enumerate(options):
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                u, *rest = checkpoint(self._layer, index, each, u, *state, use_reentrant=False)
+            else:
+                u, *rest = self._layer(index, each, u, *state)
+            state = tuple(rest)
+            if outputs is not None:
+                outputs.append(u if index == self.num_layers - 1 else self.connection.finish(state))
+        return u
+
+    def _layer(self, index: int, options: dict[str, Any], u: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        """(the next layer's input, or after the last one the output; the state)."""
+        connection, layer = self.connection, self.layers[index]
+        last = connection.num_branches - 1
+        writes = "write" if type(connection).step is Connection.step else "step"
+        for place, name in enumerate(layer.branches):  # type: ignore[arg-type]
+            i = index * self.branches_per_layer + place
+            y = getattr(layer, name)(u, options)
+            if self.dropout:
+                y = F.dropout(y, self.dropout, self.training)
+            if i < last:
+                found = connection.step(state, y, i)
+                if not isinstance(found, tuple) or len(found) != 2:
+                    raise TypeError(f"{type(connection).__name__}.step must return (state, next input)")
+                state, u = _checked(found[0], connection, writes), found[1]
+            else:
+                state = _checked(connection.write(state, y, i), connection, "write")
+                u = connection.finish(state)
+        return u, *state
+
+
+def _take_cells(stack: Stack, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Let a depth-wise LSTM stack's file be loaded: its layers hold the cells, and the stack the norm."""
+    connection = stack.connection
+    if not isinstance(connection, DepthLSTM):
+        return
+    own = f"{prefix}connection."
+    moved = {f"{prefix}norm.": f"{own}final_norm.", f"{prefix}initial_cell": f"{own}initial_cell"}
+    for index in range(stack.num_layers):
+        held = f"{prefix}layers.{index}."
+        cells = [name for name in CELLS if any(key.startswith(f"{held}{name}.") for key in state_dict)]
+        for place, name in enumerate(cells):
+            moved[f"{held}{name}."] = f"{own}cells.{index * stack.branches_per_layer + place}."
+    for key in list(state_dict):
+        for old, new in moved.items():
+            if key.startswith(old):
+                state_dict[new + key[len(old) :]] = state_dict.pop(key)
+                break

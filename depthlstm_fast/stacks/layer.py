@@ -1,0 +1,80 @@
+"""The branches of one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..activations import activate
+from ..layers import add_cross_attention, attend_into, linear_into
+from ..ops import shared_buffer
+from ..reference.attention import CrossAttention, SelfAttention
+
+BRANCHES = {  # of a layer's attention, by kind; None is an encoder's
+    None: ("self_attention",),
+    "separate": ("self_attention", "cross_attention"),
+    "add": ("added_attention",),
+    "merged": ("merged_attention",),
+}
+
+
+class StackLayer(nn.Module):
+    """The branches of one layer, without what connects them.
+
+    Parameters: ``self_attn`` but with merged attention, ``cross_attn`` in decoders, ``linear1`` and ``linear2`` with a
+    feed-forward network, named as in :class:`DepthLSTMDecoderLayer`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        attention: str | None,
+        feed_forward: bool,
+        dim_feedforward: int,
+        dropout: float,
+        activation: str,
+        bias: bool,
+        cross_class: Callable[..., CrossAttention],
+        **placed: Any,
+    ) -> None:
+        super().__init__()
+        self.d_model, self.dropout, self.activation = d_model, dropout, activation
+        self.branches = branch_names(attention, feed_forward)
+        if attention != "merged":
+            self.self_attn = SelfAttention(d_model, nhead, dropout=dropout, bias=bias, **placed)
+        if attention is not None:
+            self.cross_attn = cross_class(d_model, nhead, dropout=dropout, bias=bias, **placed)
+        if feed_forward:
+            self.linear1: nn.Module = nn.Linear(d_model, dim_feedforward, bias, **placed)
+            self.linear2: nn.Module = nn.Linear(dim_feedforward, d_model, bias, **placed)
+
+    def self_attention(self, u: Tensor, options: dict[str, Any]) -> Tensor:
+        return attend_into(self._beside(u), 0, self.self_attn, (u,), options["self"])
+
+    def cross_attention(self, u: Tensor, options: dict[str, Any]) -> Tensor:
+        return attend_into(self._beside(u), 0, self.cross_attn, (u,), options["cross"])
+
+    def added_attention(self, u: Tensor, options: dict[str, Any]) -> Tensor:
+        """s + CrossAttn(s), s = SelfAttn(u)."""
+        buffer = self._beside(u)
+        return add_cross_attention(self.cross_attn, self.self_attn(u, **options["self"]), options["cross"], buffer)
+
+    def merged_attention(self, u: Tensor, options: dict[str, Any]) -> Tensor:
+        return self.cross_attn(u, **options["cross"], keep=options["keep"])
+
+    def feed_forward(self, u: Tensor, options: dict[str, Any]) -> Tensor:
+        inner = activate(self.linear1(u), self.activation)
+        return linear_into(self._beside(u), 0, self.linear2, F.dropout(inner, self.dropout, self.training))
+
+    def _beside(self, u: Tensor) -> Tensor | None:
+        """Free columns beside a cell's h, where u is one: the next cell's product then reads both at once."""
+        return shared_buffer.take(u, self.d_model)
+
+
+def branch_names(attention: str | None, feed_forward: bool) -> tuple[str, ...]:
+    """The methods of :class:`StackLayer` that are a layer's branches, in their order."""
+    return (*BRANCHES[attention], "feed_forward") if feed_forward else BRANCHES[attention]
