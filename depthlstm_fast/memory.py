@@ -70,7 +70,7 @@ def _check_variable() -> None:
 
 
 def memory_stats() -> MemoryStats:
-    """What the pool of large CPU outputs holds.
+    """Return what the pool of large CPU outputs holds.
 
     Outputs and gradients of the package's operators from 4 MiB on lie in blocks of the pool. A block goes back to the
     pool when its tensor dies. Idle blocks hold at most ``limit_bytes``: DEPTHLSTM_POOL_BYTES, else a quarter of the
@@ -137,9 +137,11 @@ def _set_glibc(enabled: bool) -> str | None:
 
 
 def empty_matrix(like: Tensor, rows: int, columns: int) -> Tensor:
-    """An uninitialised matrix (rows, columns) of the dtype and device of ``like``, from the pool where it is large."""
-    if like.device.type == "cpu" and rows * columns * like.itemsize >= POOLED_BYTES and _operator() and is_direct(like):
-        return _operator()(like, rows, columns)
+    """Return an uninitialised matrix (rows, columns) of the dtype and device of ``like``, pooled where it is large."""
+    if like.device.type == "cpu" and rows * columns * like.itemsize >= POOLED_BYTES and is_direct(like):
+        operator = _operator()
+        if operator is not None:
+            return operator(like, rows, columns)
     return like.new_empty((rows, columns))
 
 
