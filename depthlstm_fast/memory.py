@@ -59,7 +59,11 @@ class MemoryStats(NamedTuple):
 
 @functools.cache
 def _library() -> Any:
-    return None if load_error is not None else ctypes.CDLL(str(LIBRARY))
+    """Return the library with the pool's functions; None where it did not load, or was built before it had a pool."""
+    if load_error is not None:
+        return None
+    library = ctypes.CDLL(str(LIBRARY))
+    return library if hasattr(library, "depthlstm_pool_statistics") else None
 
 
 def _check_variable() -> None:
@@ -147,7 +151,7 @@ def empty_matrix(like: Tensor, rows: int, columns: int) -> Tensor:
 
 @functools.cache
 def _operator() -> Callable[[Tensor, int, int], Tensor] | None:
-    if load_error is not None:
+    if _library() is None:
         return None
     _check_variable()
     return torch.ops.depthlstm_fast.empty_matrix.default

@@ -6,7 +6,7 @@ docs/kernels.md says what a new backend needs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import NamedTuple
 
@@ -44,6 +44,7 @@ class Backend:
         kernels: the Python module with an op's kernels; None where the compiled library defines the operators.
         writes_into_buffer: whether forward can write h into a part of a wider matrix.
         adds_second_product: whether forward can add a second matrix product to z.
+        absent: the ops that the loaded library lacks, because it was built before they were written.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Backend:
     kernels: Callable[[str], ModuleType] | None = None
     writes_into_buffer: bool = False
     adds_second_product: bool = False
+    absent: set[str] = field(default_factory=set)
 
     def why_not(self, tensor: Tensor, op: str, features: int) -> str | None:
         """Say why this backend cannot run ``op`` with D = ``features`` on ``tensor``; None where it can."""
@@ -77,4 +79,6 @@ class Backend:
             if op not in self.widest:
                 return f"the {self.title} kernels have no {op}"
             return f"the {self.title} kernels take D up to {widest}; found {features}"
+        if op in self.absent:
+            return f"the library that is loaded was built before it had {op}: build it again"
         return None if self.why_not_on is None else self.why_not_on(tensor)

@@ -149,4 +149,7 @@ class _Lazy:
 def add(op: Op) -> None:
     """Register ``op`` on every backend that has it."""
     found = {name: add_backend(op, backend) for name, backend in RECORDS.items() if op.name in backend.widest}
+    for name, operators in found.items():
+        if operators is None and RECORDS[name].why_not_here() is None:
+            RECORDS[name].absent.add(op.name)
     OPERATORS[op.name] = {name: operators for name, operators in found.items() if operators is not None}

@@ -67,6 +67,10 @@ class Path(NamedTuple):
     row_group: int
     native: bool = False
 
+    def among(self, *types: Types) -> list[Types]:
+        """Return those of ``types`` that it takes."""
+        return [one for one in types if one in self.types]
+
     @property
     def device(self) -> str:
         return "cpu" if self.native else DEVICE
@@ -89,7 +93,7 @@ class Op(NamedTuple):
         rows: tensors, results and gradients with one row for each of the input's.
         sums: the gradients that are sums over rows.
         parameters: the tensors without rows.
-        linear_in: the gradients that do not depend on their own tensor and therefore do not show its NaN.
+        linear_in: the gradients that show no NaN of the tensors, because they do not depend on them.
         has_dropout: whether it takes ``dropout_p``, ``training`` and ``seed``.
         paths: through the kernels of every backend that has the op.
     """

@@ -15,7 +15,7 @@ import depthlstm_fast as dl
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's overflows
 
 
-@cases("variant, types", lambda op, path: itertools.product(op.variants[:2], [FULL, MIXED]))
+@cases("variant, types", lambda op, path: itertools.product(op.variants[:2], path.among(FULL, MIXED)))
 def test_nothing_given_is_written(op: Op, path: Path, variant: Variant, types: Types) -> None:
     tensors, options = make(op, path, *path.sizes, types, variant)
     options.update(dropout(op, path))
@@ -125,7 +125,8 @@ def test_kept_for_backward(op: Op, path: Path, variant: Variant) -> None:
         fused(op, path, **{name: tensor.requires_grad_() for name, tensor in tensors.items()}, **options)
     seed = [options["seed"]] if op.has_dropout else []
     given = {tensor.data_ptr() for tensor in (*tensors.values(), *seed)}
-    assert {tensor.data_ptr() for tensor in kept} == given
+    assert kept
+    assert {tensor.data_ptr() for tensor in kept} <= given
 
 
 @cases(one_path=True, only="depth_lstm")

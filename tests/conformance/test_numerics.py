@@ -219,7 +219,7 @@ def test_rows_do_not_see_each_other(op: Op, path: Path, types: Types, variant: A
         assert torch.equal(after[key][others], before[key][others]), key
         assert after[key][~others].isnan().any(-1).all() or key in op.linear_in, key
     # NaN is passed on, not lost in a comparison
-    assert all(after[key].isnan().any() for key in op.sums if key in after)
+    assert all(after[key].isnan().any() for key in set(op.sums) & after.keys() - op.linear_in)
     if path.name == "warp":
         return  # a block takes a single row, and its sums have another order
     row = changed[-1]

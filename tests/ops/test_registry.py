@@ -19,6 +19,7 @@ from depthlstm_fast import checks
 from depthlstm_fast.activations import ACTIVATIONS, FUNCTIONS
 from depthlstm_fast.backends.choice import RECORDS
 from depthlstm_fast.backends.library import LIBRARY
+from depthlstm_fast.ops import registry
 from depthlstm_fast.ops.depth_lstm import ACTIVATION_CODES, OP, OutputGradients, TensorGradients, Tensors
 from depthlstm_fast.ops.registry import OPERATORS
 
@@ -94,6 +95,18 @@ def test_the_reference_computes_no_activation_that_it_lacks() -> None:
 
 def on(device: str) -> Tensor:
     return torch.empty(2, 8, device=device)
+
+
+@needs_cpp
+def test_an_op_that_an_older_library_lacks_is_no_op_of_its(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout that is newer than its compiled library falls back, and does not end in a KeyError."""
+    record = dataclasses.replace(RECORDS["cpp"], widest={"later": None}, absent=set())
+    monkeypatch.setitem(RECORDS, "cpp", record)
+    monkeypatch.setattr(registry, "add_backend", lambda op, backend: None)
+    monkeypatch.setitem(OPERATORS, "later", {})
+    registry.add(OP._replace(name="later"))
+    wanted = "the library that is loaded was built before it had later: build it again"
+    assert record.why_not(torch.empty(2, 8), "later", 8) == wanted
 
 
 def test_a_record_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
