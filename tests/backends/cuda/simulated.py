@@ -73,7 +73,13 @@ def _operators(namespace: str, kernels: Path) -> Operators:
         ),
         *(f"-L{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu", f"-Wl,-rpath-link,{torch_folder / 'lib'}"),
     ]
-    torch.ops.load_library(str(_built(namespace, [CSRC / "depth_lstm" / "cuda_op.cpp"], flags, HEADERS)))
+    torch.ops.load_library(
+        str(
+            _built(
+                namespace, [CSRC / "depth_lstm" / "cuda_op.cpp", CSRC / "common" / "cpu" / "pool.cpp"], flags, HEADERS
+            )
+        )
+    )
     found = add_backend(OP, RECORDS["cuda"], namespace)
     assert found is not None
     return found
