@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from torch.profiler import ProfilerActivity, profile
 
+from depthlstm_fast import memory
+
 
 class Cost(NamedTuple):
     """The cost of a call, as torch.profiler saw it.
@@ -40,12 +42,23 @@ def silent_stderr() -> Iterator[None]:
         os.close(nowhere)
 
 
+@contextmanager
+def torchs_memory() -> Iterator[None]:
+    """Leave all memory to torch's allocator, because the profiler does not see blocks of the package's pool."""
+    limit = memory.memory_stats().limit_bytes
+    memory.set_pool_limit(0)
+    try:
+        yield
+    finally:
+        memory.set_pool_limit(limit)
+
+
 def of_call(run: Callable[[], object]) -> Cost:
     """Return the cost of one call.
 
     Memory that a library allocates by itself, as oneDNN does for its scratch, is not seen.
     """
-    with silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with torchs_memory(), silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         outputs = run()
     del outputs  # freed after the profile, because outputs count until the end of the call
     # The raw events are read, because a table of them takes longer than most calls. It also gives bytes to operators
