@@ -77,7 +77,7 @@ def memory_stats() -> MemoryStats:
     """Return what the pool of large CPU outputs holds.
 
     Outputs and gradients of the package's operators from 4 MiB on lie in blocks of the pool. A block goes back to the
-    pool when its tensor dies. Idle blocks hold at most ``limit_bytes``: DEPTHLSTM_POOL_BYTES, else a quarter of the
+    pool when its tensor dies. Idle blocks hold at most ``limit_bytes``: DEPTHLSTM_POOL_BYTES, else an eighth of the
     memory of the machine or control group.
 
     Raises:

@@ -19,6 +19,8 @@ from depthlstm_fast import memory
 
 # A block of the pool is filled with NaN before it is handed out again, as malloc fills its memory.
 memory.poison(True)
+# Several test processes share a machine, and some of their tensors have 2^31 elements.
+memory.set_pool_limit(256 << 20)
 
 # Arguments drawn at the import of test modules, and test names made of them, are the same in every process.
 torch.manual_seed(0)

@@ -28,14 +28,14 @@ int64_t read_number(const char* path) {
     return value;
 }
 
-// A quarter of the memory that the machine or the control group has.
+// An eighth of the memory that the machine or the control group has: several processes may share it.
 int64_t default_limit() {
     int64_t memory = int64_t(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE);
     for (const char* path : {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"}) {
         const int64_t group = read_number(path);
         if (group > 0 && group < memory) memory = group;
     }
-    return memory / 4;
+    return memory / 8;
 }
 
 int64_t first_limit() {
