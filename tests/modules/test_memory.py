@@ -350,7 +350,8 @@ def test_steps_of_changing_shapes_keep_resident_memory_flat() -> None:
     )
     assert found.returncode == 0, found.stderr
     growth, live = map(int, found.stdout.split())
-    assert (growth <= 16, live) == (True, 0), found.stdout
+    # a block that did not come back would cost 8 MiB and more a step; the heap of torch itself moves by some tens
+    assert (growth <= 128, live) == (True, 0), found.stdout
 
 
 def test_keep_memory_is_undone() -> None:
