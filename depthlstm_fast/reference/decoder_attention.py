@@ -41,7 +41,8 @@ class MergedAttention(CrossAttention):
         if not is_plain_linear(linear):
             return linear(x)[..., self.d_model :]
         bias: Any = linear.bias
-        return F.linear(x, linear.weight[self.d_model :], None if bias is None else bias[self.d_model :])  # type: ignore[index]
+        weight: Any = linear.weight
+        return F.linear(x, weight[self.d_model :], None if bias is None else bias[self.d_model :])
 
     def context(
         self,
