@@ -79,6 +79,7 @@ OP = Op(
     sums=("dweight", "dbias"),
     parameters={"weight", "bias"},
     linear_in={"dc"},
+    unkept=set(),
     has_dropout=True,
     paths=PATHS,
 )

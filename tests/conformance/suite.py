@@ -94,6 +94,7 @@ class Op(NamedTuple):
         sums: the gradients that are sums over rows.
         parameters: the tensors without rows.
         linear_in: the gradients that show no NaN of the tensors, because they do not depend on them.
+        unkept: the tensors that backward does not need, and that forward must not keep.
         has_dropout: whether it takes ``dropout_p``, ``training`` and ``seed``.
         paths: through the kernels of every backend that has the op.
     """
@@ -110,6 +111,7 @@ class Op(NamedTuple):
     sums: tuple[str, ...]
     parameters: set[str]
     linear_in: set[str]
+    unkept: set[str]
     has_dropout: bool
     paths: list[Path]
 

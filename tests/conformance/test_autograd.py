@@ -123,10 +123,10 @@ def test_kept_for_backward(op: Op, path: Path, variant: Variant) -> None:
     kept: list[Any] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         fused(op, path, **{name: tensor.requires_grad_() for name, tensor in tensors.items()}, **options)
+    wanted = [tensor for name, tensor in tensors.items() if name not in op.unkept]
     seed = [options["seed"]] if op.has_dropout else []
-    given = {tensor.data_ptr() for tensor in (*tensors.values(), *seed)}
-    assert kept
-    assert {tensor.data_ptr() for tensor in kept} <= given
+    given = {tensor.data_ptr() for tensor in (*wanted, *seed)}
+    assert {tensor.data_ptr() for tensor in kept} == given
 
 
 @cases(one_path=True, only="depth_lstm")

@@ -45,6 +45,13 @@ inline DType dtype_of(const Tensor& tensor, const char* argument) {
 
 inline int64_t element_bytes(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
+// Of an element of a code of torch's; 0 for what is no floating-point type of ours, as a workspace of bytes.
+inline int64_t float_bytes(int32_t code) {
+    static const int32_t float32 = aoti_torch_dtype_float32(), float64 = aoti_torch_dtype_float64(),
+                         bfloat16 = aoti_torch_dtype_bfloat16(), float16 = aoti_torch_dtype_float16();
+    return code == float64 ? 8 : code == float32 ? 4 : code == bfloat16 || code == float16 ? 2 : 0;
+}
+
 struct TensorDevice {
     int32_t type, index;
     bool operator==(const TensorDevice&) const = default;
@@ -74,8 +81,7 @@ inline void use_huge_pages([[maybe_unused]] const Tensor& tensor, [[maybe_unused
 // A tensor in a block of the pool; nothing where the tensor is small, on another device, or the pool has no memory.
 inline std::optional<Tensor> from_pool(const int64_t* sizes, const int64_t* strides, int64_t dims, int32_t dtype,
                                        TensorDevice device) {
-    static const int32_t float64 = aoti_torch_dtype_float64(), float32 = aoti_torch_dtype_float32();
-    int64_t bytes = dtype == float64 ? 8 : dtype == float32 ? 4 : 2;
+    int64_t bytes = float_bytes(dtype);
     for (int64_t i = 0; i < dims; ++i) bytes *= sizes[i];
     if (bytes < pool_least_bytes || device.type != aoti_torch_device_type_cpu()) return std::nullopt;
     int64_t capacity = 0;
@@ -106,7 +112,7 @@ inline Tensor empty(const int64_t* sizes, int64_t dims, int32_t dtype, TensorDev
         aoti_torch_empty_strided(dims, sizes, strides, dtype, device.type, device.index, &handle);
     STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "torch cannot allocate memory for an output of ", stride, " elements");
     Tensor made(handle);
-    use_huge_pages(made, stride * element_bytes(dtype_of(made, "output")));
+    use_huge_pages(made, stride * float_bytes(dtype));
     return made;
 }
 
