@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
-from .operands import DIRECTIONS, PACKED, TYPES, Instruction
+from .operands import BIT_TYPES, BITS, DIRECTIONS, FLOATS, PACKED, TYPES, Instruction
 from .table import opcodes
 
 ROUNDINGS = "{,.rn,.rz,.rm,.rp}"
@@ -44,6 +45,17 @@ def floating(i: Instruction, function: str) -> str:
     return i.set(f"packed<{element}>([]({parameters}) {{ return {call(names)}; }}, {', '.join(i.values())})")
 
 
+OPERATORS = {"add": "+", "sub": "-", "mul": "*"}
+
+
+def plain_arithmetic(i: Instruction) -> str:
+    """Return the operation of C++ on float or double, which rounds to the nearest."""
+    values = i.values()
+    if i.parts[0] in OPERATORS:
+        return f"({values[0]} {OPERATORS[i.parts[0]]} {values[1]})"
+    return f"__builtin_fma{'f' if i.c_type == 'f32' else ''}({', '.join(values)})"
+
+
 ARITHMETIC = {
     "add": "add",
     "sub": "subtract",
@@ -66,6 +78,8 @@ ARITHMETIC = {
     "fma.rn{,.ftz}.f32x2",
 )
 def arithmetic(i: Instruction) -> str:
+    if i.c_type in FLOATS and i.direction == "FE_TONEAREST" and not i.has("ftz", "sat"):
+        return i.set(plain_arithmetic(i), i.c_type)
     return floating(i, f"{ARITHMETIC[i.parts[0]]}<{i.direction}>")
 
 
@@ -145,8 +159,15 @@ def test_class(i: Instruction) -> str:
 # ---- integers
 
 
+def wrapped(c_type: str, a: str, operator: str, b: str) -> str:
+    """Return an operation of integers that wraps, as unsigned ones do."""
+    return f"{c_type}(u64({a}) {operator} u64({b}))"
+
+
 @opcodes(f"{{add,sub}}{INTEGERS}", f"{{min,max}}{INTEGERS}", f"{{div,rem}}{INTEGERS}", f"{{neg,abs}}{SIGNED}")
 def integer(i: Instruction) -> str:
+    if i.parts[0] in ("add", "sub"):
+        return i.set(wrapped(i.c_type, i.value(1), OPERATORS[i.parts[0]], i.value(2)), i.c_type)
     names = {"add": "add", "sub": "subtract", "min": "minimum", "max": "maximum", "div": "divide", "rem": "remainder"}
     names |= {"neg": "negate", "abs": "absolute"}
     return i.set(f"{names[i.parts[0]]}<{i.c_type}>({', '.join(i.values())})")
@@ -158,15 +179,18 @@ def multiply(i: Instruction) -> str:
     if i.has("wide"):
         result = f"{i.c_type[0]}{int(i.c_type[1:]) * 2}"
         product = f"multiply_wide<{result}>({i.value(1)}, {i.value(2)})"
+    elif i.has("lo"):
+        product = wrapped(result, i.value(1), "*", i.value(2))
     else:
-        product = f"multiply_{'low' if i.has('lo') else 'high'}<{result}>({i.value(1)}, {i.value(2)})"
-    return i.set(f"add<{result}>({product}, {i.value(3, result)})" if i.parts[0] == "mad" else product)
+        product = f"multiply_high<{result}>({i.value(1)}, {i.value(2)})"
+    return i.set(wrapped(result, product, "+", i.value(3, result)) if i.parts[0] == "mad" else product, result)
 
 
 @opcodes("{and,or,xor}{.pred,.b16,.b32,.b64}")
 def bitwise(i: Instruction) -> str:
     return i.set(
-        f"{i.c_type}({i.value(1)} {dict(zip(('and', 'or', 'xor'), '&|^', strict=True))[i.parts[0]]} {i.value(2)})"
+        f"{i.c_type}({i.value(1)} {dict(zip(('and', 'or', 'xor'), '&|^', strict=True))[i.parts[0]]} {i.value(2)})",
+        i.c_type,
     )
 
 
@@ -177,6 +201,10 @@ def complement(i: Instruction) -> str:
 
 @opcodes(f"shl{UNTYPED}", f"shr{UNTYPED}", f"shr{INTEGERS}")
 def shift(i: Instruction) -> str:
+    count = i.operands[2]
+    if count.isdecimal() and int(count) < BITS[i.c_type] and i.c_type[0] == "u":
+        operator = "<<" if i.parts[0] == "shl" else ">>"
+        return i.set(f"{i.c_type}({i.value(1)} {operator} {int(count)})", i.c_type)
     return i.set(f"shift_{'left' if i.parts[0] == 'shl' else 'right'}<{i.c_type}>({i.value(1)}, {i.value(2, 'u32')})")
 
 
@@ -245,6 +273,9 @@ COMPARED = [
 
 def comparison(i: Instruction) -> str:
     values = [f"flush_subnormal({value})" if i.has("ftz") else value for value in (i.value(1), i.value(2))]
+    if i.c_type in BIT_TYPES and not i.has("ftz"):
+        names = dict(zip("ab", values, strict=True))
+        return f"({re.sub(r'[ab]', lambda name: names[name[0]], ALL_COMPARISONS[i.parts[1]])})"
     return f"[]({i.c_type} a, {i.c_type} b) {{ return {ALL_COMPARISONS[i.parts[1]]}; }}({', '.join(values)})"
 
 
@@ -255,10 +286,12 @@ def set_predicate(i: Instruction) -> str:
         if i.has(word):
             combined = f" {operator} {i.value(3, 'pred')}"
     first, _, second = (name.strip() for name in i.operands[0].partition("|"))
-    statements = [f"const bool holds = {result};", i.write(first, f"holds{combined}")]
+    if not combined and not second:
+        return i.write(first, result, "bool")
+    statements = [f"const bool holds = {result};", i.write(first, f"holds{combined}", "bool")]
     if second:
         statements.insert(1, f"const bool other = !holds{combined};")
-        statements.append(i.write(second, "other"))
+        statements.append(i.write(second, "other", "bool"))
     return " ".join(statements)
 
 
@@ -285,7 +318,8 @@ def set_value(i: Instruction) -> str:
 
 @opcodes(f"selp{UNTYPED}", f"selp{INTEGERS}", "selp{.f32,.f64}")
 def select(i: Instruction) -> str:
-    return i.set(f"{i.value(3, 'pred')} ? {i.value(1)} : {i.value(2)}")
+    bits = BITS[i.c_type]  # the same bits, whatever the type
+    return i.set(f"{i.value(3, 'pred')} ? {i.value(1, f'b{bits}')} : {i.value(2, f'b{bits}')}", f"u{bits}")
 
 
 # ---- conversion
@@ -303,7 +337,7 @@ def source_and_target(i: Instruction) -> tuple[str, str]:
 @opcodes(f"cvt{{,.sat}}{CONVERTED}{CONVERTED}")
 def integer_to_integer(i: Instruction) -> str:
     value, target = source_and_target(i)
-    return i.set(f"convert_saturating<{target}>({value})" if i.has("sat") else f"static_cast<{target}>({value})")
+    return i.set(f"convert_saturating<{target}>({value})" if i.has("sat") else f"{target}({value})", target)
 
 
 @opcodes(f"cvt{{.rn,.rz,.rm,.rp}}{{.f32,.f64}}{CONVERTED}")

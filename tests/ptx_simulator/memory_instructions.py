@@ -27,7 +27,8 @@ def move(i: Instruction) -> str:
                 f"u{bits}({i.read(source, part)}) << {bits // len(sources) * n}" for n, source in enumerate(sources)
             )
         )
-    return i.set(i.value(1))
+    # the same bits, whatever the type
+    return i.set(i.value(1)) if i.type == "pred" else i.set(i.value(1, f"b{bits}"), f"u{bits}")
 
 
 @opcodes("cvta{,.to}{.global,.shared,.local,.const,.param}{.u32,.u64}")
@@ -60,8 +61,8 @@ def load(i: Instruction) -> str:
     if i.has("volatile", "relaxed", "acquire"):
         return i.set(f"load_relaxed<{i.c_type}>({address}, {i.at})") + fences(i)[1]
     if not i.has("v2", "v4", "v8"):
-        return i.set(f"load<{i.c_type}>({address}, {i.at})")
-    assignments = [i.write(target, f"loaded.element[{n}]") for n, target in enumerate(targets)]
+        return i.set(f"load<{i.c_type}>({address}, {i.at})", i.c_type)
+    assignments = [i.write(target, f"loaded.element[{n}]", i.c_type) for n, target in enumerate(targets)]
     return f"const auto loaded = load_vector<{i.c_type}, {len(targets)}>({address}, {i.at}); " + " ".join(assignments)
 
 
@@ -147,8 +148,8 @@ def shuffle(i: Instruction) -> str:
     mode = {"up": "up", "down": "down", "bfly": "butterfly", "idx": "index"}[i.parts[2]]
     first, _, second = (name.strip() for name in i.operands[0].partition("|"))
     call = f"shuffle(WarpOperation::shuffle_{mode}, {', '.join(i.values())}, {i.at})"
-    return f"const auto result = {call}; {i.write(first, 'result.value')}" + (
-        f" {i.write(second, 'result.in_range')}" if second else ""
+    return f"const auto result = {call}; {i.write(first, 'result.value', 'u32')}" + (
+        f" {i.write(second, 'result.in_range', 'bool')}" if second else ""
     )
 
 

@@ -137,17 +137,19 @@ class KernelWriter:
         for name in match[2].split(","):
             numbered = re.fullmatch(r"([\w$%]+)<(\d+)>", name.strip())
             names += [f"{numbered[1]}{n}" for n in range(int(numbered[2]))] if numbered else [name.strip()]
-        self.symbols.registers.update(names)
         c_type = "bool" if match[1] == "pred" else f"u{BITS[TYPES[match[1]]]}"
+        self.symbols.registers.update(dict.fromkeys(names, c_type))
         self.lines.append(f"{c_type} {', '.join(identifier('R_', name) for name in names)};")
 
     def tokens(self) -> Iterator[tuple[str, str, int]]:
         """Yield (kind, text, line of the PTX)."""
-        position = 0
+        position, line, counted = 0, self.first_line, 0
         while match := TOKEN.match(self.body, position):
             kind = match.lastgroup
             assert kind is not None
-            yield kind, match[kind].strip(), self.first_line + self.body.count("\n", 0, match.start(kind))
+            line += self.body.count("\n", counted, match.start(kind))
+            counted = match.start(kind)
+            yield kind, match[kind].strip(), line
             position = match.end()
         if self.body[position:].strip():
             raise Unsupported(f"{self.name} ends with {self.body[position:].strip()[:50]}")

@@ -151,7 +151,7 @@ INLINE auto wide(T a) {
     }
 }
 template <Floating T>
-INLINE T flush_subnormal(T a) {
+inline T flush_subnormal(T a) {
     using Code = Raw<T>;
     constexpr Code sign = Code(1) << (8 * sizeof(T) - 1);
     constexpr int fraction_bits = std::same_as<T, f16>    ? 10

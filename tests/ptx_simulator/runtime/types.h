@@ -9,6 +9,11 @@
 #include <type_traits>
 
 #define INLINE [[gnu::always_inline]] inline
+// as<f32>(), raw() and their like for f64 without a call, of which a kernel has thousands
+#define bits_float(bits) __builtin_bit_cast(float, bits)
+#define bits_double(bits) __builtin_bit_cast(double, bits)
+#define float_bits(value) __builtin_bit_cast(uint32_t, value)
+#define double_bits(value) __builtin_bit_cast(uint64_t, value)
 
 namespace ptx {
 
