@@ -36,6 +36,7 @@ from .subjects.registry import SUBJECTS, checked, compile_all
 TRANSLATION_SECONDS = 30
 TABLE = tuple(name for name, subject in SUBJECTS.items() if subject.in_table)
 NAMES = (*TABLE, "scaling", "translation")
+ON_REQUEST = tuple(name for name, subject in SUBJECTS.items() if subject.on_request)
 COMPILE_DTYPES = (torch.float32, torch.bfloat16)
 # where Python finds the package: the source tree, or site-packages
 ROOT = Path(dl.__file__).resolve().parents[1]
@@ -209,7 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    subjects = [name for name in NAMES if not options.only or name in options.only]
+    subjects = [name for name in NAMES if (name in options.only if options.only else name not in ON_REQUEST)]
     if options.no_translation:
         subjects = [name for name in subjects if name != "translation"]
     if not subjects:

@@ -1,4 +1,4 @@
-"""A test for each row of the table and each point of the curves, archived by pytest-benchmark.
+"""A test for each row of the table, but those on request, and each point of the curves, archived by pytest-benchmark.
 
     pytest benchmarks --benchmark-only --benchmark-autosave      --quick for a look, -k gates for a part
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
 
-ROWS = {name: subject.problems for name, subject in registry.SUBJECTS.items()}
+ROWS = {name: subject.problems for name, subject in registry.SUBJECTS.items() if not subject.on_request}
 
 
 @pytest.mark.parametrize(

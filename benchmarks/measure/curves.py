@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -55,11 +56,21 @@ def curve(name: str, axis: str, fixed: str, against: str, points: list[dict[str,
 
 
 def point(x: int, runs: Runs, settings: Settings, tick: Callable[[], None], seconds: float = 0.5) -> dict[str, Any]:
-    """Return the contestants' milliseconds at one ``x``."""
+    """Return the contestants' milliseconds at one ``x``, and what the fused call costs the system."""
     samples = interleave(runs, seconds=seconds * settings.seconds, minimum=settings.minimum, maximum=400, warmups=2)
     tick()
     return {
         "x": x,
         "values": {name: asdict(spread(times, 1e3)) for name, times in samples.items()},
         "repetitions": len(samples["fused"]),
+        **system_cost(runs["fused"]),
     }
+
+
+def system_cost(run: Callable[[], object]) -> dict[str, float]:
+    """Return the page faults of a call and its milliseconds inside the system, over all threads of the process."""
+    run()
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    run()
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    return {"faults": after.ru_minflt - before.ru_minflt, "system_ms": (after.ru_stime - before.ru_stime) * 1e3}

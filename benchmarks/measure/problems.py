@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from . import call_cost
+from . import allocator, call_cost
 from .accuracy import Check
 from .calls import Runs, repeated
 from .compiled import Compiled
@@ -58,6 +58,7 @@ class Problem:
         place: the place that the problem was made for.
         clock: the timed quantity on a GPU: its own "work", the host's "call", or the "latency" until the work is done.
         verify: checks a backend on the timed tensors themselves; None if the subject's check is enough.
+        keeps_memory: whether all contestants run under ``dl.keep_memory()``.
     """
 
     row: Row
@@ -73,6 +74,7 @@ class Problem:
     place: Place = field(default_factory=Place)
     clock: str = "work"
     verify: Callable[[str], Check] | None = None
+    keeps_memory: bool = False
 
     def batches(self) -> Runs:
         """Return one repetition of each contestant, as it is timed."""
@@ -80,7 +82,7 @@ class Problem:
 
     def measure(self, settings: Settings, tick: Callable[[], None], keeper: Timekeeper = HOST) -> list[Row]:
         """Time all contestants in turn; return a row for each backend under test."""
-        with torch.set_grad_enabled(self.grad):
+        with torch.set_grad_enabled(self.grad), allocator.keeping(self.keeps_memory):
             samples = interleave(
                 self.batches(),
                 seconds=self.seconds * settings.seconds,
@@ -91,6 +93,12 @@ class Problem:
                 stopwatch=None if keeper.stopwatch is None else keeper.stopwatch(self.clock),
             )
             return self.finish(samples)
+
+    def keeping_memory(self) -> Problem:
+        """Return this problem for a process that keeps its memory."""
+        self.row.name += allocator.KEPT
+        self.keeps_memory = True
+        return self
 
     def without(self, backend: str) -> None:
         """Leave a backend out."""
@@ -205,6 +213,7 @@ class Subject:
         check: compares the subject with fp64 in one of ``dtypes``, at small sizes.
         needs: the subjects whose checks its rows need; empty for its own.
         in_table: whether its problems are rows of the table; pytest has them in any case.
+        on_request: whether a run has them only if it names the subject, because they take minutes.
         compile: compiles the rivals of its problems of one dtype.
         ticks: of the progress bar; None for the smallest number of repetitions of its problems.
     """
@@ -215,6 +224,7 @@ class Subject:
     needs: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     in_table: bool = True
+    on_request: bool = False
     compile: Callable[[Compiled, torch.dtype], object] | None = None
     ticks: Callable[[Settings], int] | None = None
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from . import allocator
 from .problems import Problem
 from .rows import Row, Settings
 from .timing import turn_order
@@ -63,7 +64,7 @@ def measure_rounds(benchmark: BenchmarkFixture, problem: Problem, settings: Sett
         take_turns(order[order.index(fused) + 1 :])
         done += 1
 
-    with torch.set_grad_enabled(problem.grad):
+    with torch.set_grad_enabled(problem.grad), allocator.keeping(problem.keeps_memory):
         for batch in batches.values():  # the warm-up
             batch()
         turn = sum(lap(batch) for batch in batches.values())

@@ -62,8 +62,10 @@ def _picture(run: dict[str, Any], curves: list[dict[str, Any]], title: str, path
     count = -(-len(curves) // columns)
     figure: Any
     figure, grid = plt.subplots(count, columns, figsize=(11, 0.9 + 3.7 * count), squeeze=False, layout="constrained")
-    for axes, curve in zip(grid.flat, curves, strict=True):
+    for axes, curve in zip(grid.flat, curves, strict=False):  # the last cell of an odd number stays empty
         _draw(axes, curve)
+    for axes in grid.flat[len(curves) :]:
+        axes.set_visible(False)
     grid.flat[0].legend(frameon=False, fontsize=9, loc="upper left")
     figure.get_layout_engine().set(rect=(0, 0.4 / figure.get_figheight(), 1, 1 - 0.8 / figure.get_figheight()))
     figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold", color=INK)

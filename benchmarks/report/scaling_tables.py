@@ -23,14 +23,15 @@ def markdown(curves: Sequence[Curve]) -> str:
         sides = [side for side in ("fused", "against", "eager") if side in found["points"][0]["values"]]
         heads = [f"{names.get(side, found['against'])}, {found['unit']}" for side in sides]
         lines = [f"#### {found['name']} over {found['axis']} ({found['fixed']})", ""]
-        lines += [
-            "| " + " | ".join([found["axis"], *heads, "fused in units of the rival"]) + " |",
-            "|" + "---:|" * (len(sides) + 2),
-        ]
+        counted = "faults" in found["points"][0]
+        heads += ["fused in units of the rival", *(["faults of a fused call", "system, ms"] if counted else [])]
+        lines += ["| " + " | ".join([found["axis"], *heads]) + " |", "|" + "---:|" * (len(heads) + 1)]
         for entry in found["points"]:
             values = {side: entry["values"][side]["median"] for side in sides if side in entry["values"]}
             cells = [f"{entry['x']:,}", *(number(values[side]) if side in values else "-" for side in sides)]
-            lines.append("| " + " | ".join([*cells, f"{values['fused'] / values['against']:.2f}"]) + " |")
+            cells.append(f"{values['fused'] / values['against']:.2f}")
+            cells += [f"{entry['faults']:,}", number(entry["system_ms"])] if counted else []
+            lines.append("| " + " | ".join(cells) + " |")
         lines += ["", *bends(found)]
         parts.append("\n".join(lines).rstrip())
     return "\n\n".join(parts) + "\n"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import depthlstm_fast as dl
 
-from ..measure import accuracy
+from ..measure import accuracy, allocator
 from ..measure.calls import Function, Runs, forward_and_backward, name_of
 from ..measure.compiled import Compiled
 from ..measure.place import Place
@@ -29,6 +29,8 @@ FORWARD_OPERATIONS = 49  # norm and affine 4 * 7, sigmoids 3 * 4, GELU 5, c and 
 # all of the forward but h, gates and t 15, GELU's derivative 6, c' 1 and g 2 more, sums 4 * 3, dz 4 * 8
 BACKWARD_OPERATIONS = 115
 SPEEDUPS = (8.0, 3.5)  # over eager, over torch.compile
+LARGE_ROWS = 32768  # tokens of a large batch, where fresh memory costs more than the kernels
+LARGE_SPEEDUPS = {False: 3.5, True: 5.0}  # over torch.compile: of the forward, of forward + backward
 SHARE_OF_COPY = {torch.float32: 0.80, torch.bfloat16: 0.60}  # of the forward
 GPU_WIDTHS = (512, 1024, 2048)  # widths of a GPU's targets, in bf16
 GPU_SPEEDUPS = {False: (6.0, 1.3), True: (6.0, 1.5)}  # of the forward, of forward + backward
@@ -113,12 +115,14 @@ def copies(place: Place, z: Tensor, c: Tensor, backward: bool) -> Callable[[], o
     return runs[0] if len(runs) == 1 else lambda: [run() for run in runs]
 
 
-def targets(place: Place, features: int, dtype: torch.dtype, backward: bool) -> list[Target]:
+def targets(place: Place, rows: int, features: int, dtype: torch.dtype, backward: bool) -> list[Target]:
     """Return the targets.
 
     On a GPU the widths used in training have targets. Under torch.compile's own tuning there are none.
     """
     numbers: tuple[float | None, float | None, float | None] = (*SPEEDUPS, None if backward else SHARE_OF_COPY[dtype])
+    if rows >= LARGE_ROWS:
+        numbers = (None, LARGE_SPEEDUPS[backward], None)
     if place.gpu:
         named = features in GPU_WIDTHS and dtype == torch.bfloat16 and place.compiled.mode is None
         numbers = (*GPU_SPEEDUPS[backward], None if backward else GPU_SHARE_OF_COPY) if named else (None, None, None)
@@ -154,7 +158,7 @@ def problem(place: Place, inputs: list[Tensor], runs: Runs, seconds: float, back
     return Problem(
         row,
         runs,
-        targets(place, features, dtype, backward),
+        targets(place, rows, features, dtype, backward),
         seconds,
         backward,
         moved_bytes=size,
@@ -201,6 +205,14 @@ def compile_all(compiled: Compiled, dtype: torch.dtype) -> None:
     """Compile the rivals by making the problems."""
     for make in (forward, training):
         make(Place(compiled), dtype)
+        if dtype == torch.float32:
+            make(Place(compiled), dtype, LARGE_ROWS)
+
+
+def large(make: Callable[..., Problem], kept: bool, place: Place) -> Problem:
+    """Make the problem of a large batch, with memory as it is or kept."""
+    found = make(place, rows=LARGE_ROWS)
+    return found.keeping_memory() if kept else found
 
 
 def check_at(
@@ -228,6 +240,11 @@ SUBJECT = Subject(
         f"{label} {name_of(dtype)}": functools.partial(make, dtype=dtype)
         for dtype in DTYPES
         for label, make in (("forward", forward), ("training", training))
+    }
+    | {
+        f"{label} of a large batch{allocator.KEPT if kept else ''}": functools.partial(large, make, kept)
+        for label, make in (("forward", forward), ("training", training))
+        for kept in (False, True)
     },
     check,
     dtypes=DTYPES,

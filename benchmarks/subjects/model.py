@@ -101,18 +101,18 @@ def needed_products(batch: int, length: int, features: int, heads: int, layers: 
     return [*layers * encoder, *layers * decoder, Product(1, batch * length, features, vocabulary)]
 
 
-def training(place: Place) -> Problem:
+def training(place: Place, batch: int = BATCH) -> Problem:
     """Make the problem: all three models on the same batch."""
     models = {name: module.to(place.device) for name, module in build().items()}
     source, target = (
-        torch.randint(3, VOCABULARY, (BATCH, length), device=place.device) for length in (LENGTH, LENGTH + 1)
+        torch.randint(3, VOCABULARY, (batch, length), device=place.device) for length in (LENGTH, LENGTH + 1)
     )
-    needed = needed_products(BATCH, LENGTH, FEATURES, HEADS, LAYERS, VOCABULARY)
+    needed = needed_products(batch, LENGTH, FEATURES, HEADS, LAYERS, VOCABULARY)
     runs: Runs = {"eager": lambda: step(models["eager"], source, target)}
     runs |= place.fused(lambda: step(models["fused"], source, target))
     runs["against"] = lambda: step(models["against"], source, target)
     runs["floor"] = matrix_products.training_run(needed, torch.float32, place.device)
-    size = f"{BATCH}x{LENGTH} d={FEATURES} {LAYERS}+{LAYERS} layers"
+    size = f"{batch}x{LENGTH} d={FEATURES} {LAYERS}+{LAYERS} layers"
     row = Row(
         "model", "model training step", "fp32", size, "ms", against=RESIDUAL, others={"floor": "its bare products"}
     )

@@ -8,7 +8,7 @@ a bend is seen.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import depthlstm_fast as dl
 
-from ..measure import matrix_products
+from ..measure import allocator, matrix_products
 from ..measure.calls import Runs
 from ..measure.curves import Curve, curve, point
 from ..measure.kept import kept_bytes
@@ -25,7 +25,7 @@ from ..measure.problems import Maker, Problem, Subject
 from ..measure.rows import Row, Settings, Target
 from . import gates
 
-TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
+TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 DEPTHS = (1, 2, 4, 8, 16, 32, 48)
 ROWS, FEATURES = 4096, 512
@@ -42,17 +42,20 @@ def gates_runs(rows: int, features: int, backward: bool) -> Runs:
     return {name: runs[name] for name in names}
 
 
-def gates_curve(axis: str, backward: bool, sizes: Iterable[int], settings: Settings, tick: Callable[[], None]) -> Curve:
-    """Return the curve of the gates over tokens (D fixed) or over width (N fixed)."""
+def gates_curve(
+    axis: str, backward: bool, kept: bool, sizes: Iterable[int], settings: Settings, tick: Callable[[], None]
+) -> Curve:
+    """Return the curve of the gates over tokens (D fixed) or over width (N fixed), with memory as it is or kept."""
     points = []
     for size in sizes:
         rows, features = (size, FEATURES) if axis == "tokens" else (ROWS, size)
-        runs = gates_runs(rows, features, backward)
-        with torch.set_grad_enabled(backward):
+        with torch.set_grad_enabled(backward), allocator.keeping(kept):
+            runs = gates_runs(rows, features, backward)
             points.append(point(size, runs, settings, tick))
+        del runs
         elements = gates.FORWARD_ELEMENTS + (gates.BACKWARD_ELEMENTS if backward else 0)
         points[-1]["bytes"] = gates.moved_bytes(rows, features, torch.float32, elements)
-    name = "gates forward + backward" if backward else "gates forward"
+    name = ("gates forward + backward" if backward else "gates forward") + (allocator.KEPT if kept else "")
     return curve(
         name, axis, f"fp32, {f'D={FEATURES}' if axis == 'tokens' else f'N={ROWS}'}", "copy of the same bytes", points
     )
@@ -107,9 +110,13 @@ def encoder_step(module: nn.Module, x: Tensor, cotangent: Tensor) -> tuple[Tenso
     return torch.autograd.grad(module(x), [x, *module.parameters()], cotangent)
 
 
-def depth_curves(depths: Iterable[int], settings: Settings, tick: Callable[[], None]) -> tuple[Curve, Curve]:
-    """Return the curves of an encoder's training step over its layers, and of the bytes that it keeps for backward."""
-    times, kept = [], []
+def depth_curves(depths: Sequence[int], settings: Settings, tick: Callable[[], None]) -> list[Curve]:
+    """Return the curves of an encoder's training step over its layers, and of the bytes that it keeps for backward.
+
+    The step has two curves, with memory as it is and kept.
+    """
+    times: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
+    kept = []
     x, cotangent = (
         torch.randn(BATCH, LENGTH, LAYER_FEATURES, requires_grad=True),
         torch.randn(BATCH, LENGTH, LAYER_FEATURES),
@@ -123,11 +130,15 @@ def depth_curves(depths: Iterable[int], settings: Settings, tick: Callable[[], N
             {"x": depth, "values": {name: {"median": size, "p10": size, "p90": size} for name, size in found.items()}}
         )
         runs: Runs = {name: functools.partial(encoder_step, module, x, cotangent) for name, module in stacks.items()}
-        times.append(point(depth, runs, settings, tick, seconds=1.0))
+        for keeps, points in times.items():
+            with allocator.keeping(keeps):
+                points.append(point(depth, runs, settings, tick, seconds=1.0))
     fixed = f"fp32, {BATCH}x{LENGTH} tokens, D={LAYER_FEATURES}"
-    return curve("encoder training step", "layers", fixed, RESIDUAL, times), curve(
-        "bytes kept by an encoder", "layers", fixed, RESIDUAL, kept, "MB"
-    )
+    steps = [
+        curve("encoder training step" + (allocator.KEPT if keeps else ""), "layers", fixed, RESIDUAL, points)
+        for keeps, points in times.items()
+    ]
+    return [*steps, curve("bytes kept by an encoder", "layers", fixed, RESIDUAL, kept, "MB")]
 
 
 def step_in(settings: Settings) -> int:
@@ -139,9 +150,10 @@ def measure_curves(settings: Settings, tick: Callable[[], None] = lambda: None) 
     """Return all curves."""
     step = step_in(settings)
     found = [
-        gates_curve(axis, backward, sizes[::step], settings, tick)
+        gates_curve(axis, backward, kept, sizes[::step], settings, tick)
         for axis, sizes in (("tokens", TOKENS), ("width", WIDTHS))
         for backward in (False, True)
+        for kept in (False, True)
     ]
     return [*found, threads_curve(settings, tick), *depth_curves(DEPTHS[::step], settings, tick)]
 
@@ -184,7 +196,7 @@ PROBLEMS: dict[str, Maker] = {
 def points_in(settings: Settings) -> int:
     """Return how often ``measure_curves`` calls its ``tick``."""
     step = step_in(settings)
-    return 2 * (len(TOKENS[::step]) + len(WIDTHS[::step])) + len(DEPTHS[::step]) + len(thread_counts())
+    return 4 * (len(TOKENS[::step]) + len(WIDTHS[::step])) + 2 * len(DEPTHS[::step]) + len(thread_counts())
 
 
 SUBJECT = Subject("scaling", PROBLEMS, needs=("gates", "layer"), in_table=False, ticks=points_in)

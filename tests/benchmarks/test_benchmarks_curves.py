@@ -17,7 +17,7 @@ import depthlstm_fast as dl
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from depthlstm_fast.bench.measure import curves, roofs  # noqa: E402
+from depthlstm_fast.bench.measure import allocator, curves, roofs  # noqa: E402
 from depthlstm_fast.bench.measure.rows import Settings  # noqa: E402
 from depthlstm_fast.bench.report import scaling_tables  # noqa: E402
 from depthlstm_fast.bench.subjects import scaling  # noqa: E402
@@ -82,7 +82,9 @@ def test_curves_have_all_axes_and_pictures(monkeypatch: pytest.MonkeyPatch, tmp_
         found = scaling.measure_curves(settings, lambda: ticks.append(1))
     assert torch.get_num_threads() == threads
     assert len(ticks) == scaling.points_in(settings)
-    assert [curve["axis"] for curve in found] == ["tokens", "tokens", "width", "width", "threads", "layers", "layers"]
+    assert [curve["axis"] for curve in found] == [*["tokens"] * 4, *["width"] * 4, "threads", *["layers"] * 3]
+    assert [allocator.KEPT in curve["name"] for curve in found[:8]] == [False, True] * 4
+    assert all(point["faults"] >= 0 for curve in found[:-1] for point in curve["points"])
     assert dl.last_backend() in ("cpp", "reference")
     assert found[0]["points"][0]["bytes"] == 7 * scaling.FEATURES * 4
     kept = found[-1]
