@@ -255,4 +255,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    dl.keep_memory()  # spares most page faults of large batches, for the process alone
     sys.exit(main())
