@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,7 +17,7 @@ from ..initialisation import INITS, initialise_connection, initialise_layer
 from ..reference.attention import CrossAttention
 from ..reference.layout import Layout
 from ..reference.stacks import CELLS
-from .layer import StackLayer, branch_names
+from .layer import StackLayer, branch_names, checked_state
 
 Factory = str | Callable[[int, int], Connection]
 
@@ -56,16 +55,6 @@ def takes_dropout(connection: Factory) -> bool:
     """Whether the connection drops by itself."""
     factory: Any = connections.get(connection) if isinstance(connection, str) else connection
     return "dropout" in inspect.signature(factory).parameters
-
-
-def _checked(state: Any, connection: Connection, method: str) -> tuple[Tensor, ...]:
-    if not isinstance(state, tuple) or not all(isinstance(each, Tensor) for each in state):
-        found = f"a tuple of {[type(each).__name__ for each in state]}" if isinstance(state, tuple) else type(state)
-        raise TypeError(
-            f"{type(connection).__name__}.{method} must return a state that is a tuple of tensors; found "
-            f"{found if isinstance(found, str) else found.__name__}"
-        )
-    return state
 
 
 class Stack(Layout, nn.Module):
@@ -173,7 +162,7 @@ class Stack(Layout, nn.Module):
 
     def _through_layers(self, x: Tensor, options: list[dict[str, Any]], outputs: list[Tensor] | None = None) -> Tensor:
         """The output for the embedded input x; ``outputs`` is given what the connection makes of each depth."""
-        state = _checked(self.connection.start(x), self.connection, "start")
+        state = checked_state(self.connection.start(x), self.connection, "start")
         if outputs is not None:
             outputs.append(self.connection.finish(state))
         u = self.connection.read(state, 0)
@@ -189,23 +178,8 @@ class Stack(Layout, nn.Module):
 
     def _layer(self, index: int, options: dict[str, Any], u: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         """(the next layer's input, or after the last one the output; the state)."""
-        connection, layer = self.connection, self.layers[index]
-        last = connection.num_branches - 1
-        writes = "write" if type(connection).step is Connection.step else "step"
-        for place, name in enumerate(layer.branches):  # type: ignore[arg-type]
-            i = index * self.branches_per_layer + place
-            y = getattr(layer, name)(u, options)
-            if self.dropout:
-                y = F.dropout(y, self.dropout, self.training)
-            if i < last:
-                found = connection.step(state, y, i)
-                if not isinstance(found, tuple) or len(found) != 2:
-                    raise TypeError(f"{type(connection).__name__}.step must return (state, next input)")
-                state, u = _checked(found[0], connection, writes), found[1]
-            else:
-                state = _checked(connection.write(state, y, i), connection, "write")
-                u = connection.finish(state)
-        return u, *state
+        first = index * self.branches_per_layer
+        return self.layers[index](u, state, options, self.connection, first, self.dropout)
 
 
 def _take_cells(stack: Stack, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

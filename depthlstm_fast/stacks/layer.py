@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..activations import activate
+from ..connections import Connection
 from ..layers import add_cross_attention, attend_into, linear_into
 from ..ops import shared_buffer
 from ..reference.attention import CrossAttention, SelfAttention
@@ -21,8 +22,18 @@ BRANCHES = {  # of a layer's attention, by kind; None is an encoder's
 }
 
 
+def checked_state(state: Any, connection: Connection, method: str) -> tuple[Tensor, ...]:
+    if not isinstance(state, tuple) or not all(isinstance(each, Tensor) for each in state):
+        found = f"a tuple of {[type(each).__name__ for each in state]}" if isinstance(state, tuple) else type(state)
+        raise TypeError(
+            f"{type(connection).__name__}.{method} must return a state that is a tuple of tensors; found "
+            f"{found if isinstance(found, str) else found.__name__}"
+        )
+    return state
+
+
 class StackLayer(nn.Module):
-    """The branches of one layer, without what connects them.
+    """The branches of one layer; what connects them is the stack's.
 
     Parameters: ``self_attn`` but with merged attention, ``cross_attn`` in decoders, ``linear1`` and ``linear2`` with a
     feed-forward network, named as in :class:`DepthLSTMDecoderLayer`.
@@ -51,6 +62,41 @@ class StackLayer(nn.Module):
         if feed_forward:
             self.linear1: nn.Module = nn.Linear(d_model, dim_feedforward, bias, **placed)
             self.linear2: nn.Module = nn.Linear(dim_feedforward, d_model, bias, **placed)
+
+    def forward(
+        self,
+        u: Tensor,
+        state: tuple[Tensor, ...],
+        options: dict[str, Any],
+        connection: Connection,
+        first: int,
+        dropout: float,
+    ) -> tuple[Tensor, ...]:
+        """(the next layer's input, or after the last branch of all the stack's output; the state).
+
+        Args:
+            u: the input of the first branch (batch, L, C).
+            state: the connection's, before the first branch.
+            options: of the attentions, by kind.
+            connection: the stack's.
+            first: the first branch's number in the stack.
+            dropout: of the branches' outputs.
+        """
+        last = connection.num_branches - 1
+        writes = "write" if type(connection).step is Connection.step else "step"
+        for i, name in enumerate(self.branches, first):
+            y = getattr(self, name)(u, options)
+            if dropout:
+                y = F.dropout(y, dropout, self.training)
+            if i < last:
+                found = connection.step(state, y, i)
+                if not isinstance(found, tuple) or len(found) != 2:
+                    raise TypeError(f"{type(connection).__name__}.step must return (state, next input)")
+                state, u = checked_state(found[0], connection, writes), found[1]
+            else:
+                state = checked_state(connection.write(state, y, i), connection, "write")
+                u = connection.finish(state)
+        return u, *state
 
     def self_attention(self, u: Tensor, options: dict[str, Any]) -> Tensor:
         return attend_into(self._beside(u), 0, self.self_attn, (u,), options["self"])

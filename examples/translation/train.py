@@ -39,6 +39,7 @@ from scores import Score, corpus_scores
 from training import DTYPES, DivergedError, Settings, StepResult, Trainer, build_model, usable_device
 
 import depthlstm_fast as dl
+from depthlstm_fast.initialisation import INITS
 
 
 def log_step(log: Log, step: int, result: StepResult) -> None:
@@ -196,7 +197,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=Path, required=True, metavar="RUN", help="folder of the run: log and checkpoints"
     )
-    choices = {"architecture": ARCHITECTURES, "dtype": tuple(DTYPES), "init": ("lipschitz", "glorot")}
+    choices = {"architecture": ARCHITECTURES, "dtype": tuple(DTYPES), "init": INITS}
     for field in fields(Settings):
         option = "--" + field.name.replace("_", "-")
         parser.add_argument(
@@ -210,7 +211,7 @@ def command_line() -> argparse.ArgumentParser:
         "--backend",
         default="auto",
         choices=("auto", "reference", "cpp", "cuda", "triton"),
-        help="of the depth-wise LSTM; reference is plain PyTorch; default: %(default)s",
+        help="of the depth connection; reference is plain PyTorch; default: %(default)s",
     )
     parser.add_argument(
         "--parallel",

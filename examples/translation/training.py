@@ -151,10 +151,10 @@ class Trainer:
     ``steps`` is the number of steps taken, ``skipped`` the number of steps skipped last in a row.
 
     Args:
-        model: a ``DepthLSTMTransformer``, fused or reference, or a ``ResidualTransformer``; with ``group.kind`` "fsdp2"
+        model: a ``DepthLSTMTransformer``, fused or reference, or a ``Transformer``; with ``group.kind`` "fsdp2"
             its parameters become shards in place.
         settings: see ``Settings``.
-        backend: the backend of the fused model; None and "reference" leave it alone.
+        backend: the backend of the fused calls; None leaves it alone.
         group: the processes that share the work. All of them call each method, with their own part of the batches.
         skip_nonfinite: the most steps in a row with a loss or gradient that is not finite. Such steps leave the weights
             unchanged.
@@ -169,7 +169,7 @@ class Trainer:
         skip_nonfinite: int = 0,
     ) -> None:
         self.settings, self.group, self.skip_nonfinite = settings, group or Processes(), skip_nonfinite
-        self.backend = None if backend == "reference" else backend
+        self.backend = backend
         self.model = model.to(settings.device)
         self.called = divide(self.model, self.group, settings.device)
         self.optimizer = torch.optim.AdamW(

@@ -109,19 +109,18 @@ def test_gradients_are_those_of_the_layers_outputs(folder: Path) -> None:
     corpus = study.load_corpus(folder)
     batch = study.collate(corpus.examples["train"][:2])
     model = training.build_model(replace(TINY, layers=3, architecture="pre-norm"), len(corpus.tokenizer), "reference")
-    norms = study.layer_gradients(model, batch, model.decoder)
+    norms = study.layer_gradients(model, batch, "decoder")
     assert len(norms) == 3
-    # only the stack's norm and the output layer follow the last layer's output
+    # only the connection's last norm and the output layer follow the last layer's output
     outputs: list[torch.Tensor] = []
-    hook = model.decoder.layers[-1].register_forward_hook(
-        lambda module, inputs, output: outputs.append(output.detach().requires_grad_())
-    )
+    connection = model.decoder.connection
+    finish = connection.finish
+    connection.finish = lambda state: (outputs.append(state[0].detach().requires_grad_()), finish(state))[1]
     with torch.no_grad():
         model(batch.source, batch.target[:, :-1])
-    hook.remove()
-    logits = torch.nn.functional.linear(model.decoder.norm(outputs[0]), model.tgt_embedding.weight)
+    logits = torch.nn.functional.linear(finish((outputs[-1],)), model.tgt_embedding.weight)
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.target[:, 1:].flatten(), ignore_index=0)
-    (wanted,) = torch.autograd.grad(loss, outputs)
+    (wanted,) = torch.autograd.grad(loss, outputs[-1:])
     assert norms[-1] == pytest.approx(float(wanted.norm()), rel=1e-4)
 
 

@@ -176,8 +176,13 @@ def run_task(task: Task) -> list[dict[str, Any]]:
     return found
 
 
-def layer_gradients(model: nn.Module, batch: Any, stack: nn.Module) -> list[float]:
-    """Return the norm of the loss's gradient at the output of each layer of ``stack``, from first to last."""
+def layer_gradients(model: nn.Module, batch: Any, name: str) -> list[float]:
+    """Return the norm of the loss's gradient at the output of each layer of a stack, from first to last.
+
+    The output of a depth-wise LSTM's layer is h; that of another connection's is its whole state.
+    """
+    if isinstance(model, dl.Transformer):
+        return list(dl.probe_gradients(model.train(), (batch.source, batch.target))[name].gradients)
     outputs: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -185,7 +190,7 @@ def layer_gradients(model: nn.Module, batch: Any, stack: nn.Module) -> list[floa
         hidden.retain_grad()
         outputs.append(hidden)
 
-    hooks = [layer.register_forward_hook(keep) for layer in stack.layers]  # type: ignore[union-attr]
+    hooks = [layer.register_forward_hook(keep) for layer in getattr(model, name).layers]
     logits = model.train()(batch.source, batch.target[:, :-1])
     for hook in hooks:
         hook.remove()
@@ -206,7 +211,7 @@ def gradients(corpus: Corpus, base: Settings, depths: Sequence[int]) -> list[dic
                 settings = replace(base, layers=layers, init=init, **options)
                 for name in ("encoder", "decoder"):
                     model = build_model(settings, len(corpus.tokenizer), "reference")
-                    norms = layer_gradients(model, batch, getattr(model, name))
+                    norms = layer_gradients(model, batch, name)
                     found.append({"variant": variant, "init": init, "layers": layers, "stack": name, "norms": norms})
     return found
 
