@@ -22,6 +22,7 @@ from .layers import (
     DepthLSTMEncoderLayer,
     fold_output_projections,
 )
+from .linearisation import Linearised, linearise
 from .memory import empty_cache, keep_memory, memory_stats
 from .models import DepthLSTMTransformer, Transformer, param_groups
 from .probes import Probe, probe_gradients
@@ -55,6 +56,8 @@ __all__ = [
     "param_groups",
     "probe_gradients",
     "grow",
+    "linearise",
+    "Linearised",
     "Probe",
     "fold_output_projections",
     "swap",

@@ -69,3 +69,24 @@ def print_comparison(result: dict[str, Any]) -> None:
     out.print(f"losses {verdict}: relative difference {difference}")
     out.print(f"fused over reference: {result['speedup']:.2f}x tokens/s, median over steps taken in turn")
     print_examples(result["examples"])
+
+
+def print_analysis(result: dict[str, Any]) -> None:
+    """Print the result of ``analyse``: for each layer the dev cross entropy, and by how much it has risen."""
+    out = Console(highlight=False)
+    kinds = [name for name in ("ridge", "tuned", "dropped") if name in result["layers"][0]]
+    full, bleu = result["full"], result["options"]["bleu"]
+    about = f"{result['settings']['architecture']}, {result['checkpoint']}: dev cross entropy {full['dev_loss']:.4f}"
+    out.print(about + (f", {bleu} BLEU {full['bleu']:.2f}" if bleu else ""), markup=False)
+    table = Table()
+    for heading in ("stack", "layer", "scope", "R^2", *kinds, *(f"BLEU {name}" for name in kinds if bleu)):
+        table.add_column(heading, justify="left" if heading in ("stack", "scope") else "right", no_wrap=True)
+    for row in result["layers"]:
+        r2 = [each for found in row["ridge"]["r2"].values() for each in found]
+        losses = [f"{row[name]['dev_loss']:.4f} {row[name]['dev_loss'] - full['dev_loss']:+.4f}" for name in kinds]
+        scores = [f"{row[name]['bleu']:.2f}" for name in kinds if bleu]
+        explained = " ".join("-" if each is None else f"{each:.3f}" for each in r2)
+        table.add_row(row["stack"], str(row["layer"]), row["scope"], explained, *losses, *scores)
+    # a narrow terminal wraps the rows, where rich would cut figures
+    width = Console(width=1000).measure(table).maximum
+    Console(highlight=False, width=width).print(table, soft_wrap=True)
