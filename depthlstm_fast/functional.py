@@ -14,6 +14,7 @@ from . import checks, sharding
 from .backends.choice import choose
 from .modes import autocast_dtype
 from .ops import depth_lstm_autograd
+from .ops import norm_step as norm_step_op
 from .ops.depth_lstm import ACTIVATION_CODES, NAME, NORM_CODES, Options
 from .reference import depth_gru_gates as reference_depth_gru_gates
 from .reference import depth_lstm as reference
@@ -196,10 +197,17 @@ def norm_step(
         TypeError: an argument is no floating-point tensor, or of a dtype that does not go with y.
         ValueError: a shape, device, name or number is not what is wanted.
     """
-    return reference_norm_step(
-        x, y, a=a, b=b, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2, weight3=weight3, bias3=bias3,
-        norm=norm, eps=eps,
-    )  # fmt: skip
+    checks.check_norm_step(x, y, a, b, (("1", weight1, bias1), ("2", weight2, bias2), ("3", weight3, bias3)), norm, eps)
+    chosen = choose(None, y, norm_step_op.NAME, y.shape[-1])
+    if chosen == "reference":
+        return reference_norm_step(
+            x, y, a=a, b=b, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2, weight3=weight3, bias3=bias3,
+            norm=norm, eps=eps,
+        )  # fmt: skip
+    scale, number = (b, 1.0) if isinstance(b, Tensor) else (None, float(b))
+    parameters = norm_step_op.Parameters(scale, weight1, bias1, weight2, bias2, weight3, bias3)
+    options = norm_step_op.Options(float(a), number, norm_step_op.NORM_CODES[norm], float(eps))
+    return norm_step_op.norm_step(x, y, parameters, options, chosen)
 
 
 def siamese_step(

@@ -85,7 +85,7 @@ CALLS = [
 
 def normal(*shape: int, dtype: torch.dtype = F64, scale: float = 1.0, shift: float = 0.0) -> Tensor:
     """Normal numbers drawn in fp64 and rounded once, so that every dtype sees nearly the same problem."""
-    return (torch.randn(*shape, dtype=F64) * scale + shift).to(dtype)
+    return (torch.randn(shape, dtype=F64) * scale + shift).to(dtype)
 
 
 def arguments(

@@ -64,7 +64,8 @@ class Op(NamedTuple):
         fakes: shapes for tracers, by the operator's suffix.
         checks: of forward and backward. They raise on arguments that would cause wrong memory accesses, because a
             caller can bypass the public functions.
-        save: (ctx, forward arguments): keeps what ``gradients`` needs.
+        save: (ctx, forward arguments): keeps what ``gradients`` needs. With ``saves_outputs`` it is (ctx, forward
+            arguments, outputs).
         gradients: (ctx, saved tensors, kernels, *output gradients) -> the gradients of the forward operator's
             arguments.
         layouts: how DTensor shards forward and backward.
@@ -77,10 +78,11 @@ class Op(NamedTuple):
     schemas: tuple[str, str]
     fakes: dict[str, Callable[..., Any]]
     checks: tuple[Callable[..., None], Callable[..., None]]
-    save: Callable[[Any, tuple[Any, ...]], None]
+    save: Callable[..., None]
     gradients: Callable[..., tuple[Tensor | None, ...]]
     layouts: tuple[sharding.Layout, sharding.Layout]
     direct: Callable[[Kernels, Any, str], Kernels | None]
+    saves_outputs: bool = False
 
 
 OPERATORS: dict[str, dict[str, Operators]] = {}
@@ -124,7 +126,7 @@ def add_backend(op: Op, backend: Backend, library: str = LIBRARY) -> Operators |
     torch.library.register_autograd(
         f"{library}::{stem}_forward",
         lambda ctx, *grads: op.gradients(ctx, ctx.saved_tensors, traced, *grads),
-        setup_context=lambda ctx, inputs, output: op.save(ctx, inputs),
+        setup_context=lambda ctx, inputs, output: op.save(ctx, inputs, *([output] if op.saves_outputs else [])),
     )
     for operator, layout in zip(traced, op.layouts, strict=True):
         sharding.add_operator(operator, layout)

@@ -97,6 +97,10 @@ class Op(NamedTuple):
         unkept: the tensors that backward does not need, and that forward must not keep.
         has_dropout: whether it takes ``dropout_p``, ``training`` and ``seed``.
         paths: through the kernels of every backend that has the op.
+        kept: named tensors -> the names of the arguments and outputs that forward keeps; None for every argument but
+            those of ``unkept``.
+        rounds_streams: whether every variant rounds a result to the type of c, and goes on from there. fp32 results
+            beside a 16-bit c then have that rounding in them.
     """
 
     name: str
@@ -114,6 +118,8 @@ class Op(NamedTuple):
     unkept: set[str]
     has_dropout: bool
     paths: list[Path]
+    kept: Callable[[dict[str, Tensor]], set[str]] | None = None
+    rounds_streams: bool = False
 
 
 @functools.cache

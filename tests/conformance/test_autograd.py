@@ -117,13 +117,15 @@ def test_no_graph_without_gradients(op: Op, path: Path) -> None:
 
 @cases("variant", lambda op, path: op.variants[:2], one_path=True)
 def test_kept_for_backward(op: Op, path: Path, variant: Variant) -> None:
-    """Check that only arguments are kept, no copy and nothing derived."""
+    """Check that only arguments are kept, and outputs where the op says so: no copy and nothing else derived."""
     tensors, options = make(op, path, 5, 17, FULL, variant)
     options.update(dropout(op, path))
     kept: list[Any] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        fused(op, path, **{name: tensor.requires_grad_() for name, tensor in tensors.items()}, **options)
-    wanted = [tensor for name, tensor in tensors.items() if name not in op.unkept]
+        outputs = fused(op, path, **{name: tensor.requires_grad_() for name, tensor in tensors.items()}, **options)
+    names = tensors.keys() - op.unkept if op.kept is None else op.kept(tensors)
+    known = {**tensors, **dict(zip(op.outputs, outputs, strict=True))}
+    wanted = [known[name] for name in names]
     seed = [options["seed"]] if op.has_dropout else []
     given = {tensor.data_ptr() for tensor in (*wanted, *seed)}
     assert {tensor.data_ptr() for tensor in kept} == given

@@ -105,6 +105,8 @@ def small_wide(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def among_nan(x: Tensor, apart: int = 0) -> Tensor:
     """Return x in the middle of NaN, its rows ``apart`` elements further from each other."""
+    if x.dim() == 0:
+        return among_nan(x.unsqueeze(0))[0]
     rows, width = x.shape[:-1].numel(), x.shape[-1]
     room = torch.full((rows * (width + apart) + 2 * GUARD,), torch.nan, dtype=x.dtype, device=x.device)
     inner = room[GUARD:-GUARD].view(*x.shape[:-1], width + apart)[..., :width]
