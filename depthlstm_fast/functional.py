@@ -14,7 +14,9 @@ from . import checks, sharding
 from .backends.choice import choose
 from .modes import autocast_dtype
 from .ops import depth_lstm_autograd
+from .ops import layer_mix as layer_mix_op
 from .ops.depth_lstm import ACTIVATION_CODES, NAME, NORM_CODES, Options
+from .ops.sources import leading
 from .reference import depth_gru_gates as reference_depth_gru_gates
 from .reference import depth_lstm as reference
 from .reference import layer_attend as reference_layer_attend
@@ -287,7 +289,11 @@ def layer_mix(sources: Sequence[Tensor], weights: Tensor) -> tuple[Tensor, ...]:
         TypeError: an argument is no floating-point tensor, or sources is no list or tuple.
         ValueError: a shape or device is not what is wanted, or there is no source.
     """
-    return reference_layer_mix(sources, weights)
+    checks.check_layer_mix(sources, weights)
+    chosen = choose(None, leading(sources), layer_mix_op.NAME, sources[0].shape[-1])
+    if chosen == "reference" or weights.shape[0] == 0:
+        return reference_layer_mix(sources, weights)
+    return layer_mix_op.layer_mix(list(sources), weights, chosen)
 
 
 def layer_attend(

@@ -1,8 +1,8 @@
 """The package's torch operators and their autograd.
 
-registry holds every op on every backend. Each op has two files.
+registry holds every op on every backend. Each op has one file, and the depth-wise LSTM two.
 """
 
-from . import depth_lstm, depth_lstm_autograd, registry
+from . import depth_lstm, depth_lstm_autograd, layer_mix, registry
 
-__all__ = ["depth_lstm", "depth_lstm_autograd", "registry"]
+__all__ = ["depth_lstm", "depth_lstm_autograd", "layer_mix", "registry"]

@@ -5,6 +5,7 @@ It sets up simulated CUDA kernels, guards around Triton's memory, and Triton's w
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 
 import pytest
@@ -26,8 +27,8 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
             pytest.skip(dl.backends()["cuda"].detail)
         yield found
     elif found.backend == "triton":
-        memory = triton_helpers.Memory()
-        monkeypatch.setattr(triton_helpers.gates, "torch", memory)
+        memory, op = triton_helpers.Memory(), request.node.callspec.params["op"]
+        monkeypatch.setattr(importlib.import_module(f"depthlstm_fast.kernels.{op.name}"), "torch", memory)
         if found.name == "wide":
             triton_helpers.make_small_wide(monkeypatch)
         yield found
