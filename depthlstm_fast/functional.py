@@ -14,6 +14,7 @@ from . import checks, sharding
 from .backends.choice import choose
 from .modes import autocast_dtype
 from .ops import depth_lstm_autograd
+from .ops import layer_attend as layer_attend_op
 from .ops import layer_mix as layer_mix_op
 from .ops.depth_lstm import ACTIVATION_CODES, NAME, NORM_CODES, Options
 from .ops.sources import leading
@@ -324,4 +325,10 @@ def layer_attend(
     Raises:
         TypeError, ValueError: as :func:`layer_mix`.
     """
-    return reference_layer_attend(sources, query, key_weight, weight, bias, norm=norm, eps=eps)
+    checks.check_layer_attend(sources, query, key_weight, weight, bias, norm, eps)
+    chosen = choose(None, leading(sources), layer_attend_op.NAME, sources[0].shape[-1])
+    if chosen == "reference":
+        return reference_layer_attend(sources, query, key_weight, weight, bias, norm=norm, eps=eps)
+    parameters = layer_attend_op.Parameters(query, key_weight, weight, bias)
+    options = layer_attend_op.Options(layer_attend_op.NORM_CODES[norm], float(eps))
+    return layer_attend_op.layer_attend(list(sources), parameters, options, chosen)
