@@ -49,11 +49,12 @@ def forward_kernel(
         else:
             totals = totals + (load(sums + v * elements + row * features + column, inside, MASKED),)
     for l in tl.static_range(COUNT):
-        there = l < count
+        source = l + tl.arange(0, 1)  # a tensor, which masks must be
+        there = source < count
         value = tl.load(x[l] + row * x_stride[l] + column, mask=inside & there, other=0.0).to(tl.float32)
         added = ()
         for v in tl.static_range(OUTPUTS):
-            weight = tl.load(weights + v * sources + first + l, mask=there, other=0.0)
+            weight = tl.load(weights + v * sources + first + source, mask=there, other=0.0)
             added = added + (totals[v] + value * weight,)
         totals = added
     for v in tl.static_range(OUTPUTS):
@@ -80,18 +81,19 @@ def backward_kernel(
     for v in tl.static_range(OUTPUTS):
         given = given + (load(du[v] + row * du_stride[v] + column, inside, MASKED),)
     for l in tl.static_range(COUNT):
-        there = l < count
+        source = l + tl.arange(0, 1)  # a tensor, which masks must be
+        there = source < count
         if dx is not None:
             gradient = tl.zeros((BLOCK,), tl.float32)
             for v in tl.static_range(OUTPUTS):
-                gradient += given[v] * tl.load(weights + v * sources + first + l, mask=there, other=0.0)
+                gradient += given[v] * tl.load(weights + v * sources + first + source, mask=there, other=0.0)
             at = dx[l] + row * features + column
             tl.store(at, gradient.to(at.dtype.element_ty), mask=inside & there)
         if x is not None:
             value = tl.load(x[l] + row * x_stride[l] + column, mask=inside & there, other=0.0).to(tl.float32)
             for v in tl.static_range(OUTPUTS):
-                at = partial + (tile * OUTPUTS + v) * sources + first + l
-                tl.store(at, tl.sum(value * given[v], 0), mask=there)
+                at = partial + (tile * OUTPUTS + v) * sources + first + source
+                tl.store(at, tl.sum(value * given[v], 0, keep_dims=True), mask=there)
 
 
 @functools.cache
