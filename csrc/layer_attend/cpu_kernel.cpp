@@ -162,10 +162,10 @@ T attend(const LayerAttendCall& call, const Work<M>& work, const T* query, bool 
     return total;
 }
 
-// n = (y - mean) * r + shift; y is left centred.
+// y is left centred but for `left`: n = (y - left) * r with r = 1 / sqrt(square), square the variance and eps.
 template <class T>
 struct RowNorm {
-    T r, shift;
+    T r, left, square;
 };
 
 // The statistics in two passes. The rounding error of the mean is most of a nearly constant row's rest, and
@@ -194,8 +194,8 @@ __attribute__((noinline)) RowNorm<T> statistics(const LayerAttendCall& call, T* 
     });
     const T left = rms ? T(0) : xsimd::reduce_add(rest[0] + rest[1]) / T(C);
     const T variance = xsimd::reduce_add(squares[0] + squares[1]) / T(C) - left * left;
-    const T r = T(1) / std::sqrt((variance < T(0) ? T(0) : variance) + T(call.eps));
-    return {r, -left * r};
+    const T square = (variance < T(0) ? T(0) : variance) + T(call.eps);
+    return {T(1) / std::sqrt(square), left, square};
 }
 
 template <class M>
@@ -218,7 +218,7 @@ void forward_rows(const LayerAttendCall& call, const void* packed_memory, void* 
             continue;
         }
         const RowNorm<T> norm = statistics(call, work.y);
-        const V r(norm.r), shift(norm.shift);
+        const V r(norm.r), shift(-norm.left * norm.r);
         for_blocks<W>(call.features, [&](auto part, int64_t block) __attribute__((always_inline)) {
             const int64_t d = block * W;
             const V n = xsimd::fma(V::load_aligned(work.y + d), r, shift);
@@ -228,33 +228,34 @@ void forward_rows(const LayerAttendCall& call, const void* packed_memory, void* 
     end_stream(call.stream);
 }
 
-// Takes N back: dy of du, and the sums of weight and bias.
+// Takes N back: dy of du, and the sums of weight and bias. With c = y - left and g = weight * du,
+// dy = r (g - mean(g) - c mean(g c) / square): at small C the last two cancel, and r rounds nothing inside.
 template <class M, class T>
 __attribute__((noinline)) void norm_backward(const LayerAttendCall& call, const Work<M>& work, const M* du,
                                              const T* weight, T* dweight, T* dbias) {
     using V = Vector<T>;
     constexpr int64_t W = width<T>;
     const RowNorm<T> norm = statistics(call, work.y);
-    const V r(norm.r), shift(norm.shift);
-    V sum[2] = {V(T(0)), V(T(0))}, sum_n[2] = {V(T(0)), V(T(0))};
+    const V r(norm.r), left(norm.left);
+    V sum[2] = {V(T(0)), V(T(0))}, sum_c[2] = {V(T(0)), V(T(0))};
     for_pairs<W>(call.features, [&](auto part, int64_t d, int lane) __attribute__((always_inline)) {
-        const V n = xsimd::fma(V::load_aligned(work.y + d), r, shift), given = part.load(du + d);
+        const V c = V::load_aligned(work.y + d) - left, given = part.load(du + d);
         const V g = given * V::load_aligned(weight + d);
         if (dweight != nullptr) {
-            xsimd::fma(given, n, V::load_aligned(dweight + d)).store_aligned(dweight + d);
+            xsimd::fma(given, c * r, V::load_aligned(dweight + d)).store_aligned(dweight + d);
             (V::load_aligned(dbias + d) + given).store_aligned(dbias + d);
         }
         sum[lane] += g;
-        sum_n[lane] = xsimd::fma(g, n, sum_n[lane]);
+        sum_c[lane] = xsimd::fma(g, c, sum_c[lane]);
         g.store_aligned(work.dy + d);
-        n.store_aligned(work.y + d);
+        c.store_aligned(work.y + d);
     });
     const bool rms = call.norm == Normalisation::rms;
     const V mean(rms ? T(0) : xsimd::reduce_add(sum[0] + sum[1]) / T(call.features));
-    const V mean_n(xsimd::reduce_add(sum_n[0] + sum_n[1]) / T(call.features));
+    const V slope(xsimd::reduce_add(sum_c[0] + sum_c[1]) / T(call.features) / norm.square);
     for (int64_t d = 0; d < call.features; d += W) {
-        const V g = V::load_aligned(work.dy + d), n = V::load_aligned(work.y + d);
-        (r * xsimd::fnma(n, mean_n, g - mean)).store_aligned(work.dy + d);
+        const V g = V::load_aligned(work.dy + d), c = V::load_aligned(work.y + d);
+        (r * xsimd::fnma(c, slope, g - mean)).store_aligned(work.dy + d);
     }
 }
 

@@ -85,8 +85,8 @@ TRITON = Backend(
     devices="CUDA tensors, or with TRITON_INTERPRET=1 CPU",
     device_types=("cuda", "cpu") if _interpreted else ("cuda",),
     dtypes=GPU_FLOATS,
-    # a longer row of the gates does not fit the registers of a multiprocessor
-    widest={"depth_lstm": 8192, "layer_mix": None},
+    # a longer row does not fit the registers of a multiprocessor
+    widest={"depth_lstm": 8192, "layer_mix": None, "layer_attend": 8192},
     status=_status,
     why_not_here=_why_not_here,
     why_not_on=_why_not_on,
