@@ -14,8 +14,11 @@ from . import checks, sharding
 from .backends.choice import choose
 from .modes import autocast_dtype
 from .ops import depth_lstm_autograd
+from .ops import layer_attend as layer_attend_op
+from .ops import layer_mix as layer_mix_op
 from .ops import norm_step as norm_step_op
 from .ops.depth_lstm import ACTIVATION_CODES, NAME, NORM_CODES, Options
+from .ops.sources import leading
 from .reference import depth_gru_gates as reference_depth_gru_gates
 from .reference import depth_lstm as reference
 from .reference import layer_attend as reference_layer_attend
@@ -295,7 +298,11 @@ def layer_mix(sources: Sequence[Tensor], weights: Tensor) -> tuple[Tensor, ...]:
         TypeError: an argument is no floating-point tensor, or sources is no list or tuple.
         ValueError: a shape or device is not what is wanted, or there is no source.
     """
-    return reference_layer_mix(sources, weights)
+    checks.check_layer_mix(sources, weights)
+    chosen = choose(None, leading(sources), layer_mix_op.NAME, sources[0].shape[-1])
+    if chosen == "reference" or weights.shape[0] == 0:
+        return reference_layer_mix(sources, weights)
+    return layer_mix_op.layer_mix(list(sources), weights, chosen)
 
 
 def layer_attend(
@@ -326,4 +333,10 @@ def layer_attend(
     Raises:
         TypeError, ValueError: as :func:`layer_mix`.
     """
-    return reference_layer_attend(sources, query, key_weight, weight, bias, norm=norm, eps=eps)
+    checks.check_layer_attend(sources, query, key_weight, weight, bias, norm, eps)
+    chosen = choose(None, leading(sources), layer_attend_op.NAME, sources[0].shape[-1])
+    if chosen == "reference":
+        return reference_layer_attend(sources, query, key_weight, weight, bias, norm=norm, eps=eps)
+    parameters = layer_attend_op.Parameters(query, key_weight, weight, bias)
+    options = layer_attend_op.Options(layer_attend_op.NORM_CODES[norm], float(eps))
+    return layer_attend_op.layer_attend(list(sources), parameters, options, chosen)

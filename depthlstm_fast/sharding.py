@@ -44,6 +44,7 @@ class Layout(NamedTuple):
 
 
 _layouts: list[tuple[Any, Layout]] = []
+_refused: set[str] = set()  # ops that DTensor cannot shard
 
 
 def add_operator(operator: Any, layout: Layout) -> None:
@@ -51,12 +52,19 @@ def add_operator(operator: Any, layout: Layout) -> None:
     _layouts.append((operator, layout))
 
 
-def why_not(tensor: Tensor) -> str | None:
-    """Say why the operators cannot take ``tensor``; None where they can.
+def refuse(op: str) -> None:
+    """Let the operators of ``op`` take no DTensor."""
+    _refused.add(op)
 
-    The reason concerns a DTensor under a torch without sharding registration.
+
+def why_not(tensor: Tensor, op: str) -> str | None:
+    """Say why the operators of ``op`` cannot take ``tensor``; None where they can.
+
+    The reason concerns a DTensor: under a torch without sharding registration, or in a list, which torch cannot shard.
     """
-    return _register() if is_dtensor(tensor) else None
+    if not is_dtensor(tensor):
+        return None
+    return f"{op} takes lists of tensors, and DTensor shards none" if op in _refused else _register()
 
 
 @functools.cache

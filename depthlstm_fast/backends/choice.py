@@ -154,7 +154,7 @@ def _why_not(record: Backend, tensor: Tensor, op: str, features: int) -> str | N
             return "forward-mode differentiation needs the decomposition into PyTorch operators"
     if is_export_flag_set():
         return EXPORTED
-    return None if type(tensor) is Tensor else sharding.why_not(tensor)
+    return None if type(tensor) is Tensor else sharding.why_not(tensor, op)
 
 
 def is_exporting() -> bool:

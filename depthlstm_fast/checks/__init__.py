@@ -18,6 +18,7 @@ from .connections import (
     check_layer_attend,
     check_layer_mix,
     check_norm_step,
+    check_output_gradients,
     check_siamese_step,
 )
 from .depth_lstm import MAX_FEATURES, NORMS, check_cell, check_gates, check_options
@@ -40,6 +41,7 @@ __all__ = [
     "check_name",
     "check_norm_step",
     "check_options",
+    "check_output_gradients",
     "check_probability",
     "check_shape",
     "check_siamese_step",

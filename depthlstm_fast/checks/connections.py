@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .arguments import check_companion, check_eps, check_finite, check_float_tensor, check_name, check_shape
+from .arguments import check_companion, check_eps, check_finite, check_float_tensor, check_name, check_shape, dtype_name
 
 NORMALISATIONS = ("layer", "rms")
 
@@ -128,6 +129,19 @@ def check_layer_mix(sources: Sequence[Tensor], weights: Tensor) -> None:
     if weights.dim() != 2 or weights.shape[1] != len(sources):
         raise ValueError(f"weights must have shape (V, {len(sources)}); found {tuple(weights.shape)}")
     _check_parameter("weights", weights, tuple(weights.shape), sources[0])
+
+
+def check_output_gradients(argument: str, found: Sequence[Tensor | None], like: Tensor, dtype: torch.dtype) -> None:
+    """Check gradients of outputs (..., C) of ``dtype``; None stands for zeros. Raises TypeError, ValueError."""
+    for index, gradient in enumerate(found):
+        if gradient is None:
+            continue
+        name = f"{argument}[{index}]"
+        check_float_tensor(name, gradient)
+        check_shape(name, gradient, tuple(like.shape))
+        if gradient.dtype != dtype or gradient.device != like.device:
+            wanted = f"{dtype_name(dtype)} on {like.device}"
+            raise TypeError(f"{name} must be {wanted}; found {dtype_name(gradient.dtype)} on {gradient.device}")
 
 
 def check_layer_attend(

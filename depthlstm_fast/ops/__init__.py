@@ -1,8 +1,8 @@
 """The package's torch operators and their autograd.
 
-registry holds every op on every backend.
+registry holds every op on every backend. Each op has one file, and the depth-wise LSTM two.
 """
 
-from . import depth_lstm, depth_lstm_autograd, norm_step, registry
+from . import depth_lstm, depth_lstm_autograd, layer_attend, layer_mix, norm_step, registry
 
-__all__ = ["depth_lstm", "depth_lstm_autograd", "norm_step", "registry"]
+__all__ = ["depth_lstm", "depth_lstm_autograd", "layer_attend", "layer_mix", "norm_step", "registry"]

@@ -19,13 +19,21 @@ from ..backends.record import Backend
 from ..modes import is_direct
 
 LIBRARY = "depthlstm_fast"
-_SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", bool: "bool"}
+_SCHEMA_TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    list[Tensor]: "Tensor[]",
+    list[Tensor | None]: "Tensor?[]",
+    int: "int",
+    float: "float",
+    bool: "bool",
+}
 
 
 def schema(arguments: list[Any], outputs: Any) -> str:
     """Return the schema of NamedTuples in a row.
 
-    An example is "(Tensor z, Tensor? bias, float eps) -> (Tensor h, Tensor c_out)".
+    An example is "(Tensor z, Tensor? bias, float eps) -> (Tensor h, Tensor c_out)". A list of tensors is "Tensor[]".
     """
 
     def listed(fields: Any) -> list[str]:
@@ -68,7 +76,7 @@ class Op(NamedTuple):
             arguments, outputs).
         gradients: (ctx, saved tensors, kernels, *output gradients) -> the gradients of the forward operator's
             arguments.
-        layouts: how DTensor shards forward and backward.
+        layouts: how DTensor shards forward and backward; None where it cannot, as with lists of tensors.
         direct: (operators, torch.ops namespace, prefix) -> the functions of eager calls on a library's operators; None
             for the operators alone.
     """
@@ -80,12 +88,13 @@ class Op(NamedTuple):
     checks: tuple[Callable[..., None], Callable[..., None]]
     save: Callable[..., None]
     gradients: Callable[..., tuple[Tensor | None, ...]]
-    layouts: tuple[sharding.Layout, sharding.Layout]
+    layouts: tuple[sharding.Layout, sharding.Layout] | None
     direct: Callable[[Kernels, Any, str], Kernels | None]
     saves_outputs: bool = False
 
 
 OPERATORS: dict[str, dict[str, Operators]] = {}
+OPS: dict[str, Op] = {}
 _definitions: list[torch.library.Library] = []  # a torch.library.Library must stay alive: its operators go with it
 
 
@@ -128,7 +137,9 @@ def add_backend(op: Op, backend: Backend, library: str = LIBRARY) -> Operators |
         lambda ctx, *grads: op.gradients(ctx, ctx.saved_tensors, traced, *grads),
         setup_context=lambda ctx, inputs, output: op.save(ctx, inputs, *([output] if op.saves_outputs else [])),
     )
-    for operator, layout in zip(traced, op.layouts, strict=True):
+    if op.layouts is None:
+        sharding.refuse(op.name)
+    for operator, layout in zip(traced, op.layouts or (), strict=False):
         sharding.add_operator(operator, layout)
     if backend.kernels is None:
         return Operators(traced, op.direct(traced, namespace, stem))
@@ -150,6 +161,7 @@ class _Lazy:
 
 def add(op: Op) -> None:
     """Register ``op`` on every backend that has it."""
+    OPS[op.name] = op
     found = {name: add_backend(op, backend) for name, backend in RECORDS.items() if op.name in backend.widest}
     for name, operators in found.items():
         if operators is None and RECORDS[name].why_not_here() is None:

@@ -24,7 +24,8 @@ from . import interpreter
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
 ALIGNMENT = 16  # bytes: the widest load of a thread
 INTERPRETED = interpreter.enabled()
-Argument = Tensor | int | float | None
+Single = Tensor | int | float | None
+Argument = Single | tuple[Single, ...]  # a tuple is one argument of the kernel, with a type for each of its parts
 Constant = int | str | bool
 
 
@@ -39,10 +40,12 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def type_of(argument: Argument) -> str | None:
-    """Return Triton's name for the type of a run-time argument; None for an absent one."""
+def type_of(argument: Argument) -> Any:
+    """Return Triton's name for the type of a run-time argument, a tuple of names for a tuple; None for an absent one."""
     if argument is None:
         return None
+    if isinstance(argument, tuple):
+        return tuple(type_of(part) for part in argument)
     if isinstance(argument, Tensor):
         return POINTERS[argument.dtype]
     return "fp32" if isinstance(argument, float) else "i64"
@@ -102,9 +105,14 @@ def is_aligned(tensors: Sequence[Tensor | None], strides: Sequence[int]) -> bool
     return True
 
 
+def _promise(kind: str, pointer: str) -> list[Any]:
+    """Return the attribute of a tuple's part: a pointer, or the stride of the rows of ``pointer``."""
+    return [["tt.divisibility", ALIGNMENT if kind.startswith("*") else ALIGNMENT // (4 if pointer == "*fp32" else 2)]]
+
+
 def compile_kernel(
     kernel: Any,
-    types: Sequence[str | None],
+    types: Sequence[Any],
     constants: dict[str, Constant],
     warps: int,
     aligned: bool,
@@ -128,6 +136,10 @@ def compile_kernel(
         kind = by_name.get(name)
         if kind is None:
             values[(index,)] = constants.get(name)
+        elif isinstance(kind, tuple):
+            if aligned:
+                pointers = by_name.get(name.removesuffix("_stride"), kind)
+                attributes |= {(index, part): _promise(kind[part], pointers[part]) for part in range(len(kind))}
         elif aligned and kind.startswith("*") and kind != "*i64":
             attributes[(index,)] = [["tt.divisibility", ALIGNMENT if kind == "*fp32" else 2 * vector]]
         elif aligned and name.endswith("_stride"):
@@ -144,11 +156,12 @@ def key_of(arguments: Sequence[Argument], constants: dict[str, Constant], aligne
 
     The key holds which tensors are present, their dtypes, and the constants.
     """
-    return (
-        *[argument.dtype if isinstance(argument, Tensor) else argument is None for argument in arguments],
-        *constants.values(),
-        aligned,
-    )
+    def kind(argument: Argument) -> object:
+        if isinstance(argument, tuple):
+            return tuple(kind(part) for part in argument)
+        return argument.dtype if isinstance(argument, Tensor) else argument is None
+
+    return (*[kind(argument) for argument in arguments], *constants.values(), aligned)
 
 
 _compiled: dict[tuple, Any] = {}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import importlib
 import re
 
 import pytest
@@ -22,15 +21,14 @@ from depthlstm_fast.backends.choice import RECORDS
 from depthlstm_fast.backends.library import LIBRARY
 from depthlstm_fast.ops import registry
 from depthlstm_fast.ops.depth_lstm import ACTIVATION_CODES, OP, OutputGradients, TensorGradients, Tensors
-from depthlstm_fast.ops.registry import OPERATORS
+from depthlstm_fast.ops.registry import OPERATORS, OPS
 
 
 @pytest.mark.parametrize("op", OPERATORS)
 def test_backends_share_the_schemas(op: str) -> None:
     assert "triton" in OPERATORS[op]
-    schemas = importlib.import_module(f"depthlstm_fast.ops.{op}").OP.schemas
     for name, operators in OPERATORS[op].items():
-        for operator, wanted in zip(operators.traced, schemas, strict=True):
+        for operator, wanted in zip(operators.traced, OPS[op].schemas, strict=True):
             text = str(operator._schema)
             assert text[text.index("(") :] == wanted, name
 
