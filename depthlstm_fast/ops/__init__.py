@@ -3,6 +3,6 @@
 registry holds every op on every backend.
 """
 
-from . import depth_lstm, depth_lstm_autograd, norm_step, registry
+from . import depth_lstm, depth_lstm_autograd, norm_step, registry, siamese_step
 
-__all__ = ["depth_lstm", "depth_lstm_autograd", "norm_step", "registry"]
+__all__ = ["depth_lstm", "depth_lstm_autograd", "norm_step", "registry", "siamese_step"]
