@@ -106,11 +106,9 @@ def _backward_fake(dx_out: Tensor | None, dy_out: Tensor | None, du: Tensor | No
 
 def why_not(x: Tensor, y: Tensor) -> str | None:
     """Say why no kernels take these streams; None where they do."""
-    return (
-        None
-        if x.dtype == y.dtype
-        else f"siamese_step's kernels take x and y of one dtype; found {x.dtype} and {y.dtype}"
-    )
+    if x.dtype == y.dtype:
+        return None
+    return f"siamese_step's kernels take x and y of one dtype; found {x.dtype} and {y.dtype}"
 
 
 def _check(backend: Backend, *arguments: Any) -> None:
