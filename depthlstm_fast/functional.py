@@ -17,6 +17,7 @@ from .ops import depth_lstm_autograd
 from .ops import layer_attend as layer_attend_op
 from .ops import layer_mix as layer_mix_op
 from .ops import norm_step as norm_step_op
+from .ops import siamese_step as siamese_step_op
 from .ops.depth_lstm import ACTIVATION_CODES, NAME, NORM_CODES, Options
 from .ops.sources import leading
 from .reference import depth_gru_gates as reference_depth_gru_gates
@@ -233,7 +234,8 @@ def siamese_step(
     Source: arXiv 2602.08064.
 
     Args:
-        x, y: (..., C), the two streams; the dtype of o, or float32 beside a 16-bit o.
+        x, y: (..., C), the two streams; the dtype of o, or float32 beside a 16-bit o. The fused kernels take streams of
+            one dtype.
         o: (..., C), the branch's output; float32, float64, bfloat16 or float16.
         weight_x, bias_x, weight_y, bias_y: (C,), the affines of N_x and N_y; dtype of o, or float32 beside a 16-bit o.
         weight, bias: (C,), the affine of N, the next branch's norm. Without a weight there is no N.
@@ -246,7 +248,16 @@ def siamese_step(
     Raises:
         TypeError, ValueError: as :func:`norm_step`.
     """
-    return reference_siamese_step(x, y, o, weight_x, bias_x, weight_y, bias_y, weight, bias, c=c, norm=norm, eps=eps)
+    affines = (("_x", weight_x, bias_x), ("_y", weight_y, bias_y), ("", weight, bias))
+    checks.check_siamese_step(x, y, o, c, affines, norm, eps)
+    chosen = choose(None, o, siamese_step_op.NAME, o.shape[-1], siamese_step_op.why_not(x, y))
+    if chosen == "reference":
+        return reference_siamese_step(
+            x, y, o, weight_x, bias_x, weight_y, bias_y, weight, bias, c=c, norm=norm, eps=eps
+        )
+    tensors = siamese_step_op.Tensors(x, y, o, weight_x, bias_x, weight_y, bias_y, weight, bias)
+    options = siamese_step_op.Options(float(c), siamese_step_op.NORM_CODES[norm], float(eps))
+    return siamese_step_op.siamese_step(tensors, options, chosen)
 
 
 def depth_gru_gates(

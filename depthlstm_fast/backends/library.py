@@ -58,7 +58,7 @@ CPP = Backend(
     devices="CPU",
     device_types=("cpu",),
     dtypes=FLOATS,
-    widest={"depth_lstm": None, "norm_step": None, "layer_mix": None, "layer_attend": None},
+    widest={"depth_lstm": None, "norm_step": None, "siamese_step": None, "layer_mix": None, "layer_attend": None},
     status=_status,
     why_not_here=_why_not_here,
 )

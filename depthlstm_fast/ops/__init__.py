@@ -3,6 +3,6 @@
 registry holds every op on every backend. Each op has one file, and the depth-wise LSTM two.
 """
 
-from . import depth_lstm, depth_lstm_autograd, layer_attend, layer_mix, norm_step, registry
+from . import depth_lstm, depth_lstm_autograd, layer_attend, layer_mix, norm_step, registry, siamese_step
 
-__all__ = ["depth_lstm", "depth_lstm_autograd", "layer_attend", "layer_mix", "norm_step", "registry"]
+__all__ = ["depth_lstm", "depth_lstm_autograd", "layer_attend", "layer_mix", "norm_step", "registry", "siamese_step"]

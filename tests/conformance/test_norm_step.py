@@ -157,6 +157,19 @@ def test_a_wide_stream_is_exact_behind_every_norm(op: Op, path: Path, types: Typ
             assert (value - exact[key]).abs().max() < 1e-5 * exact[key].abs().max(), key
 
 
+@cases(
+    "types, norms",
+    lambda op, path: itertools.product([Types(z, z, F32) for z in (BF16, F16)], ("", "1", "3", "13")),
+    only="norm_step",
+)
+def test_a_single_fp32_b_beside_16_bits(op: Op, path: Path, types: Types, norms: str) -> None:
+    tensors, options = make(op, path, *path.sizes, types, (norms, 1.3, "scalar", "layer"))
+    tensors["b"] = tensors["b"].float()
+    found, _, exact = three(op, path, tensors, options)
+    assert found["db"].dtype == F32
+    assert (found["db"] - exact["db"]).abs() < 1e-5 * exact["db"].abs()
+
+
 @cases(one_path=True, only="norm_step")
 def test_strided_rows(op: Op, path: Path) -> None:
     """Check a column block of a wider matrix, transposed leading dimensions, and expanded gradients."""

@@ -95,26 +95,47 @@ __attribute__((noinline)) Vector<typename ComputeType<M>::type> stage(const M* f
     return sum;
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// 16-bit vectors in a register, for vectors that are stored and used as they were rounded. The way through memory and
+// the blend of Memory<BFloat16>::store cost more.
+inline __attribute__((always_inline)) __m256i rounded_bits(Vector<float> v) {  // bf16 in the upper halves
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    return _mm256_or_si256(sum, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));  // NaN: all bits
+}
+template <class M>
+inline __attribute__((always_inline)) __m128i narrowed(Vector<float> v) {
+    if constexpr (std::is_same_v<M, BFloat16>) {
+        const __m256i halves = _mm256_set_epi64x(-1, 0x0f0e0b0a07060302, -1, 0x0f0e0b0a07060302);
+        const __m256i packed = _mm256_shuffle_epi8(rounded_bits(v), halves);
+        return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+    } else {
+        return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    }
+}
+#endif
+
 // A vector of a row of an output. Past the caches it needs an address that is a multiple of a vector's size.
 template <class M, class Part, class V>
 inline __attribute__((always_inline)) void store_out(Part part, M* p, V v, bool past_caches) {
     if constexpr (std::is_same_v<Part, Whole>) {
-        if (past_caches) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
+        if constexpr (sizeof(M) == 2) {
+            const __m128i half = narrowed<M>(v);
+            __m128i* at = reinterpret_cast<__m128i*>(p);
+            return past_caches ? _mm_stream_si128(at, half) : _mm_storeu_si128(at, half);
+        } else if (past_caches) {
             if constexpr (sizeof(M) == 8) {
                 _mm256_stream_pd(p, v);
-            } else if constexpr (sizeof(M) == 4) {
-                _mm256_stream_ps(p, v);
             } else {
-                alignas(16) M kept[V::size];
-                Memory<M>::store(kept, v);
-                _mm_stream_si128(reinterpret_cast<__m128i*>(p), *reinterpret_cast<const __m128i*>(kept));
+                _mm256_stream_ps(p, v);
             }
-#else
-            Memory<M>::stream(p, v);
-#endif
             return;
         }
+#else
+        if (past_caches) return Memory<M>::stream(p, v);
+#endif
     }
     part.store(p, v, false);
 }
@@ -126,25 +147,33 @@ inline __attribute__((always_inline)) Vector<typename ComputeType<M>::type> roun
     if constexpr (sizeof(M) == sizeof(typename ComputeType<M>::type)) {
         return v;
     } else {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+        if constexpr (std::is_same_v<M, BFloat16>) {
+            return _mm256_castsi256_ps(_mm256_and_si256(rounded_bits(v), _mm256_set1_epi32(int(0xffff0000u))));
+        } else {
+            return _mm256_cvtph_ps(narrowed<M>(v));
+        }
+#else
         alignas(64) M kept[width<typename ComputeType<M>::type>];
         Memory<M>::store(kept, v);
         return Memory<M>::load(kept);
+#endif
     }
 }
 
-// The same, which also stores it. Reading it back costs less than rounding twice.
+// The same, which also stores it.
 template <class M, class Part, class V>
 inline __attribute__((always_inline)) V store_rounded(Part part, M* p, V v, bool past_caches) {
     if constexpr (sizeof(M) == sizeof(typename ComputeType<M>::type)) {
         store_out(part, p, v, past_caches);
         return v;
-    } else if (past_caches) {
-        v = rounded<M>(v);
-        store_out(part, p, v, past_caches);
-        return v;
     } else {
-        part.store(p, v, false);
-        return part.load(p);
+        store_out(part, p, v, past_caches);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+        return rounded<M>(v);
+#else
+        return past_caches ? rounded<M>(v) : V(part.load(p));
+#endif
     }
 }
 
