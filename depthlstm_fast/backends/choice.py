@@ -95,10 +95,12 @@ def last_backend() -> str | None:
     return _last
 
 
-def choose(requested: str | None, tensor: Tensor, op: str, features: int) -> str:
+def choose(requested: str | None, tensor: Tensor, op: str, features: int, limit: str | None = None) -> str:
     """Choose the backend that runs ``op`` on ``tensor`` with D = ``features``.
 
-    The requested backend comes first, then the default, then the fastest one that can run the call.
+    The requested backend comes first, then the default, then the fastest one that can run the call. ``limit`` says why
+    no backend has kernels for a form of ``op``: "auto" then takes the reference, which replaces nothing there and is no
+    fallback.
 
     Raises:
         ValueError: the requested backend is unknown, or cannot run this call.
@@ -109,12 +111,12 @@ def choose(requested: str | None, tensor: Tensor, op: str, features: int) -> str
     if name is None:
         name = _default if _blocks == 0 else _scoped_name() or _default
     if name == "auto":
-        name = _fastest(tensor, op, features)
+        name = _fastest(tensor, op, features) if limit is None else "reference"
     elif name != "reference":
         # set_backend rejects unknown names, so an unknown default comes from the environment
         if name not in RECORDS:
             checks.check_name("DEPTHLSTM_BACKEND" if requested is None else "backend", name, BACKENDS)
-        reason = _why_not(RECORDS[name], tensor, op, features)
+        reason = limit or _why_not(RECORDS[name], tensor, op, features)
         if reason is not None:
             raise ValueError(f"backend={name!r} cannot run this call: {reason}")
     _last = name

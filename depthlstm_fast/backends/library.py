@@ -58,7 +58,7 @@ CPP = Backend(
     devices="CPU",
     device_types=("cpu",),
     dtypes=FLOATS,
-    widest={"depth_lstm": None},
+    widest={"depth_gru_gates": None, "depth_lstm": None},
     status=_status,
     why_not_here=_why_not_here,
 )

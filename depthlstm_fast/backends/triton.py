@@ -85,7 +85,8 @@ TRITON = Backend(
     devices="CUDA tensors, or with TRITON_INTERPRET=1 CPU",
     device_types=("cuda", "cpu") if _interpreted else ("cuda",),
     dtypes=GPU_FLOATS,
-    widest={"depth_lstm": 8192},  # a longer row does not fit the registers of a multiprocessor
+    # a longer row does not fit the registers of a multiprocessor
+    widest={"depth_gru_gates": 8192, "depth_lstm": 8192},
     status=_status,
     why_not_here=_why_not_here,
     why_not_on=_why_not_on,

@@ -1,8 +1,8 @@
 """The package's torch operators and their autograd.
 
-registry holds every op on every backend. Each op has two files.
+registry holds every op on every backend.
 """
 
-from . import depth_lstm, depth_lstm_autograd, registry
+from . import depth_gru_gates, depth_lstm, depth_lstm_autograd, registry
 
-__all__ = ["depth_lstm", "depth_lstm_autograd", "registry"]
+__all__ = ["depth_gru_gates", "depth_lstm", "depth_lstm_autograd", "registry"]

@@ -5,6 +5,7 @@ It sets up simulated CUDA kernels, guards around Triton's memory, and Triton's w
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 
 import pytest
@@ -27,9 +28,10 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         yield found
     elif found.backend == "triton":
         memory = triton_helpers.Memory()
-        monkeypatch.setattr(triton_helpers.gates, "torch", memory)
+        kernels = importlib.import_module(f"depthlstm_fast.kernels.{request.node.callspec.params['op'].name}")
+        monkeypatch.setattr(kernels, "torch", memory)
         if found.name == "wide":
-            triton_helpers.make_small_wide(monkeypatch)
+            triton_helpers.make_small_wide(monkeypatch, kernels)
         yield found
         memory.check_guards()
     else:
