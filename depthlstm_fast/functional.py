@@ -13,6 +13,7 @@ from torch import Tensor
 from . import checks, sharding
 from .backends.choice import choose
 from .modes import autocast_dtype
+from .ops import depth_gru_gates as depth_gru_gates_op
 from .ops import depth_lstm_autograd
 from .ops import layer_attend as layer_attend_op
 from .ops import layer_mix as layer_mix_op
@@ -273,7 +274,8 @@ def depth_gru_gates(
 
     z holds r, u, n, m: reset, update, new and the state's part of new, the last of h alone. Then r and u are sigmoids,
     and n = tanh(a_n + r * a_m), the reset after the product. With ``reset_weight`` z holds r, u, n, and
-    n = tanh(a_n + reset_weight (r * h)), the reset before the product.
+    n = tanh(a_n + reset_weight (r * h)), the reset before the product. This form runs on the reference alone: it has a
+    matrix product between its gates.
     Sources: Wei et al., ACL 2020; :class:`torch.nn.GRUCell` (after); GTrXL, arXiv 1910.06764, section 3.2 (before).
 
     Args:
@@ -284,12 +286,18 @@ def depth_gru_gates(
         eps: added to the biased variance.
 
     Returns:
-        h' (..., C) in the dtype of h.
+        h' (..., C) in the dtype of h. Everything is computed in float32 (float64 for float64).
 
     Raises:
-        TypeError, ValueError: as :func:`norm_step`.
+        TypeError, ValueError: as :func:`norm_step`, or the default backend cannot run the call.
+        RuntimeError: double backward through a fused backend.
     """
-    return reference_depth_gru_gates(z, h, weight, bias, reset_weight=reset_weight, eps=eps)
+    checks.check_depth_gru_gates(z, h, weight, bias, reset_weight, eps)
+    against = None if reset_weight is None else depth_gru_gates_op.RESET_BEFORE
+    chosen = choose(None, z, depth_gru_gates_op.NAME, h.shape[-1], against, without_kernels=True)
+    if chosen == "reference":
+        return reference_depth_gru_gates(z, h, weight, bias, reset_weight=reset_weight, eps=eps)
+    return depth_gru_gates_op.depth_gru_gates(z, h, weight, bias, float(eps), chosen)
 
 
 def layer_mix(sources: Sequence[Tensor], weights: Tensor) -> tuple[Tensor, ...]:

@@ -95,11 +95,19 @@ def last_backend() -> str | None:
     return _last
 
 
-def choose(requested: str | None, tensor: Tensor, op: str, features: int, against: str | None = None) -> str:
+def choose(
+    requested: str | None,
+    tensor: Tensor,
+    op: str,
+    features: int,
+    against: str | None = None,
+    without_kernels: bool = False,
+) -> str:
     """Choose the backend that runs ``op`` on ``tensor`` with D = ``features``.
 
     The requested backend comes first, then the default, then the fastest one that can run the call. ``against`` is a
-    reason why no kernels of the op take the other arguments, if there is one.
+    reason why no kernels of the op take the other arguments, if there is one. With ``without_kernels`` no backend has
+    kernels for that form of the op: the reference then replaces nothing, and is no fallback.
 
     Raises:
         ValueError: the requested backend is unknown, or cannot run this call.
@@ -111,7 +119,7 @@ def choose(requested: str | None, tensor: Tensor, op: str, features: int, agains
         name = _default if _blocks == 0 else _scoped_name() or _default
     if name == "auto":
         name = _fastest(tensor, op, features) if against is None else "reference"
-        if against is not None and not is_exporting():
+        if against is not None and not without_kernels and not is_exporting():
             _report_fallback(against)
     elif name != "reference":
         # set_backend rejects unknown names, so an unknown default comes from the environment

@@ -58,7 +58,9 @@ CPP = Backend(
     devices="CPU",
     device_types=("cpu",),
     dtypes=FLOATS,
-    widest={"depth_lstm": None, "norm_step": None, "siamese_step": None, "layer_mix": None, "layer_attend": None},
+    widest=dict.fromkeys(
+        ("depth_lstm", "depth_gru_gates", "norm_step", "siamese_step", "layer_mix", "layer_attend"), None
+    ),
     status=_status,
     why_not_here=_why_not_here,
 )

@@ -86,7 +86,14 @@ TRITON = Backend(
     device_types=("cuda", "cpu") if _interpreted else ("cuda",),
     dtypes=GPU_FLOATS,
     # a longer row does not fit the registers of a multiprocessor
-    widest={"depth_lstm": 8192, "norm_step": 8192, "siamese_step": 8192, "layer_mix": None, "layer_attend": 8192},
+    widest={
+        "depth_lstm": 8192,
+        "depth_gru_gates": 8192,
+        "norm_step": 8192,
+        "siamese_step": 8192,
+        "layer_mix": None,
+        "layer_attend": 8192,
+    },
     status=_status,
     why_not_here=_why_not_here,
     why_not_on=_why_not_on,

@@ -40,7 +40,10 @@ def schema(arguments: list[Any], outputs: Any) -> str:
         hints = typing.get_type_hints(fields)
         return [f"{_SCHEMA_TYPES[hints[name]]} {name}" for name in fields._fields]
 
-    return f"({', '.join(word for fields in arguments for word in listed(fields))}) -> ({', '.join(listed(outputs))})"
+    made = ", ".join(listed(outputs))
+    if len(outputs._fields) > 1:  # torch prints a single output without parentheses
+        made = f"({made})"
+    return f"({', '.join(word for fields in arguments for word in listed(fields))}) -> {made}"
 
 
 class Kernels(NamedTuple):

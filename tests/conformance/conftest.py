@@ -27,10 +27,11 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
             pytest.skip(dl.backends()["cuda"].detail)
         yield found
     elif found.backend == "triton":
-        memory, op = triton_helpers.Memory(), request.node.callspec.params["op"]
-        monkeypatch.setattr(importlib.import_module(f"depthlstm_fast.kernels.{op.name}"), "torch", memory)
+        memory = triton_helpers.Memory()
+        kernels = importlib.import_module(f"depthlstm_fast.kernels.{request.node.callspec.params['op'].name}")
+        monkeypatch.setattr(kernels, "torch", memory)
         if found.name == "wide":
-            triton_helpers.make_small_wide(monkeypatch)
+            triton_helpers.make_small_wide(monkeypatch, kernels)
         yield found
         memory.check_guards()
     else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import importlib
 import re
 
 import pytest
@@ -29,8 +30,7 @@ def test_backends_share_the_schemas(op: str) -> None:
     assert "triton" in OPERATORS[op]
     for name, operators in OPERATORS[op].items():
         for operator, wanted in zip(operators.traced, OPS[op].schemas, strict=True):
-            text = str(operator._schema)
-            assert text[text.index("(") :] == wanted, name
+            assert operator._schema == torch._C.parse_schema(operator._schema.name + wanted), name
 
 
 def test_names_of_tuples() -> None:
