@@ -2,17 +2,17 @@
 
     s_l = q . x_l / rms(x_l)      p = softmax(s)      y = sum_l p_l x_l      u = [N](y)      q = query * key_weight
 
-The sources are a tuple of pointers, one argument of a kernel. A program has a row in registers and takes the sources one
-after the other, with an online softmax, so that each is read once. A kernel is compiled for a number of pointers that is
-a power of two, up to LARGEST, and skips those past the last source. More sources take several launches, with largest
-score, sum and y between them in fp32.
+The sources are a tuple of pointers, one argument of a kernel. A program has a row in registers and takes the sources
+one after the other, with an online softmax, so that each is read once. A kernel is compiled for a number of pointers
+that is a power of two, up to LARGEST, and skips those past the last source. More sources take several launches, with
+largest score, sum and y between them in fp32.
 
-Backward computes y again, and then reads the sources a second time, from the L2 cache where there is one launch:
+Backward computes y again, and then reads the sources a second time:
 
     dx_l = p_l dy + k_l q - k_l a_l r_l^2 / C x_l      dq = sum of k_l x_l      k_l = p_l r_l (dy . x_l - dy . y)
 
-with a_l = q . x_l and r_l = 1 / rms(x_l). Programs stay on the GPU and loop over rows. Each leaves one partial sum of the
-parameters' gradients, and these are added in a fixed order. Everything is fp32. Row numbers are int64.
+with a_l = q . x_l and r_l = 1 / rms(x_l). Programs stay on the GPU and loop over rows. Each leaves one partial sum of
+the parameters' gradients, and these are added in a fixed order. Everything is fp32. Row numbers are int64.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _source(x, x_stride, row, column, inside, query, there, eps, FEATURES: tl.co
 def _attend(
     x, x_stride, row, column, inside, query, largest, total, y, count, eps, FEATURES: tl.constexpr, COUNT: tl.constexpr
 ):
-    """Take the sources of a launch into the largest score, the sum of e^(s - largest), and that of e^(s - largest) x."""
+    """Take a launch's sources into the largest score, the sum of e^(s - largest), and that of e^(s - largest) x."""
     for l in tl.static_range(COUNT):
         there = l + tl.arange(0, 1) < count
         value, dot, inverse = _source(x[l], x_stride[l], row, column, inside, query, there, eps, FEATURES)

@@ -1,13 +1,14 @@
 // Attention over a list of tensors, forward and backward. This file is compiled once for each instruction set.
 //
-// A row of every source comes from memory once and then from the caches. Forward takes two passes over it: scores, then
-// the weighted sum. Backward takes up to four: scores and the sum again, <dy, x_l>, then the gradients. The next row is
-// fetched during the last pass. Only the arguments are kept from forward to backward.
+// A row of every source is converted into scratch, where the rows lie side by side: in memory they may lie 2^n bytes
+// apart, and twelve of them would share eight ways of a cache. Forward takes two passes: scores, then the weighted sum.
+// Backward takes up to four: scores and the sum again, <dy, x_l>, then the gradients. Only the arguments are kept from
+// forward to backward.
 //
 //     dp_l = <dy, x_l>      ds_l = p_l (dp_l - sum_k p_k dp_k)      with a_l = <q, x_l>, r_l = 1 / rms(x_l), s_l = a_l r_l
-//     dx_l = p_l dy + ds_l r_l q - ds_l a_l r_l^3 / C x_l           dq = sum of ds_l r_l x_l over rows and sources
+//     dx_l = p_l dy + k_l (q - a_l r_l^2 / C x_l)      dq = sum of k_l x_l over rows and sources      k_l = ds_l r_l
 //
-// Sources of one dtype are read where they lie. Where dtypes are mixed, a row is converted into scratch first.
+// Rows of few features are computed in double. There both norms' gradients are the rest of terms that cancel.
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -18,7 +19,11 @@
 namespace depthlstm::DEPTHLSTM_ISA {
 namespace {
 
-bool computes_double(const LayerAttendCall& call) { return call.dtype == DType::float64; }
+constexpr int64_t few_features = 16;
+
+bool computes_double(const LayerAttendCall& call) {
+    return call.dtype == DType::float64 || call.features < few_features;
+}
 
 constexpr int64_t kPad = 16;  // elements: a multiple of every vector
 
@@ -29,13 +34,27 @@ int64_t element_size(const LayerAttendCall& call) { return computes_double(call)
 int64_t packed_bytes(const LayerAttendCall& call) { return 3 * padded(call.features) * element_size(call); }
 // partial: their gradients
 int64_t partial_bytes(const LayerAttendCall& call) { return packed_bytes(call); }
-// scratch: four rows and, where dtypes are mixed, one of each source and one gradient; five numbers of each source, and
-// two addresses
+// rows in scratch lie 2^n bytes and some apart
+int64_t scratch_row(const LayerAttendCall& call) { return padded(call.features) + kPad; }
+// scratch: a row of each source and four more, five numbers of each source and two addresses
 int64_t scratch_bytes(const LayerAttendCall& call) {
-    const int64_t rows = 4 + (call.uniform ? 0 : call.sources + 1);
-    return (rows * padded(call.features) + 5 * padded(call.sources)) * element_size(call) +
+    return ((call.sources + 4) * scratch_row(call) + 5 * padded(call.sources)) * element_size(call) +
            2 * padded(call.sources) * int64_t(sizeof(void*));
 }
+
+template <class Visitor>
+void with_dtype(DType dtype, Visitor visit) {
+    switch (dtype) {
+        case DType::float32: return visit.template operator()<float>();
+        case DType::float64: return visit.template operator()<double>();
+        case DType::bfloat16: return visit.template operator()<BFloat16>();
+        case DType::float16: return visit.template operator()<Float16>();
+    }
+}
+
+// Whether vectors of T are read from and written to memory of type M.
+template <class M, class T>
+constexpr bool is_direct = std::is_same_v<typename ComputeType<M>::type, T>;
 
 template <class T>
 void pack_parameter(const FeatureParameter& parameter, int64_t features, T absent, T* packed) {
@@ -63,17 +82,18 @@ void pack(const LayerAttendCall& call, void* packed) {
     }
 }
 
+constexpr int64_t fetched = 4;  // sources of the next row that the last pass over a row fetches
+
 // The working memory of a thread.
-template <class M>
+template <class T>
 struct Work {
-    using T = typename ComputeType<M>::type;
-    T *y, *dy, *gradient, *mixed_gradient, *staged;  // rows
-    T *share, *dot, *inverse, *product, *spare;      // numbers of each source: e^s or p, a, r, dp
-    const M** x;
+    T *y, *dy, *dq, *out;                         // rows
+    T *share, *dot, *inverse, *product, *square;  // numbers of each source: e^s or p, a, r, dp, |x|^2
+    T** x;                                        // rows of the sources
     const char** next;
     int64_t row_elements;
 
-    Work(const LayerAttendCall& call, void* scratch) : row_elements(padded(call.features)) {
+    Work(const LayerAttendCall& call, void* scratch) : row_elements(scratch_row(call)) {
         const int64_t L = padded(call.sources);
         T* at = static_cast<T*>(scratch);
         const auto take = [&](int64_t elements) {
@@ -81,48 +101,45 @@ struct Work {
             at += elements;
             return taken;
         };
-        y = take(row_elements), dy = take(row_elements), gradient = take(row_elements);
-        mixed_gradient = take(row_elements);
-        staged = take(call.uniform ? 0 : (call.sources + 1) * row_elements);
-        share = take(L), dot = take(L), inverse = take(L), product = take(L), spare = take(L);
-        x = reinterpret_cast<const M**>(at);
-        next = reinterpret_cast<const char**>(x + L);
-    }
-
-    // Finds a row of each source, and the row that is read next.
-    void enter(const LayerAttendCall& call, int64_t row, int64_t row_end) {
-        for (int64_t l = 0; l < call.sources; ++l) {
-            const Source& source = call.source[l];
-            if (call.uniform) {
-                x[l] = element<M>(source.data, row * source.stride);
-                next[l] = reinterpret_cast<const char*>(row + 1 < row_end ? x[l] + source.stride : x[l]);
-            } else {
-                read_as(source.dtype, source.data, row * source.stride, call.features, staged + l * row_elements);
-                x[l] = reinterpret_cast<const M*>(staged + l * row_elements);
-                next[l] = reinterpret_cast<const char*>(x[l]);
-            }
-        }
+        y = take(row_elements), dy = take(row_elements), dq = take(row_elements), out = take(row_elements);
+        T* rows = take(call.sources * row_elements);
+        share = take(L), dot = take(L), inverse = take(L), product = take(L), square = take(L);
+        x = reinterpret_cast<T**>(at);
+        next = static_cast<const char**>(static_cast<void*>(x + L));
+        for (int64_t l = 0; l < call.sources; ++l) x[l] = rows + l * row_elements;
     }
 };
 
-// <x, query> and the sum of squares.
-template <class M, class T>
-__attribute__((noinline)) void dot_and_square(const M* x, const T* query, int64_t features, T* dot, T* square) {
-    using V = Vector<T>;
-    constexpr int64_t W = width<T>;
-    V dots[2] = {V(T(0)), V(T(0))}, squares[2] = {V(T(0)), V(T(0))};
-    const auto step = [&](auto part, int64_t d, int lane) __attribute__((always_inline)) {
-        const V v = part.load(x + d);
-        dots[lane] = xsimd::fma(v, V::load_aligned(query + d), dots[lane]);
-        squares[lane] = xsimd::fma(v, v, squares[lane]);
-    };
-    for_pairs<W>(features, step);
-    *dot = xsimd::reduce_add(dots[0] + dots[1]);
-    *square = xsimd::reduce_add(squares[0] + squares[1]);
+const char* address(const Source& source, int64_t row) {
+    const int64_t bytes = source.dtype == DType::float64 ? 8 : source.dtype == DType::float32 ? 4 : 2;
+    return static_cast<const char*>(source.data) + row * source.stride * bytes;
 }
 
+// A row into scratch, <x, query> and the sum of squares; `next` is fetched meanwhile.
 template <class M, class T>
-__attribute__((noinline)) T dot(const M* x, const T* y, int64_t features) {
+__attribute__((noinline)) void stage_row(const M* from, const char* next, const T* query, int64_t features, T* to,
+                                         T* dot, T* square) {
+    using V = Vector<T>;
+    constexpr int64_t W = width<T>;
+    if constexpr (is_direct<M, T>) {
+        V dots[2] = {V(T(0)), V(T(0))}, squares[2] = {V(T(0)), V(T(0))};
+        for_pairs<W>(features, [&](auto part, int64_t d, int lane) __attribute__((always_inline)) {
+            __builtin_prefetch(next + d * int64_t(sizeof(M)), 0, 3);
+            const V v = part.load(from + d);
+            v.store_aligned(to + d);
+            dots[lane] = xsimd::fma(v, V::load_aligned(query + d), dots[lane]);
+            squares[lane] = xsimd::fma(v, v, squares[lane]);
+        });
+        *dot = xsimd::reduce_add(dots[0] + dots[1]);
+        *square = xsimd::reduce_add(squares[0] + squares[1]);
+    } else {
+        read_elements(from, features, to);
+        stage_row<T, T>(to, next, query, features, to, dot, square);
+    }
+}
+
+template <class T>
+__attribute__((noinline)) T dot(const T* x, const T* y, int64_t features) {
     using V = Vector<T>;
     constexpr int64_t W = width<T>;
     V sums[2] = {V(T(0)), V(T(0))};
@@ -134,15 +151,19 @@ __attribute__((noinline)) T dot(const M* x, const T* y, int64_t features) {
 
 // Scores, e^(s - max s), and y: the sum of e x_l over the sum of e, which comes last, so that equal scores give the mean
 // exactly. Returns the sum of e.
-template <class M, class T>
-T attend(const LayerAttendCall& call, const Work<M>& work, const T* query, bool fetch) {
+template <class T>
+T attend(const LayerAttendCall& call, const Work<T>& work, const T* query, int64_t row, int64_t after, bool fetch) {
     using V = Vector<T>;
     constexpr int64_t W = width<T>;
     T largest = -std::numeric_limits<T>::infinity();
     for (int64_t l = 0; l < call.sources; ++l) {
-        T square;
-        dot_and_square(work.x[l], query, call.features, &work.dot[l], &square);
-        work.inverse[l] = T(1) / std::sqrt(square / T(call.features) + T(call.eps));
+        const Source& source = call.source[l];
+        const char* next = address(call.source[l + 1 < call.sources ? l + 1 : l], row);
+        with_dtype(source.dtype, [&]<class M>() {
+            const M* from = reinterpret_cast<const M*>(address(source, row));
+            stage_row<M, T>(from, next, query, call.features, work.x[l], &work.dot[l], &work.square[l]);
+        });
+        work.inverse[l] = T(1) / std::sqrt(work.square[l] / T(call.features) + T(call.eps));
         work.share[l] = work.dot[l] * work.inverse[l];
         if (work.share[l] > largest) largest = work.share[l];
     }
@@ -151,15 +172,37 @@ T attend(const LayerAttendCall& call, const Work<M>& work, const T* query, bool 
     for (int64_t l = 0; l < call.sources; l += W)
         xsimd::exp(V::load_aligned(work.share + l) - V(largest)).store_aligned(work.share + l);
     for (int64_t l = 0; l < call.sources; ++l) total += work.share[l];
+    const int64_t bytes = call.dtype == DType::float32 ? 4 : call.dtype == DType::float64 ? 8 : 2;
+    for (int64_t l = 0; l < call.sources; ++l)
+        work.next[l] = l < fetched ? address(call.source[l], after) : reinterpret_cast<const char*>(work.x[l]);
     for (int64_t l = 0; l < call.sources; l += gather_group) {
         const int64_t number = call.sources - l < gather_group ? call.sources - l : gather_group;
-        const Gather<T> gather{work.share + l, call.sources, 1, work.y, work.row_elements, call.features};
-        const char* const* next = fetch ? work.next + l : reinterpret_cast<const char* const*>(work.x + l);
-        gather_sources(number, l == 0, work.x + l, next, gather);
+        const bool fetches = fetch && l < fetched;
+        const Gather<T> gather{work.share + l, call.sources,       1, work.y, work.row_elements,
+                               call.features,  fetches ? bytes : 0};
+        gather_sources(number, l == 0, work.x + l, work.next + l, gather);
     }
     const V sum(total);
     for (int64_t d = 0; d < call.features; d += W) (V::load_aligned(work.y + d) / sum).store_aligned(work.y + d);
     return total;
+}
+
+// A row of T out to memory of its own dtype; value(part, d) makes its vectors.
+template <class T, class Value>
+inline __attribute__((always_inline)) void write_row(DType dtype, void* data, int64_t index, int64_t features,
+                                                     bool stream, T* out, Value value) {
+    constexpr int64_t W = width<T>;
+    with_dtype(dtype, [&]<class M>() __attribute__((always_inline)) {
+        if constexpr (is_direct<M, T>) {
+            M* to = element<M>(data, index);
+            for_blocks<W>(features, [&](auto part, int64_t block) __attribute__((always_inline)) {
+                put(part, to + block * W, value(block * W), stream);
+            });
+        } else {
+            for (int64_t d = 0; d < features; d += W) value(d).store_aligned(out + d);
+            write_as(dtype, data, index, features, out);
+        }
+    });
 }
 
 // y is left centred but for `left`: n = (y - left) * r with r = 1 / sqrt(square), square the variance and eps.
@@ -198,48 +241,43 @@ __attribute__((noinline)) RowNorm<T> statistics(const LayerAttendCall& call, T* 
     return {T(1) / std::sqrt(square), left, square};
 }
 
-template <class M>
+template <class T>
 void forward_rows(const LayerAttendCall& call, const void* packed_memory, void* scratch, int64_t row_begin,
                   int64_t row_end) {
-    using T = typename ComputeType<M>::type;
     using V = Vector<T>;
-    constexpr int64_t W = width<T>;
-    Work<M> work(call, scratch);
-    const T *query = static_cast<const T*>(packed_memory), *weight = query + work.row_elements,
-            *bias = weight + work.row_elements;
+    const Work<T> work(call, scratch);
+    const int64_t C = call.features, packed_row = padded(C);
+    const T *query = static_cast<const T*>(packed_memory), *weight = query + packed_row, *bias = weight + packed_row;
     for (int64_t row = row_begin; row < row_end; ++row) {
-        work.enter(call, row, row_end);
-        attend<M, T>(call, work, query, true);
-        M* u = row_of<M>(call.u, row);
+        attend(call, work, query, row, row + 1 < row_end ? row + 1 : row, true);
         if (call.weight.data == nullptr) {
-            for_blocks<W>(call.features, [&](auto part, int64_t block) __attribute__((always_inline)) {
-                put(part, u + block * W, V::load_aligned(work.y + block * W), call.stream);
-            });
+            write_row(call.dtype, call.u.data, row * call.u.stride, C, call.stream, work.out,
+                      [&](int64_t d) __attribute__((always_inline)) { return V::load_aligned(work.y + d); });
             continue;
         }
         const RowNorm<T> norm = statistics(call, work.y);
         const V r(norm.r), shift(-norm.left * norm.r);
-        for_blocks<W>(call.features, [&](auto part, int64_t block) __attribute__((always_inline)) {
-            const int64_t d = block * W;
-            const V n = xsimd::fma(V::load_aligned(work.y + d), r, shift);
-            put(part, u + d, xsimd::fma(n, V::load_aligned(weight + d), V::load_aligned(bias + d)), call.stream);
-        });
+        write_row(call.dtype, call.u.data, row * call.u.stride, C, call.stream, work.out,
+                  [&](int64_t d) __attribute__((always_inline)) {
+                      const V n = xsimd::fma(V::load_aligned(work.y + d), r, shift);
+                      return xsimd::fma(n, V::load_aligned(weight + d), V::load_aligned(bias + d));
+                  });
     }
     end_stream(call.stream);
 }
 
-// Takes N back: dy of du, and the sums of weight and bias. With c = y - left and g = weight * du,
+// Takes N back: du, which is in work.dy, becomes dy. Adds to the sums of weight and bias. With c = y - left and g = weight * du,
 // dy = r (g - mean(g) - c mean(g c) / square): at small C the last two cancel, and r rounds nothing inside.
-template <class M, class T>
-__attribute__((noinline)) void norm_backward(const LayerAttendCall& call, const Work<M>& work, const M* du,
-                                             const T* weight, T* dweight, T* dbias) {
+template <class T>
+__attribute__((noinline)) void norm_backward(const LayerAttendCall& call, const Work<T>& work, const T* weight,
+                                             T* dweight, T* dbias) {
     using V = Vector<T>;
     constexpr int64_t W = width<T>;
     const RowNorm<T> norm = statistics(call, work.y);
     const V r(norm.r), left(norm.left);
     V sum[2] = {V(T(0)), V(T(0))}, sum_c[2] = {V(T(0)), V(T(0))};
     for_pairs<W>(call.features, [&](auto part, int64_t d, int lane) __attribute__((always_inline)) {
-        const V c = V::load_aligned(work.y + d) - left, given = part.load(du + d);
+        const V c = V::load_aligned(work.y + d) - left, given = part.load(work.dy + d);
         const V g = given * V::load_aligned(weight + d);
         if (dweight != nullptr) {
             xsimd::fma(given, c * r, V::load_aligned(dweight + d)).store_aligned(dweight + d);
@@ -259,53 +297,83 @@ __attribute__((noinline)) void norm_backward(const LayerAttendCall& call, const 
     }
 }
 
-// dx and dq of N sources: dx = p dy + k q + m x, dq += k x.
-template <class M, int N>
-void write_gradients(const M* const* x, const char* const* next, M* const* dx, const typename ComputeType<M>::type* dy,
-                     const typename ComputeType<M>::type* query, typename ComputeType<M>::type* dq,
-                     const typename ComputeType<M>::type* p, const typename ComputeType<M>::type* k,
-                     const typename ComputeType<M>::type* m, int64_t features, bool stream) {
-    using T = typename ComputeType<M>::type;
+// dx and dq of N sources: dx = p dy + k (q + m x), dq += k x. At small C the last two cancel, hence this order.
+template <class M, class T, int N, bool has_dx>
+void write_gradients(const Work<T>& work, int64_t l, M* const* dx, const T* query, int64_t features, bool stream) {
     using V = Vector<T>;
     constexpr int64_t W = width<T>;
+    V p[N], k[N], m[N];
+    const T* x[N];
+    const char* next[N];
+    M* to[N];
+    for (int s = 0; s < N; ++s) {
+        p[s] = V(work.share[l + s]), k[s] = V(work.product[l + s]), m[s] = V(work.square[l + s]);
+        x[s] = work.x[l + s], next[s] = work.next[l + s], to[s] = dx[s];
+    }
+    const T* dy = work.dy;
+    T* dq = work.dq;
     for_blocks<W>(features, [&](auto part, int64_t block) __attribute__((always_inline)) {
         const int64_t d = block * W;
         const V g = V::load_aligned(dy + d), q = V::load_aligned(query + d);
         V sum = V::load_aligned(dq + d);
         for (int s = 0; s < N; ++s) {
             __builtin_prefetch(next[s] + d * int64_t(sizeof(M)), 0, 2);
-            const V v = part.load(x[s] + d);
-            if (dx[s] != nullptr)
-                put(part, dx[s] + d, xsimd::fma(V(p[s]), g, xsimd::fma(V(k[s]), q, V(m[s]) * v)), stream);
-            sum = xsimd::fma(V(k[s]), v, sum);
+            const V v = V::load_aligned(x[s] + d);
+            if constexpr (has_dx) put(part, to[s] + d, xsimd::fma(k[s], xsimd::fma(m[s], v, q), p[s] * g), stream);
+            sum = xsimd::fma(k[s], v, sum);
         }
         sum.store_aligned(dq + d);
     });
 }
 
-template <class M>
+template <class T>
+void write_all_gradients(const LayerAttendCall& call, const Work<T>& work, const T* query, int64_t row) {
+    const int64_t C = call.features;
+    for (int64_t l = 0; l < call.sources;) {
+        const Source& source = call.source[l];
+        const bool pair = l + 1 < call.sources && call.source[l + 1].dtype == source.dtype;
+        with_dtype(source.dtype, [&]<class M>() {
+            if (!call.source_gradients) {
+                T* none[2] = {nullptr, nullptr};
+                if (pair) return write_gradients<T, T, 2, false>(work, l, none, query, C, false);
+                return write_gradients<T, T, 1, false>(work, l, none, query, C, false);
+            }
+            if constexpr (is_direct<M, T>) {
+                M* dx[2];
+                for (int s = 0; s < (pair ? 2 : 1); ++s) dx[s] = element<M>(call.source[l + s].gradient, row * C);
+                const bool stream = call.stream && source.dtype == call.dtype;
+                if (pair) return write_gradients<M, T, 2, true>(work, l, dx, query, C, stream);
+                write_gradients<M, T, 1, true>(work, l, dx, query, C, stream);
+            } else {
+                for (int64_t s = l; s < l + (pair ? 2 : 1); ++s) {
+                    T* out = work.out;
+                    write_gradients<T, T, 1, true>(work, s, &out, query, C, false);
+                    write_as(source.dtype, call.source[s].gradient, row * C, C, out);
+                }
+            }
+        });
+        l += pair ? 2 : 1;
+    }
+}
+
+template <class T>
 void backward_rows(const LayerAttendCall& call, const void* packed_memory, void* scratch, void* partial_memory,
                    int64_t row_begin, int64_t row_end) {
-    using T = typename ComputeType<M>::type;
     using V = Vector<T>;
     constexpr int64_t W = width<T>;
-    Work<M> work(call, scratch);
-    const int64_t C = call.features, row_elements = work.row_elements;
-    const T *query = static_cast<const T*>(packed_memory), *weight = query + row_elements;
+    const Work<T> work(call, scratch);
+    const int64_t C = call.features, packed_row = padded(C);
+    const T *query = static_cast<const T*>(packed_memory), *weight = query + packed_row;
     T* dq = static_cast<T*>(partial_memory);
     if (dq != nullptr) std::memset(dq, 0, std::size_t(partial_bytes(call)));
-    T* dweight = dq != nullptr && call.affine_gradient ? dq + row_elements : nullptr;
-    T* row_dq = work.gradient;
+    T* dweight = dq != nullptr && call.affine_gradient ? dq + packed_row : nullptr;
+    const bool inner = call.source_gradients || call.query_gradient;
+    const int64_t bytes = call.dtype == DType::float64 ? 8 : call.dtype == DType::float32 ? 4 : 2;
     for (int64_t row = row_begin; row < row_end; ++row) {
-        work.enter(call, row, row_end);
-        const bool inner = call.source_gradients || call.query_gradient;
-        const T total = attend<M, T>(call, work, query, !inner);
-        const M* du = row_of<M>(call.du, row);
-        if (call.weight.data != nullptr) {
-            norm_backward<M, T>(call, work, du, weight, dweight, dweight == nullptr ? nullptr : dweight + row_elements);
-        } else {
-            read_elements(du, C, work.dy);
-        }
+        const T total = attend(call, work, query, row, row + 1 < row_end ? row + 1 : row, !inner);
+        read_as(call.dtype, static_cast<const char*>(call.du.data) + row * call.du.stride * bytes, 0, C, work.dy);
+        if (call.weight.data != nullptr)
+            norm_backward(call, work, weight, dweight, dweight == nullptr ? nullptr : dweight + packed_row);
         if (!inner) continue;
         T mean = 0;
         for (int64_t l = 0; l < call.sources; ++l) {
@@ -313,56 +381,29 @@ void backward_rows(const LayerAttendCall& call, const void* packed_memory, void*
             work.product[l] = dot(work.x[l], work.dy, C);
             mean += work.share[l] * work.product[l];
         }
-        std::memset(row_dq, 0, std::size_t(row_elements) * sizeof(T));
-        for (int64_t l = 0; l < call.sources; ++l) {  // from here on k in product and m in spare
-            const T ds = work.share[l] * (work.product[l] - mean), r = work.inverse[l];
-            work.product[l] = ds * r;
-            work.spare[l] = -ds * work.dot[l] * r * r * r / T(C);
+        std::memset(work.dq, 0, std::size_t(work.row_elements) * sizeof(T));
+        for (int64_t l = 0; l < call.sources; ++l) {  // from here on k in product and m in square
+            work.product[l] = work.share[l] * (work.product[l] - mean) * work.inverse[l];
+            work.square[l] = T(-double(work.dot[l]) / (double(work.square[l]) + call.eps * double(C)));
         }
-        for (int64_t l = 0; l < call.sources;) {
-            M* dx[2] = {nullptr, nullptr};
-            const bool pair = call.uniform && l + 1 < call.sources;
-            for (int s = 0; s < (pair ? 2 : 1) && call.source_gradients; ++s) {
-                dx[s] = call.uniform ? element<M>(call.source[l + s].gradient, row * C)
-                                     : reinterpret_cast<M*>(work.mixed_gradient);
-            }
-            const T *p = work.share + l, *k = work.product + l, *m = work.spare + l;
-            if (pair) {
-                write_gradients<M, 2>(work.x + l, work.next + l, dx, work.dy, query, row_dq, p, k, m, C, call.stream);
-            } else {
-                write_gradients<M, 1>(work.x + l, work.next + l, dx, work.dy, query, row_dq, p, k, m, C,
-                                      call.stream && call.uniform);
-            }
-            if (!call.uniform && call.source_gradients)
-                write_as(call.source[l].dtype, call.source[l].gradient, row * C, C, work.mixed_gradient);
-            l += pair ? 2 : 1;
-        }
+        write_all_gradients(call, work, query, row);
         if (dq != nullptr && call.query_gradient) {
             for (int64_t d = 0; d < C; d += W)
-                (V::load_aligned(dq + d) + V::load_aligned(row_dq + d)).store_aligned(dq + d);
+                (V::load_aligned(dq + d) + V::load_aligned(work.dq + d)).store_aligned(dq + d);
         }
     }
     end_stream(call.stream);
 }
 
-// M is the dtype of uniform sources, and float or double for mixed ones.
-template <class Visitor>
-void with_type(const LayerAttendCall& call, Visitor visit) {
-    switch (call.dtype) {
-        case DType::float32: return visit.template operator()<float>();
-        case DType::float64: return visit.template operator()<double>();
-        case DType::bfloat16: return visit.template operator()<BFloat16>();
-        case DType::float16: return visit.template operator()<Float16>();
-    }
-}
-
 void forward(const LayerAttendCall& call, const void* packed, void* scratch, int64_t row_begin, int64_t row_end) {
-    with_type(call, [&]<class M>() { forward_rows<M>(call, packed, scratch, row_begin, row_end); });
+    if (computes_double(call)) return forward_rows<double>(call, packed, scratch, row_begin, row_end);
+    forward_rows<float>(call, packed, scratch, row_begin, row_end);
 }
 
 void backward(const LayerAttendCall& call, const void* packed, void* scratch, void* partial, int64_t row_begin,
               int64_t row_end) {
-    with_type(call, [&]<class M>() { backward_rows<M>(call, packed, scratch, partial, row_begin, row_end); });
+    if (computes_double(call)) return backward_rows<double>(call, packed, scratch, partial, row_begin, row_end);
+    backward_rows<float>(call, packed, scratch, partial, row_begin, row_end);
 }
 
 template <class T>

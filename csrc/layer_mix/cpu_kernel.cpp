@@ -98,7 +98,7 @@ void forward_items(const LayerMixCall& call, const void* packed, void* scratch, 
                     x[s] = reinterpret_cast<const M*>(staged + s * size);
                 }
             }
-            const Gather<T> gather{w + l, call.sources, call.outputs, sums, size, tile.count};
+            const Gather<T> gather{w + l, call.sources, call.outputs, sums, size, tile.count, int64_t(sizeof(M))};
             gather_sources(number, l == 0, x, next, gather);
         }
         for (int64_t v = 0; v < call.outputs; ++v) {

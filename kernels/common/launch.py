@@ -41,7 +41,10 @@ def cdiv(a: int, b: int) -> int:
 
 
 def type_of(argument: Argument) -> Any:
-    """Return Triton's name for the type of a run-time argument, a tuple of names for a tuple; None for an absent one."""
+    """Return Triton's name for the type of a run-time argument.
+
+    It is None for an absent one, and a tuple of names for a tuple.
+    """
     if argument is None:
         return None
     if isinstance(argument, tuple):
@@ -156,6 +159,7 @@ def key_of(arguments: Sequence[Argument], constants: dict[str, Constant], aligne
 
     The key holds which tensors are present, their dtypes, and the constants.
     """
+
     def kind(argument: Argument) -> object:
         if isinstance(argument, tuple):
             return tuple(kind(part) for part in argument)

@@ -40,8 +40,8 @@ def arguments(
         tensors["weight"] = normal(features, dtype=types.affine, scale=0.3, shift=1.0)
     if norm == "layer":
         tensors["bias"] = normal(features, dtype=types.affine, scale=0.5)
-    # at C = 1 the variance is 0 and every gradient through N too, of which 1 / sqrt(1e-6) would leave the fp64 reference
-    # 3e-14
+    # At C = 1 the variance is 0 and every gradient through N too. With 1 / sqrt(1e-6) the fp64 reference has errors of
+    # 3e-14 there.
     options = {"norm": "rms" if norm == "rms" else "layer", "eps": 1e-3 if features == 1 else 1e-6}
     return {name: tensor.to(device) for name, tensor in tensors.items()}, options
 

@@ -21,13 +21,13 @@ inline __attribute__((always_inline)) void for_pairs(int64_t features, Step step
 }
 
 // Sums of `outputs` tiles, `tile` elements apart, of which `count` elements are used. The weight of source s in output v
-// is at v * sources + s.
+// is at v * sources + s. An element of what is read next has `next_bytes`.
 template <class T>
 struct Gather {
     const T* weights;
     int64_t sources, outputs;
     T* sums;
-    int64_t tile, count;
+    int64_t tile, count, next_bytes;
 };
 
 // Adds N sources to the sums of VG outputs from `v` on, in the sources' order. `next` is what is read next.
@@ -44,7 +44,7 @@ void gather_outputs(const M* const* x, const char* const* next, const Gather<T>&
         const int64_t d = block * W;
         V value[N];
         for (int s = 0; s < N; ++s) {
-            __builtin_prefetch(next[s] + d * int64_t(sizeof(M)), 0, 2);
+            __builtin_prefetch(next[s] + d * gather.next_bytes, 0, 2);
             value[s] = part.load(x[s] + d);
         }
         for (int i = 0; i < VG; ++i) {
