@@ -33,10 +33,11 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 .PHONY: test bench gpu lint format wheel sdist build internals clean distclean
 .DELETE_ON_ERROR:
 
+# Without the tests marked slow: each is the long form of a check that is here too, and `.ci/run slow` runs them (ARGS="-m slow").
 # By files to as many processes as there are cores, where pytest-xdist is there. Their OpenMP threads outnumber the cores then: one that
 # spins while it waits keeps a core from the thread it waits for (58 s against 4.7 s for one test on busy cores).
 test: build internals
-	OMP_WAIT_POLICY=passive $(PY) -m pytest -q tests $$($(PY) -c "import xdist" 2>/dev/null && echo --numprocesses auto --maxprocesses 8 --dist loadfile) $(ARGS)
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -q tests -m "not slow" $$($(PY) -c "import xdist" 2>/dev/null && echo --numprocesses auto --maxprocesses 8 --dist loadfile) $(ARGS)
 
 bench: $(call READY,bench) build
 	$(PY) -m depthlstm_fast.bench $(ARGS)

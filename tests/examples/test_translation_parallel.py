@@ -34,7 +34,7 @@ def finish(process: subprocess.Popen) -> tuple[str, str]:
     return output, errors
 
 
-@pytest.mark.parametrize("architecture", ["depth-lstm", "pre-norm"])
+@pytest.mark.parametrize("architecture", ["depth-lstm", pytest.param("pre-norm", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_match_one_and_resume(
     kind: str, architecture: str, folder: Path, single: Path, tmp_path: Path
