@@ -9,7 +9,7 @@ namespace {
 
 // dz of a row from u = gamma da and n, given their sums over the blocks. The sums of dz for z_bias go to `partial`, if
 // there is one. Not inlined, as stage_row.
-template <class MZ, int K>
+template <class MZ, int K, bool fast>
 __attribute__((noinline)) void finish_row(const GatesCall& call, int64_t row,
                                           const RowStatistics<typename ComputeType<MZ>::type, K>& statistics,
                                           const Vector<typename ComputeType<MZ>::type> (&sum_u)[K],
@@ -40,7 +40,7 @@ __attribute__((noinline)) void finish_row(const GatesCall& call, int64_t row,
                 const V n = V::load_aligned(normalised + (block * K + k) * W);
                 v = V(statistics.r[k]) * xsimd::fnma(n, mean_un[k], v - mean_u[k]);
             }
-            part.store(dz + k * D + block * W, v, call.stream);
+            part.template store<fast>(dz + k * D + block * W, v, call.stream);
             if (partial != nullptr) {
                 T* sum = partial + ((3 * block + 2) * K + k) * W;
                 (V::load_aligned(sum) + v).store_aligned(sum);
@@ -110,11 +110,11 @@ void backward_rows(const GatesCall& call, const void* packed_memory, void* scrat
             ifo = sigmoid<fast>(ifo);
             const CellGradient<V> gradient = cell_backward(ifo.v[0], ifo.v[1], ifo.v[2], g, part.load(c_in + d),
                                                            part.load(dh + d), part.load(dc + d));
-            part.store(dc_in + d, gradient.dc_in, stream);
+            part.template store<fast>(dc_in + d, gradient.dc_in, stream);
             V da[K];
             da[0] = gradient.da_i, da[1] = gradient.da_f, da[2] = gradient.da_o;
             if constexpr (given) {
-                part.store(dhidden + d, gradient.dg * keep, stream);
+                part.template store<fast>(dhidden + d, gradient.dg * keep, stream);
             } else {
                 da[3] = gradient.dg * keep * slope;
             }
@@ -133,7 +133,8 @@ void backward_rows(const GatesCall& call, const void* packed_memory, void* scrat
             }
         });
 
-        finish_row<MZ, K>(call, row, of_row, sum_u, sum_un, normalised, u_row, z_bias_gradient ? partial : nullptr);
+        finish_row<MZ, K, fast>(call, row, of_row, sum_u, sum_un, normalised, u_row,
+                                z_bias_gradient ? partial : nullptr);
     }
 #if defined(__x86_64__)
     if (call.stream) _mm_sfence();
