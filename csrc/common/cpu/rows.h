@@ -32,12 +32,12 @@ struct Whole {
     inline __attribute__((always_inline)) auto load(const M* p) const {
         return Memory<M>::load(p);
     }
-    template <class M, class V>
+    template <bool narrow_nan = false, class M, class V>
     inline __attribute__((always_inline)) void store(M* p, V v, bool stream) const {
         if (stream) {
-            Memory<M>::stream(p, v);
+            Memory<M>::template stream<narrow_nan>(p, v);
         } else {
-            Memory<M>::store(p, v);
+            Memory<M>::template store<narrow_nan>(p, v);
         }
     }
 };
@@ -47,7 +47,7 @@ struct Partial {
     auto load(const M* p) const {
         return load_part(p, count);
     }
-    template <class M, class V>
+    template <bool = false, class M, class V>
     void store(M* p, V v, bool) const {
         store_part(p, v, count);
     }

@@ -86,7 +86,11 @@ inline __attribute__((always_inline)) uint16_t float_to_float16(float value) {
 template <class T>
 struct Memory {
     static inline __attribute__((always_inline)) Vector<T> load(const T* p) { return Vector<T>::load_unaligned(p); }
-    static inline __attribute__((always_inline)) void store(T* p, Vector<T> v) { v.store_unaligned(p); }
+    template <bool = false>
+    static inline __attribute__((always_inline)) void store(T* p, Vector<T> v) {
+        v.store_unaligned(p);
+    }
+    template <bool = false>
     static inline __attribute__((always_inline)) void stream(T* p, Vector<T> v) {
 #if defined(__AVX512F__)
         if constexpr (sizeof(T) == 4) {
@@ -117,28 +121,37 @@ struct Memory<BFloat16> {
 #endif
     }
 #if defined(__AVX512F__)
+    template <bool narrow_nan>
     static inline __attribute__((always_inline)) __m256i round(V v) {
 #if defined(__AVX512BF16__)
         return (__m256i)_mm512_cvtneps_pbh(v);  // one instruction instead of ten; fp32 subnormals become zero
 #else
         const __m512i bits = _mm512_castps_si512(v);
         const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-        const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-        const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-        return _mm512_cvtepi32_epi16(
-            _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)), 16));
+        __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+        if constexpr (!narrow_nan) {
+            const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+            rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+        }
+        return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
 #endif
     }
 #endif
+    // narrow_nan: every operand is bfloat16, so that a NaN's lower 16 bits are zero and rounding leaves it a NaN. An
+    // fp32 NaN of all ones would be rounded to -0. Forward, avx2, D=512, in cache: 3 % faster without the test.
+    template <bool narrow_nan = false>
     static inline __attribute__((always_inline)) void store(BFloat16* p, V v) {
 #if defined(__AVX512F__)
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round(v));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round<narrow_nan>(v));
 #elif defined(__AVX2__)
         const __m256i bits = _mm256_castps_si256(v);
         const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
         __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-        const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-        rounded = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
+        if constexpr (!narrow_nan) {
+            const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+            rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan);
+        }
+        rounded = _mm256_srli_epi32(rounded, 16);
         const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08);
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 #else
@@ -147,11 +160,12 @@ struct Memory<BFloat16> {
         for (std::size_t lane = 0; lane < V::size; ++lane) p[lane].bits = float_to_bfloat16(wide[lane]);
 #endif
     }
+    template <bool narrow_nan = false>
     static inline __attribute__((always_inline)) void stream(BFloat16* p, V v) {
 #if defined(__AVX512F__)
-        _mm256_stream_si256(reinterpret_cast<__m256i*>(p), round(v));
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(p), round<narrow_nan>(v));
 #else
-        store(p, v);
+        store<narrow_nan>(p, v);
 #endif
     }
 };
@@ -170,6 +184,7 @@ struct Memory<Float16> {
         return V::load_aligned(wide);
 #endif
     }
+    template <bool = false>
     static inline __attribute__((always_inline)) void store(Float16* p, V v) {
 #if defined(__AVX512F__)
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
@@ -183,6 +198,7 @@ struct Memory<Float16> {
         for (std::size_t lane = 0; lane < V::size; ++lane) p[lane].bits = float_to_float16(wide[lane]);
 #endif
     }
+    template <bool = false>
     static inline __attribute__((always_inline)) void stream(Float16* p, V v) {
 #if defined(__AVX512F__)
         _mm256_stream_si256(reinterpret_cast<__m256i*>(p),
@@ -280,6 +296,9 @@ struct Primitives<xsimd::batch<T, A>> {
     static DEPTHLSTM_HD V fraction(V x) { return _mm512_reduce_ps(x, 9); }
     static DEPTHLSTM_HD V scale(V p, V x) { return _mm512_scalef_ps(p, x); }
 #else
+#if defined(__AVX2__)
+    static DEPTHLSTM_HD V approximate_reciprocal(V x) { return _mm256_rcp_ps(x); }  // 3.7e-4
+#endif
     static DEPTHLSTM_HD V bounded(V x) { return clamp(x, V(T(-126)), V(T(126))); }
     static DEPTHLSTM_HD V fraction(V x) {
         const V y = bounded(x);
