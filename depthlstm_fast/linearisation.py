@@ -144,7 +144,7 @@ def linearise(
     """
     name, stacks = _choose(model, stack)
     _check(stacks[name], layer, scope, ridge, drop, tune, learning_rate, model)
-    batches = _listed("batches", batches)
+    batches = _listed("batches", batches, model)
     copied = copy.deepcopy(model)
     own: Any = copied.get_submodule(name)
     site = (StackSite if isinstance(own, Stack) else LayerSite)(own, layer, scope)
@@ -162,7 +162,7 @@ def linearise(
         state_map = StateMap(each.before, each.after, device=weight.device, dtype=weight.dtype)
         state_map.set(each.solve(ridge))
         maps[part] = state_map
-    tested = moments if held_out is None else _gather(copied, own, site, _listed("held_out", held_out))
+    tested = moments if held_out is None else _gather(copied, own, site, _listed("held_out", held_out, model))
     site.replace(maps)
     kl = _tune(model, copied, maps, batches, tune, learning_rate) if tune else ()
     r2 = {part: each.r2(each.unchanged() if drop else maps[part].matrix()) for part, each in tested.items()}
@@ -200,11 +200,13 @@ def _check(
         raise TypeError(f"model must be a translation model to be tuned; found {type(model).__name__}")
 
 
-def _listed(argument: str, batches: Iterable[Batch]) -> list[Batch]:
+def _listed(argument: str, batches: Iterable[Batch], model: nn.Module) -> list[Batch]:
     found = list(batches)
     for each in found:
         if not isinstance(each, tuple):
             raise TypeError(f"{argument} must hold tuples of the model's arguments; found {type(each).__name__}")
+        if isinstance(model, TranslationModel) and len(each) != 2:
+            raise ValueError(f"{argument} must hold pairs (src, tgt) for a translation model; found {len(each)} parts")
     return found
 
 

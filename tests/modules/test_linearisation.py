@@ -148,6 +148,21 @@ def test_a_linear_cell_and_a_linear_layer_are_reproduced() -> None:
         assert_close(made.model(src, tgt), silent(src, tgt), 1e-6)
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_a_layer_whose_branches_say_nothing(stack: str, layer: int) -> None:
+    """With pre-norm it leaves the state as it is: dropping it, or a map of it, changes nothing."""
+    found, (src, tgt) = randomise(model("pre-norm")), batch()
+    silent = found.get_submodule(stack).layers[layer]
+    for scope, names in (("cell", ("linear2",)), ("layer", ("self_attn.out_proj", "cross_attn.out_proj"))):
+        for linear in (each for name, each in silent.named_modules() if name in names):
+            nn.init.zeros_(linear.weight), nn.init.zeros_(linear.bias)
+        for options in ({"drop": True}, {"ridge": 1e-9}):
+            made = dl.linearise(found, many(), layer, scope, stack=stack, **options)
+            assert_close(made.model(src, tgt), found(src, tgt), 1e-7)
+            assert [each for (each,) in made.r2.values()] == pytest.approx([1.0])
+
+
 @pytest.mark.parametrize("module", [dl, dl.reference])
 @pytest.mark.parametrize("merge", ["add", "concat", "cells"])
 def test_a_depth_lstm_that_is_linear_is_reproduced(module: Any, merge: str) -> None:
@@ -250,6 +265,7 @@ def test_what_cannot_be_linearised() -> None:
         (ValueError, "batches must hold at least 160 tokens, 20 for each feature; found 96", (found, many(1), 0), {}),
         (ValueError, "batches must hold at least 160 tokens, 20 for each feature; found 0", (found, [], 0), {}),
         (TypeError, "batches must hold tuples of the model's arguments; found list", (found, [[1]], 0), {}),
+        (ValueError, "batches must hold pairs (src, tgt) for a translation model; found 1", (found, [(1,)], 0), {}),
         (TypeError, "held_out must hold tuples", (found, batches, 0), {"held_out": [batches[0][0]]}),
         (ValueError, "ridge must be above 0; found 0", (found, batches, 0), {"ridge": 0}),
         (TypeError, "ridge must be a float; found str", (found, batches, 0), {"ridge": "1"}),
