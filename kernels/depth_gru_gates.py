@@ -355,7 +355,7 @@ def depth_gru_gates_forward(z: Tensor, h: Tensor, weight: Tensor | None, bias: T
     rows = h.numel() // features
     if rows == 0:
         return h_out
-    (z, z_stride), (h, h_stride) = as_rows(z), as_rows(h)  # type: ignore[assignment]
+    (z, z_stride), (h, h_stride) = as_rows(z), as_rows(h)
     weight, bias = _parameters(weight, bias)
     aligned = is_aligned((z, h, weight, bias, h_out), (z_stride, h_stride, features, features, features))
     arguments = (z, h, weight, bias, h_out, rows, z_stride, h_stride, float(eps))
@@ -393,7 +393,7 @@ def depth_gru_gates_backward(
     dz, dh, dweight, dbias = result(z), result(h), result(weight, affine_gradient), result(bias, affine_gradient)
     if rows == 0:
         return dz, dh, dweight, dbias
-    (dh_out, dh_out_stride), (z, z_stride), (h, h_stride) = as_rows(dh_out), as_rows(z), as_rows(h)  # type: ignore[assignment]
+    (dh_out, dh_out_stride), (z, z_stride), (h, h_stride) = as_rows(dh_out), as_rows(z), as_rows(h)
     weight, bias = _parameters(weight, bias)
     inputs = (dh_out, z, h, weight, bias)
     strides = (dh_out_stride, z_stride, h_stride)
