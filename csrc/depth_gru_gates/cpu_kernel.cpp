@@ -19,7 +19,7 @@ constexpr int K = gru_gates;
 bool computes_double(const GruCall& call) { return call.z_dtype == DType::float64; }
 int64_t lanes(const GruCall& call) { return computes_double(call) ? width<double> : width<float>; }
 int64_t feature_blocks(const GruCall& call) { return (call.features + lanes(call) - 1) / lanes(call); }
-// Of `vectors` vectors a block. A vector of the narrowest set has 16 bytes.
+// Of `vectors` vectors a block.
 int64_t row_bytes(const GruCall& call, int64_t vectors) {
     return feature_blocks(call) * lanes(call) * vectors * (computes_double(call) ? 8 : 4);
 }

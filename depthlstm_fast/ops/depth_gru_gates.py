@@ -171,8 +171,8 @@ def depth_gru_gates(
     """Return h', with autograd."""
     operators, tensors = OPERATORS[NAME][backend], (z, h, weight, bias)
     if is_traced():
-        return operators.traced.forward(*tensors, eps)  # type: ignore[no-any-return]
+        return operators.traced.forward(*tensors, eps)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        return DepthGRUGatesFunction.apply(*tensors, eps, backend)  # type: ignore[no-any-return]
+        return DepthGRUGatesFunction.apply(*tensors, eps, backend)
     with below_autograd():
-        return operators.eager(z).forward(*tensors, eps)  # type: ignore[no-any-return]
+        return operators.eager(z).forward(*tensors, eps)
