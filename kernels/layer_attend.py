@@ -197,8 +197,9 @@ class _Call:
         found = [as_rows(source) for source in sources]
         self.x, self.strides = [tensor for tensor, _ in found], [stride for _, stride in found]
         wide = [None if t is None else t.resolve_neg().float().contiguous() for t in (query, key_weight, weight, bias)]
-        self.query: Any = wide[0]
-        _, self.key_weight, self.weight, self.bias = wide
+        self.query: Any
+        self.key_weight: Any
+        self.query, self.key_weight, self.weight, self.bias = wide
         self.scaled: Any = self.query if self.key_weight is None else self.query * self.key_weight
         self.options: dict[str, Any] = {"FEATURES": self.features, "NORM": NORMALISATIONS[norm]}
         self.eps, self.plan, self.launches = float(eps), plan(self.features), groups(len(sources))
