@@ -197,9 +197,11 @@ class _Call:
         found = [as_rows(source) for source in sources]
         self.x, self.strides = [tensor for tensor, _ in found], [stride for _, stride in found]
         wide = [None if t is None else t.resolve_neg().float().contiguous() for t in (query, key_weight, weight, bias)]
+        self.query: Any
+        self.key_weight: Any
         self.query, self.key_weight, self.weight, self.bias = wide
-        self.scaled: Any = self.query if self.key_weight is None else self.query * self.key_weight  # type: ignore[operator]
-        self.options = {"FEATURES": self.features, "NORM": NORMALISATIONS[norm]}
+        self.scaled: Any = self.query if self.key_weight is None else self.query * self.key_weight
+        self.options: dict[str, Any] = {"FEATURES": self.features, "NORM": NORMALISATIONS[norm]}
         self.eps, self.plan, self.launches = float(eps), plan(self.features), groups(len(sources))
 
     def is_aligned(self, more: Sequence[Tensor | None], strides: Sequence[int]) -> bool:
@@ -234,7 +236,8 @@ def layer_attend_forward(
     if u.numel():
         call = _Call(sources, query, key_weight, weight, bias, norm, eps)
         with device_of(u):
-            call.attend(*(call.state() if len(call.launches) > 1 else (None, None)), u)
+            numbers, state = call.state() if len(call.launches) > 1 else (None, None)
+            call.attend(numbers, state, u)
     return u
 
 

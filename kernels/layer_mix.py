@@ -157,7 +157,7 @@ def layer_mix_forward(sources: list[Tensor], weights: Tensor) -> list[Tensor]:
                 _padded(rows.tensors[some], pointers), _padded(rows.strides[some], pointers), tuple(u), weights, sums,
                 count, first, len(sources), elements, rows.features, tiles,
             )  # fmt: skip
-            constants = {
+            constants: dict[str, Any] = {
                 "COUNT": pointers, "OUTPUTS": outputs, "FIRST": first == 0, "LAST": first + count == len(sources),
                 "MASKED": rows.features % block != 0,
             }  # fmt: skip
@@ -200,7 +200,7 @@ def layer_mix_backward(
                 _padded(dx[some], pointers) if source_gradients else None,
                 chosen, partial, count, first, len(sources), rows.features, tiles,
             )  # fmt: skip
-            constants = {"COUNT": pointers, "OUTPUTS": len(given), "MASKED": rows.features % block != 0}
+            constants: dict[str, Any] = {"COUNT": pointers, "OUTPUTS": len(given), "MASKED": rows.features % block != 0}
             launch(backward_kernel, (programs,), arguments, constants, tile, aligned)
         if partial is not None:
             dweights[present] = partial.sum(0).to(weights.dtype)

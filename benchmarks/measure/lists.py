@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import depthlstm_fast as dl
+
 from . import accuracy
-from .calls import Runs, name_of, on_backend
+from .calls import Runs, name_of
 from .compiled import Compiled
 from .place import CPU, Place
 from .problems import Problem, Subject
@@ -112,9 +114,9 @@ def _check(op: ListOp, dtype: torch.dtype) -> Iterator[accuracy.Check]:
 
         exact, eager = run(op.reference, torch.float64), run(op.reference, None)
         names = [*(f"u{v}" for v in range(op.outputs)), *(f"gradient {n}" for n in range(len(inputs)))]
-        yield accuracy.compare(
-            op.subject, dtype, names, exact, eager, on_backend("auto", lambda: run(op.function, None))()
-        )
+        with dl.use_backend("auto"):
+            found = run(op.function, None)
+        yield accuracy.compare(op.subject, dtype, names, exact, eager, found)
 
 
 def subject(name: str, ops: list[ListOp]) -> Subject:

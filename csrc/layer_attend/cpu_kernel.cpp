@@ -19,7 +19,7 @@
 namespace depthlstm::DEPTHLSTM_ISA {
 namespace {
 
-constexpr int64_t few_features = 16;
+constexpr int64_t few_features = 4;
 
 bool computes_double(const LayerAttendCall& call) {
     return call.dtype == DType::float64 || call.features < few_features;

@@ -7,6 +7,7 @@ Backward keeps the arguments alone, and computes scores and the sum again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -120,7 +121,7 @@ def save(ctx: Any, arguments: tuple[Any, ...]) -> None:
 
 def tensor_gradients(
     ctx: Any, saved: tuple[Any, ...], kernels: Kernels, du: Tensor | None
-) -> tuple[list[Tensor | None], tuple[Tensor | None, ...]]:
+) -> tuple[Sequence[Tensor | None], tuple[Tensor | None, ...]]:
     """Return the gradients of the sources, and of Parameters."""
     *sources, query, key_weight, weight, bias = saved
     parameters = Parameters(query, key_weight, weight, bias)

@@ -108,12 +108,6 @@ def tensor_gradients(
     return dsources if source_gradients else nothing, dweights if weight_gradient else None
 
 
-def _gradients(
-    ctx: Any, saved: tuple[Any, ...], kernels: Kernels, du: list[Tensor | None]
-) -> tuple[list[Tensor | None], Tensor | None]:
-    return tensor_gradients(ctx, saved, kernels, du)
-
-
 OP = Op(
     name=NAME,
     operator=NAME,
@@ -124,7 +118,7 @@ OP = Op(
     fakes={"forward": _forward_fake, "backward": _backward_fake},
     checks=(_check, _check_backward),
     save=save,
-    gradients=_gradients,
+    gradients=tensor_gradients,
     layouts=None,
     direct=lambda traced, namespace, stem: None,
 )

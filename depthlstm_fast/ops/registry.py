@@ -90,7 +90,7 @@ class Op(NamedTuple):
     fakes: dict[str, Callable[..., Any]]
     checks: tuple[Callable[..., None], Callable[..., None]]
     save: Callable[..., None]
-    gradients: Callable[..., tuple[Tensor | None, ...]]
+    gradients: Callable[..., tuple[Any, ...]]
     layouts: tuple[sharding.Layout, sharding.Layout] | None
     direct: Callable[[Kernels, Any, str], Kernels | None]
     saves_outputs: bool = False

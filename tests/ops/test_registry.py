@@ -30,7 +30,8 @@ def test_backends_share_the_schemas(op: str) -> None:
     assert "triton" in OPERATORS[op]
     for name, operators in OPERATORS[op].items():
         for operator, wanted in zip(operators.traced, OPS[op].schemas, strict=True):
-            assert operator._schema == torch._C.parse_schema(operator._schema.name + wanted), name
+            text, parsed = str(operator._schema), str(torch._C.parse_schema(f"op{wanted}"))  # a single output has no ()
+            assert text[text.index("(") :] == parsed[parsed.index("(") :], name
 
 
 def test_names_of_tuples() -> None:
