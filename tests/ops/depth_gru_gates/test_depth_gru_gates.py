@@ -84,9 +84,9 @@ def test_constant_rows_of_huge_numbers(backend: str) -> None:
     """
     tensors, _ = arguments(2, 3, FULL)
     tensors["z"] = torch.full_like(tensors["z"], 2.0**119)
-    found = check(backend, tensors)
-    assert found["dbias"].isfinite().all()
-    assert not found["dweight"].any()
+    found, _, exact = three(backend, tensors, cotangents(tensors))  # eager is NaN
+    for key in ("h_out", "dh", "dbias", "dweight"):
+        torch.testing.assert_close(found[key].double(), exact[key], rtol=1e-5, atol=1e-6)
 
 
 @each_backend
