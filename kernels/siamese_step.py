@@ -212,7 +212,7 @@ def siamese_step_backward(
     wanted = [
         made for made, parameter in zip(sums, given, strict=True) if parameter_gradients and parameter is not None
     ]
-    options = {"FEATURES": features, "NORM": NORMALISATIONS[norm], "COUNT": len(wanted)}
+    options: dict[str, Any] = {"FEATURES": features, "NORM": NORMALISATIONS[norm], "COUNT": len(wanted)}
 
     def run(plan: Launch) -> None:
         programs = min(cdiv(rows, plan.constants["ROWS"]), max(1, multiprocessors(device) * WARPS // plan.warps))

@@ -10,7 +10,7 @@ from torch import Tensor
 import depthlstm_fast as dl
 
 Runs = dict[str, Callable[[], object]]
-Function = Callable[..., tuple[Tensor, Tensor]]
+Function = Callable[..., tuple[Tensor, ...]]
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 
 
