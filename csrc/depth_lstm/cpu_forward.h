@@ -7,9 +7,9 @@
 namespace depthlstm::DEPTHLSTM_ISA {
 namespace {
 
-// The sigmoids of gates whose products are rounded to M. The approximate reciprocal of AVX2 errs by 3.7e-4, a fifth of a
-// bf16 rounding, relative to the sigmoid itself. With a division forward takes 5 % longer (D=512, in cache). Backward
-// divides: in 1 - sigmoid the error would not be relative.
+// The sigmoids of gates whose products are rounded to M. The approximate reciprocal of AVX2 errs by 3.7e-4, a fifth of
+// a bf16 rounding, relative to the sigmoid itself. With a division forward takes 5 % longer (D=512, in cache).
+// Backward divides: in 1 - sigmoid the error would not be relative.
 template <class M, bool fast, class G>
 inline __attribute__((always_inline)) G gates_of_scaled(G x) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
