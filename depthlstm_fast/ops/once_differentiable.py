@@ -13,8 +13,8 @@ from ..torch_private import delayed_error
 Grads = tuple[Tensor | None, ...]
 _SECOND_DERIVATIVE = (
     "trying to differentiate twice a function that was marked with "
-    "@once_differentiable: the fused depth-wise LSTM has no "
-    'second derivative; use backend="reference" (or depthlstm_fast.use_backend("reference")) for double backward'
+    "@once_differentiable: the fused kernels have no second derivative; "
+    'use backend="reference" where the function takes it, or depthlstm_fast.use_backend("reference")'
 )
 
 
