@@ -109,26 +109,26 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
-def fill_compiler_cache(references: Compiled, bar: Bar) -> None:
-    """Compile every eager baseline, half of them in a second process, into inductor's cache on disk."""
+def fill_compiler_cache(references: Compiled, subjects: list[str], bar: Bar) -> None:
+    """Compile the eager baselines of ``subjects``, half of them in a second process, into inductor's cache on disk."""
     here, there = COMPILE_DTYPES
-    command = [sys.executable, "-m", f"{__package__}.subjects", str(there).removeprefix("torch.")]
+    command = [sys.executable, "-m", f"{__package__}.subjects", str(there).removeprefix("torch."), *subjects]
     helper = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    compile_all(references, here)
+    compile_all(references, here, subjects)
     bar.tick()
     if references.reason is not None:
         helper.terminate()
     helper.wait()
-    compile_all(references, there)
+    compile_all(references, there, subjects)
     bar.tick()
 
 
 def measure(subjects: list[str], settings: Settings, bar: Bar, found: list[Check]) -> list[Row]:
     """Return all rows but the translation's; a subject with a red check is not timed."""
     place = Place(Compiled(settings.compile))
-    if settings.compile and any(SUBJECTS[name].compile is not None for name in subjects):
+    if settings.compile and any(name in SUBJECTS and SUBJECTS[name].compile is not None for name in subjects):
         bar.start("compile", "compiling the eager baselines")
-        fill_compiler_cache(place.compiled, bar)
+        fill_compiler_cache(place.compiled, subjects, bar)
     rows = []
     for subject in (name for name in subjects if name in TABLE):
         bar.start(subject, f"timing: {subject}")

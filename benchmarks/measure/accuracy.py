@@ -68,7 +68,7 @@ def compare(
         error = float((found - wanted).abs().max())
         plain_error = float((plain - wanted).abs().max())
         # a NaN or an infinity compares false with everything, and must count as past the bound
-        used = error / (2 * plain_error + tiny) if error < float("inf") else float("inf")
+        used = error / (2 * plain_error + tiny) if 0 < error < float("inf") else 0.0 if error == 0 else float("inf")
         if used > worst[0]:
             worst = (used, name, error, plain_error)
     used, name, error, plain_error = worst

@@ -141,4 +141,4 @@ def subject(name: str, ops: list[ListOp]) -> Subject:
                 for backward in (False, True):
                     make(Place(compiled), op, rows, features, dtype, backward)
 
-    return Subject(name, problems, check, dtypes=DTYPES, compile=compile_all)
+    return Subject(name, problems, check, dtypes=DTYPES, compile=compile_all, on_request=True)

@@ -139,4 +139,4 @@ def subject(name: str, found: list[Step]) -> Subject:
             if made.keywords["dtype"] == dtype:
                 made(Place(compiled))
 
-    return Subject(name, problems, checks, dtypes=DTYPES, compile=compile_all)
+    return Subject(name, problems, checks, dtypes=DTYPES, compile=compile_all, on_request=True)

@@ -130,4 +130,4 @@ PROBLEMS = {
     for shape in SHAPES
     for backward in (False, True)
 }
-SUBJECT = Subject(NAME, PROBLEMS, check, dtypes=DTYPES, compile=compile_all)
+SUBJECT = Subject(NAME, PROBLEMS, check, dtypes=DTYPES, compile=compile_all, on_request=True)

@@ -35,11 +35,12 @@ def find() -> dict[str, Subject]:
 SUBJECTS = find()
 
 
-def compile_all(compiled: Compiled, dtype: torch.dtype) -> None:
-    """Compile everything that the table shows for one dtype."""
-    for subject in SUBJECTS.values():
-        if subject.compile is not None:
-            subject.compile(compiled, dtype)
+def compile_all(compiled: Compiled, dtype: torch.dtype, subjects: Sequence[str]) -> None:
+    """Compile everything that the rows of ``subjects`` need for one dtype."""
+    for name in subjects:
+        found = SUBJECTS.get(name)
+        if found is not None and found.compile is not None:
+            found.compile(compiled, dtype)
 
 
 def checked(subjects: Sequence[str]) -> list[Subject]:
