@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .backends.choice import use_backend
 from .reference import DepthLSTMDecoder, DepthLSTMEncoder, TranslationModel
 from .stacks import Decoder, Encoder
 
@@ -35,7 +36,7 @@ class Probe(NamedTuple):
 
 
 def probe_gradients(model: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Probe]:
-    """Run ``model`` once forward and backward, and look at each of its stacks.
+    """Run ``model`` once forward and backward, in plain PyTorch, and look at each of its stacks.
 
     The loss of a translation model is the cross entropy of the next token, without padding. Of anything else it is the
     output's product with a fixed random direction. Parameters, their ``grad`` and torch's generator are left alone, but
@@ -57,18 +58,21 @@ def probe_gradients(model: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Pr
     stacks = {name: module for name, module in model.named_modules() if isinstance(module, STACKS)}
     if not stacks:
         raise ValueError("model must hold an Encoder or a Decoder; found none")
-    with contextlib.ExitStack() as watched, torch.enable_grad():
-        states = {name: watched.enter_context(_watch(stack)) for name, stack in stacks.items()}
-        loss = _loss(model, batch)
-    made = {
-        name: [
-            [each for each in after if each.requires_grad and not any(each is old for old in before)]
-            for before, after in found
-        ]
-        for name, found in states.items()
-    }
-    tensors = [each for layers in made.values() for layer in layers for each in layer]
-    found = iter(torch.autograd.grad(loss, tensors, allow_unused=True))
+    # a fused step gives the state and the next input at once: the way through the input is then no part of the state's
+    # gradient
+    with use_backend("reference"):
+        with contextlib.ExitStack() as watched, torch.enable_grad():
+            states = {name: watched.enter_context(_watch(stack)) for name, stack in stacks.items()}
+            loss = _loss(model, batch)
+        made = {
+            name: [
+                [each for each in after if each.requires_grad and not any(each is old for old in before)]
+                for before, after in found
+            ]
+            for name, found in states.items()
+        }
+        tensors = [each for layers in made.values() for layer in layers for each in layer]
+        found = iter(torch.autograd.grad(loss, tensors, allow_unused=True))
     probes = {}
     for name, layers in made.items():
         gradients = tuple(_norm([next(found) for _ in layer]) for layer in layers)

@@ -24,8 +24,12 @@ int64_t row_bytes(const SiameseStepCall& call, int64_t vectors) {
 }
 
 int64_t packed_bytes(const SiameseStepCall& call) { return row_bytes(call, parameters_of(call)); }
-int64_t scratch_bytes(const SiameseStepCall& call) { return row_bytes(call, scratch_rows); }
 int64_t partial_bytes(const SiameseStepCall& call) { return row_bytes(call, parameters_of(call)); }
+// the rows, and backward the sums of a group of rows
+int64_t scratch_bytes(const SiameseStepCall& call) { return row_bytes(call, scratch_rows) + partial_bytes(call); }
+// Sums over rows are added up by groups. In one long sum a gradient that cancels to a tenth of its parts lost more digits
+// than eager PyTorch's pairwise sum (33 rows of one feature: 7.5e-7, where twice its error is 6.2e-7).
+constexpr int64_t group_rows = 8;
 int64_t feature_blocks(const SiameseStepCall& call) {
     return computes_double(call) ? blocks_of<double>(call.features) : blocks_of<float>(call.features);
 }
@@ -165,11 +169,14 @@ void backward_rows(const SiameseStepCall& call, const void* packed, void* scratc
     const int64_t D = call.features;
     const bool normed = call.norm.there(), to_memory = call.stream;
     T* partial = static_cast<T*>(partial_memory);
+    T* group = static_cast<T*>(scratch) + row_bytes(call, scratch_rows) / int64_t(sizeof(T));
+    const int64_t elements = partial_bytes(call) / int64_t(sizeof(T));
     std::memset(partial, 0, std::size_t(partial_bytes(call)));
+    std::memset(group, 0, std::size_t(partial_bytes(call)));
     // adds to the sums of a norm's affine, and keeps weight * gradient with its own sums
     const auto take = [&](int affine, int q_row, int64_t block, V gradient, V n, V& sum_q, V& sum_qn)
                           __attribute__((always_inline)) {
-                              add_affine(partial + block * own.parameters + affine * W, gradient, n);
+                              add_affine(group + block * own.parameters + affine * W, gradient, n);
                               const V q = gradient * own.parameter(affine, block);
                               q.store_aligned(own.kept(q_row, block));
                               sum_q += q;
@@ -225,6 +232,12 @@ void backward_rows(const SiameseStepCall& call, const void* packed, void* scratc
             store_out(part, dy + d, to_y, to_memory);
             store_out(part, d_o + d, xsimd::fma(to_x, own.part_of_o, to_y), to_memory);
         });
+        if ((row + 1 - row_begin) % group_rows == 0 || row + 1 == row_end) {
+            for (int64_t i = 0; i < elements; i += W) {
+                (V::load_aligned(partial + i) + V::load_aligned(group + i)).store_aligned(partial + i);
+                V(T(0)).store_aligned(group + i);
+            }
+        }
     }
     finish_stores(to_memory);
 }
