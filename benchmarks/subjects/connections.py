@@ -23,10 +23,10 @@ from ..measure.problems import Problem, Subject
 from ..measure.rows import Row, Target
 
 LAYERS, HEAD_FEATURES = 6, 64
-TOKENS = {256: (8, 128), 512: (8, 128), 1024: (4, 64)}  # (batch, length) by width
+TOKENS = {256: (8, 128), 512: (8, 64), 1024: (4, 32)}  # (batch, length) by width
 COMPILED_WIDTH = 512  # a compilation takes half a minute, and the code is the same for each width
 BASE = "pre-norm"
-SECONDS = 3.0
+SECONDS = 2.0
 
 
 def encoder(connection: str, features: int, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -17,7 +17,7 @@ import depthlstm_fast as dl
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from depthlstm_fast.bench.measure import allocator, curves, roofs  # noqa: E402
+from depthlstm_fast.bench.measure import allocator, curves, roofs, timing  # noqa: E402
 from depthlstm_fast.bench.measure.rows import Settings  # noqa: E402
 from depthlstm_fast.bench.report import scaling_tables  # noqa: E402
 from depthlstm_fast.bench.subjects import scaling  # noqa: E402
@@ -76,6 +76,7 @@ def test_curves_have_all_axes_and_pictures(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(scaling, "DEPTHS", (1, 2, 3, 4))
     monkeypatch.setattr(scaling, "ROWS", 8)
     monkeypatch.setattr(scaling, "LAYER_FEATURES", 16)
+    monkeypatch.setattr(timing.gc, "collect", lambda: 0)  # half a second at each of 42 points
     threads, ticks = torch.get_num_threads(), []
     settings = Settings(minimum=7, seconds=0.0, compile=False)
     with dl.use_backend("cpp"):
