@@ -54,6 +54,7 @@ def training(place: Place, connection: str, features: int) -> Problem:
     runs: Runs = {"eager": plain}
     row = Row("connections", connection, "fp32", f"{batch}x{length} C={features}", "ms", against="fused pre-norm")
     if features == COMPILED_WIDTH:
+        torch.compiler.reset()  # one code object serves all encoders, and torch compiles it for eight of them at most
         compiled = place.compiled.get(functools.partial(nn.Module.__call__, module), plain)
         if compiled is not None:
             runs["compile"] = functools.partial(plain, compiled)

@@ -115,9 +115,10 @@ def test_architectures_that_cannot_be(
     [
         (HELD, ["arch=compute_80,code=[sm_80,sm_90]", "arch=compute_100,code=[sm_100,compute_100]"]),
         (["120-ptx", "100"], ["arch=compute_120,code=[compute_120]", "arch=compute_100,code=[sm_100]"]),
-        (["90"], ["arch=compute_90,code=[sm_90]"]),
+        (["90"], ["arch=compute_80,code=[sm_90]"]),
+        (["120"], ["arch=compute_100,code=[sm_120]"]),
         (["120-ptx"], ["arch=compute_120,code=[compute_120]"]),
-        (["90", "86", "80-ptx"], ["arch=compute_86,code=[sm_90,sm_86]", "arch=compute_80,code=[compute_80]"]),
+        (["90", "86", "80-ptx"], ["arch=compute_80,code=[sm_90,sm_86,compute_80]"]),
     ],
 )
 def test_ptx_is_made_once_a_generation(build: ModuleType, archs: Iterable[str], flags: list[str]) -> None:

@@ -142,13 +142,12 @@ def gencode(archs: list[str]) -> list[str]:
     Machine code of one generation of GPUs comes from a single PTX, that of its oldest GPU. The generations are those
     before 10.0 and those from 10.0 on. Making PTX is half of nvcc's time. Between 8.0 and 9.0 the PTX differs in one
     conversion of bfloat16, and the machine code of the hot kernels is equal. From 10.0 on nvcc 13.0 uses another
-    compiler, whose code is better.
+    compiler, whose code is better. A library for one GPU has the machine code of a library for all.
     """
     codes: dict[str, list[str]] = {}
     for arch in archs:
         number = arch.removesuffix("-ptx")
-        peers = [other for other in archs if other.isdigit() and (int(other) < 100) == (int(number) < 100)]
-        oldest = number if arch.endswith("-ptx") else min(peers, key=int)
+        oldest = number if arch.endswith("-ptx") else "80" if int(number) < 100 else "100"
         codes.setdefault(oldest, []).append(f"compute_{number}" if arch.endswith("-ptx") else f"sm_{number}")
     return [
         word
