@@ -47,7 +47,7 @@ def check_rows(
     lambda op, path: itertools.product("123", types_of(path), (41, 1, 300) if path.native else (41,)),
     only="norm_step",
 )
-def test_constant_rows(op: Op, path: Path, number: str, types: Types, features: int) -> None:
+def test_constant_rows_of_a_step(op: Op, path: Path, number: str, types: Types, features: int) -> None:
     """Check n = 0 behind LayerNorm, where 1/sqrt(eps) = 1000 multiplies the rounding error of the mean."""
     values = torch.tensor([0.0, 1.0, 0.3, 1000.3, -6.5e4])
     rows = values.unsqueeze(1).expand(-1, features).contiguous()
@@ -77,7 +77,7 @@ def test_values_near_the_largest_of_fp16(op: Op, path: Path, number: str, norm: 
     lambda op, path: itertools.product("123", ("layer", "rms"), (0.0, 1e-12, 0.5, 1e6)),
     only="norm_step",
 )
-def test_eps(op: Op, path: Path, number: str, norm: str, eps: float) -> None:
+def test_eps_of_a_step(op: Op, path: Path, number: str, norm: str, eps: float) -> None:
     tensors, options = make(op, path, *path.sizes, FULL, (number, 1.0, "one", norm))
     check(op, path, tensors, {**options, "eps": eps})
 

@@ -32,7 +32,7 @@ def check_rows(op: Op, path: Path, stream: str, rows: Tensor, types: Types, norm
 
 
 @cases("stream, types", lambda op, path: itertools.product("xy", types_of(path)), only="siamese_step")
-def test_constant_rows(op: Op, path: Path, stream: str, types: Types) -> None:
+def test_constant_rows_of_a_step(op: Op, path: Path, stream: str, types: Types) -> None:
     """Check n = 0, where 1/sqrt(eps) = 1000 multiplies the rounding error of the mean."""
     values = torch.tensor([0.0, 1.0, 0.3, 1000.3, -6.5e4])
     check_rows(op, path, stream, values.unsqueeze(1).expand(-1, 41).contiguous(), types, "layer", [0.0] * len(values))

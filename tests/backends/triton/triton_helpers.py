@@ -88,11 +88,12 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Memory]:
     found.check_guards()
 
 
-def make_small_wide(monkeypatch: pytest.MonkeyPatch, kernels: Any = gates) -> None:
+def make_small_wide(monkeypatch: pytest.MonkeyPatch, kernels: Any = None) -> None:
     """Use the wide scheme of an op's kernels for any D, in blocks of 16 and tiles of two rows.
 
     The test then avoids the seconds that 2049 features cost.
     """
+    kernels = kernels or gates  # no default argument: test_triton_mutations.py exchanges the module behind this name
     monkeypatch.setattr(kernels, "narrow_plans", lambda *_: [])
     monkeypatch.setattr(kernels, "WIDE_PLANS", [launcher.Launch(1, {"ROWS": 2, "BLOCK": 16, "STAGES": 2})])
     monkeypatch.setattr(kernels, "ROW_SUMS_PLAN", launcher.Launch(1, {"BLOCK": 16}))
