@@ -13,7 +13,7 @@ numbers are int64, row strides are in elements, features are dense.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton
@@ -232,9 +232,8 @@ def norm_step_backward(
     parameter_gradients: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return (dx, dy, dscale, dweight1, dbias1, ..., dbias3); see Gradients in depthlstm_fast/ops/norm_step.py."""
-    like = du if y is None else y
+    like = cast(Tensor, du if y is None else y)  # y is left out only beside a du
     x_like = next(tensor for tensor in (x, x_out, dx_out) if tensor is not None)
-    assert like is not None
     features, device = like.shape[-1], like.device
     rows = like.numel() // features
     shared = a == b == 1 and scale is None and weight3 is None and x_like.dtype == like.dtype

@@ -1,5 +1,5 @@
-// Gates of the depth-wise LSTM, forward and backward. This file is compiled once for each instruction set. cpu_row.h says
-// how rows lie in memory.
+// Gates of the depth-wise LSTM, forward and backward. This file is compiled once for each instruction set. cpu_row.h
+// says how rows lie in memory.
 #include "cpu_backward.h"
 #include "cpu_forward.h"
 

@@ -5,7 +5,7 @@
 // Backward takes up to four: scores and the sum again, <dy, x_l>, then the gradients. Only the arguments are kept from
 // forward to backward.
 //
-//     dp_l = <dy, x_l>      ds_l = p_l (dp_l - sum_k p_k dp_k)      with a_l = <q, x_l>, r_l = 1 / rms(x_l), s_l = a_l r_l
+//     dp_l = <dy, x_l>   ds_l = p_l (dp_l - sum_k p_k dp_k)   with a_l = <q, x_l>, r_l = 1 / rms(x_l), s_l = a_l r_l
 //     dx_l = p_l dy + k_l (q - a_l r_l^2 / C x_l)      dq = sum of k_l x_l over rows and sources      k_l = ds_l r_l
 //
 // Rows of few features are computed in double. There both norms' gradients are the rest of terms that cancel.
@@ -149,8 +149,8 @@ __attribute__((noinline)) T dot(const T* x, const T* y, int64_t features) {
     return xsimd::reduce_add(sums[0] + sums[1]);
 }
 
-// Scores, e^(s - max s), and y: the sum of e x_l over the sum of e, which comes last, so that equal scores give the mean
-// exactly. Returns the sum of e.
+// Scores, e^(s - max s), and y: the sum of e x_l over the sum of e, which comes last, so that equal scores give the
+// mean exactly. Returns the sum of e.
 template <class T>
 T attend(const LayerAttendCall& call, const Work<T>& work, const T* query, int64_t row, int64_t after, bool fetch) {
     using V = Vector<T>;
@@ -266,8 +266,9 @@ void forward_rows(const LayerAttendCall& call, const void* packed_memory, void* 
     end_stream(call.stream);
 }
 
-// Takes N back: du, which is in work.dy, becomes dy. Adds to the sums of weight and bias. With c = y - left and g = weight * du,
-// dy = r (g - mean(g) - c mean(g c) / square): at small C the last two cancel, and r rounds nothing inside.
+// Takes N back: du, which is in work.dy, becomes dy. Adds to the sums of weight and bias. With c = y - left and g =
+// weight * du, dy = r (g - mean(g) - c mean(g c) / square): at small C the last two cancel, and r rounds nothing
+// inside.
 template <class T>
 __attribute__((noinline)) void norm_backward(const LayerAttendCall& call, const Work<T>& work, const T* weight,
                                              T* dweight, T* dbias) {

@@ -11,8 +11,8 @@
 namespace depthlstm {
 namespace {
 
-// As for the gates: above this traffic outputs are written past the caches. Those of 16 bits are not: two gradients at a
-// time in half lines took 114 ms where ordinary stores take 41 (one thread, avx2, bf16, N=8192, C=512, 12 sources).
+// As for the gates: above this traffic outputs are written past the caches. Those of 16 bits are not: two gradients at
+// a time in half lines took 114 ms where ordinary stores take 41 (one thread, avx2, bf16, N=8192, C=512, 12 sources).
 constexpr int64_t stream_bytes = int64_t(32) << 20;
 
 const LayerAttendKernels& kernels() {

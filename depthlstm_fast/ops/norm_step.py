@@ -8,7 +8,7 @@ which the next step keeps anyway.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -129,9 +129,8 @@ def _forward_fake(x: Tensor, y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 def types_of(dx_out: Tensor | None, du: Tensor | None, found: Kept) -> tuple[Tensor, torch.dtype]:
     """Return a tensor like dy, and the dtype of dx: not all of them are kept."""
-    like = du if found.y is None else found.y
+    like = cast(Tensor, du if found.y is None else found.y)  # y is left out only beside a du
     x_like = next(tensor for tensor in (found.x, found.x_out, dx_out) if tensor is not None)
-    assert like is not None
     return like, x_like.dtype
 
 

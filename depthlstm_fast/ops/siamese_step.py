@@ -117,7 +117,8 @@ def _check(backend: Backend, *arguments: Any) -> None:
         raise ValueError(f"norm must be 0 to {len(NORM_CODES) - 1}; found {options.norm}")
     x, y, o, *affine = tensors
     affines = (("_x", *affine[:2]), ("_y", *affine[2:4]), ("", *affine[4:]))
-    checks.check_siamese_step(x, y, o, options.c, affines, checks.NORMALISATIONS[options.norm], options.eps)  # type: ignore[arg-type]
+    norm = checks.NORMALISATIONS[options.norm]
+    checks.check_siamese_step(x, y, o, options.c, affines, norm, options.eps)  # type: ignore[arg-type]
     reason = why_not(x, y) or backend.why_not(o, NAME, o.shape[-1])
     if reason is not None:
         raise ValueError(reason)

@@ -20,8 +20,8 @@ inline __attribute__((always_inline)) void for_pairs(int64_t features, Step step
     if (d < features) step(Partial{features - d}, d, 1);
 }
 
-// Sums of `outputs` tiles, `tile` elements apart, of which `count` elements are used. The weight of source s in output v
-// is at v * sources + s. An element of what is read next has `next_bytes`.
+// Sums of `outputs` tiles, `tile` elements apart, of which `count` elements are used. The weight of source s in output
+// v is at v * sources + s. An element of what is read next has `next_bytes`.
 template <class T>
 struct Gather {
     const T* weights;
