@@ -7,20 +7,6 @@
 namespace depthlstm::DEPTHLSTM_ISA {
 namespace {
 
-// The sigmoids of gates whose products are rounded to M. The approximate reciprocal of AVX2 errs by 3.7e-4, a fifth of
-// a bf16 rounding, relative to the sigmoid itself. With a division forward takes 5 % longer (D=512, in cache).
-// Backward divides: in 1 - sigmoid the error would not be relative.
-template <class M, bool fast, class G>
-inline __attribute__((always_inline)) G gates_of_scaled(G x) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    using P = Primitives<G>;
-    if constexpr (fast && std::is_same_v<M, BFloat16>) {
-        return P::approximate_reciprocal(G(1) + P::template exp2<fast>(x));
-    }
-#endif
-    return sigmoid_of_scaled<fast>(x);
-}
-
 template <class MZ, class MC, class Act, bool fast>
 void forward_rows(const GatesCall& call, const void* packed_memory, void* scratch, int64_t row_begin, int64_t row_end) {
     using T = typename ComputeType<MZ>::type;
@@ -66,7 +52,7 @@ void forward_rows(const GatesCall& call, const void* packed_memory, void* scratc
             if (dropout) g *= V::load_unaligned(factor + d);
             Group<V, 3> ifo;
             for (int k = 0; k < 3; ++k) ifo.v[k] = a[k];
-            ifo = gates_of_scaled<MZ, fast>(ifo);
+            ifo = sigmoid_of_scaled<fast>(ifo);
             V c, h;
             cell_forward(ifo.v[0], ifo.v[1], ifo.v[2], g, part.load(c_in + d), c, h);
             part.template store<fast>(c_out + d, c, stream);

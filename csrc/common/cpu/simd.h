@@ -296,9 +296,6 @@ struct Primitives<xsimd::batch<T, A>> {
     static DEPTHLSTM_HD V fraction(V x) { return _mm512_reduce_ps(x, 9); }
     static DEPTHLSTM_HD V scale(V p, V x) { return _mm512_scalef_ps(p, x); }
 #else
-#if defined(__AVX2__)
-    static DEPTHLSTM_HD V approximate_reciprocal(V x) { return _mm256_rcp_ps(x); }  // 3.7e-4
-#endif
     static DEPTHLSTM_HD V bounded(V x) { return clamp(x, V(T(-126)), V(T(126))); }
     static DEPTHLSTM_HD V fraction(V x) {
         const V y = bounded(x);
