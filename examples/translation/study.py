@@ -1,10 +1,10 @@
-"""Test the paper's claim in small: does a depth-wise LSTM let deep models learn?
+"""Test the paper's claim in small, beside every other depth connection: which of them let deep models learn?
 
 The study measures gradients at initialisation, dev cross entropy, speed and memory.
 
     python examples/translation/prepare.py --data debian --language de --vocab-size 2000 corpus
     python examples/translation/study.py corpus --output study
-        continues where it was stopped; takes some 40 minutes on two cores
+        continues where it was stopped; takes some hours on two cores
     python examples/translation/study_report.py study --docs docs
         writes docs/study.md, its pictures and docs/study.json
 """

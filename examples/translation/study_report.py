@@ -14,7 +14,8 @@ from pathlib import Path
 
 import command
 from corpus.files import DamagedError, read_json
-from study.report import gradient_plot, learning_plot, markdown
+from study.plots import gradient_plot, learning_plot
+from study.report import markdown
 
 
 @command.program("study_report.py")

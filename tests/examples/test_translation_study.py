@@ -34,7 +34,9 @@ sys.path.remove(str(FOLDER))
 TINY = replace(study.BASE, steps=3, token_budget=64, d_model=8, heads=2, warmup_steps=2)
 SIZES: dict[str, Any] = {
     "base": TINY,
-    "depths": (1, 2),
+    "plan": {1: (study.FORGET_BIASES[0], "pre-norm"), 2: (study.FORGET_BIASES[0], "pre-norm", "post-norm", "deepnorm")},
+    "gradient_depths": (1, 2),
+    "cost_depth": 2,
     "rates": (1e-3, 2e-3),
     "seeds": (0, 1),
     "dev_pairs": 3,
@@ -76,17 +78,17 @@ def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 def test_every_variant_is_tuned_and_run_with_every_seed(finished: tuple[Path, dict[str, Any]]) -> None:
     _, found = finished
-    for variant in study.VARIANTS:
-        for layers in (1, 2):
+    for layers, variants in SIZES["plan"].items():
+        for variant in variants:
             grid = study_report.tuning(found, variant, layers)
             assert set(SIZES["rates"]) <= set(grid)
             runs = study_report.tuned(found, variant, layers)
             assert [run["seed"] for run in runs] == [0, 1]
             best = runs[0]
             assert best["dev_loss"] == min(run["dev_loss"] for run in grid.values())
-    assert {run["backend"] for run in found["runs"] if run["variant"] == "depth-lstm"} <= {"cpp", "reference"}
+    assert {run["backend"] for run in found["runs"] if run["variant"] in study.FORGET_BIASES} <= {"cpp", "reference"}
     assert len(found["gradients"]) == 2 * 2 * 2 * len(study.VARIANTS)
-    assert {entry["variant"] for entry in found["costs"]} == {"depth-lstm", study.PLAIN, "pre-norm", "post-norm"}
+    assert {entry["variant"] for entry in found["costs"]} == set(study.VARIANTS) - set(study.FORGET_BIASES[1:])
 
 
 def test_a_study_goes_on_where_it_was_stopped(
@@ -96,7 +98,7 @@ def test_a_study_goes_on_where_it_was_stopped(
     gone = next((output / "runs").glob("pre-norm-1-*.json"))
     kept = json.loads(gone.read_text(encoding="utf-8"))
     gone.unlink()
-    (output / "runs" / "post-norm-1-0.001-0.1.partial").write_text("{", encoding="utf-8")  # as a kill leaves it
+    (output / "runs" / "post-norm-2-0.001-0.1.partial").write_text("{", encoding="utf-8")  # as a kill leaves it
     again = run_study(folder, output, **SIZES)
     assert again["costs"] == found["costs"]  # measured once
     assert json.loads(gone.read_text(encoding="utf-8"))["dev_loss"] == pytest.approx(kept["dev_loss"], rel=1e-5)
@@ -194,7 +196,7 @@ def test_the_page_tells_failures_and_defeats(finished: tuple[Path, dict[str, Any
             run["dev_loss"] = 0.5 if run["variant"] == "pre-norm" else 0.9
     text = "\n".join(study_report.findings(changed))
     assert text.count("pre-norm has the lowest dev cross entropy, 0.500") == 2
-    assert "depth-lstm +0.400" in text
+    assert text.count("depth-lstm, forget bias 0 +0.400") == 2
     count = sum(run["variant"] == "post-norm" for run in changed["runs"])
     assert f"{count} of {len(changed['runs'])} runs failed" in text
     broken = len(study_report.tuned(changed, "post-norm", 2))
@@ -203,7 +205,7 @@ def test_the_page_tells_failures_and_defeats(finished: tuple[Path, dict[str, Any
         run["dev_loss"] = None
     text = "\n".join(study_report.findings(changed))
     assert "nan" not in text
-    assert "post-norm changes by no number (runs broke off)." in text
+    assert "pre-norm changes by no number (runs broke off)." in text
 
 
 def test_the_committed_page_is_that_of_the_committed_results() -> None:

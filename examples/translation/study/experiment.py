@@ -3,7 +3,7 @@
 All models of one depth have equally many matrix weights and see the same batches. Each has its own learning rate. It is
 the rate of a grid with the lowest dev cross entropy for the first seed. The grid is extended while its best rate is at
 its end. The other seeds then run with that rate. Each run is one thread of one process, with as many at once as there
-are cores. The speed is measured first, with nothing beside it.
+are cores. The speed is measured last, with nothing beside it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -33,22 +33,28 @@ from depthlstm_fast.bench.measure import machine
 from depthlstm_fast.bench.measure.kept import kept_bytes
 from depthlstm_fast.bench.measure.timing import interleave, spread
 
-DEPTHS = (6, 12, 24)
-RATES = (1e-3, 2e-3, 4e-3)
-FURTHER = 2  # the most steps, of a factor of 2, that extend a grid
+RATES = (2e-3, 4e-3, 8e-3)
+FURTHER = 1  # the most steps, of a factor of 2, that extend a grid
 SEEDS = (0, 1, 2)
 DEV_PAIRS = 250
 EVERY = 20  # steps that one point of a learning curve averages
+FORGET_BIASES = tuple(f"depth-lstm, forget bias {bias}" for bias in range(4))
+RIVAL = "pre-norm"
 VARIANTS: dict[str, dict[str, Any]] = {
-    "depth-lstm": {"architecture": "depth-lstm"},
-    "depth-lstm, forget bias 2": {"architecture": "depth-lstm", "forget_bias": 2.0},
-    "pre-norm": {"architecture": "pre-norm"},
-    "post-norm": {"architecture": "post-norm"},
+    name: {"architecture": "depth-lstm", "forget_bias": float(bias)} for bias, name in enumerate(FORGET_BIASES)
+} | {name: {"architecture": name} for name in dl.connections.names() if name != "depth-lstm"}
+VARIANTS["deepnorm"]["init"] = "deepnorm"  # the weights' scale is a part of it
+# Every connection learns at one depth; the forget biases and the rival at a shallow and a deep one, too.
+PLAN: dict[int, tuple[str, ...]] = {
+    6: (*FORGET_BIASES, RIVAL),
+    12: tuple(VARIANTS),
+    24: (*FORGET_BIASES, RIVAL),
 }
-PLAIN = "depth-lstm, plain PyTorch"
+GRADIENT_DEPTHS = (12, 24, 48)
+COST_DEPTH = 12
 INITS = ("lipschitz", "glorot")
 BASE = Settings(
-    steps=300,
+    steps=500,
     token_budget=1024,
     d_model=64,
     heads=4,
@@ -208,7 +214,7 @@ def gradients(corpus: Corpus, base: Settings, depths: Sequence[int]) -> list[dic
     for variant, options in VARIANTS.items():
         for init in INITS:
             for layers in depths:
-                settings = replace(base, layers=layers, init=init, **options)
+                settings = replace(base, **{"layers": layers, "init": init} | options)
                 for name in ("encoder", "decoder"):
                     model = build_model(settings, len(corpus.tokenizer), "reference")
                     norms = layer_gradients(model, batch, name)
@@ -217,17 +223,14 @@ def gradients(corpus: Corpus, base: Settings, depths: Sequence[int]) -> list[dic
 
 
 def costs(corpus: Corpus, base: Settings, layers: int, seconds: float) -> list[dict[str, Any]]:
-    """Measure the speed of a training step and the bytes kept for backward.
-
-    The variants and plain PyTorch's depth-wise LSTM take turns.
-    """
+    """Measure the speed of a training step and the bytes kept for backward, of all variants in turn."""
     examples = BatchOrder(corpus.examples["train"], base.token_budget, 0)[0]
     batch, predicted = share(examples), target_tokens(examples)
-    contestants = {"depth-lstm": "auto", PLAIN: "reference", "pre-norm": "auto", "post-norm": "auto"}
     trainers: dict[str, Trainer] = {}
-    for name, backend in contestants.items():
-        settings = replace(base, layers=layers, **VARIANTS["depth-lstm" if name == PLAIN else name])
-        trainers[name] = Trainer(build_model(settings, len(corpus.tokenizer), backend), settings, backend)
+    # forget biases differ in nothing that takes time
+    for name in (name for name in VARIANTS if name not in FORGET_BIASES[1:]):
+        settings = replace(base, layers=layers, **VARIANTS[name])
+        trainers[name] = Trainer(build_model(settings, len(corpus.tokenizer)), settings, "auto")
     samples = interleave(
         {name: lambda t=trainer: t.step(batch, predicted=predicted) for name, trainer in trainers.items()},  # type: ignore[misc]
         seconds=seconds,
@@ -277,7 +280,9 @@ def study(
     folder: Path,
     output: Path,
     base: Settings = BASE,
-    depths: Sequence[int] = DEPTHS,
+    plan: Mapping[int, Sequence[str]] = PLAN,
+    gradient_depths: Sequence[int] = GRADIENT_DEPTHS,
+    cost_depth: int = COST_DEPTH,
     rates: tuple[float, ...] = RATES,
     seeds: tuple[int, ...] = SEEDS,
     dev_pairs: int = DEV_PAIRS,
@@ -293,7 +298,15 @@ def study(
     dev = dev_batches(corpus, dev_pairs, base.token_budget)
     about = {
         "settings": asdict(base)
-        | {"rates": list(rates), "seeds": list(seeds), "depths": list(depths), "dev_pairs": dev_pairs},
+        | {
+            "rates": list(rates),
+            "seeds": list(seeds),
+            "plan": {str(layers): list(variants) for layers, variants in plan.items()},
+            "gradient_depths": list(gradient_depths),
+            "cost_depth": cost_depth,
+            "every": EVERY,
+            "dev_pairs": dev_pairs,
+        },
         "corpus": {name: corpus.meta[name] for name in ("dataset", "pairs", "vocabulary")} | {"digest": corpus.digest},
     }
     runs = output / "runs"
@@ -304,17 +317,13 @@ def study(
     found: dict[str, Any] = about | {"variants": list(VARIANTS)}
     found["machine"] = once(output / "machine.json", machine.describe)
     found["unigram_loss"] = unigram_loss(corpus, dev, base.steps, base)
-    print("speed and memory", file=sys.stderr, flush=True)
-    found["costs"] = once(
-        output / "costs.json", lambda: [row for layers in depths for row in costs(corpus, base, layers, seconds)]
-    )
     print("gradients at initialisation", file=sys.stderr, flush=True)
-    found["gradients"] = once(output / "gradients.json", lambda: gradients(corpus, base, depths))
+    found["gradients"] = once(output / "gradients.json", lambda: gradients(corpus, base, gradient_depths))
     # the deepest first, so that the shortest fill up the last core
     tasks = [
         Task(folder, runs, variant, layers, base, rates, seeds, dev_pairs)
-        for layers in sorted(depths, reverse=True)
-        for variant in VARIANTS
+        for layers in sorted(plan, reverse=True)
+        for variant in plan[layers]
     ]
     found["runs"] = []
     workers = workers or machine.usable_cores()
@@ -333,5 +342,7 @@ def study(
     found["runs"].sort(
         key=lambda run: (list(VARIANTS).index(run["variant"]), run["layers"], run["learning_rate"], run["seed"])
     )
+    print("speed and memory", file=sys.stderr, flush=True)
+    found["costs"] = once(output / "costs.json", lambda: costs(corpus, base, cost_depth, seconds))
     write_atomically(output / "study.json", found)
     return found

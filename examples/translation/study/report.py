@@ -4,23 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
-
-# Okabe and Ito's colours, each with its own marker and line, so that they are distinct without colour.
-STYLES: dict[str, dict[str, Any]] = {
-    "depth-lstm": {"color": "#E69F00", "marker": "o", "linestyle": "-"},
-    "depth-lstm, forget bias 2": {"color": "#D55E00", "marker": "D", "linestyle": "--"},
-    "pre-norm": {"color": "#0072B2", "marker": "^", "linestyle": "-."},
-    "post-norm": {"color": "#009E73", "marker": "s", "linestyle": ":"},
-}
-INK = "#222222"
 Study = dict[str, Any]
 
 
@@ -34,6 +20,22 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 def failed(study: Study, run: dict[str, Any]) -> bool:
     """Return whether a run broke off, or knows no more of the dev set than the tokens' frequencies tell."""
     return run["dev_loss"] is None or run["dev_loss"] >= study["unigram_loss"]
+
+
+def depths(study: Study) -> list[int]:
+    """Return the numbers of layers that models learned with, from few to many."""
+    return sorted(int(layers) for layers in study["settings"]["plan"])
+
+
+def planned(study: Study, layers: int) -> list[str]:
+    """Return the variants that learned with so many layers."""
+    variants: list[str] = study["settings"]["plan"][str(layers)]
+    return variants
+
+
+def by_loss(study: Study, layers: int) -> list[str]:
+    """Return the variants that learned with so many layers, the lowest mean dev cross entropy first."""
+    return sorted(planned(study, layers), key=lambda variant: mean(losses(study, variant, layers)))
 
 
 def tuning(study: Study, variant: str, layers: int) -> dict[float, dict[str, Any]]:
@@ -64,24 +66,72 @@ def change(now: list[float], before: list[float]) -> str:
     return f"{difference:+.3f}" if math.isfinite(difference) else "no number (runs broke off)"
 
 
+def loss_cell(study: Study, variant: str, layers: int) -> str:
+    found = losses(study, variant, layers)
+    count = sum(failed(study, run) for run in tuned(study, variant, layers))
+    note = f", {count} of {len(found)} failed" if count else ""
+    if len(study["settings"]["seeds"]) == 1:
+        return f"{found[0]:.3f}{' (failed)' if count else ''}"
+    return f"{mean(found):.3f} ({min(found):.3f} to {max(found):.3f}{note})"
+
+
 def loss_table(study: Study) -> str:
+    """Return the dev cross entropy by variant and depth, the best at the depth that all learned at first."""
+    full = max(depths(study), key=lambda layers: len(planned(study, layers)))
     rows = []
-    for variant in study["variants"]:
-        cells = []
-        for layers in study["settings"]["depths"]:
-            found = losses(study, variant, layers)
-            count = sum(failed(study, run) for run in tuned(study, variant, layers))
-            note = f", {count} of {len(found)} failed" if count else ""
-            cells.append(f"{mean(found):.3f} ({min(found):.3f} to {max(found):.3f}{note})")
-        rows.append([variant, *cells])
-    return table(["", *(f"{layers}+{layers} layers" for layers in study["settings"]["depths"])], rows)
+    for variant in by_loss(study, full):
+        rows.append(
+            [
+                variant,
+                *(
+                    loss_cell(study, variant, layers) if variant in planned(study, layers) else "-"
+                    for layers in depths(study)
+                ),
+            ]
+        )
+    return table(["", *(f"{layers}+{layers} layers" for layers in depths(study))], rows)
+
+
+def speeds(study: Study) -> dict[str, float]:
+    """Return tokens a second by variant; forget biases take the same time."""
+    found = {entry["variant"]: entry["tokens_per_second"]["median"] for entry in study["costs"]}
+    base = next(name for name in found if name.startswith("depth-lstm"))
+    return {variant: found.get(variant, found[base]) for variant in study["variants"]}
+
+
+def time_table(study: Study) -> str:
+    """Return the training cross entropy after equally many steps, and after equal time.
+
+    The time is what the fastest variant takes for all steps.
+    """
+    layers, speed = study["settings"]["cost_depth"], speeds(study)
+    steps, every = study["settings"]["steps"], study["settings"]["every"]
+    end = steps / max(speed[variant] for variant in planned(study, layers))
+    rows = []
+    for variant in by_loss(study, layers):
+        curves = [run["train_losses"] for run in tuned(study, variant, layers) if None not in run["train_losses"]]
+        if not curves:
+            rows.append([variant, f"{speed[variant]:,.0f}", "-", "broke off", "broke off"])
+            continue
+        points = [mean(values) for values in zip(*curves, strict=True)]
+        index = max(1, int(end * speed[variant] / every + 1e-9)) - 1
+        rows.append(
+            [
+                variant,
+                f"{speed[variant]:,.0f}",
+                f"{min(steps, (index + 1) * every)}",
+                f"{points[index]:.3f}",
+                f"{points[-1]:.3f}",
+            ]
+        )
+    return table(["", "tokens/s", "steps in equal time", "loss there", f"loss at step {steps}"], rows)
 
 
 def rate_table(study: Study) -> str:
     rates = sorted({run["learning_rate"] for run in study["runs"]})
     rows = []
     for variant in study["variants"]:
-        for layers in study["settings"]["depths"]:
+        for layers in (layers for layers in depths(study) if variant in planned(study, layers)):
             grid, best = tuning(study, variant, layers), tuned(study, variant, layers)[0]["learning_rate"]
             cells = []
             for rate in rates:
@@ -98,53 +148,45 @@ def rate_table(study: Study) -> str:
 
 
 def gradient_table(study: Study) -> str:
-    depths = study["settings"]["depths"]
     rows: dict[tuple[str, str], list[str]] = {}
     for stack in ("encoder", "decoder"):
         for entry in study["gradients"]:
             if entry["stack"] == stack:
-                ratio = entry["norms"][0] / entry["norms"][-1]
-                rows.setdefault((entry["variant"], entry["init"]), []).append(
-                    f"{ratio:.1e}" if ratio < 0.01 else f"{ratio:.2f}"
-                )
-    heads = [f"{stack}, {layers}" for stack in ("encoder", "decoder") for layers in depths]
+                first, last = entry["norms"][0], entry["norms"][-1]
+                cell = "none" if last == 0 else f"{first / last:.1e}" if first < 0.01 * last else f"{first / last:.2f}"
+                rows.setdefault((entry["variant"], entry["init"]), []).append(cell)
+    heads = [
+        f"{stack}, {layers}" for stack in ("encoder", "decoder") for layers in study["settings"]["gradient_depths"]
+    ]
     return table(["", *heads], ([", ".join(key), *cells] for key, cells in rows.items()))
 
 
 def cost_table(study: Study) -> str:
     rows = []
-    for layers in study["settings"]["depths"]:
-        for entry in (entry for entry in study["costs"] if entry["layers"] == layers):
-            speed = entry["tokens_per_second"]
-            spread = f"{speed['median']:,.0f} ({speed['p10']:,.0f} to {speed['p90']:,.0f})"
-            rows.append(
-                [
-                    f"{entry['variant']}, {layers}+{layers}",
-                    f"{entry['parameters']:,}",
-                    spread,
-                    f"{entry['kept_mb']:.1f}",
-                ]
-            )
+    for entry in study["costs"]:
+        speed = entry["tokens_per_second"]
+        spread = f"{speed['median']:,.0f} ({speed['p10']:,.0f} to {speed['p90']:,.0f})"
+        name = "depth-lstm" if entry["variant"].startswith("depth-lstm") else entry["variant"]
+        rows.append([name, f"{entry['parameters']:,}", spread, f"{entry['kept_mb']:.1f}"])
     return table(["", "parameters", "tokens/s, median (p10 to p90)", "MB kept for backward"], rows)
 
 
 def findings(study: Study) -> list[str]:
     """Return the findings, defeats included, one line each."""
     lines = []
-    for layers in study["settings"]["depths"]:
-        found = {variant: losses(study, variant, layers) for variant in study["variants"]}
-        ranked = sorted(found, key=lambda variant: mean(found[variant]))
-        best = ranked[0]
-        others = []
-        for variant in ranked[1:]:
-            overlap = min(found[variant]) <= max(found[best])
-            others.append(f"{variant} {change(found[variant], found[best])}{' (the seeds overlap)' if overlap else ''}")
+    for layers in depths(study):
+        found = {variant: losses(study, variant, layers) for variant in planned(study, layers)}
+        best, *others = by_loss(study, layers)
+        texts = []
+        for variant in others:
+            overlap = len(found[best]) > 1 and min(found[variant]) <= max(found[best])
+            texts.append(f"{variant} {change(found[variant], found[best])}{' (the seeds overlap)' if overlap else ''}")
         lines.append(
             f"{layers}+{layers} layers: {best} has the lowest dev cross entropy, "
-            f"{mean(found[best]):.3f}; then {', '.join(others)}."
+            f"{mean(found[best]):.3f}; then {', '.join(texts)}."
         )
-    shallow, deep = min(study["settings"]["depths"]), max(study["settings"]["depths"])
-    for variant in study["variants"]:
+    shallow, deep = min(depths(study)), max(depths(study))
+    for variant in (variant for variant in planned(study, deep) if variant in planned(study, shallow)):
         changed = change(losses(study, variant, deep), losses(study, variant, shallow))
         lines.append(
             f"From {shallow}+{shallow} to {deep}+{deep} layers, after as many steps, {variant} changes by {changed}."
@@ -154,7 +196,7 @@ def findings(study: Study) -> list[str]:
     lines.append(f"{count} of {len(study['runs'])} runs failed: broke off, or ended above {limit}.")
     edge = []
     for variant in study["variants"]:
-        for layers in study["settings"]["depths"]:
+        for layers in (layers for layers in depths(study) if variant in planned(study, layers)):
             grid, best = tuning(study, variant, layers), tuned(study, variant, layers)[0]["learning_rate"]
             if best in (min(grid), max(grid)):
                 edge.append(f"{variant} {layers}+{layers}")
@@ -170,11 +212,17 @@ def markdown(study: Study) -> str:
     """Return the page."""
     machine, settings, corpus = study["machine"], study["settings"], study["corpus"]
     commit = (machine["commit"] or "unknown")[:12]
-    return f"""# A small study: depth-wise LSTM, pre-norm, post-norm
+    seeds = len(settings["seeds"])
+    seeds_line = (
+        f"Mean of {seeds} seeds (lowest to highest), which change the initial weights only."
+        if seeds > 1
+        else "One seed: differences of a few hundredths say nothing."
+    )
+    return f"""# A small study: every depth connection, and the forget bias
 
 Made by `examples/translation/study_report.py` from [study.json](study.json), which `examples/translation/study.py` wrote.
 No number below is typed by hand.
-To repeat it (some 40 minutes on two cores):
+To repeat it (some hours on two cores):
 
     python examples/translation/prepare.py --data debian --language de --vocab-size {corpus["vocabulary"]} corpus
     python examples/translation/study.py corpus --output study
@@ -184,7 +232,8 @@ Corpus: {corpus["dataset"]}, {corpus["pairs"]["train"]:,} pairs to train on, {co
 Dev cross entropy is over {settings["dev_pairs"]} of the {corpus["pairs"]["dev"]:,} dev pairs, in nats a target token.
 
 Every model has d = {settings["d_model"]}, {settings["heads"]} heads, GELU, no dropout and no label smoothing.
-It has as many layers in the encoder as in the decoder, and equally many matrix weights at a depth.
+It has as many layers in the encoder as in the decoder.
+At a depth all have equally many matrix weights, but for the depth-wise GRU, which has fewer.
 It takes {settings["steps"]} steps, {settings["warmup_steps"]} of them warm-up, of at most {settings["token_budget"]:,} ids.
 The batches are the same for all.
 So short a training tells whether and how fast a model begins to learn, and nothing of the quality of a trained one.
@@ -197,21 +246,31 @@ Machine: {machine["cpu"]}, {machine["cores"]} cores, torch {machine["torch"]}, d
 
 ## Dev cross entropy by depth
 
-Mean of {len(settings["seeds"])} seeds (lowest to highest), each variant with its own learning rate at each depth, lipschitz initialisation.
-The seeds change the initial weights only.
+{seeds_line}
+Each variant has its own learning rate at each depth.
+Initialisation is lipschitz, and DeepNorm's own for deepnorm.
 
 {loss_table(study)}
 
-![Training cross entropy over steps, by depth](study_learning.png)
+![Training cross entropy over steps](study_learning.png)
 
 The learning rates tried with the first seed, and the dev cross entropy that each led to; the chosen one is bold:
 
 {rate_table(study)}
 
+## Equal steps, equal time
+
+Training cross entropy at {settings["cost_depth"]}+{settings["cost_depth"]} layers, the mean of the last {settings["every"]} steps.
+The time is what the fastest variant takes for all its steps.
+
+{time_table(study)}
+
 ## Gradient at initialisation
 
 Norm of the loss's gradient at the first layer's output, over that at the last layer's: 1 is even, 0 is vanished.
+The output of a depth-wise LSTM's layer is h; that of another connection's is its whole state.
 It was taken before any training, with one batch and one seed.
+"none": no gradient reaches the stack at all, because the other stack's branches start at zero.
 
 {gradient_table(study)}
 
@@ -219,8 +278,8 @@ It was taken before any training, with one batch and one seed.
 
 ## Speed and memory
 
-A training step (forward, backward, update) on {machine["threads"]} threads, all four in turn; tokens are source and target tokens.
-The residual models are `torch.nn`'s layers; "plain PyTorch" is the reference that the fused depth-wise LSTM is held to.
+A training step (forward, backward, update) at {settings["cost_depth"]}+{settings["cost_depth"]} layers on {machine["threads"]} threads, all in turn.
+Tokens are source and target tokens.
 
 {cost_table(study)}
 
@@ -231,82 +290,3 @@ The learning rates are on a grid of factors of two.
 Dev cross entropy picks the learning rate and is then reported, so the first seed's figure is slightly too good, for all variants alike.
 The paper trains other sizes for far longer, and its figures are not compared with here.
 """  # noqa: E501
-
-
-def _finish(study: Study, figure: Any, title: str, path: Path) -> None:
-    machine = study["machine"]
-    figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold", color=INK)
-    settings = study["settings"]
-    caption = (
-        f"{machine['cpu']}, {machine['cores']} cores · torch {machine['torch']} "
-        f"· d={settings['d_model']}, {settings['steps']} steps"
-    )
-    figure.text(0.012, 0.012, caption, fontsize=9, color="#555555")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def _panels(count: int) -> tuple[Any, Any]:
-    figure, grid = plt.subplots(1, count, figsize=(12, 4.6), squeeze=False, sharey=True)
-    figure.subplots_adjust(left=0.065, right=0.99, top=0.83, bottom=0.19, wspace=0.07)
-    for axes in grid.flat:
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure, grid.flat
-
-
-def gradient_plot(study: Study, path: Path) -> None:
-    """Plot each decoder layer's gradient over the last layer's.
-
-    The figure has the deepest models, with one panel for each initialisation.
-    """
-    deep = max(study["settings"]["depths"])
-    entries = [entry for entry in study["gradients"] if entry["stack"] == "decoder" and entry["layers"] == deep]
-    inits = list(dict.fromkeys(entry["init"] for entry in entries))
-    figure, panels = _panels(len(inits))
-    for axes, init in zip(panels, inits, strict=True):
-        for entry in (entry for entry in entries if entry["init"] == init):
-            shares = [norm / entry["norms"][-1] for norm in entry["norms"]]
-            axes.plot(range(1, deep + 1), shares, label=entry["variant"], markersize=4, **STYLES[entry["variant"]])
-        axes.set_yscale("log")
-        axes.set_title(f"{init} initialisation", fontsize=10, loc="left", color=INK)
-        axes.set_xlabel(f"decoder layer, of {deep}")
-    panels[0].set_ylabel("gradient, over the last layer's")
-    panels[-1].legend(frameon=False, fontsize=9, loc="lower right")
-    _finish(study, figure, "Gradient at each layer's output before training", path)
-
-
-def learning_plot(study: Study, path: Path) -> None:
-    """Plot training cross entropy over steps at the tuned rate, as the mean of the seeds.
-
-    The figure has one panel for each depth.
-    """
-    depths, steps = study["settings"]["depths"], study["settings"]["steps"]
-    figure, panels = _panels(len(depths))
-    for axes, layers in zip(panels, depths, strict=True):
-        for variant in study["variants"]:
-            curves = [run["train_losses"] for run in tuned(study, variant, layers) if None not in run["train_losses"]]
-            points = [mean(values) for values in zip(*curves, strict=False)]
-            width = steps / max(len(points), 1)
-            axes.plot(
-                [(index + 0.5) * width for index in range(len(points))],
-                points,
-                label=variant,
-                markersize=4,
-                **STYLES[variant],
-            )
-        axes.axhline(study["unigram_loss"], color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
-        axes.set_title(f"{layers}+{layers} layers", fontsize=10, loc="left", color=INK)
-        axes.set_xlabel("step")
-    panels[0].set_ylabel("training cross entropy, nats a token")
-    panels[0].annotate(
-        "token frequencies alone",
-        (steps, study["unigram_loss"]),
-        xytext=(0, 3),
-        textcoords="offset points",
-        ha="right",
-        fontsize=8,
-        color=INK,
-    )
-    panels[-1].legend(frameon=False, fontsize=9, loc="upper right")
-    _finish(study, figure, "Learning curves at the tuned learning rates", path)
