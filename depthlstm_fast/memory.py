@@ -45,6 +45,8 @@ class MemoryStats(NamedTuple):
         live_bytes, live_blocks: blocks of tensors that are alive.
         reused, fresh: how often an output took an idle block, and a block of the system.
         returned: blocks given back to the system.
+
+    A block's pages hold 64 KiB more than its bytes, because blocks begin at different places of their pages.
     """
 
     limit_bytes: int

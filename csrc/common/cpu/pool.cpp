@@ -16,6 +16,12 @@ namespace depthlstm {
 namespace {
 
 constexpr int64_t huge_page = int64_t(2) << 20;
+// Blocks that begin alike in their pages share the sets and the way predictor of an L1: backward of Keel's norm_step in
+// bf16 took 19.0 ms with all blocks at the beginning of a huge page, 18.4 ms with steps of 4096 bytes, 8.9 ms with these
+// (8,192 rows of 512, Zen 3). 16 steps go once through the sets of an L1 (4 KiB) and of an L2 (64 KiB).
+constexpr int64_t places = 16, step = 4096 + 256;
+constexpr int64_t granule = 65536;  // of a block's capacity; it holds all steps
+static_assert((places - 1) * step <= granule);
 // A larger idle block serves where it wastes at most this share of itself.
 constexpr int64_t waste_divisor = 4;
 
@@ -48,6 +54,7 @@ int64_t first_limit() {
     return *end != '\0' || errno != 0 || value < 0 ? default_limit() : value;
 }
 
+// The data begin less than a granule behind the first of their pages, which hold a granule more than the capacity.
 struct Block {
     void* data;
     int64_t capacity;
@@ -62,7 +69,8 @@ struct Pool {
     Pool() { counts.limit_bytes = first_limit(); }
 
     void unmap(const Block& block) {
-        munmap(block.data, std::size_t(block.capacity));
+        const uintptr_t pages = reinterpret_cast<uintptr_t>(block.data) / huge_page * huge_page;
+        munmap(reinterpret_cast<void*>(pages), std::size_t(block.capacity + granule));
         ++counts.returned;
     }
 
@@ -92,19 +100,20 @@ struct Pool {
         return found;
     }
 
-    static void* map(int64_t capacity) {
-        const std::size_t size = std::size_t(capacity + huge_page);
+    void* map(int64_t capacity) const {
+        const int64_t bytes = capacity + granule;
+        const std::size_t size = std::size_t(bytes + huge_page);
         void* whole = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (whole == MAP_FAILED) return nullptr;
         const uintptr_t begin = reinterpret_cast<uintptr_t>(whole);
         const uintptr_t aligned = (begin + huge_page - 1) / huge_page * huge_page;
         if (aligned > begin) munmap(whole, aligned - begin);
-        const uintptr_t end = begin + size, wanted = aligned + uintptr_t(capacity);
+        const uintptr_t end = begin + size, wanted = aligned + uintptr_t(bytes);
         if (end > wanted) munmap(reinterpret_cast<void*>(wanted), end - wanted);
-        void* data = reinterpret_cast<void*>(aligned);
+        char* data = reinterpret_cast<char*>(aligned);
         // advice only: where the kernel knows no huge pages nothing changes
-        (void)madvise(data, std::size_t(capacity), MADV_HUGEPAGE);
-        return data;
+        (void)madvise(data, std::size_t(bytes), MADV_HUGEPAGE);
+        return data + counts.fresh % places * step;
     }
 };
 
@@ -123,7 +132,7 @@ Pool& pool() {
 
 void* pool_take(int64_t bytes, int64_t* capacity) {
     Pool& own = pool();
-    const int64_t need = (bytes + huge_page - 1) / huge_page * huge_page;
+    const int64_t need = (bytes + granule - 1) / granule * granule;
     Block block{nullptr, 0};
     bool poisons = false;
     {
@@ -133,10 +142,10 @@ void* pool_take(int64_t bytes, int64_t* capacity) {
         if (block.data != nullptr) {
             ++own.counts.reused;
         } else {
-            block = {Pool::map(need), need};
+            block = {own.map(need), need};
             if (block.data == nullptr && !own.idle.empty()) {
                 own.shrink_to(0);
-                block.data = Pool::map(need);
+                block.data = own.map(need);
             }
             if (block.data == nullptr) return nullptr;
             ++own.counts.fresh;
