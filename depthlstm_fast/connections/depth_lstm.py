@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..layers import DepthLSTMCell
+from ..reference.cell import FORGET_BIAS
 from ..reference.stacks import INIT_CELLS
 from .base import Connection, State
 
@@ -43,7 +44,7 @@ class DepthLSTM(Connection):
         eps: float = 1e-6,
         dropout: float = 0.0,
         bias: bool = True,
-        forget_bias: float = 0.0,
+        forget_bias: float = FORGET_BIAS,
         share_cell: bool = False,
         init_cell: str = "zeros",
     ) -> None:

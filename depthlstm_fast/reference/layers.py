@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..activations import activate
 from .attention import CrossAttention, DecoderCache, SelfAttention, initialise_linear, new_cache
-from .cell import DepthLSTMCell
+from .cell import FORGET_BIAS, DepthLSTMCell
 from .layout import Layout
 
 MERGES = ("add", "concat", "cells")
@@ -135,7 +135,7 @@ class DepthLSTMEncoderLayer(_Layer):
         *,
         hidden: str = "linear",
         norm: str = "gate",
-        forget_bias: float = 0.0,
+        forget_bias: float = FORGET_BIAS,
         sublayer: bool = False,
         init: str = "lipschitz",
     ) -> None:
@@ -222,7 +222,7 @@ class DepthLSTMDecoderLayer(_Layer):
         *,
         hidden: str = "linear",
         norm: str = "gate",
-        forget_bias: float = 0.0,
+        forget_bias: float = FORGET_BIAS,
         sublayer: bool = False,
         init: str = "lipschitz",
         merge: str = "add",

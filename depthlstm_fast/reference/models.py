@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .cell import FORGET_BIAS
 from .layers import DepthLSTMDecoderLayer, DepthLSTMEncoderLayer
 from .positions import sinusoidal_positions as sinusoidal_positions
 from .stacks import DepthLSTMDecoder, DepthLSTMEncoder
@@ -63,7 +64,7 @@ class DepthLSTMTransformer(TranslationModel):
         share_cell: bool = False,
         init: str = "lipschitz",
         init_cell: str = "zeros",
-        forget_bias: float = 0.0,
+        forget_bias: float = FORGET_BIAS,
         layer_norm_eps: float = 1e-6,
         bias: bool = True,
         positions: str = "sinusoidal",

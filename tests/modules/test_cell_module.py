@@ -144,6 +144,22 @@ def test_state_defaults_to_zeros() -> None:
         assert_same(list(cell(x)), list(cell(x, (zeros, zeros))))
 
 
+def test_the_default_forget_bias_goes_where_a_bias_is() -> None:
+    default = dl.reference.cell.FORGET_BIAS
+    assert default > 0
+    assert dl.DepthLSTMCell(3, 2).norm.bias[1].eq(default).all()
+    assert dl.DepthLSTMCell(3, 2, norm="none").gates.bias.tolist() == [0, 0, default, default, 0, 0, 0, 0]
+    layer = dl.DepthLSTMEncoderLayer(4, 2)
+    assert layer.cell.norm.bias[1].eq(default).all()
+    model = dl.Transformer(9, 9, d_model=4, nhead=2, num_encoder_layers=1, num_decoder_layers=1)
+    biases = [module.norm.bias for module in model.modules() if isinstance(module, dl.DepthLSTMCell)]
+    assert len(biases) == 2
+    assert all(bias[1].eq(default).all() for bias in biases)
+    without = dl.DepthLSTMCell(3, 2, norm="none", bias=False)  # no bias: nothing to refuse in a default
+    assert without.forget_bias == 0
+    assert dl.DepthLSTMCell(3, 2, forget_bias=0.0).norm.bias.eq(0).all()
+
+
 def test_parameters_and_initialisation() -> None:
     cell = dl.DepthLSTMCell(300, 100, forget_bias=2.0)
     assert {name: tuple(p.shape) for name, p in cell.named_parameters()} == {

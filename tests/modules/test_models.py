@@ -155,6 +155,7 @@ def test_copies_keep_ties() -> None:
 
 def test_compiled_without_graph_breaks_or_recompiles() -> None:
     each = model(dtype=torch.float32, merge="concat", num_encoder_layers=1, num_decoder_layers=1)
+    torch._dynamo.reset()  # else a compilation by an earlier test of the process counts
     src, tgt = batch()
     compiled = torch.compile(each, fullgraph=True, dynamic=True, backend="eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
