@@ -141,21 +141,20 @@ def depth_curves(depths: Sequence[int], settings: Settings, tick: Callable[[], N
     return [*steps, curve("bytes kept by an encoder", "layers", fixed, RESIDUAL, kept, "MB")]
 
 
-def step_in(settings: Settings) -> int:
-    """Return 1 for every point, or 3 for every third if ``settings`` ask for few repetitions."""
-    return 1 if settings.minimum >= 7 else 3
+def sizes_in(settings: Settings, sizes: Sequence[int]) -> Sequence[int]:
+    """Return every size, or without the largest every second one if ``settings`` ask for few repetitions."""
+    return sizes if settings.minimum >= 7 else sizes[:-1:2]
 
 
 def measure_curves(settings: Settings, tick: Callable[[], None] = lambda: None) -> list[Curve]:
     """Return all curves."""
-    step = step_in(settings)
     found = [
-        gates_curve(axis, backward, kept, sizes[::step], settings, tick)
+        gates_curve(axis, backward, kept, sizes_in(settings, sizes), settings, tick)
         for axis, sizes in (("tokens", TOKENS), ("width", WIDTHS))
         for backward in (False, True)
         for kept in (False, True)
     ]
-    return [*found, threads_curve(settings, tick), *depth_curves(DEPTHS[::step], settings, tick)]
+    return [*found, threads_curve(settings, tick), *depth_curves(sizes_in(settings, DEPTHS), settings, tick)]
 
 
 def gates_problem(place: Place, rows: int = ROWS, features: int = FEATURES) -> Problem:
@@ -195,8 +194,8 @@ PROBLEMS: dict[str, Maker] = {
 
 def points_in(settings: Settings) -> int:
     """Return how often ``measure_curves`` calls its ``tick``."""
-    step = step_in(settings)
-    return 4 * (len(TOKENS[::step]) + len(WIDTHS[::step])) + 2 * len(DEPTHS[::step]) + len(thread_counts())
+    tokens, widths, depths = (len(sizes_in(settings, sizes)) for sizes in (TOKENS, WIDTHS, DEPTHS))
+    return 4 * (tokens + widths) + 2 * depths + len(thread_counts())
 
 
 SUBJECT = Subject("scaling", PROBLEMS, needs=("gates", "layer"), in_table=False, ticks=points_in)
