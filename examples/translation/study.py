@@ -17,7 +17,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import command
-from study.experiment import BASE, study  # the package in this folder, which precedes the module of its name
+from study.experiment import (
+    BASE,
+    RATES,
+    SEEDS,
+    study,
+)  # the package in this folder, which precedes the module of its name
 
 
 @command.program("study.py")
@@ -27,8 +32,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("data", type=Path, help="folder that prepare.py wrote")
     parser.add_argument("--output", type=Path, required=True, help="folder for the runs and study.json")
     parser.add_argument("--steps", type=int, default=BASE.steps, help="of each run; default: %(default)s")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=RATES, help="learning rates to choose from; default: %(default)s"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the weights; default: %(default)s")
     options = parser.parse_args(arguments)
-    study(options.data, options.output, replace(BASE, steps=options.steps))
+    study(
+        options.data,
+        options.output,
+        replace(BASE, steps=options.steps),
+        rates=tuple(options.rates),
+        seeds=tuple(options.seeds),
+    )
     return 0
 
 

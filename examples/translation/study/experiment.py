@@ -1,9 +1,9 @@
 """All runs of a study: gradients at initialisation, dev cross entropy by depth, speed and memory.
 
 All models of one depth have equally many matrix weights and see the same batches. Each has its own learning rate. It is
-the rate of a grid with the lowest dev cross entropy for the first seed. The grid is extended while its best rate is at
-its end. The other seeds then run with that rate. Each run is one thread of one process, with as many at once as there
-are cores. The speed is measured last, with nothing beside it.
+the rate of a grid with the lowest dev cross entropy for the first seed. A grid of several rates is extended while its
+best rate is at its end. The other seeds then run with that rate. Each run is one thread of one process, with as many at
+once as there are cores. The speed is measured last, with nothing beside it.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def run_task(task: Task) -> list[dict[str, Any]]:
         return math.inf if loss is None else loss
 
     losses = {rate: run(rate, task.seeds[0]) for rate in task.rates}
-    for _ in range(FURTHER):
+    for _ in range(FURTHER if len(task.rates) > 1 else 0):
         best = min(losses, key=losses.__getitem__)
         if best not in (min(losses), max(losses)):
             break

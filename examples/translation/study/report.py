@@ -200,7 +200,7 @@ def findings(study: Study) -> list[str]:
             grid, best = tuning(study, variant, layers), tuned(study, variant, layers)[0]["learning_rate"]
             if best in (min(grid), max(grid)):
                 edge.append(f"{variant} {layers}+{layers}")
-    if edge:
+    if edge and len(study["settings"]["rates"]) > 1:
         lines.append(
             f"The best learning rate is at the end of the grid tried, and may "
             f"not be the best there is, for: {'; '.join(edge)}."
@@ -213,6 +213,28 @@ def markdown(study: Study) -> str:
     machine, settings, corpus = study["machine"], study["settings"], study["corpus"]
     commit = (machine["commit"] or "unknown")[:12]
     seeds = len(settings["seeds"])
+    rates, seeds_text = (" ".join(f"{value:g}" for value in settings[name]) for name in ("rates", "seeds"))
+    several = len(settings["rates"]) > 1
+    rates_line = (
+        "Each variant has its own learning rate at each depth."
+        if several
+        else f"All have a learning rate of {rates}, which may suit one better than another."
+    )
+    rates_part = (
+        f"""
+The learning rates tried with the first seed, and the dev cross entropy that each led to; the chosen one is bold:
+
+{rate_table(study)}
+"""
+        if several
+        else ""
+    )
+    rates_limit = (
+        """The learning rates are on a grid of factors of two.
+Dev cross entropy picks the learning rate and is then reported, so the first seed's figure is slightly too good, for all variants alike."""  # noqa: E501
+        if several
+        else "One learning rate for all, and one seed: the order of variants that lie close means nothing."
+    )
     seeds_line = (
         f"Mean of {seeds} seeds (lowest to highest), which change the initial weights only."
         if seeds > 1
@@ -225,7 +247,7 @@ No number below is typed by hand.
 To repeat it (some hours on two cores):
 
     python examples/translation/prepare.py --data debian --language de --vocab-size {corpus["vocabulary"]} corpus
-    python examples/translation/study.py corpus --output study
+    python examples/translation/study.py corpus --output study --rates {rates} --seeds {seeds_text}
     python examples/translation/study_report.py study --docs docs
 
 Corpus: {corpus["dataset"]}, {corpus["pairs"]["train"]:,} pairs to train on, {corpus["vocabulary"]:,} subwords.
@@ -247,17 +269,13 @@ Machine: {machine["cpu"]}, {machine["cores"]} cores, torch {machine["torch"]}, d
 ## Dev cross entropy by depth
 
 {seeds_line}
-Each variant has its own learning rate at each depth.
+{rates_line}
 Initialisation is lipschitz, and DeepNorm's own for deepnorm.
 
 {loss_table(study)}
 
 ![Training cross entropy over steps](study_learning.png)
-
-The learning rates tried with the first seed, and the dev cross entropy that each led to; the chosen one is bold:
-
-{rate_table(study)}
-
+{rates_part}
 ## Equal steps, equal time
 
 Training cross entropy at {settings["cost_depth"]}+{settings["cost_depth"]} layers, the mean of the last {settings["every"]} steps.
@@ -286,7 +304,6 @@ Tokens are source and target tokens.
 ## What this does not show
 
 One language pair of technical text, one width, {settings["steps"]} steps, no translation quality.
-The learning rates are on a grid of factors of two.
-Dev cross entropy picks the learning rate and is then reported, so the first seed's figure is slightly too good, for all variants alike.
+{rates_limit}
 The paper trains other sizes for far longer, and its figures are not compared with here.
 """  # noqa: E501
