@@ -33,8 +33,8 @@ float soften(float* scores, int64_t count) {
 // out = factor * sum over t of scores[t] values(t), for `vectors` vectors from feature d on. Two chains, because a few
 // vectors would wait for the latency of each addition.
 template <int vectors, class Values>
-inline __attribute__((always_inline)) void weigh_strip(const float* scores, int64_t positions, Values values,
-                                                       int64_t d, float factor, float* out) {
+inline __attribute__((always_inline)) void weigh_strip(const float* scores, int64_t positions, Values values, int64_t d,
+                                                       float factor, float* out) {
     V sum[2][vectors];
     for (int u = 0; u < 2; ++u)
         for (int v = 0; v < vectors; ++v) sum[u][v] = V(0.0f);
@@ -90,8 +90,7 @@ void attend_blocks(const BlockAttention& call) {
     const float factor = soften(call.scores, blocks * key_block);
     const float* values = call.values;
     const int64_t features = call.width;
-    weigh(
-        call.scores, call.positions, [=](int64_t t) { return values + t * features; }, features, factor, call.out);
+    weigh(call.scores, call.positions, [=](int64_t t) { return values + t * features; }, features, factor, call.out);
 }
 
 void attend_cache(const CacheAttention& call) {
@@ -130,8 +129,8 @@ void normalise(const NormCall& call) {
         const float* x = call.x + row * call.x_stride;
         float* y = call.y + row * call.y_stride;
         V sum(0.0f), square(0.0f), rest(0.0f);
-        for_blocks<W>(D, [&](auto part, int64_t block)
-                             __attribute__((always_inline)) { sum += part.load(x + block * W); });
+        for_blocks<W>(
+            D, [&](auto part, int64_t block) __attribute__((always_inline)) { sum += part.load(x + block * W); });
         const float mean = call.rms ? 0.0f : xsimd::reduce_add(sum) / float(D);
         for_blocks<W>(D, [&](auto part, int64_t block) __attribute__((always_inline)) {
             V centred = part.load(x + block * W) - V(mean);

@@ -74,7 +74,15 @@ int64_t top(const float* values, int64_t count, int64_t wanted, float* found, in
 
 #define DEPTHLSTM_STRING(x) #x
 #define DEPTHLSTM_NAME(x) DEPTHLSTM_STRING(x)
-const DecodeKernels decode_kernels{DEPTHLSTM_NAME(DEPTHLSTM_ISA), pack, multiply, normalise, activate,
-                                   attend_blocks, attend_cache, largest, log_sum, top};
+const DecodeKernels decode_kernels{DEPTHLSTM_NAME(DEPTHLSTM_ISA),
+                                   pack,
+                                   multiply,
+                                   normalise,
+                                   activate,
+                                   attend_blocks,
+                                   attend_cache,
+                                   largest,
+                                   log_sum,
+                                   top};
 
 }  // namespace depthlstm::DEPTHLSTM_ISA

@@ -41,6 +41,7 @@ Tensor decode_pack(const Tensor& plan, const Tensor& reals, const Tensors& weigh
     Tensor blob = empty(sizes, 1, aoti_torch_dtype_uint8(), device_of(plan));
     char* memory = static_cast<char*>(blob.mutable_data_ptr());
     STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(memory) % 64 == 0, "torch must give memory at multiples of 64 bytes");
+    use_huge_pages(blob, bytes);  // before the first touch
     std::memset(memory, 0, std::size_t(bytes));
     model.place(memory + begin);
     for (const Panels& matrix : model.matrices) {
@@ -101,8 +102,7 @@ void decode_check(const Tensor& blob) {
 int64_t decode_fingerprint(const Tensors& weights) {
     uint64_t sum = 0;
     for (const Tensor& tensor : weights) {
-        STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous() &&
-                            dtype_code(tensor) == aoti_torch_dtype_float32(),
+        STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous() && dtype_code(tensor) == aoti_torch_dtype_float32(),
                         "weights must hold contiguous float32 tensors on the CPU");
         sum = checksum(tensor.const_data_ptr(), tensor.numel() * 4, sum);
     }

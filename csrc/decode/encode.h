@@ -33,8 +33,7 @@ public:
                 }
             }
             for (const Branch& branch : model.encoder.branches) {
-                rows.run(
-                    branch, [&](const Branch&) { attend(begin, end); }, [](const Branch&) {});
+                rows.run(branch, [&](const Branch&) { attend(begin, end); }, [](const Branch&) {});
             }
             const float* out = rows.finish(model.encoder);
             if (memory_out != nullptr) {

@@ -64,8 +64,8 @@ struct Branch {
     int64_t self_in, self_out;                          // matrices (3 H P, D) and (D, H P)
     int64_t cross_query, cross_keys_values, cross_out;  // (H P, D), (2 H P, D), (D, H P)
     int64_t network_in, network_out;
-    int64_t cell;       // -1: the output is added to h
-    int64_t read_norm;  // -1: h is read as it is
+    int64_t cell;                     // -1: the output is added to h
+    int64_t read_norm;                // -1: h is read as it is
     int64_t self_place, cross_place;  // among the self- and cross-attentions of its stack
 
     bool has_self() const { return kind == Kind::self || kind == Kind::added || kind == Kind::concatenated; }
@@ -93,9 +93,7 @@ public:
                         "; found ", found);
         return found;
     }
-    void end() const {
-        STD_TORCH_CHECK(at_ == count_, "plan must have ", at_, " numbers; found ", count_);
-    }
+    void end() const { STD_TORCH_CHECK(at_ == count_, "plan must have ", at_, " numbers; found ", count_); }
 
 private:
     const int64_t* numbers_;
@@ -243,8 +241,8 @@ private:
         cell.activation = Activation(plan.next("activation of a cell", 0, int64_t(Activation::given) - 1));
         cell.ffn_in = plan.next("matrix of a cell's network", -1, int64_t(matrices.size()) - 1);
         const bool network = cell.has_network();
-        cell.ffn_norm = plan.next("norm of a cell's network", network ? 0 : -1,
-                                  network ? int64_t(norms.size()) - 1 : -1);
+        cell.ffn_norm =
+            plan.next("norm of a cell's network", network ? 0 : -1, network ? int64_t(norms.size()) - 1 : -1);
         cell.ffn_out = matrix_of(plan, network, "matrix of a cell's network");
         cell.has_affine = plan.next("flag of a cell's affine", 0, 1) != 0;
         cell.eps = eps;

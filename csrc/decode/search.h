@@ -76,8 +76,7 @@ private:
     }
 
     int64_t offset(int64_t t, int64_t place) const {
-        return t / key_block * part.chunk_floats(model) +
-               (place * key_block + t % key_block) * Part::row_floats(model);
+        return t / key_block * part.chunk_floats(model) + (place * key_block + t % key_block) * Part::row_floats(model);
     }
 
     void attend_self(const Branch& branch, int64_t t, int64_t each) {

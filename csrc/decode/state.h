@@ -96,16 +96,13 @@ struct Part {
     // A source's keys of a cross-attention; its values lie behind them.
     float* memory_of(const Model& model, int64_t source, int64_t place) const {
         const int64_t padded = round_up(lengths[source], key_block);
-        return memory + memory_begin[source] * memory_floats(model) +
-               place * 2 * padded * model.heads * model.width;
+        return memory + memory_begin[source] * memory_floats(model) + place * 2 * padded * model.heads * model.width;
     }
 
     static int64_t row_floats(const Model& model) { return model.heads * model.width; }
     int64_t layer_floats(const Model& model) const { return sources * beams * key_block * row_floats(model); }
     // Keys and values of key_block positions of all layers and rows.
-    int64_t chunk_floats(const Model& model) const {
-        return model.decoder.self_attentions * 2 * layer_floats(model);
-    }
+    int64_t chunk_floats(const Model& model) const { return model.decoder.self_attentions * 2 * layer_floats(model); }
 
 private:
     static int64_t memory_floats(const Model& model) {

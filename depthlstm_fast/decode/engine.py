@@ -60,9 +60,7 @@ def make_plan(model: Any, dtype: str = "float32") -> tuple[Plan, list[Tensor]]:
 def pack(plan: Plan, sources: list[Tensor]) -> Packed:
     numbers, reals = plan.numbers(), plan.reals()
     fingerprint = operators().decode_fingerprint(sources)
-    blob = operators().decode_pack(
-        torch.tensor(numbers), torch.tensor(reals, dtype=torch.float64), plan.weights()
-    )
+    blob = operators().decode_pack(torch.tensor(numbers), torch.tensor(reals, dtype=torch.float64), plan.weights())
     return Packed(blob, numbers, reals, fingerprint)
 
 
@@ -95,12 +93,10 @@ def additive_mask(mask: Tensor | None, src: Tensor, pad_id: int) -> Tensor | Non
 
 def run(blob: Tensor, numbers: list[int], src: Tensor, mask: Tensor | None, settings: Settings, scores: bool) -> Any:
     """Tokens (batch, n) and scores (batch,) of a search, in parts where its caches would be too large."""
-    _, features, heads, head_size = numbers[:4]
-    row = features // head_size * (head_size + -head_size % HEAD_BLOCK) * 8
-    layers = numbers[15]  # branches of the decoder: at least its self-attentions
-    each = settings.beams * row * layers * (settings.max_length + HEAD_BLOCK)
+    heads, head_size, branches = numbers[2], numbers[3], numbers[15]  # branches of the decoder
+    position = heads * (head_size + -head_size % HEAD_BLOCK) * 8  # keys and values of a row, a branch at most
+    each = settings.beams * position * branches * (settings.max_length + HEAD_BLOCK)
     size = max(1, CACHE_BYTES // each)
-    del heads
     if size >= src.shape[0]:
         return _run_part(blob, src, mask, settings, scores, 0)
     parts = []
@@ -123,7 +119,8 @@ def _run_part(
     while True:
         left, bad_source, bad_token = ops.decode_advance(blob, state, steps).tolist()
         if bad_source >= 0:
-            raise nan_error(first + bad_source, bad_token)
+            bad_source += first
+            raise nan_error(bad_source, bad_token)
         if left == 0:
             return ops.decode_finish(blob, state)
 
@@ -164,7 +161,6 @@ def search(
 
     Raises:
         ValueError: logits are NaN.
-        RuntimeError: the engine does not run this model, and DEPTHLSTM_STRICT=1 forbids the path in PyTorch.
     """
     if not _applies(model, src, mask, settings):
         return None
@@ -178,6 +174,10 @@ def search(
 
 
 def report(reason: str) -> None:
+    """Say once why PyTorch runs a model.
+
+    DEPTHLSTM_STRICT=1 does not forbid it: the fused cells still run, and no kernel that exists is passed by.
+    """
     if reason not in _logged:
         _logged.add(reason)
         logger.warning("generate() runs in PyTorch, not in the decode engine: %s", reason)

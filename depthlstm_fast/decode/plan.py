@@ -54,11 +54,14 @@ def _methods(cls: type) -> frozenset[str]:
 
 def _check_own(model: nn.Module) -> None:
     """Refuse hooks and methods that an instance has in place of its class's."""
-    for name, module in model.named_modules():
-        if not hookless(module):
-            raise CannotRun(f"{name or 'the model'} has hooks, or a forward of its own")
-        if own := module.__dict__.keys() & _methods(type(module)):
-            raise CannotRun(f"{name or 'the model'} has its own {min(own)}")
+    for module in model.modules():
+        cls: Any = type(module)
+        own = module.__dict__.keys() & _methods(cls)
+        if own or not hookless(module):
+            name = next(name for name, each in model.named_modules() if each is module) or "the model"
+            if own:
+                raise CannotRun(f"{name} has its own {min(own)}")
+            raise CannotRun(f"{name} has hooks")
 
 
 class Plan:
@@ -83,21 +86,23 @@ class Plan:
         for name in ("src_embedding", "tgt_embedding"):
             embedding = getattr(model, name)
             if not is_plain(embedding, nn.Embedding) or embedding.max_norm is not None:
-                raise CannotRun(f"{name} is not a plain nn.Embedding without max_norm")
+                raise CannotRun(f"{name} is {type(embedding).__name__}, and not a plain nn.Embedding without max_norm")
         for name in ("src_positions", "tgt_positions"):
-            if not is_plain(getattr(model, name), Positions):
-                raise CannotRun(f"{name} is not the package's Positions")
+            positions = getattr(model, name)
+            if not is_plain(positions, Positions):
+                raise CannotRun(f"{name} is {type(positions).__name__}, and not the package's Positions")
         self.output = self.matrix("output", model.output, model.tgt_vocab, self.d_model)
         self.shared = model.tgt_embedding is model.src_embedding
 
     def numbers(self) -> list[int]:
-        model, counts = self.model, (self.matrices, self.norms, self.cells)
+        model, tables = self.model, (self.matrices, self.norms, self.cells)
+        counts = [len(self.matrices), len(self.norms), len(self.cells)]
         head = [VERSION, self.d_model, self.heads, self.d_model // self.heads, model.src_vocab, model.tgt_vocab]
-        head += [model.max_len, model.pad_id, model.bos_id, model.eos_id, int(self.shared), *map(len, counts)]
+        head += [model.max_len, model.pad_id, model.bos_id, model.eos_id, int(self.shared), *counts]
         head += [len(self.branches["encoder"]), len(self.branches["decoder"]), self.output]
         for norm, cell in self.stack_ends:
             head += [norm, int(cell is not None)]
-        records = (*counts, self.branches["encoder"], self.branches["decoder"])
+        records: tuple[Any, ...] = (*tables, self.branches["encoder"], self.branches["decoder"])
         return head + [number for table in records for record in table for number in record]
 
     def reals(self) -> list[float]:
@@ -105,11 +110,12 @@ class Plan:
 
     def sources(self) -> list[Tensor]:
         """Every tensor that the engine reads, as the model holds it."""
-        found = [t for linear, _ in self.matrix_tensors for t in (linear.weight, linear.bias)]
+        found: list[Any] = [t for linear, _ in self.matrix_tensors for t in (linear.weight, linear.bias)]
         found += [t for norm in self.norm_tensors for t in (norm.weight, getattr(norm, "bias", None))]
         found += [t for norm in self.cell_tensors if norm is not None for t in (norm.weight, norm.bias)]
         found += self._ends()
-        return [tensor.detach().contiguous() for tensor in found if tensor is not None]
+        once = {id(tensor): tensor for tensor in found if tensor is not None}  # a tied output layer is read once
+        return [tensor.detach().contiguous() for tensor in once.values()]
 
     def weights(self) -> list[Tensor]:
         """The tensors of decode_pack, with heads padded to whole blocks; an empty one stands for None."""
@@ -277,7 +283,9 @@ class Plan:
             cross = self.attention(f"{name}.cross_attn", layer.cross_attn, True)
             if merge == "cells":
                 self.branch(stack, "self", own=own, cell=cell)
-                self.branch(stack, "cross", cross=cross, cell=self.cell(f"{name}.cross_cell", layer.cross_cell, features))
+                self.branch(
+                    stack, "cross", cross=cross, cell=self.cell(f"{name}.cross_cell", layer.cross_cell, features)
+                )
             else:
                 kind = "added" if merge == "add" else "concatenated"
                 self.branch(stack, kind, own=own, cross=cross, cell=cell)
@@ -299,7 +307,9 @@ class Plan:
             for branch in layer.branches:
                 options: dict[str, Any] = {}
                 if lstm:
-                    options["cell"] = self.cell(f"{stack}.connection.cells.{number}", connection.cells[number], self.d_model)
+                    options["cell"] = self.cell(
+                        f"{stack}.connection.cells.{number}", connection.cells[number], self.d_model
+                    )
                 else:
                     norm = connection.read_norms[number]
                     options["read_norm"] = self.norm(f"{stack}.connection.read_norms.{number}", norm, self.d_model)

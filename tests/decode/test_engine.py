@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from decode_helpers import Case, compare, differences, draw, sharpen
+from decode_helpers import Case, compare, differences, sharpen
 from helpers import needs_cpp
 from torch import Tensor, nn
 
