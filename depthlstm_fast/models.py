@@ -30,7 +30,7 @@ class DepthLSTMTransformer(reference.DepthLSTMTransformer):
     def _search(
         self, src: Tensor, mask: Tensor | None, settings: Settings, scores: bool
     ) -> tuple[Tensor, Tensor] | None:
-        return decode.search(self, src, mask, settings, scores) if type(self) is DepthLSTMTransformer else None
+        return decode.search(self, src, mask, settings, scores)
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
@@ -153,7 +153,7 @@ class Transformer(reference.TranslationModel):
     def _search(
         self, src: Tensor, mask: Tensor | None, settings: Settings, scores: bool
     ) -> tuple[Tensor, Tensor] | None:
-        return decode.search(self, src, mask, settings, scores) if type(self) is Transformer else None
+        return decode.search(self, src, mask, settings, scores)
 
 
 NORMS = (reference.GateNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)

@@ -12,7 +12,10 @@ namespace decode {
 class Search {
 public:
     Search(const Model& model, const StateHead& head, Part& part)
-        : model(model), head(head), part(part), rows(model, kernels(), part.buffers) {}
+        : model(model), head(head), part(part), rows(model, kernels(), part.buffers) {
+        const int64_t most = part.beams * std::min(2 * part.beams, model.decoder.vocabulary);
+        if (part.beams > 1) candidates.reserve(std::size_t(most));  // the loop allocates nothing
+    }
 
     // Every source at its first token.
     void start() {
@@ -46,10 +49,16 @@ public:
     }
 
 private:
+    struct Candidate {
+        float score;
+        int32_t beam, token;
+    };
+
     const Model& model;
     const StateHead& head;
     Part& part;
     Rows rows;
+    std::vector<Candidate> candidates;  // of one source
 
     // Rows of a source: one at the first step, where all beams are alike.
     int64_t rows_of_source() const { return part.progress->step == 0 ? 1 : part.beams; }
@@ -162,16 +171,10 @@ private:
         at.active = kept;
     }
 
-    struct Candidate {
-        float score;
-        int32_t beam, token;
-    };
-
     void choose_beams() {
         Progress& at = *part.progress;
         const int64_t V = model.decoder.vocabulary, each = rows_of_source(), wanted = 2 * part.beams;
         int64_t kept = 0;
-        std::vector<Candidate> candidates;
         for (int64_t i = 0; i < at.active; ++i) {
             const int64_t source = part.active[i];
             candidates.clear();
@@ -193,13 +196,13 @@ private:
                 return a.score != b.score ? a.score > b.score : a.beam != b.beam ? a.beam < b.beam : a.token < b.token;
             });
             if (int64_t(candidates.size()) > wanted) candidates.resize(std::size_t(wanted));
-            if (advance_source(source, candidates)) part.active[kept++] = int32_t(source);
+            if (advance_source(source)) part.active[kept++] = int32_t(source);
         }
         at.active = kept;
     }
 
     // Takes what ends, lets the rest go on; returns whether the source does.
-    bool advance_source(int64_t source, const std::vector<Candidate>& candidates) {
+    bool advance_source(int64_t source) {
         const int64_t beams = part.beams, t = part.progress->step, length = t + 1;
         const bool is_last = length == part.max_length;
         int64_t ended = 0;

@@ -68,7 +68,12 @@ class Plan:
     """A model as numbers and tensors. Raises CannotRun."""
 
     def __init__(self, model: Any, dtype: str) -> None:
+        cls = type(model)
+        if cls.__module__.partition(".")[0] != __name__.partition(".")[0]:  # it may do anything
+            raise CannotRun(f"its class is {cls.__name__}, and not the package's")
         _check_own(model)
+        if not is_plain(model.input_dropout, nn.Dropout):
+            raise CannotRun(f"input_dropout is {type(model.input_dropout).__name__}, and not a plain nn.Dropout")
         self.model, self.dtype = model, WEIGHTS.index(dtype)
         self.matrices: list[tuple[int, int, int]] = []
         self.norms: list[tuple[int, int]] = []

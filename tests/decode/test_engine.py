@@ -288,7 +288,15 @@ def renormed(each: Any) -> None:
     each.decoder.norm = nn.Identity()
 
 
-@pytest.mark.parametrize("change", [hook, own_step, wrapped, renormed])
+def subclassed(each: Any) -> None:
+    each.__class__ = type("Mine", (dl.DepthLSTMTransformer,), {"__module__": "mine"})
+
+
+def noisy(each: Any) -> None:
+    each.input_dropout = nn.Identity()
+
+
+@pytest.mark.parametrize("change", [hook, own_step, wrapped, renormed, subclassed, noisy])
 def test_other_models_run_in_pytorch(change: Any, caplog: pytest.LogCaptureFixture) -> None:
     each, src = model(), sources()
     change(each)
