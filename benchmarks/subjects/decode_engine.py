@@ -5,14 +5,17 @@ The rival's model is a residual Transformer of equal width, depth and vocabulary
 
 from __future__ import annotations
 
+import copy
 import functools
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 import depthlstm_fast as dl
 
-from ..measure import ctranslate2_rival
+from ..measure import accuracy, ctranslate2_rival
 from ..measure.calls import Runs
 from ..measure.place import Place
 from ..measure.problems import Problem, Subject
@@ -63,6 +66,18 @@ def decoding(place: Place, size: str, batch: int, beams: int) -> Problem:
     return Problem(row, runs, targets, 1.5, grad=False, tokens=batch * TOKENS, place=place)
 
 
+def check(dtype: torch.dtype) -> Iterator[accuracy.Check]:
+    """Check the tokens of a small model against those of PyTorch in fp64, and their scores."""
+    each = model(64, 4, 100)
+    exact, source = copy.deepcopy(each).double(), torch.randint(4, 100, (3, 7))
+    for beams in (1, 4):
+        tokens, scores = each.generate(source, 12, beams, return_scores=True)
+        backend = dl.last_backend() or "none"
+        wanted, wanted_scores = exact.generate(source, 12, beams, return_scores=True)
+        error = (scores - wanted_scores).abs().max().item() if torch.equal(tokens, wanted) else math.inf
+        yield accuracy.Check("decode_engine", "fp32", error < 1e-5, f"{beams} beams", error, 0.0, error / 1e-5, backend)
+
+
 SUBJECT = Subject(
     "decode_engine",
     {
@@ -71,6 +86,6 @@ SUBJECT = Subject(
         for batch in (1, 8)
         for beams in (1, 4)
     },
-    needs=("decoding",),
+    check,
     on_request=True,
 )
