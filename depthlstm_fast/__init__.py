@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from . import connections, reference
 from .backends import last_backend, set_backend, use_backend
+from .decode import CompiledDecoder, compile_decoder
 from .functional import (
     depth_gru_gates,
     depth_lstm_cell,
@@ -53,6 +54,8 @@ __all__ = [
     "Encoder",
     "Decoder",
     "Transformer",
+    "compile_decoder",
+    "CompiledDecoder",
     "param_groups",
     "probe_gradients",
     "grow",

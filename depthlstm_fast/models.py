@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checks, reference
+from . import checks, decode, reference
 from .connections import DeepNorm
 from .layers import DepthLSTMDecoder, DepthLSTMDecoderLayer, DepthLSTMEncoder, DepthLSTMEncoderLayer, trusted_folds
 from .memories import MEMORIES, MultiscaleMemory, TransparentMemory
+from .reference.generation import Settings
 from .stacks import Decoder, Encoder
 from .stacks.base import Factory
 
@@ -25,6 +26,11 @@ class DepthLSTMTransformer(reference.DepthLSTMTransformer):
     decoder_layer_class = DepthLSTMDecoderLayer
     encoder_class = DepthLSTMEncoder
     decoder_class = DepthLSTMDecoder
+
+    def _search(
+        self, src: Tensor, mask: Tensor | None, settings: Settings, scores: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        return decode.search(self, src, mask, settings, scores)
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
@@ -143,6 +149,11 @@ class Transformer(reference.TranslationModel):
             return super().encode(src, src_key_padding_mask)
         x, padding = self._embed_source(src, src_key_padding_mask)
         return self.memories(self.encoder.layer_outputs(x, src_key_padding_mask=padding))  # type: ignore[operator]
+
+    def _search(
+        self, src: Tensor, mask: Tensor | None, settings: Settings, scores: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        return decode.search(self, src, mask, settings, scores)
 
 
 NORMS = (reference.GateNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)

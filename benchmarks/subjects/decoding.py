@@ -43,8 +43,14 @@ def build(
     fused, folded = (dl.DepthLSTMTransformer(vocabulary, vocabulary, **sizes).eval() for _ in range(2))
     for model in (fused, folded):
         model.load_state_dict(eager.state_dict())
-    dl.fold_output_projections(folded)
+    dl.fold_output_projections(in_pytorch(folded))  # the decode engine has no use for folds
     return {"eager": eager, "fused": fused, "folded": folded}
+
+
+def in_pytorch(model: Any) -> Any:
+    """Return the model, whose ``generate()`` then searches in PyTorch, not in the decode engine."""
+    model._search = lambda *arguments: None
+    return model
 
 
 def greedy(model: dl.reference.DepthLSTMTransformer, source: Tensor, length: int) -> Tensor:

@@ -95,6 +95,17 @@ def last_backend() -> str | None:
     return _last
 
 
+def wanted() -> str:
+    """Return the backend of a call that names none."""
+    return _default if _blocks == 0 else _scoped_name() or _default
+
+
+def note(name: str) -> None:
+    """Let :func:`last_backend` return ``name``, for code that runs a backend without :func:`choose`."""
+    global _last
+    _last = name
+
+
 def choose(
     requested: str | None,
     tensor: Tensor,
@@ -116,7 +127,7 @@ def choose(
     global _last
     name = requested
     if name is None:
-        name = _default if _blocks == 0 else _scoped_name() or _default
+        name = wanted()
     if name == "auto":
         name = _fastest(tensor, op, features) if against is None else "reference"
         if against is not None and not without_kernels and not is_exporting():

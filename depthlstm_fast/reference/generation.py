@@ -90,10 +90,15 @@ def _check_and_ask(scores: Tensor, done: Tensor, length: int) -> bool:
     stop, failed = torch.stack((done, invalid.any())).tolist()
     if failed:
         source = int(invalid.view(invalid.shape[0], -1).any(1).nonzero()[0])
-        raise ValueError(
-            f"logits must be numbers; found NaN for source {source} at token {length}: look for NaN in the weights"
-        )
+        raise nan_error(source, length)
     return bool(stop)
+
+
+def nan_error(source: int, length: int) -> ValueError:
+    """Return the error for a source whose logits of a token are NaN."""
+    return ValueError(
+        f"logits must be numbers; found NaN for source {source} at token {length}: look for NaN in the weights"
+    )
 
 
 def beam_search(next_logits: NextLogits, reorder: Reorder, settings: Settings) -> tuple[Tensor, Tensor]:

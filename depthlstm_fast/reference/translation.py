@@ -19,6 +19,39 @@ from .positions import POSITIONS, Positions, initialise_embedding
 Memory = Tensor | tuple[Tensor, ...]
 
 
+def check_ids(
+    argument: str, ids: Any, vocab: int, max_len: int, held: Tensor | None = None, range_too: bool = True
+) -> None:
+    """Raise TypeError or ValueError unless ids can be a batch of sequences; ``held`` is a weight of the model."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{argument} must be a torch.Tensor; found {type(ids).__name__}")
+    if ids.dtype != torch.int64:
+        raise TypeError(f"{argument} must be int64; found {ids.dtype}")
+    if ids.dim() != 2 or ids.shape[0] == 0 or ids.shape[1] == 0:
+        raise ValueError(f"{argument} must have shape (batch, length), neither of them 0; found {tuple(ids.shape)}")
+    if ids.shape[1] > max_len:
+        raise ValueError(f"{argument} must have at most max_len, {max_len}, tokens; found {ids.shape[1]}")
+    if held is not None and ids.is_meta and not held.is_meta:
+        # an embedding on the CPU would take them, and return what memory holds
+        raise ValueError(f"{argument} must be on the device of the model, {held.device}; found meta")
+    if range_too and not is_traced() and is_direct(ids) and not is_transformed():
+        least, most = (int(bound) for bound in torch.aminmax(ids))
+        if least < 0 or most >= vocab:
+            raise ValueError(f"{argument} must hold ids from 0 to {vocab - 1}; found {least if least < 0 else most}")
+
+
+def check_search(max_length: Any, beam_size: Any, length_penalty: Any, max_len: int) -> None:
+    """Raise TypeError or ValueError unless these can be the arguments of a search."""
+    checks.check_size("max_length", max_length)
+    checks.check_size("beam_size", beam_size)
+    if max_length > max_len:
+        raise ValueError(f"max_length must be at most max_len, {max_len}; found {max_length}")
+    if isinstance(length_penalty, bool) or not isinstance(length_penalty, (int, float)):
+        raise TypeError(f"length_penalty must be a float; found {type(length_penalty).__name__}")
+    if not math.isfinite(length_penalty):
+        raise ValueError(f"length_penalty must be finite; found {length_penalty}")
+
+
 class TranslationModel(nn.Module):
     """What surrounds ``encoder`` and ``decoder``, which a subclass sets between :meth:`_begin` and :meth:`_surround`.
 
@@ -147,23 +180,8 @@ class TranslationModel(nn.Module):
         self._reset_embeddings()
 
     def _check_ids(self, argument: str, ids: Any, vocab: int, range_too: bool = True) -> None:
-        if not isinstance(ids, Tensor):
-            raise TypeError(f"{argument} must be a torch.Tensor; found {type(ids).__name__}")
-        if ids.dtype != torch.int64:
-            raise TypeError(f"{argument} must be int64; found {ids.dtype}")
-        if ids.dim() != 2 or ids.shape[0] == 0 or ids.shape[1] == 0:
-            raise ValueError(f"{argument} must have shape (batch, length), neither of them 0; found {tuple(ids.shape)}")
-        if ids.shape[1] > self.max_len:
-            raise ValueError(f"{argument} must have at most max_len, {self.max_len}, tokens; found {ids.shape[1]}")
-        held = getattr(self.src_embedding, "weight", ids)
-        if ids.is_meta and not held.is_meta:  # an embedding on the CPU would take them, and return what memory holds
-            raise ValueError(f"{argument} must be on the device of the model, {held.device}; found meta")
-        if range_too and not is_traced() and is_direct(ids) and not is_transformed():
-            least, most = (int(bound) for bound in torch.aminmax(ids))
-            if least < 0 or most >= vocab:
-                raise ValueError(
-                    f"{argument} must hold ids from 0 to {vocab - 1}; found {least if least < 0 else most}"
-                )
+        held = getattr(self.src_embedding, "weight", None)
+        check_ids(argument, ids, vocab, self.max_len, held, range_too)
 
     def _embed(self, ids: Tensor, embedding: nn.Embedding, positions: Positions, start: int = 0) -> Tensor:
         return self.input_dropout(positions(embedding(ids) * math.sqrt(self.d_model), start))
@@ -281,17 +299,13 @@ class TranslationModel(nn.Module):
         """
         self._check_ids("src", src, self.src_vocab)
         max_length = self.max_len if max_length is None else max_length
-        checks.check_size("max_length", max_length)
-        checks.check_size("beam_size", beam_size)
-        if max_length > self.max_len:
-            raise ValueError(f"max_length must be at most max_len, {self.max_len}; found {max_length}")
-        if isinstance(length_penalty, bool) or not isinstance(length_penalty, (int, float)):
-            raise TypeError(f"length_penalty must be a float; found {type(length_penalty).__name__}")
-        if not math.isfinite(length_penalty):
-            raise ValueError(f"length_penalty must be finite; found {length_penalty}")
+        check_search(max_length, beam_size, length_penalty, self.max_len)
         settings = generation.Settings(
             src.shape[0], beam_size, max_length, length_penalty, self.bos_id, self.eos_id, self.pad_id, src.device
         )
+        found = self._search(src, src_key_padding_mask, settings, return_scores) if use_cache else None
+        if found is not None:
+            return found if return_scores else found[0]
         with self._inference():
             padding = src == self.pad_id if src_key_padding_mask is None else src_key_padding_mask
             memory = self.encode(src, padding)
@@ -301,6 +315,12 @@ class TranslationModel(nn.Module):
             search = generation.greedy_search if beam_size == 1 else generation.beam_search
             tokens, scores = search(decoding.next_logits, decoding.reorder, settings)
         return (tokens, scores) if return_scores else tokens
+
+    def _search(
+        self, src: Tensor, mask: Tensor | None, settings: generation.Settings, scores: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """Tokens and scores by another way than the search in PyTorch; None for none, as here."""
+        return None
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:

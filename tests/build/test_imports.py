@@ -29,6 +29,7 @@ FLOORS = (
     ("connections",),
     ("initialisation", "memories"),
     ("stacks",),
+    ("decode",),
     ("models", "probes", "linear_maps"),
     ("growth", "linear_sites"),
     ("linearisation",),

@@ -1,0 +1,77 @@
+// Operands of the decode engine's kernels: plain pointers, no torch, no STL.
+//
+// A matrix W (outputs, inputs) is packed by panels of 32 outputs, [panel][input][32]: the lanes of a vector are outputs,
+// and an input is one number for all of them. A panel is one stream of memory, which is read once for all rows.
+#pragma once
+
+#include "common/activations.h"
+
+namespace depthlstm {
+
+// bfloat16: [panel][input / 2][32][2]. int8: [panel][input][32], a scale for each output.
+enum class WeightType : int64_t { float32, bfloat16, int8 };
+
+constexpr int64_t panel_outputs = 32;
+
+// A packed matrix and its bias. The bias and the scales are padded with zeros to whole panels.
+struct Panels {
+    int64_t outputs = 0, inputs = 0;
+    WeightType type = WeightType::float32;
+    void* weights = nullptr;
+    float* bias = nullptr;
+    float* scale = nullptr;  // int8 only
+};
+
+// y = base + W x + b for each row. base may be null, and may be y itself.
+struct ProductCall {
+    Panels panels;
+    const float* x = nullptr;
+    int64_t x_stride = 0;
+    const float* base = nullptr;
+    int64_t base_stride = 0;
+    float* y = nullptr;
+    int64_t y_stride = 0;
+    int64_t rows = 0;
+};
+
+// LayerNorm or RMSNorm of each row.
+struct NormCall {
+    int64_t rows = 0, features = 0;
+    bool rms = false;
+    float eps = 0;
+    const float* weight = nullptr;
+    const float* bias = nullptr;
+    const float* x = nullptr;
+    int64_t x_stride = 0;
+    float* y = nullptr;
+    int64_t y_stride = 0;
+};
+
+// Positions of a key or value block. Vectors of heads are padded with zeros to a multiple of it.
+constexpr int64_t key_block = 16;
+
+// One query of one head against keys [block][feature][16] and values [position][feature] of `positions` positions.
+struct BlockAttention {
+    const float* query = nullptr;
+    const float* keys = nullptr;
+    const float* values = nullptr;
+    const float* mask = nullptr;  // added to the scores, by position; or null
+    int64_t positions = 0, width = 0;
+    float scale = 1;
+    float* scores = nullptr;  // scratch: positions, rounded up to whole blocks
+    float* out = nullptr;     // (width)
+};
+
+// One query of all heads against keys and values whose position t lies at offsets[t].
+struct CacheAttention {
+    const float* query = nullptr;
+    const float* keys = nullptr;
+    const float* values = nullptr;
+    const int64_t* offsets = nullptr;
+    int64_t positions = 0, heads = 0, width = 0;
+    float scale = 1;
+    float* scores = nullptr;  // scratch: heads times positions, rounded up to whole blocks
+    float* out = nullptr;     // (heads, width)
+};
+
+}  // namespace depthlstm

@@ -1,0 +1,114 @@
+// The encoder, and the decoder's keys and values of its output.
+#pragma once
+
+#include "state.h"
+
+namespace depthlstm {
+namespace decode {
+
+// Token ids and mask of a source without its padded positions.
+struct SourceTokens {
+    std::vector<int32_t> ids, positions;
+    std::vector<float> added;  // to the scores of a position
+    bool has_mask = false;
+};
+
+class Encoder {
+public:
+    Encoder(const Model& model, Part& part, const std::vector<SourceTokens>& given)
+        : model(model), part(part), given(given), rows(model, kernels(), part.buffers) {}
+
+    // Encodes every source of the part, in groups of some hundred positions. What `memory_out` names, with a row of D
+    // for each kept position in their order, also gets the encoder's output.
+    void run(float* memory_out = nullptr) {
+        for (int64_t begin = 0, end = 0, count = 0; begin < part.sources; begin = end) {
+            end = part.group_end(begin, count);
+            rows.count = count;
+            int64_t row = 0;
+            for (int64_t source = begin; source < end; ++source) {
+                const SourceTokens& tokens = given[part.first + source];
+                for (int64_t t = 0; t < part.lengths[source]; ++t) {
+                    rows.embed(model.encoder, row++, tokens.ids[t], tokens.positions[t]);
+                    part.mask[part.memory_begin[source] + t] = tokens.added[t];
+                }
+            }
+            for (const Branch& branch : model.encoder.branches) {
+                rows.run(branch, [&](const Branch&) { attend(begin, end); }, [](const Branch&) {});
+            }
+            const float* out = rows.finish(model.encoder);
+            if (memory_out != nullptr) {
+                std::memcpy(memory_out, out, std::size_t(count * model.features) * 4);
+                memory_out += count * model.features;
+            } else {
+                keep(out, begin, end);
+            }
+        }
+    }
+
+private:
+    const Model& model;
+    Part& part;
+    const std::vector<SourceTokens>& given;
+    Rows rows;
+
+    const float* mask_of(int64_t source) const {
+        return given[part.first + source].has_mask ? part.mask + part.memory_begin[source] : nullptr;
+    }
+
+    void attend(int64_t begin, int64_t end) {
+        const int64_t P = model.width, all = model.heads * P;
+        Buffers& b = part.buffers;
+        int64_t row = 0;
+        for (int64_t source = begin; source < end; ++source) {
+            const int64_t length = part.lengths[source];
+            for (int64_t head = 0; head < model.heads; ++head) {
+                const float* first = b.projected + row * 3 * all + head * P;
+                transpose_keys(first + all, 3 * all, length, P, part.block_keys);
+                for (int64_t t = 0; t < length; ++t) {
+                    std::memcpy(part.block_values + t * P, first + t * 3 * all + 2 * all, std::size_t(P) * 4);
+                }
+                BlockAttention call;
+                call.keys = part.block_keys;
+                call.values = part.block_values;
+                call.mask = mask_of(source);
+                call.positions = length;
+                call.width = P;
+                call.scale = float(1 / std::sqrt(double(model.head_size)));
+                call.scores = b.scores;
+                for (int64_t t = 0; t < length; ++t) {
+                    call.query = first + t * 3 * all;
+                    call.out = b.context + (row + t) * all + head * P;
+                    rows.kernels.attend_blocks(call);
+                }
+            }
+            row += length;
+        }
+    }
+
+    // Keys and values of the encoder's output for every cross-attention, which all steps read.
+    void keep(const float* out, int64_t begin, int64_t end) {
+        const int64_t P = model.width, all = model.heads * P;
+        Buffers& b = part.buffers;
+        for (const Branch& branch : model.decoder.branches) {
+            if (!branch.has_cross()) continue;
+            rows.multiply(branch.cross_keys_values, out, model.features, b.projected, 2 * all);
+            int64_t row = 0;
+            for (int64_t source = begin; source < end; ++source) {
+                const int64_t length = part.lengths[source], padded = round_up(length, key_block);
+                float* keys = part.memory_of(model, source, branch.cross_place);
+                for (int64_t head = 0; head < model.heads; ++head) {
+                    const float* first = b.projected + row * 2 * all + head * P;
+                    transpose_keys(first, 2 * all, length, P, keys + head * padded * P);
+                    float* values = keys + padded * all + head * padded * P;
+                    for (int64_t t = 0; t < length; ++t) {
+                        std::memcpy(values + t * P, first + t * 2 * all + all, std::size_t(P) * 4);
+                    }
+                }
+                row += length;
+            }
+        }
+    }
+};
+
+}  // namespace decode
+}  // namespace depthlstm

@@ -1,0 +1,6 @@
+"""The decode engine: a whole search in C++ on packed weights. docs/decoding.md is its page."""
+
+from .compiled import CompiledDecoder, compile_decoder
+from .engine import search
+
+__all__ = ["CompiledDecoder", "compile_decoder", "search"]

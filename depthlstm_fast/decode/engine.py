@@ -1,0 +1,183 @@
+"""Packs models for the engine, keeps the copies true, and runs searches.
+
+``generate()`` calls :func:`search`. A model is packed at its first call, and again whenever a bit of its weights has
+changed: every call reads all weights once for their sum, because ``parameter.data``, fused optimisers and other
+processes change weights without a version counter.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..backends import choice, library
+from ..modes import autocast_dtype, is_direct, is_traced
+from ..reference.generation import Settings, nan_error
+from ..torch_private import has_forward_gradients, is_transformed
+from .plan import HEAD_BLOCK, CannotRun, Plan
+
+logger = logging.getLogger("depthlstm_fast")
+
+MOST_BEAMS = 4096  # as decode_start of csrc/decode/cpu_op.cpp takes them
+# Caches of a search take so much address space at most; a larger batch is searched in several parts. Pages that no
+# step reaches take no memory.
+CACHE_BYTES = 2 << 30
+_logged: set[str] = set()
+
+
+class Packed(NamedTuple):
+    """A packed model, and what it was packed from."""
+
+    blob: Tensor
+    numbers: list[int]
+    reals: list[float]
+    fingerprint: int
+
+
+_packed: weakref.WeakKeyDictionary[nn.Module, Packed] = weakref.WeakKeyDictionary()
+
+
+def operators() -> Any:
+    return torch.ops.depthlstm_fast
+
+
+def make_plan(model: Any, dtype: str = "float32") -> tuple[Plan, list[Tensor]]:
+    """The plan of a model and its tensors. Raises CannotRun."""
+    plan = Plan(model, dtype)
+    sources = plan.sources()
+    for tensor in sources:
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu" or tensor.dtype != torch.float32:
+            kind = f"{tensor.dtype} on {tensor.device}".removeprefix("torch.")
+            raise CannotRun(f"a parameter is {type(tensor).__name__} of {kind}, and not float32 on the CPU")
+    return plan, sources
+
+
+def pack(plan: Plan, sources: list[Tensor]) -> Packed:
+    numbers, reals = plan.numbers(), plan.reals()
+    fingerprint = operators().decode_fingerprint(sources)
+    blob = operators().decode_pack(torch.tensor(numbers), torch.tensor(reals, dtype=torch.float64), plan.weights())
+    return Packed(blob, numbers, reals, fingerprint)
+
+
+def packed_for(model: Any) -> Packed:
+    """The packed model, made anew if anything in the model has changed. Raises CannotRun."""
+    plan, sources = make_plan(model)
+    found = _packed.get(model)
+    if (
+        found is None
+        or found.numbers != plan.numbers()
+        or found.reals != plan.reals()
+        or found.fingerprint != operators().decode_fingerprint(sources)
+    ):
+        _packed.pop(model, None)  # the old copy first: never two
+        found = None
+        found = _packed[model] = pack(plan, sources)
+        logger.info("packed %s for decoding: a copy of %d bytes", type(model).__name__, found.blob.numel())
+    return found
+
+
+def additive_mask(mask: Tensor | None, src: Tensor, pad_id: int) -> Tensor | None:
+    """The mask of padded positions, added to scores: 0 and -inf for one of bool."""
+    padded = src == pad_id if mask is None else mask
+    if padded.dtype == torch.bool:
+        if not padded.any():
+            return None
+        return torch.zeros(padded.shape).masked_fill_(padded, -torch.inf)
+    return padded.to(torch.float32).contiguous()
+
+
+def run(blob: Tensor, numbers: list[int], src: Tensor, mask: Tensor | None, settings: Settings, scores: bool) -> Any:
+    """Tokens (batch, n) and scores (batch,) of a search, in parts where its caches would be too large."""
+    heads, head_size, branches = numbers[2], numbers[3], numbers[15]  # branches of the decoder
+    position = heads * (head_size + -head_size % HEAD_BLOCK) * 8  # keys and values of a row, a branch at most
+    each = settings.beams * position * branches * (settings.max_length + HEAD_BLOCK)
+    size = max(1, CACHE_BYTES // each)
+    if size >= src.shape[0]:
+        return _run_part(blob, src, mask, settings, scores, 0)
+    parts = []
+    for first in range(0, src.shape[0], size):
+        some = None if mask is None else mask[first : first + size]
+        parts.append(_run_part(blob, src[first : first + size], some, settings, scores, first))
+    longest = max(tokens.shape[1] for tokens, _ in parts)
+    padded = [nn.functional.pad(t, (0, longest - t.shape[1]), value=settings.pad_id) for t, _ in parts]
+    return torch.cat(padded), torch.cat([score for _, score in parts])
+
+
+def _run_part(
+    blob: Tensor, src: Tensor, mask: Tensor | None, settings: Settings, scores: bool, first: int
+) -> tuple[Tensor, Tensor]:
+    ops, threads = operators(), torch.get_num_threads()
+    options = (settings.beams, settings.max_length, float(settings.length_penalty), scores, threads)
+    state = ops.decode_start(blob, src.contiguous(), mask, *options)
+    # Python looks for Ctrl-C between calls
+    steps = min(32, max(1, 512 // (src.shape[0] * settings.beams)))
+    while True:
+        left, bad_source, bad_token = ops.decode_advance(blob, state, steps).tolist()
+        if bad_source >= 0:
+            bad_source += first
+            raise nan_error(bad_source, bad_token)
+        if left == 0:
+            return ops.decode_finish(blob, state)
+
+
+def _takes(src: Tensor, mask: Tensor | None) -> bool:
+    """Whether these arguments are plain and right; others take the path in PyTorch, which names what is wrong."""
+    if mask is None:
+        return True
+    if not isinstance(mask, Tensor) or not is_direct(mask) or mask.shape != src.shape or mask.device != src.device:
+        return False
+    return mask.dtype == torch.bool or (mask.dtype == torch.float32 and bool((mask < torch.inf).all()))
+
+
+def _applies(model: Any, src: Tensor, mask: Tensor | None, settings: Settings) -> bool:
+    """Whether the engine is what runs this kind of call: float32 on a CPU, by kernels, and not traced or watched."""
+    weight = getattr(model.src_embedding, "weight", None)
+    return (
+        library.load_error is None
+        and isinstance(weight, Tensor)
+        and weight.device.type == src.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and choice.wanted() in ("auto", "cpp")
+        and settings.beams <= MOST_BEAMS
+        and autocast_dtype("cpu") is None
+        and not is_traced()
+        and is_direct(src)
+        and not is_transformed()
+        and not has_forward_gradients()
+        and math.isfinite(settings.length_penalty)
+        and _takes(src, mask)
+    )
+
+
+def search(
+    model: Any, src: Tensor, mask: Tensor | None, settings: Settings, scores: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Tokens and scores of ``generate()``, or None where PyTorch has to run it.
+
+    Raises:
+        ValueError: logits are NaN.
+    """
+    if not _applies(model, src, mask, settings):
+        return None
+    try:
+        packed = packed_for(model)
+    except CannotRun as reason:
+        report(str(reason))
+        return None
+    choice.note("cpp")
+    return run(packed.blob, packed.numbers, src, additive_mask(mask, src, model.pad_id), settings, scores)
+
+
+def report(reason: str) -> None:
+    """Say once why PyTorch runs a model.
+
+    DEPTHLSTM_STRICT=1 does not forbid it: the fused cells still run, and no kernel that exists is passed by.
+    """
+    if reason not in _logged:
+        _logged.add(reason)
+        logger.warning("generate() runs in PyTorch, not in the decode engine: %s", reason)
