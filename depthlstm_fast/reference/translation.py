@@ -262,7 +262,7 @@ class TranslationModel(nn.Module):
             max_length: the most tokens to produce, eos_id included; max_len if None.
             beam_size: hypotheses kept for each source.
             length_penalty: alpha. A hypothesis of n tokens, eos_id included, is scored log p / ((5 + n) / 6) ** alpha
-                (Wu et al., 2016).
+                (Wu et al., 2016). For ``max_length`` tokens the divisor stays between 1e-30 and 1e30.
             src_key_padding_mask: (batch, S), True where padded; ``src == pad_id`` if None.
             use_cache: keep keys and values of earlier tokens; False recomputes everything at every step, to the same
                 tokens. Layers whose forward was replaced by one that takes no ``cache`` are run without it.
@@ -285,10 +285,7 @@ class TranslationModel(nn.Module):
         checks.check_size("beam_size", beam_size)
         if max_length > self.max_len:
             raise ValueError(f"max_length must be at most max_len, {self.max_len}; found {max_length}")
-        if isinstance(length_penalty, bool) or not isinstance(length_penalty, (int, float)):
-            raise TypeError(f"length_penalty must be a float; found {type(length_penalty).__name__}")
-        if not math.isfinite(length_penalty):
-            raise ValueError(f"length_penalty must be finite; found {length_penalty}")
+        generation.check_penalty(length_penalty, max_length)
         settings = generation.Settings(
             src.shape[0], beam_size, max_length, length_penalty, self.bos_id, self.eos_id, self.pad_id, src.device
         )
