@@ -140,6 +140,12 @@ def environment() -> str:
     return " ".join(found) or "none of DEPTHLSTM_*, OMP_*, MKL_* set"
 
 
+def environment_faults() -> str:
+    from depthlstm_fast.backends.choice import environment_faults
+
+    return "; ".join(environment_faults()) or "none"
+
+
 def backend_lines() -> list[tuple[str, str]]:
     from depthlstm_fast.backends import backends
 
@@ -165,6 +171,7 @@ SECTIONS: list[tuple[str, Callable[[], str]]] = [
     ("built with", build_stamp),
     ("cuda kernels", cuda_kernels),
     ("environment", environment),
+    ("wrong variables", environment_faults),
 ]
 
 
