@@ -111,9 +111,13 @@ def keep_memory(enabled: bool = True) -> None:
     (Forward + backward of the gates at 32,768 tokens, float32, D=512: 406 ms instead of 669, 1,668 MB instead of
     1,156.) ``keep_memory(False)`` gives glibc its own rules back, and returns free memory to the system.
 
+    Raises:
+        TypeError: enabled is no bool.
+
     Warns:
         RuntimeWarning: the C library is not glibc, or refuses; nothing changes then.
     """
+    checks.check_flags(enabled=enabled)
     reason = _set_glibc(enabled)
     if reason is not None:
         warnings.warn(f"keep_memory({enabled}) changes nothing: {reason}", RuntimeWarning, stacklevel=2)

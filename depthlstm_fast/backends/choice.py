@@ -129,6 +129,8 @@ def choose(
     name = requested
     if name is None:
         name = _default if _blocks == 0 else _scoped_name() or _default
+    elif not isinstance(requested, str):
+        checks.check_name("backend", requested, BACKENDS)
     if name == "auto":
         name = _fastest(tensor, op, features) if against is None else "reference"
         if against is not None and not without_kernels and not is_exporting():

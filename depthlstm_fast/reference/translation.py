@@ -50,6 +50,7 @@ class TranslationModel(nn.Module):
         checks.check_size("tgt_vocab", tgt_vocab, 2)
         checks.check_size("max_len", max_len)
         checks.check_name("positions", positions, POSITIONS)
+        checks.check_flags(share_embeddings=share_embeddings, tie_output=tie_output)
         for argument, token in (("pad_id", pad_id), ("bos_id", bos_id), ("eos_id", eos_id)):
             checks.check_size(argument, token, 0)
             vocab = min(src_vocab, tgt_vocab) if argument == "pad_id" else tgt_vocab
@@ -151,6 +152,7 @@ class TranslationModel(nn.Module):
             raise TypeError(f"{argument} must be a torch.Tensor; found {type(ids).__name__}")
         if ids.dtype != torch.int64:
             raise TypeError(f"{argument} must be int64; found {ids.dtype}")
+        checks.check_dense(argument, ids)
         if ids.dim() != 2 or ids.shape[0] == 0 or ids.shape[1] == 0:
             raise ValueError(f"{argument} must have shape (batch, length), neither of them 0; found {tuple(ids.shape)}")
         if ids.shape[1] > self.max_len:
@@ -205,6 +207,7 @@ class TranslationModel(nn.Module):
         With ``return_hidden`` what ``output`` would be applied to, (batch, L, D): for losses that make the logits
         themselves, in pieces. Raises as :meth:`encode`.
         """
+        checks.check_flags(return_hidden=return_hidden)
         self._check_ids("tgt", tgt, self.tgt_vocab, tgt.device.type == "cpu" if isinstance(tgt, Tensor) else True)
         hidden = self._decode(tgt, memory, tgt_key_padding_mask, memory_key_padding_mask)
         return hidden if return_hidden else self.output(hidden)
@@ -234,6 +237,9 @@ class TranslationModel(nn.Module):
         Raises:
             TypeError, ValueError: as :meth:`encode`.
         """
+        for argument, ids in (("src", src), ("tgt", tgt)):
+            if isinstance(ids, Tensor):
+                checks.check_dense(argument, ids)
         if isinstance(src, Tensor) and isinstance(tgt, Tensor) and src.shape[:1] != tgt.shape[:1]:
             raise ValueError(
                 f"tgt must have the batch size of src, {tuple(src.shape[:1])}; found {tuple(tgt.shape[:1])}"
@@ -286,6 +292,7 @@ class TranslationModel(nn.Module):
         if max_length > self.max_len:
             raise ValueError(f"max_length must be at most max_len, {self.max_len}; found {max_length}")
         generation.check_penalty(length_penalty, max_length)
+        checks.check_flags(use_cache=use_cache, return_scores=return_scores)
         settings = generation.Settings(
             src.shape[0], beam_size, max_length, length_penalty, self.bos_id, self.eos_id, self.pad_id, src.device
         )
