@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import depthlstm_fast as dl
+from depthlstm_fast.command_line import Parser, make_folder
 
 from . import CHECKOUT
 from .measure import machine
@@ -93,9 +94,7 @@ class Bar:
 
 
 def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m depthlstm_fast.bench", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = Parser(prog="python -m depthlstm_fast.bench", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -215,6 +214,9 @@ def main(arguments: list[str] | None = None) -> int:
         subjects = [name for name in subjects if name != "translation"]
     if not subjects:
         parser.error("--only translation with --no-translation leaves nothing to run")
+    reason = make_folder(options.output)  # before minutes of measuring
+    if reason is not None:
+        parser.error(reason)
     settings = QUICK if options.quick else Settings()
     about = machine.describe()
     bar = Bar(subjects, settings)

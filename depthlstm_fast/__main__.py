@@ -140,6 +140,12 @@ def environment() -> str:
     return " ".join(found) or "none of DEPTHLSTM_*, OMP_*, MKL_* set"
 
 
+def environment_faults() -> str:
+    from depthlstm_fast.backends.choice import environment_faults
+
+    return "; ".join(environment_faults()) or "none"
+
+
 def backend_lines() -> list[tuple[str, str]]:
     from depthlstm_fast.backends import backends
 
@@ -165,6 +171,7 @@ SECTIONS: list[tuple[str, Callable[[], str]]] = [
     ("built with", build_stamp),
     ("cuda kernels", cuda_kernels),
     ("environment", environment),
+    ("wrong variables", environment_faults),
 ]
 
 
@@ -190,8 +197,19 @@ def report() -> str:
     return "\n".join(f"{name + ':':<{width}} {value}" for name, value in lines)
 
 
-def main() -> int:
-    print(report())
+def main(arguments: list[str] | None = None) -> int:
+    """Return 0, also where the reader has gone, or 1 if the report cannot be written."""
+    from depthlstm_fast.command_line import Parser
+
+    Parser(prog="python -m depthlstm_fast", description="Print a report for bug reports.").parse_args(arguments)
+    try:
+        print(report(), flush=True)
+    except OSError as error:
+        # what is left in the buffer would be written, and fail, again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"python -m depthlstm_fast: the report cannot be written: {error.strerror}", file=sys.stderr)
+            return 1
     return 0
 
 

@@ -70,7 +70,7 @@ def depth_lstm_gates(
         ValueError: a shape, device, name or number is wrong, or the backend cannot run the call.
         RuntimeError: double backward through a fused backend.
     """
-    checks.check_options(norm, activation, eps, dropout_p)
+    checks.check_options(norm, activation, eps, dropout_p, training)
     checks.check_gates(z, c, weight, bias, hidden, norm, seed)
     drops = training and dropout_p > 0
     chosen = choose(backend, z, NAME, c.shape[-1])
@@ -131,7 +131,7 @@ def depth_lstm_cell(
     16-bit dtype. The other arguments, returns and errors are those of :func:`depth_lstm_gates`.
     """
     inputs = x if isinstance(x, tuple) else (x,)
-    checks.check_options(norm, activation, eps, dropout_p)
+    checks.check_options(norm, activation, eps, dropout_p, training)
     checks.check_size("left", left, least=0)
     checks.check_float_tensor("h", h)
     dtype = autocast_dtype(h.device.type)

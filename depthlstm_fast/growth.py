@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from . import checks
 from .models import Transformer
 from .reference.attention import DecoderCache
+from .reference.layers import check_caches
 from .stacks import Decoder, Encoder
 
 
@@ -67,6 +68,7 @@ class GrownDecoder(_Grown):
 
     def step(self, tgt: Tensor, caches: list[DecoderCache]) -> Tensor:
         """See :meth:`depthlstm_fast.Decoder.step`."""
+        check_caches(caches, self.first.num_layers + self.second.num_layers)
         s1 = self.first.step(tgt, caches[: self.first.num_layers])
         return self.second.step(self.norm(tgt) + s1, caches[self.first.num_layers :])
 
@@ -96,12 +98,13 @@ def grow(model: Transformer, layers: int, freeze: bool = True, copy: bool = Fals
         The model.
 
     Raises:
-        TypeError: model is no :class:`Transformer`, or layers is no int.
+        TypeError: model is no :class:`Transformer`, layers is no int, or freeze or copy no bool.
         ValueError: the model was grown before, has another memory, or layers is below 1.
     """
     if not isinstance(model, Transformer):
         raise TypeError(f"model must be a Transformer; found {type(model).__name__}")
     checks.check_size("layers", layers)
+    checks.check_flags(freeze=freeze, copy=copy)
     encoder: Any = model.encoder
     decoder: Any = model.decoder
     if not isinstance(encoder, Encoder) or not isinstance(decoder, Decoder):

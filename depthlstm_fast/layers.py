@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import reference
+from . import checks, reference
 from .functional import depth_lstm_cell, depth_lstm_gates
 from .modes import autocast_dtype, is_jit_traced, is_traced, is_watched
 from .ops import shared_buffer
@@ -208,6 +208,7 @@ class _FusedLayer(nn.Module):
         them value by value at each call, in ``generate()`` once. A fold therefore keeps twice the numbers of the cell.
         Outside ``generate()`` it pays from some hundred tokens a call on.
         """
+        checks.check_flags(enabled=enabled)
         self.folds_output_projection, self._folds = enabled, None
 
     def train(self, mode: bool = True) -> _FusedLayer:
@@ -393,10 +394,11 @@ def fold_output_projections(model: nn.Module, enabled: bool = True) -> int:
     Folding is for inference. :meth:`DepthLSTMEncoderLayer.fold_output_projection` says what it does and when.
 
     Raises:
-        TypeError: model is not a module.
+        TypeError: model is not a module, or enabled no bool.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; found {type(model).__name__}")
+    checks.check_flags(enabled=enabled)
     layers = [module for module in model.modules() if isinstance(module, _FusedLayer)]
     for layer in layers:
         layer.fold_output_projection(enabled)

@@ -163,6 +163,8 @@ def linearise(
         state_map.set(each.solve(ridge))
         maps[part] = state_map
     tested = moments if held_out is None else _gather(copied, own, site, _listed("held_out", held_out, model))
+    if not all(each.tokens for each in tested.values()) or not tested:
+        raise ValueError("held_out must hold tokens; found none")
     site.replace(maps)
     kl = _tune(model, copied, maps, batches, tune, learning_rate) if tune else ()
     r2 = {part: each.r2(each.unchanged() if drop else maps[part].matrix()) for part, each in tested.items()}
@@ -189,6 +191,7 @@ def _check(
     if layer >= stack.num_layers:
         raise ValueError(f"layer must be below the stack's {stack.num_layers} layers; found {layer}")
     checks.check_name("scope", scope, SCOPES)
+    checks.check_flags(drop=drop)
     checks.check_finite("ridge", ridge, 0.0)
     if ridge == 0:
         raise ValueError(f"ridge must be above 0; found {ridge}")
@@ -201,13 +204,18 @@ def _check(
 
 
 def _listed(argument: str, batches: Iterable[Batch], model: nn.Module) -> list[Batch]:
-    found = list(batches)
-    for each in found:
+    try:
+        iterator = iter(batches)
+    except TypeError:
+        found = type(batches).__name__
+        raise TypeError(f"{argument} must hold tuples of the model's arguments; found {found}") from None
+    listed = list(iterator)
+    for each in listed:
         if not isinstance(each, tuple):
             raise TypeError(f"{argument} must hold tuples of the model's arguments; found {type(each).__name__}")
         if isinstance(model, TranslationModel) and len(each) != 2:
             raise ValueError(f"{argument} must hold pairs (src, tgt) for a translation model; found {len(each)} parts")
-    return found
+    return listed
 
 
 @contextlib.contextmanager

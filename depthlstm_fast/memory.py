@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,10 +18,10 @@ from torch import Tensor
 
 from . import checks
 from .backends.library import LIBRARY, load_error
+from .checks.environment import check_pool_bytes
 from .modes import is_direct
 
 POOLED_BYTES = 4 << 20  # pool_least_bytes of csrc/common/cpu/pool.h
-VARIABLE = "DEPTHLSTM_POOL_BYTES"
 
 # of glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
@@ -68,13 +67,6 @@ def _library() -> Any:
     return library if hasattr(library, "depthlstm_pool_statistics") else None
 
 
-def _check_variable() -> None:
-    """Raise ValueError for a DEPTHLSTM_POOL_BYTES that is no number of bytes."""
-    text = os.environ.get(VARIABLE, "")
-    if text and not (text.isascii() and text.isdigit() and int(text) < 2**63):
-        raise ValueError(f"{VARIABLE} must be a number of bytes; found {text!r}")
-
-
 def memory_stats() -> MemoryStats:
     """Return what the pool of large CPU outputs holds.
 
@@ -85,7 +77,7 @@ def memory_stats() -> MemoryStats:
     Raises:
         ValueError: DEPTHLSTM_POOL_BYTES is no number of bytes.
     """
-    _check_variable()
+    check_pool_bytes()
     if _library() is None:
         return MemoryStats(*[0] * len(MemoryStats._fields))
     found = (ctypes.c_int64 * len(MemoryStats._fields))()
@@ -119,9 +111,13 @@ def keep_memory(enabled: bool = True) -> None:
     (Forward + backward of the gates at 32,768 tokens, float32, D=512: 406 ms instead of 669, 1,668 MB instead of
     1,156.) ``keep_memory(False)`` gives glibc its own rules back, and returns free memory to the system.
 
+    Raises:
+        TypeError: enabled is no bool.
+
     Warns:
         RuntimeWarning: the C library is not glibc, or refuses; nothing changes then.
     """
+    checks.check_flags(enabled=enabled)
     reason = _set_glibc(enabled)
     if reason is not None:
         warnings.warn(f"keep_memory({enabled}) changes nothing: {reason}", RuntimeWarning, stacklevel=2)
@@ -154,5 +150,5 @@ def empty_matrix(like: Tensor, rows: int, columns: int) -> Tensor:
 def _operator() -> Callable[[Tensor, int, int], Tensor] | None:
     if _library() is None:
         return None
-    _check_variable()
+    check_pool_bytes()
     return torch.ops.depthlstm_fast.empty_matrix.default

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +14,7 @@ from . import checks, decode, reference
 from .connections import DeepNorm
 from .layers import DepthLSTMDecoder, DepthLSTMDecoderLayer, DepthLSTMEncoder, DepthLSTMEncoderLayer, trusted_folds
 from .memories import MEMORIES, MultiscaleMemory, TransparentMemory
+from .reference.decoder_attention import FUSIONS
 from .reference.generation import Settings
 from .stacks import Decoder, Encoder
 from .stacks.base import Factory
@@ -108,7 +108,10 @@ class Transformer(reference.TranslationModel):
             bos_id=bos_id,
             eos_id=eos_id,
         )
+        checks.check_size("num_encoder_layers", num_encoder_layers)
+        checks.check_size("num_decoder_layers", num_decoder_layers)
         checks.check_name("memory", memory, MEMORIES)
+        checks.check_name("fusion", fusion, FUSIONS)
         if memory == "multiscale" and num_encoder_layers != num_decoder_layers:
             raise ValueError(
                 f'num_decoder_layers must equal num_encoder_layers, {num_encoder_layers}, with memory="multiscale"; '
@@ -176,10 +179,7 @@ def param_groups(model: nn.Module, weight_decay: float = 0.01) -> list[dict[str,
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; found {type(model).__name__}")
-    if isinstance(weight_decay, bool) or not isinstance(weight_decay, (int, float)):
-        raise TypeError(f"weight_decay must be a float; found {type(weight_decay).__name__}")
-    if not 0.0 <= weight_decay < math.inf:
-        raise ValueError(f"weight_decay must be finite and not negative; found {weight_decay}")
+    checks.check_finite("weight_decay", weight_decay, 0.0)
     # includes the parameters of a parametrisation or an adapter inside a normalisation
     normalising = {
         parameter for module in model.modules() if isinstance(module, NORMS) for parameter in module.parameters()

@@ -50,11 +50,15 @@ def probe_gradients(model: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Pr
         A :class:`Probe` for each stack, by its name in the model ("" for the model itself).
 
     Raises:
-        TypeError: batch is no tuple.
-        ValueError: there is no such stack in the model.
+        TypeError: model is no module, or batch no tuple.
+        ValueError: there is no such stack in the model, or batch is no pair for a translation model.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; found {type(model).__name__}")
     if not isinstance(batch, tuple):
         raise TypeError(f"batch must be a tuple of the model's arguments; found {type(batch).__name__}")
+    if isinstance(model, TranslationModel) and len(batch) != 2:
+        raise ValueError(f"batch must be a pair (src, tgt) for a translation model; found {len(batch)} parts")
     stacks = {name: module for name, module in model.named_modules() if isinstance(module, STACKS)}
     if not stacks:
         raise ValueError("model must hold an Encoder or a Decoder; found none")

@@ -241,8 +241,11 @@ def swap_rnmt_cell(
         ``module`` itself.
 
     Raises:
+        TypeError: ``module`` is no module.
         ValueError: ``module`` is not such a cell, with the reason.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module; found {type(module).__name__}")
     parts = _Parts(projection, norm, activation, dropout)
     if isinstance(module, _FusedRNMTCell):
         return module
@@ -312,6 +315,9 @@ def swap(model: nn.Module, rules: Rules | None = None) -> SwapReport:
         raise TypeError(
             f"rules must be a dict from classes or predicates to functions, or None; found {type(rules).__name__}"
         )
+    for match, build in (rules or {}).items():
+        if not callable(match) or not callable(build):
+            raise TypeError(f"rules must hold classes or predicates, and functions; found {{{match!r}: {build!r}}}")
     report = SwapReport()
     done: dict[nn.Module, nn.Module] = {}
 

@@ -24,6 +24,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from depthlstm_fast.command_line import Parser
+
 from ..measure.rows import Row, Settings
 from . import report as gpu_report
 from . import supervisor
@@ -41,7 +43,7 @@ NO_GPU, LOST = 2, 70
 
 
 def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--minutes", type=float, default=8.5, help="the budget of time; what does not fit is skipped and listed"
     )

@@ -9,7 +9,6 @@ benchmarks:end -->, and report.md beside the results.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import re
@@ -17,6 +16,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from depthlstm_fast.command_line import Parser
 
 from . import scaling_tables
 
@@ -344,7 +345,8 @@ def embed(readme: str, block: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="A benchmark run as Markdown, printed or put into a README.")
+    description = "A benchmark run as Markdown, printed or put into a README."
+    parser = Parser(prog="python -m depthlstm_fast.bench.report", description=description)
     parser.add_argument("results", type=Path, help="results.json of a run")
     parser.add_argument("--readme", type=Path, help=f"rewrite what stands between {BEGIN} and {END} in this file")
     options = parser.parse_args(arguments)
@@ -357,6 +359,6 @@ def main(arguments: list[str] | None = None) -> int:
             options.readme.write_text(embed(options.readme.read_text(encoding="utf-8"), block), encoding="utf-8")
             options.results.with_name("report.md").write_text(full_markdown(run), encoding="utf-8")
     except (OSError, ValueError) as error:
-        print(f"report.py: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
     return 0

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from .. import checks, sharding
+from ..checks import environment
 from ..torch_private import has_forward_gradients, is_export_flag_set, is_jit_tracing, is_transformed
 from .cuda import CUDA
 from .fastest import FASTEST, winner
-from .library import CPP
+from .library import CPP, isa_error
 from .record import Backend, BackendStatus
 from .triton import TRITON
 
@@ -34,8 +35,10 @@ EXPORTED = "export takes the decomposition into PyTorch operators"
 
 logger = logging.getLogger("depthlstm_fast")
 
-_strict = os.environ.get("DEPTHLSTM_STRICT", "0") not in ("", "0")
+_strict = environment.is_on(environment.STRICT)
 _default = os.environ.get("DEPTHLSTM_BACKEND") or "auto"
+# what is wrong with the other variables; a wrong backend's name is found where it is used
+_faults = tuple(filter(None, (isa_error, *environment.find_faults())))
 _scoped: ContextVar[str | None] = ContextVar("depthlstm_fast.backend", default=None)
 # A copy of _scoped for torch.compile, which reads no ContextVar and has guards for globals only.
 _scoped_for_tracers: str | None = None
@@ -48,6 +51,13 @@ def backends() -> dict[str, BackendStatus]:
     """Return every backend by name, with whether it can run here and why not."""
     reference = BackendStatus(True, "plain PyTorch, any device")
     return {"reference": reference, **{name: record.status() for name, record in RECORDS.items()}}
+
+
+def environment_faults() -> list[str]:
+    """Return a message for each variable of the environment that holds a wrong value."""
+    wanted = "DEPTHLSTM_BACKEND", os.environ.get("DEPTHLSTM_BACKEND") or "auto", BACKENDS
+    wrong_name = environment.message_of(checks.check_name, *wanted)
+    return [*_faults, *([] if wrong_name is None else [wrong_name])]
 
 
 def set_backend(name: str) -> None:
@@ -121,13 +131,17 @@ def choose(
     kernels for that form of the op: the reference then replaces nothing, and is no fallback.
 
     Raises:
-        ValueError: the requested backend is unknown, or cannot run this call.
+        ValueError: the requested backend is unknown, or cannot run this call; a variable of the environment is wrong.
         RuntimeError: "auto" would fall back and DEPTHLSTM_STRICT=1 forbids it.
     """
     global _last
+    if _faults:
+        raise ValueError(_faults[0])
     name = requested
     if name is None:
         name = wanted()
+    elif not isinstance(requested, str):
+        checks.check_name("backend", requested, BACKENDS)
     if name == "auto":
         name = _fastest(tensor, op, features) if against is None else "reference"
         if against is not None and not without_kernels and not is_exporting():

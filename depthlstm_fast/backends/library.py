@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from pathlib import Path
 
@@ -42,12 +43,31 @@ def built_with(name: str) -> str:
     return found.group(1) if found else "none"
 
 
+def _find_isa_error() -> str | None:
+    """Say that DEPTHLSTM_CPU_ISA names what the library or the CPU lacks; None where it does not."""
+    ask = None if load_error is not None else getattr(ctypes.CDLL(str(LIBRARY)), "depthlstm_cpu_isa", None)
+    if ask is None:
+        return None
+    ask.restype = ctypes.c_char_p
+    if ask():
+        return None
+    # the operators' own words
+    return (
+        "DEPTHLSTM_CPU_ISA must be generic, avx2, avx512 or avx512_bf16, as far as this build and CPU have them; "
+        f"found {os.environ.get('DEPTHLSTM_CPU_ISA')}"
+    )
+
+
+isa_error = _find_isa_error()
+
+
 def _why_not_here() -> str | None:
-    return load_error
+    return load_error or isa_error
 
 
 def _status() -> BackendStatus:
-    return BackendStatus(load_error is None, load_error or "C++ kernels for CPU tensors")
+    reason = _why_not_here()
+    return BackendStatus(reason is None, reason or "C++ kernels for CPU tensors")
 
 
 CPP = Backend(

@@ -4,10 +4,14 @@ from ..activations import ACTIVATIONS
 from .arguments import (
     FLOATS,
     check_companion,
+    check_dense,
     check_eps,
     check_finite,
+    check_flags,
     check_float_tensor,
+    check_initial,
     check_name,
+    check_placement,
     check_probability,
     check_shape,
     check_size,
@@ -22,6 +26,7 @@ from .connections import (
     check_siamese_step,
 )
 from .depth_lstm import MAX_FEATURES, NORMS, check_cell, check_gates, check_options
+from .modules import check_beside
 
 __all__ = [
     "ACTIVATIONS",
@@ -29,11 +34,15 @@ __all__ = [
     "MAX_FEATURES",
     "NORMALISATIONS",
     "NORMS",
+    "check_beside",
     "check_cell",
     "check_companion",
+    "check_dense",
     "check_depth_gru_gates",
     "check_eps",
     "check_finite",
+    "check_flags",
+    "check_initial",
     "check_float_tensor",
     "check_gates",
     "check_layer_attend",
@@ -41,6 +50,7 @@ __all__ = [
     "check_name",
     "check_norm_step",
     "check_options",
+    "check_placement",
     "check_output_gradients",
     "check_probability",
     "check_shape",

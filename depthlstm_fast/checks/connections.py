@@ -8,15 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import check_companion, check_eps, check_finite, check_float_tensor, check_name, check_shape, dtype_name
+from .arguments import (
+    check_companion,
+    check_dimensions,
+    check_eps,
+    check_finite,
+    check_float_tensor,
+    check_name,
+    check_shape,
+    dtype_name,
+)
 
 NORMALISATIONS = ("layer", "rms")
+LARGEST_FACTOR = torch.finfo(torch.float32).max
 
 
 def _check_rows(argument: str, found: Any) -> None:
     check_float_tensor(argument, found)
     if found.dim() == 0 or found.shape[-1] == 0:
         raise ValueError(f"{argument} must have shape (..., C) with C >= 1; found {tuple(found.shape)}")
+    check_dimensions(argument, found)
+
+
+def _check_factor(argument: str, found: float, y: Tensor) -> None:
+    if abs(found) > LARGEST_FACTOR and y.dtype != torch.float64:  # the others are computed in float32
+        raise ValueError(f"{argument} must be at most {LARGEST_FACTOR:.3g} in size; found {found}")
 
 
 def _check_affine(suffix: str, weight: Tensor | None, bias: Tensor | None, norm: str, beside: str, x: Tensor) -> None:
@@ -44,6 +60,7 @@ def check_norm_step(
     check_eps("eps", eps)
     check_finite("a", a)
     _check_rows("y", y)
+    _check_factor("a", a, y)
     check_companion("x", x, "y", y)
     check_shape("x", x, tuple(y.shape))
     if isinstance(b, Tensor):
@@ -51,6 +68,7 @@ def check_norm_step(
         check_shape("b", b, () if b.dim() == 0 else tuple(y.shape[-1:]))
     else:
         check_finite("b", b)
+        _check_factor("b", b, y)
     for suffix, weight, bias in affines:
         _check_affine(suffix, weight, bias, norm, "y", y)
 
@@ -84,6 +102,8 @@ def check_depth_gru_gates(
     """Check the arguments of ``depth_gru_gates``; raises TypeError, ValueError."""
     check_eps("eps", eps)
     check_float_tensor("z", z)
+    if reset_weight is not None:
+        check_float_tensor("reset_weight", reset_weight)
     check_companion("h", h, "z", z)
     _check_rows("h", h)
     features, gates = h.shape[-1], 4 if reset_weight is None else 3

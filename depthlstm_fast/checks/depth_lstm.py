@@ -7,8 +7,11 @@ from torch import Tensor
 
 from ..activations import ACTIVATIONS
 from .arguments import (
+    MAX_DIMENSIONS,
     check_companion,
+    check_dimensions,
     check_eps,
+    check_flags,
     check_float_tensor,
     check_name,
     check_probability,
@@ -20,12 +23,14 @@ NORMS = ("gate", "joint", "none")  # a norm's place is its code in the operators
 MAX_FEATURES = 65536  # the CPU kernels keep a few fp32 rows of 4D on each thread: 16 MiB at this width
 
 
-def check_options(norm: str, activation: str, eps: float, dropout_p: float) -> None:
+def check_options(norm: str, activation: str, eps: float, dropout_p: float, training: bool) -> None:
     """Check the options that are not tensors; raises ValueError or TypeError."""
     check_name("norm", norm, NORMS)
     check_name("activation", activation, ACTIVATIONS)
     check_eps("eps", eps)
     check_probability("dropout_p", dropout_p)
+    if training is not True and training is not False:
+        check_flags(training=training)
 
 
 def _check_state(
@@ -43,6 +48,8 @@ def _check_state(
     features = shape[-1] if shape else 0
     if features == 0:
         raise ValueError(f"c must have shape (..., D) with D >= 1; found {tuple(shape)}")
+    if len(shape) > MAX_DIMENSIONS:
+        check_dimensions("c", c)
     if features > MAX_FEATURES:
         raise ValueError(f"c must have at most {MAX_FEATURES} features; found {features}")
     if hidden is not None:

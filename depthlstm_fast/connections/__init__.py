@@ -44,6 +44,11 @@ def get(name: str) -> type[Connection]:
     return _CLASSES[name]
 
 
+def is_own(connection: Connection) -> bool:
+    """Whether the connection is of a class of this package."""
+    return type(connection) in _CLASSES.values()
+
+
 __all__ = [
     "names",
     "get",

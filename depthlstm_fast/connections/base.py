@@ -102,7 +102,12 @@ class Connection(nn.Module):
         Args:
             rows: tokens.
             itemsize: bytes of an element of the state.
+
+        Raises:
+            TypeError, ValueError: rows is no int of at least 0, or itemsize none of at least 1.
         """
+        checks.check_size("rows", rows, 0)
+        checks.check_size("itemsize", itemsize)
         return rows * self.d_model * itemsize * self._elements()
 
     def _elements(self) -> int:

@@ -46,14 +46,16 @@ class DepthGRUCell(nn.Module):
         super().__init__()
         checks.check_size("input_size", input_size)
         checks.check_size("hidden_size", hidden_size)
-        checks.check_finite("update_bias", update_bias)
+        checks.check_flags(reset_before=reset_before, gate_norm=gate_norm, bias=bias)
+        checks.check_initial("update_bias", update_bias)
         checks.check_eps("eps", eps)
         if not bias and not gate_norm and update_bias != 0:
             raise ValueError(
                 f"update_bias must be 0 with bias=False and gate_norm=False, which leave no bias to set; "
                 f"found {update_bias}"
             )
-        self.hidden_size, self.update_bias, self.eps, self.init = hidden_size, update_bias, eps, "lipschitz"
+        self.input_size, self.hidden_size = input_size, hidden_size
+        self.update_bias, self.eps, self.init = update_bias, eps, "lipschitz"
         self.input_proj: nn.Module = nn.Linear(input_size, 3 * hidden_size, bias)
         self.state_proj: nn.Module = nn.Linear(hidden_size, (2 if reset_before else 3) * hidden_size, bias)
         self.reset_weight = nn.Parameter(torch.empty(hidden_size, hidden_size)) if reset_before else None
@@ -73,8 +75,19 @@ class DepthGRUCell(nn.Module):
             fill_rows(self.input_proj.bias, self.hidden_size, 2 * self.hidden_size, self.update_bias)
 
     def forward(self, y: Tensor, h: Tensor) -> Tensor:
-        """h' (..., C) from y (..., I) and h (..., C)."""
+        """h' (..., C) from y (..., I) and h (..., C).
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was found and what was wanted.
+        """
         size = self.hidden_size
+        checks.check_float_tensor("y", y)
+        checks.check_float_tensor("h", h)
+        if y.dim() == 0 or y.shape[-1] != self.input_size:
+            raise ValueError(f"y must have shape (..., {self.input_size}); found {tuple(y.shape)}")
+        checks.check_shape("h", h, (*y.shape[:-1], size))
+        checks.check_beside("y", y, self.input_proj)
+        checks.check_beside("h", h, self.state_proj)
         from_y, from_h = self.input_proj(y), self.state_proj(h)
         gates = from_y[..., : 2 * size] + from_h[..., : 2 * size]
         z = torch.cat((gates, from_y[..., 2 * size :], from_h[..., 2 * size :]), -1)

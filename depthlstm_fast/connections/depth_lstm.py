@@ -49,6 +49,7 @@ class DepthLSTM(Connection):
         init_cell: str = "zeros",
     ) -> None:
         super().__init__(d_model, num_branches)
+        checks.check_flags(share_cell=share_cell)
         checks.check_name("init_cell", init_cell, INIT_CELLS)
         options: dict[str, Any] = {
             "hidden": hidden,

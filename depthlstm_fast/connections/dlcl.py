@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..functional import layer_mix, norm_step
 from .base import Connection, State, affine_of, check_layers, make_norms
 
@@ -45,6 +46,7 @@ class DLCL(Connection):
         eps: float = 1e-6,
     ) -> None:
         super().__init__(d_model, num_branches)
+        checks.check_flags(normalize_before=normalize_before)
         self.num_layers = check_layers(num_branches, branches_per_layer)
         self.normalize_before, self.branches_per_layer, self.norm, self.eps = (
             normalize_before,

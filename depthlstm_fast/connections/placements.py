@@ -115,7 +115,7 @@ class DeepNorm(_Placement):
     ) -> None:
         super().__init__(d_model, num_branches, norm=norm, eps=eps)
         if alpha is not None:
-            checks.check_finite("alpha", alpha)
+            checks.check_initial("alpha", alpha)
         self.a = num_branches**0.25 if alpha is None else alpha
 
     def extra_repr(self) -> str:
@@ -176,7 +176,7 @@ class LayerScale(_Placement):
         self, d_model: int, num_branches: int, *, init_value: float = 0.1, norm: str = "layer", eps: float = 1e-6
     ) -> None:
         super().__init__(d_model, num_branches, norm=norm, eps=eps)
-        checks.check_finite("init_value", init_value)
+        checks.check_initial("init_value", init_value)
         self.init_value = init_value
         self.gamma = nn.Parameter(torch.full((num_branches, d_model), float(init_value)))
 

@@ -58,6 +58,7 @@ class CompiledDecoder:
         check_ids("src", src, self._src_vocab, self._max_len)
         max_length = self._max_len if max_length is None else max_length
         check_search(max_length, beam_size, length_penalty, self._max_len)
+        checks.check_flags(return_scores=return_scores)
         if src.device.type != "cpu":
             raise ValueError(f"src must be on the CPU; found {src.device}")
         if beam_size > MOST_BEAMS:

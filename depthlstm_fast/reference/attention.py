@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -83,9 +84,11 @@ def attention_mask(
         point, broadcastable to (batch, nhead, L, S). A mask never comes with ``is_causal``.
 
     Raises:
-        TypeError: a mask is not a tensor, or neither bool nor floating point.
+        TypeError: a mask is not a tensor, or neither bool nor floating point, or is_causal is no bool.
         ValueError: a mask has the wrong shape.
     """
+    if is_causal is not True and is_causal is not False:
+        checks.check_flags(**{arguments[0].rpartition("mask")[0].removeprefix("src_") + "is_causal": is_causal})
     batch, nhead, queries, keys = sizes
     if attention is not None:
         _check_mask(arguments[0], attention, ((queries, keys), (batch * nhead, queries, keys)), device)
@@ -127,6 +130,12 @@ class DecoderCache:
     keys: Tensor | None = None
     values: Tensor | None = None
     length: int = 0
+    attention: ClassVar[str] = "separate"  # the kind that the cache is for
+
+    @property
+    def rows(self) -> int | None:
+        """The rows that the first step began with; None before it."""
+        return None if self.keys is None else self.keys.shape[0]
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add the key and value of one position, (rows, nhead, 1, D / nhead); return those of all positions so far."""
@@ -145,13 +154,40 @@ class DecoderCache:
         """Let row i continue from the tokens of row ``rows[i]``; rows is int64.
 
         Rows only move within the beams of one source.
+
+        Raises:
+            TypeError, ValueError: rows is no int64 tensor (rows,), or names a row that the cache does not have.
         """
         if self.keys is not None and self.values is not None:
-            self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+            self.keys, self.values = self._select((self.keys, self.values), rows)
+
+    def _select(self, kept: tuple[Tensor, ...], rows: Tensor) -> tuple[Tensor, ...]:
+        if not isinstance(rows, Tensor) or rows.dtype != torch.int64:
+            found = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
+            raise TypeError(f"rows must be an int64 tensor; found {found}")
+        checks.check_shape("rows", rows, (rows.numel(),))
+        if rows.device != kept[0].device:
+            raise ValueError(f"rows must be on the device of the cache, {kept[0].device}; found {rows.device}")
+        try:
+            return tuple(each.index_select(0, rows) for each in kept)
+        except IndexError as error:  # looking at the numbers first would wait for a GPU
+            raise ValueError(f"rows must hold rows from 0 to {kept[0].shape[0] - 1}; found {rows.tolist()}") from error
 
 
-def new_cache(memory: Tensor, key_padding: Tensor | None, d_model: int) -> DecoderCache:
-    """Return an empty cache for memory (batch, S, D) and its padding mask (batch, S).
+def check_beside(argument: str, found: Tensor, layer: Any, *around: nn.Module) -> None:
+    """Check ``found`` against the weights of the attention of ``layer`` that it meets, as far as they say something."""
+    if argument == "memory":
+        attention, name = getattr(layer, "cross_attn", None), "kv_proj"
+    elif (attention := getattr(layer, "self_attn", None)) is not None:
+        name = "in_proj"
+    else:
+        attention, name = getattr(layer, "cross_attn", None), "q_proj"
+    if attention is not None:
+        checks.check_beside(argument, found, getattr(attention, name, None), attention, *around)
+
+
+def new_cache(memory: Tensor, key_padding: Tensor | None, d_model: int, layer: Any = None) -> DecoderCache:
+    """Return an empty cache for memory (batch, S, D) and its padding mask (batch, S); ``layer`` will attend to it.
 
     Raises:
         TypeError, ValueError: memory or the mask is invalid.
@@ -159,6 +195,7 @@ def new_cache(memory: Tensor, key_padding: Tensor | None, d_model: int) -> Decod
     checks.check_float_tensor("memory", memory)
     if memory.dim() != 3 or memory.shape[-1] != d_model:
         raise ValueError(f"memory must have shape (batch, length, {d_model}); found {tuple(memory.shape)}")
+    check_beside("memory", memory, layer)
     sizes = (memory.shape[0], 1, 1, memory.shape[1])
     arguments = ("memory_mask", "memory_key_padding_mask")
     mask, _ = attention_mask(None, key_padding, False, sizes=sizes, device=memory.device, arguments=arguments)
@@ -170,8 +207,12 @@ class _Attention(nn.Module):
 
     out_proj: nn.Module
 
-    def __init__(self, d_model: int, nhead: int, dropout: float, init: str) -> None:
+    def __init__(
+        self, d_model: int, nhead: int, dropout: float, bias: bool, init: str, device: Any, dtype: torch.dtype | None
+    ) -> None:
         super().__init__()
+        checks.check_placement(device, dtype)
+        checks.check_flags(bias=bias)
         checks.check_size("d_model", d_model)
         checks.check_size("nhead", nhead)
         checks.check_probability("dropout", dropout)
@@ -227,7 +268,7 @@ class SelfAttention(_Attention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(d_model, nhead, dropout, init)
+        super().__init__(d_model, nhead, dropout, bias, init, device, dtype)
         self.in_proj: nn.Module = nn.Linear(d_model, 3 * d_model, bias, device, dtype)
         self.out_proj = nn.Linear(d_model, d_model, bias, device, dtype)
         self.reset_parameters()
@@ -280,7 +321,7 @@ class CrossAttention(_Attention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(d_model, nhead, dropout, init)
+        super().__init__(d_model, nhead, dropout, bias, init, device, dtype)
         self.q_proj: nn.Module = nn.Linear(d_model, d_model, bias, device, dtype)
         self.kv_proj: nn.Module = nn.Linear(d_model, 2 * d_model, bias, device, dtype)
         self.out_proj = nn.Linear(d_model, d_model, bias, device, dtype)

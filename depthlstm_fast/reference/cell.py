@@ -112,17 +112,16 @@ class DepthLSTMCell(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        checks.check_placement(device, dtype)
         checks.check_size("input_size", input_size)
         checks.check_size("hidden_size", hidden_size)
+        checks.check_flags(bias=bias)
         checks.check_name("hidden", hidden, HIDDENS)
         checks.check_name("norm", norm, checks.NORMS)
         checks.check_name("activation", activation, checks.ACTIVATIONS)
         checks.check_eps("eps", eps)
         checks.check_probability("dropout", dropout)
-        checks.check_finite("forget_bias", forget_bias)
-        most = torch.finfo(dtype or torch.get_default_dtype()).max
-        if abs(forget_bias) > most:
-            raise ValueError(f"forget_bias must be at most {most:.3g} in size; found {forget_bias}")
+        checks.check_initial("forget_bias", forget_bias, dtype)
         checks.check_name("init", init, INITS)
         if ffn_size is not None:
             checks.check_size("ffn_size", ffn_size)

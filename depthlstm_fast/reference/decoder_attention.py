@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +21,15 @@ class MergedCache(DecoderCache):
     """What a decoder layer with merged attention keeps: the running sum of its positions' values, (rows, 1, D)."""
 
     total: Tensor | None = None
+    attention: ClassVar[str] = "merged"
+
+    @property
+    def rows(self) -> int | None:
+        return None if self.total is None else self.total.shape[0]
 
     def reorder(self, rows: Tensor) -> None:
         if self.total is not None:
-            self.total = self.total.index_select(0, rows)
+            (self.total,) = self._select((self.total,), rows)
 
 
 class MergedAttention(CrossAttention):
@@ -88,6 +93,7 @@ class MultiscaleCache(DecoderCache):
     """What a decoder layer that attends to two memories keeps: also the second one's cache."""
 
     context: DecoderCache | None = None
+    attention: ClassVar[str] = "multiscale"
 
 
 class MultiscaleAttention(CrossAttention):

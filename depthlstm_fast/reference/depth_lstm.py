@@ -70,7 +70,7 @@ def depth_lstm_gates(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`depthlstm_fast.depth_lstm_gates` in plain PyTorch; differentiable any number of times."""
-    checks.check_options(norm, activation, eps, dropout_p)
+    checks.check_options(norm, activation, eps, dropout_p, training)
     checks.check_gates(z, c, weight, bias, hidden, norm, seed)
     gates, features = 4 if hidden is None else 3, constant(c.shape[-1])
     a = z.unflatten(-1, (gates, features))
@@ -163,7 +163,7 @@ def depth_lstm_cell(
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`depthlstm_fast.depth_lstm_cell` in plain PyTorch."""
     inputs = x if isinstance(x, tuple) else (x,)
-    checks.check_options(norm, activation, eps, dropout_p)
+    checks.check_options(norm, activation, eps, dropout_p, training)
     checks.check_float_tensor("h", h)
     autocast = autocast_dtype(h.device.type) is not None
     if not autocast:

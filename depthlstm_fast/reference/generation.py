@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .. import checks
 
 NextLogits = Callable[[Tensor], Tensor]
 Reorder = Callable[[Tensor], None]
@@ -24,6 +27,20 @@ class Settings(NamedTuple):
     eos_id: int
     pad_id: int
     device: torch.device
+
+
+LARGEST_PENALTY = 1e30  # fp32 then holds the quotient of any sum of log-probabilities
+
+
+def check_penalty(length_penalty: float, max_length: int) -> None:
+    """Raise TypeError or ValueError unless every :func:`penalty` up to ``max_length`` divides without overflow."""
+    checks.check_finite("length_penalty", length_penalty)
+    growth = math.log((5 + max_length) / 6)
+    most = math.log(LARGEST_PENALTY) / growth if growth else math.inf
+    if abs(length_penalty) > most:
+        raise ValueError(
+            f"length_penalty must be at most {most:.3g} in size with max_length={max_length}; found {length_penalty}"
+        )
 
 
 def penalty(length: int, alpha: float) -> float:

@@ -13,27 +13,43 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..activations import activate
-from .attention import CrossAttention, DecoderCache, SelfAttention, initialise_linear, new_cache
+from .attention import CrossAttention, DecoderCache, SelfAttention, check_beside, initialise_linear, new_cache
 from .cell import FORGET_BIAS, DepthLSTMCell
 from .layout import Layout
 
 MERGES = ("add", "concat", "cells")
 
 
-def check_step(h: Tensor, cache: DecoderCache) -> None:
-    """Raise TypeError or ValueError unless h (rows, 1, D) can be a decoding step that goes on from ``cache``."""
-    if not isinstance(cache, DecoderCache):
-        raise TypeError(f"cache must be a DecoderCache, as new_cache makes it; found {type(cache).__name__}")
+def check_cache(cache: DecoderCache, kind: type[DecoderCache] = DecoderCache) -> None:
+    """Raise TypeError unless ``cache`` is of ``kind``; a kind derived from it keeps what another attention needs."""
+    if not isinstance(cache, kind) or cache.attention != kind.attention:
+        maker = "new_cache" if kind is DecoderCache else "new_caches"
+        raise TypeError(f"cache must be a {kind.__name__}, as {maker} makes it; found {type(cache).__name__}")
+
+
+def check_caches(caches: list[DecoderCache], wanted: int) -> None:
+    """Raise ValueError unless ``caches`` is a list of ``wanted``."""
+    if not isinstance(caches, list) or len(caches) != wanted:
+        found = f"a list of {len(caches)}" if isinstance(caches, list) else type(caches).__name__
+        raise ValueError(f"caches must be a list of {wanted}, one a layer, as new_caches makes it; found {found}")
+
+
+def check_step(h: Tensor, cache: DecoderCache, kind: type[DecoderCache] = DecoderCache) -> None:
+    """Raise TypeError or ValueError unless h (rows, 1, D) can be a decoding step that goes on from ``cache``.
+
+    ``kind`` is the cache of the layer's attention.
+    """
+    check_cache(cache, kind)
+    if cache.memory.shape[-1] != h.shape[-1]:
+        raise ValueError(f"cache must be of a decoder of {h.shape[-1]} features; found {cache.memory.shape[-1]}")
     if h.shape[1] != 1:
         raise ValueError(f"tgt must hold one position with a cache; found {h.shape[1]}")
     if h.shape[0] % cache.memory.shape[0]:
         raise ValueError(
             f"tgt must have a multiple of the cache's {cache.memory.shape[0]} sources as its batch; found {h.shape[0]}"
         )
-    if cache.keys is not None and cache.keys.shape[0] != h.shape[0]:
-        raise ValueError(
-            f"tgt must have the batch that the cache began with, {cache.keys.shape[0]}; found {h.shape[0]}"
-        )
+    if cache.rows is not None and cache.rows != h.shape[0]:
+        raise ValueError(f"tgt must have the batch that the cache began with, {cache.rows}; found {h.shape[0]}")
 
 
 class _Layer(Layout, nn.Module):
@@ -48,6 +64,9 @@ class _Layer(Layout, nn.Module):
     ) -> None:
         super().__init__()
         checks.check_size("dim_feedforward", dim_feedforward)
+        checks.check_placement(cell["device"], cell["dtype"])
+        checks.check_flags(batch_first=batch_first, bias=cell["bias"], sublayer=sublayer)
+        checks.check_eps("layer_norm_eps", cell["eps"])
         self.d_model, self.nhead, self.batch_first, self.sublayer = d_model, nhead, batch_first, sublayer
         self.dim_feedforward, self.dropout, self.activation, self.init = (
             dim_feedforward,
@@ -76,6 +95,10 @@ class _Layer(Layout, nn.Module):
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, nhead={self.nhead}, batch_first={self.batch_first}, sublayer={self.sublayer}"
+
+    def _check_beside(self, argument: str, outside: Tensor) -> None:
+        if argument != "state":
+            check_beside(argument, outside, self)
 
     def _enter_states(self, argument: str, outside: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         h = self._enter(argument, outside)
@@ -323,7 +346,7 @@ class DepthLSTMDecoderLayer(_Layer):
 
         Both are always batch first.
         """
-        return new_cache(memory, memory_key_padding_mask, self.d_model)
+        return new_cache(memory, memory_key_padding_mask, self.d_model, self)
 
     def step(self, tgt: Tensor, cache: DecoderCache, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Run :meth:`forward` with ``cache``; tgt, state and the results are (rows, 1, D), always batch first.
@@ -331,6 +354,7 @@ class DepthLSTMDecoderLayer(_Layer):
         rows is the batch of the cache times any number of beams, with the beams of one source side by side. The cache
         is updated.
         """
+        check_cache(cache)
         if self.batch_first:
             return self(tgt, cache.memory, state, cache=cache)
         above = None if state is None else state.transpose(0, 1)

@@ -15,6 +15,9 @@ class Layout:
     nhead: int
     batch_first: bool
 
+    def _check_beside(self, argument: str, outside: Tensor) -> None:
+        """Raise TypeError or ValueError where an input's dtype or device is not that of the weights it meets."""
+
     def _enter(self, argument: str, outside: Tensor) -> Tensor:
         """(batch, length, D) from whatever layout the caller uses."""
         checks.check_float_tensor(argument, outside)
@@ -24,6 +27,7 @@ class Layout:
                 f"{self.d_model}) or (length, {self.d_model})"
             )
             raise ValueError(f"{argument} must have shape {shape}; found {tuple(outside.shape)}")
+        self._check_beside(argument, outside)
         if outside.dim() == 2:
             return outside.unsqueeze(0)
         if self.batch_first:

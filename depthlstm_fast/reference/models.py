@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import checks
 from .cell import FORGET_BIAS
 from .layers import DepthLSTMDecoderLayer, DepthLSTMEncoderLayer
 from .positions import sinusoidal_positions as sinusoidal_positions
@@ -92,6 +93,9 @@ class DepthLSTMTransformer(TranslationModel):
             bos_id=bos_id,
             eos_id=eos_id,
         )
+        checks.check_size("num_encoder_layers", num_encoder_layers)
+        checks.check_size("num_decoder_layers", num_decoder_layers)
+        checks.check_flags(final_norm=final_norm)
         placed: dict[str, Any] = {"device": device, "dtype": dtype}
         common: dict[str, Any] = {
             "hidden": hidden,

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import checks
 from .attention import DecoderCache, new_cache
 from .cell import DepthLSTMCell
-from .layers import DepthLSTMDecoderLayer, DepthLSTMEncoderLayer
+from .layers import DepthLSTMDecoderLayer, DepthLSTMEncoderLayer, check_caches
 
 INIT_CELLS = ("zeros", "learned")
 CELLS = ("cell", "cross_cell", "ffn_cell")
@@ -42,6 +42,9 @@ class _Stack(nn.Module):
             )
         checks.check_size("num_layers", num_layers)
         checks.check_name("init_cell", init_cell, INIT_CELLS)
+        checks.check_flags(share_cell=share_cell)
+        if norm is not None and not isinstance(norm, nn.Module):
+            raise TypeError(f"norm must be a torch.nn.Module or None; found {type(norm).__name__}")
         self.layers = nn.ModuleList([copy.deepcopy(layer) for _ in range(num_layers)])
         self.num_layers, self.norm, self.share_cell, self.init_cell = num_layers, norm, share_cell, init_cell
         self.d_model, self.batch_first = layer.d_model, layer.batch_first
@@ -129,7 +132,11 @@ class DepthLSTMEncoder(_Stack):
 
         ``is_causal=None`` means False: the mask is used as it is, and not examined (torch looks whether it is causal).
         """
-        options = {"src_mask": mask, "src_key_padding_mask": src_key_padding_mask, "is_causal": bool(is_causal)}
+        options = {
+            "src_mask": mask,
+            "src_key_padding_mask": src_key_padding_mask,
+            "is_causal": is_causal is not None and is_causal,
+        }
         return self._through_layers(src, (), options)
 
 
@@ -168,11 +175,7 @@ class DepthLSTMDecoder(_Stack):
         """
         checks.check_float_tensor("memory", memory)
         if caches is not None:
-            if not isinstance(caches, list) or len(caches) != len(self.layers):
-                found = f"a list of {len(caches)}" if isinstance(caches, list) else type(caches).__name__
-                raise ValueError(
-                    f"caches must be a list of {len(self.layers)}, one a layer, as new_caches makes it; found {found}"
-                )
+            check_caches(caches, len(self.layers))
             h, c = tgt, self._initial_cell(tgt)
             for layer, cache in zip(self.layers, caches, strict=True):
                 h, c = layer(h, memory, c, cache=cache)
@@ -184,14 +187,14 @@ class DepthLSTMDecoder(_Stack):
             "memory_mask": memory_mask,
             "tgt_key_padding_mask": tgt_key_padding_mask,
             "memory_key_padding_mask": memory_key_padding_mask,
-            "tgt_is_causal": bool(tgt_is_causal),
+            "tgt_is_causal": tgt_is_causal is not None and tgt_is_causal,
             "memory_is_causal": memory_is_causal,
         }
         return self._through_layers(tgt, (memory,), options)
 
     def new_caches(self, memory: Tensor, memory_key_padding_mask: Tensor | None = None) -> list[DecoderCache]:
         """Start incremental decoding: one cache a layer for memory (batch, S, D), always batch first."""
-        first = new_cache(memory, memory_key_padding_mask, self.d_model)
+        first = new_cache(memory, memory_key_padding_mask, self.d_model, self.layers[0])
         return [first, *(DecoderCache(memory, first.memory_mask) for _ in self.layers[1:])]
 
     def step(self, tgt: Tensor, caches: list[DecoderCache]) -> Tensor:

@@ -27,6 +27,7 @@ def check_ids(
         raise TypeError(f"{argument} must be a torch.Tensor; found {type(ids).__name__}")
     if ids.dtype != torch.int64:
         raise TypeError(f"{argument} must be int64; found {ids.dtype}")
+    checks.check_dense(argument, ids)
     if ids.dim() != 2 or ids.shape[0] == 0 or ids.shape[1] == 0:
         raise ValueError(f"{argument} must have shape (batch, length), neither of them 0; found {tuple(ids.shape)}")
     if ids.shape[1] > max_len:
@@ -46,10 +47,7 @@ def check_search(max_length: Any, beam_size: Any, length_penalty: Any, max_len: 
     checks.check_size("beam_size", beam_size)
     if max_length > max_len:
         raise ValueError(f"max_length must be at most max_len, {max_len}; found {max_length}")
-    if isinstance(length_penalty, bool) or not isinstance(length_penalty, (int, float)):
-        raise TypeError(f"length_penalty must be a float; found {type(length_penalty).__name__}")
-    if not math.isfinite(length_penalty):
-        raise ValueError(f"length_penalty must be finite; found {length_penalty}")
+    generation.check_penalty(length_penalty, max_length)
 
 
 class TranslationModel(nn.Module):
@@ -83,6 +81,7 @@ class TranslationModel(nn.Module):
         checks.check_size("tgt_vocab", tgt_vocab, 2)
         checks.check_size("max_len", max_len)
         checks.check_name("positions", positions, POSITIONS)
+        checks.check_flags(share_embeddings=share_embeddings, tie_output=tie_output)
         for argument, token in (("pad_id", pad_id), ("bos_id", bos_id), ("eos_id", eos_id)):
             checks.check_size(argument, token, 0)
             vocab = min(src_vocab, tgt_vocab) if argument == "pad_id" else tgt_vocab
@@ -223,6 +222,7 @@ class TranslationModel(nn.Module):
         With ``return_hidden`` what ``output`` would be applied to, (batch, L, D): for losses that make the logits
         themselves, in pieces. Raises as :meth:`encode`.
         """
+        checks.check_flags(return_hidden=return_hidden)
         self._check_ids("tgt", tgt, self.tgt_vocab, tgt.device.type == "cpu" if isinstance(tgt, Tensor) else True)
         hidden = self._decode(tgt, memory, tgt_key_padding_mask, memory_key_padding_mask)
         return hidden if return_hidden else self.output(hidden)
@@ -252,6 +252,9 @@ class TranslationModel(nn.Module):
         Raises:
             TypeError, ValueError: as :meth:`encode`.
         """
+        for argument, ids in (("src", src), ("tgt", tgt)):
+            if isinstance(ids, Tensor):
+                checks.check_dense(argument, ids)
         if isinstance(src, Tensor) and isinstance(tgt, Tensor) and src.shape[:1] != tgt.shape[:1]:
             raise ValueError(
                 f"tgt must have the batch size of src, {tuple(src.shape[:1])}; found {tuple(tgt.shape[:1])}"
@@ -280,7 +283,7 @@ class TranslationModel(nn.Module):
             max_length: the most tokens to produce, eos_id included; max_len if None.
             beam_size: hypotheses kept for each source.
             length_penalty: alpha. A hypothesis of n tokens, eos_id included, is scored log p / ((5 + n) / 6) ** alpha
-                (Wu et al., 2016).
+                (Wu et al., 2016). For ``max_length`` tokens the divisor stays between 1e-30 and 1e30.
             src_key_padding_mask: (batch, S), True where padded; ``src == pad_id`` if None.
             use_cache: keep keys and values of earlier tokens; False recomputes everything at every step, to the same
                 tokens. Layers whose forward was replaced by one that takes no ``cache`` are run without it.
@@ -300,6 +303,7 @@ class TranslationModel(nn.Module):
         self._check_ids("src", src, self.src_vocab)
         max_length = self.max_len if max_length is None else max_length
         check_search(max_length, beam_size, length_penalty, self.max_len)
+        checks.check_flags(use_cache=use_cache, return_scores=return_scores)
         settings = generation.Settings(
             src.shape[0], beam_size, max_length, length_penalty, self.bos_id, self.eos_id, self.pad_id, src.device
         )

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import checks, connections
 from ..connections import Connection, DepthLSTM
 from ..initialisation import INITS, initialise_connection, initialise_layer
-from ..reference.attention import CrossAttention
+from ..reference.attention import CrossAttention, check_beside
 from ..reference.layout import Layout
 from ..reference.stacks import CELLS
 from .layer import StackLayer, branch_names, checked_state
@@ -27,7 +27,7 @@ def build_connection(connection: Factory, d_model: int, num_branches: int, hints
 
     Raises:
         TypeError: connection is neither, or what it returns is no Connection.
-        ValueError: there is no connection of that name.
+        ValueError: there is no connection of that name, or it returns one of other sizes.
     """
     factory: Any = connections.get(connection) if isinstance(connection, str) else connection
     if isinstance(factory, nn.Module) or not callable(factory):
@@ -35,11 +35,23 @@ def build_connection(connection: Factory, d_model: int, num_branches: int, hints
             f"connection must be a name or a callable (d_model, num_branches) -> Connection; "
             f"found {'an instance of ' if callable(factory) else ''}{type(factory).__name__}"
         )
-    accepted, chosen = inspect.signature(factory).parameters, getattr(factory, "keywords", {})
-    told = {name: value for name, value in hints.items() if name in accepted and name not in chosen}
+    try:
+        signature = inspect.signature(factory)
+        chosen = getattr(factory, "keywords", {})
+        told = {name: value for name, value in hints.items() if name in signature.parameters and name not in chosen}
+        signature.bind(d_model, num_branches, **told)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"connection must be callable with (d_model, num_branches); found {factory!r}: {error}"
+        ) from None
     built = factory(d_model, num_branches, **told)
     if not isinstance(built, Connection):
         raise TypeError(f"connection must return a Connection; found {type(built).__name__}")
+    if (built.d_model, built.num_branches) != (d_model, num_branches):
+        raise ValueError(
+            f"connection must return a Connection of d_model={d_model}, num_branches={num_branches}; "
+            f"found d_model={built.d_model}, num_branches={built.num_branches}"
+        )
     return built
 
 
@@ -80,15 +92,19 @@ class Stack(Layout, nn.Module):
         cross_classes: list[Callable[..., CrossAttention]],
     ) -> None:
         super().__init__()
+        checks.check_placement(device, dtype)
         checks.check_size("d_model", d_model)
         checks.check_size("num_layers", num_layers)
         checks.check_probability("dropout", dropout)
         checks.check_name("activation", activation, checks.ACTIVATIONS)
         checks.check_eps("layer_norm_eps", layer_norm_eps)
+        checks.check_flags(batch_first=batch_first, bias=bias)
+        if feed_forward is not None:
+            checks.check_flags(feed_forward=feed_forward)
         checks.check_name("init", init, INITS)
         inner = 4 * d_model if dim_feedforward is None else dim_feedforward
         checks.check_size("dim_feedforward", inner)
-        has_network = not absorbs_feed_forward(connection) if feed_forward is None else bool(feed_forward)
+        has_network = not absorbs_feed_forward(connection) if feed_forward is None else feed_forward
         names = branch_names(attention, has_network)
         hints = {
             "branches_per_layer": len(names),
@@ -123,6 +139,7 @@ class Stack(Layout, nn.Module):
             ]
         )
         self.connection = built.to(device=device, dtype=dtype)
+        self._is_own = connections.is_own(built)
         self.arguments = {
             "dim_feedforward": inner,
             "dropout": dropout,
@@ -145,6 +162,11 @@ class Stack(Layout, nn.Module):
         weight = next(self.layers.parameters())
         placed = {"device": weight.device, "dtype": weight.dtype}
         return type(self)(self.d_model, self.nhead, num_layers, **self.arguments, **placed)  # type: ignore[arg-type]
+
+    def _check_beside(self, argument: str, outside: Tensor) -> None:
+        # a user's connection may bring the input to the weights' dtype
+        if argument == "memory" or self._is_own:
+            check_beside(argument, outside, self.layers[0], self.layers[0])
 
     def _draw(self) -> None:
         for index, layer in enumerate(self.layers):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..reference.attention import CrossAttention, DecoderCache, new_cache
-from ..reference.decoder_attention import MergedAttention, MergedCache, MultiscaleAttention, MultiscaleCache
-from ..reference.layers import check_step
+from ..reference.decoder_attention import FUSIONS, MergedAttention, MergedCache, MultiscaleAttention, MultiscaleCache
+from ..reference.layers import check_caches, check_step
 from ..reference.stacks import takes
 from .base import Factory, Stack, absorbs_feed_forward
 
@@ -55,6 +55,8 @@ class Decoder(Stack):
         if decoder_attention is None:
             decoder_attention = "add" if absorbs_feed_forward(connection) else "separate"
         checks.check_name("decoder_attention", decoder_attention, DECODER_ATTENTIONS)
+        if context is not None:
+            checks.check_name("context", context, FUSIONS)
         if context is not None and decoder_attention == "merged":
             raise ValueError('decoder_attention must not be "merged" with a second memory; found "merged"')
         classes: list[Callable[..., CrossAttention]] = [
@@ -105,7 +107,9 @@ class Decoder(Stack):
         if self.attention == "merged" and tgt_mask is not None:
             raise ValueError('tgt_mask must be None with decoder_attention="merged", which is causal; found a tensor')
         names = ("tgt_mask", "tgt_key_padding_mask")
-        mask, causal = self._masks(x, x, tgt_mask, tgt_key_padding_mask, bool(tgt_is_causal), names, unbatched)
+        mask, causal = self._masks(
+            x, x, tgt_mask, tgt_key_padding_mask, tgt_is_causal is not None and tgt_is_causal, names, unbatched
+        )
         names = ("memory_mask", "memory_key_padding_mask")
         memory_mask, memory_is_causal = self._masks(
             x, memories[0], memory_mask, memory_key_padding_mask, memory_is_causal, names, unbatched
@@ -135,24 +139,25 @@ class Decoder(Stack):
         return memory
 
     def _step_options(self, x: Tensor, caches: list[DecoderCache]) -> list[dict[str, Any]]:
-        if not isinstance(caches, list) or len(caches) != self.num_layers:
-            found = f"a list of {len(caches)}" if isinstance(caches, list) else type(caches).__name__
-            raise ValueError(
-                f"caches must be a list of {self.num_layers}, one a layer, as new_caches makes it; found {found}"
-            )
+        check_caches(caches, self.num_layers)
         options = []
-        for cache in caches:
-            check_step(x, cache)
+        for index, cache in enumerate(caches):
+            check_step(x, cache, self._cache_kind(index))
             cross = {"memory": cache.memory, "mask": cache.memory_mask, "cache": cache}
             options.append({"self": {"cache": cache}, "cross": cross, "keep": None})
         return options
+
+    def _cache_kind(self, index: int) -> type[DecoderCache]:
+        if self.attention == "merged":
+            return MergedCache
+        return MultiscaleCache if self.has_context and index == self.num_layers - 1 else DecoderCache
 
     def new_caches(
         self, memory: Tensor | tuple[Tensor, ...], memory_key_padding_mask: Tensor | None = None
     ) -> list[DecoderCache]:
         """Start incremental decoding: one cache a layer for memory, as :meth:`forward` takes it but batch first."""
         memories = self._split(memory)
-        made = [new_cache(each, memory_key_padding_mask, self.d_model) for each in memories]
+        made = [new_cache(each, memory_key_padding_mask, self.d_model, self.layers[0]) for each in memories]
         if self.attention == "merged":
             return [MergedCache(each.memory, each.memory_mask) for each in made]
         if self.has_context:

@@ -83,7 +83,7 @@ class Encoder(Stack):
         Raises:
             TypeError, ValueError: naming the argument, what was found and what was wanted.
         """
-        return self._leave(self._run(src, mask, src_key_padding_mask, bool(is_causal), None), src)
+        return self._leave(self._run(src, mask, src_key_padding_mask, is_causal is not None and is_causal, None), src)
 
     def layer_outputs(
         self,
@@ -97,5 +97,5 @@ class Encoder(Stack):
         The last is what :meth:`forward` returns; the arguments are the same.
         """
         outputs: list[Tensor] = []
-        self._run(src, mask, src_key_padding_mask, bool(is_causal), outputs)
+        self._run(src, mask, src_key_padding_mask, is_causal is not None and is_causal, outputs)
         return tuple(self._leave(each, src) for each in outputs)

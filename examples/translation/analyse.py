@@ -8,7 +8,6 @@ Usage:
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -179,7 +178,7 @@ def analyse(
 @command.program("analyse.py")
 def main(arguments: list[str] | None = None) -> int:
     """Read the command line, analyse, and return the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = command.Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", type=Path, help=f"folder that train.py --output wrote; {ANALYSIS} is written there")
     parser.add_argument("data", type=Path, help="folder of prepare.py that the run was trained on")
     parser.add_argument(

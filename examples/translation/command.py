@@ -5,6 +5,7 @@ A program ends with status 0, or with 2 and one line on stderr, or with 130 afte
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import io
@@ -114,9 +115,30 @@ def terminal_streams() -> Iterator[None]:
 
 def fail(program: str, error: BaseException) -> NoReturn:
     """Print ``error`` in one line, from the first of torchrun's processes only, and end with status 2."""
+    text = str(error)
+    if isinstance(error, (FileExistsError, NotADirectoryError)):
+        text = f"{error.filename} must be a folder; found something else of that name"
     if os.environ.get("RANK", "0") == "0":
-        print(f"{program}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        print(f"{program}: {' '.join(text.split()) or type(error).__name__}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def path(text: str) -> Path:
+    """Return the path that an option names; an empty one would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be a path; found ''")
+    return Path(text)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are ValueErrors, which end a ``program`` in one line and without the usage."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.register("type", Path, path)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
 
 
 def program(name: str, *errors: type[Exception]) -> Callable[[Callable[..., int]], Callable[..., int]]:

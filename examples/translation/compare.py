@@ -7,7 +7,6 @@ Usage:
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import time
@@ -144,7 +143,7 @@ def run_comparison(
 @command.program("compare.py", DownloadError)
 def main(arguments: list[str] | None = None) -> int:
     """Read the command line, compare, and return the exit status: 1 if the losses disagree."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = command.Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=SETTINGS.steps, help="default: %(default)s")
     parser.add_argument(
         "--data",

@@ -6,7 +6,6 @@ mirror that apt is set up for, and not kept in this repository.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from corpus.debian import LANGUAGES, build
 @command.program("debian.py", DownloadError)
 def main(arguments: list[str] | None = None) -> int:
     """Build the pairs of one language from the command line, and return the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = command.Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("language", choices=LANGUAGES)
     parser.add_argument("folder", type=Path)
     options = parser.parse_args(arguments)

@@ -45,6 +45,8 @@ def prepare(
         ValueError: the text is empty or not aligned, or too small for ``vocab_size``.
         DownloadError, OSError: a file cannot be fetched or read.
     """
+    if vocab_size is not None and vocab_size < 1:
+        raise ValueError(f"vocab_size must be at least 1; found {vocab_size}")
     if files:
         name, texts = " + ".join(path.name for path in files["train"]), read_split_files(files, seed)
     elif data == "debian":
@@ -57,7 +59,8 @@ def prepare(
         name, pairs = read_named(data, language)
         texts = split(pairs, seed)
     tokenizer = train_tokenizer(
-        (text for pair in map(hide_pair, texts["train"]) for text in pair), vocab_size or VOCABULARY
+        (text for pair in map(hide_pair, texts["train"]) for text in pair),
+        VOCABULARY if vocab_size is None else vocab_size,
     )
     if vocab_size is not None and len(tokenizer) != vocab_size:
         raise ValueError(f"vocab_size must be at most {len(tokenizer)} for this text; found {vocab_size}")
@@ -67,7 +70,7 @@ def prepare(
 
 def command_line() -> argparse.ArgumentParser:
     """Return the parser."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = command.Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path, help="folder to write")
     parser.add_argument(
         "--data",

@@ -11,7 +11,6 @@ The study measures gradients at initialisation, dev cross entropy, speed and mem
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from study.experiment import (
 @command.program("study.py")
 def main(arguments: list[str] | None = None) -> int:
     """Read the command line, do the study, and return the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = command.Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("data", type=Path, help="folder that prepare.py wrote")
     parser.add_argument("--output", type=Path, required=True, help="folder for the runs and study.json")
     parser.add_argument("--steps", type=int, default=BASE.steps, help="of each run; default: %(default)s")

@@ -7,7 +7,6 @@ This command writes study.md, study.json, study_gradients.png and study_learning
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ from study.report import markdown
 @command.program("study_report.py")
 def main(arguments: list[str] | None = None) -> int:
     """Read the command line, write the page, and return the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = command.Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("study", type=Path, help="folder that study.py wrote")
     parser.add_argument("--docs", type=Path, required=True, help="folder for study.md, study.json and the pictures")
     options = parser.parse_args(arguments)

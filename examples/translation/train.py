@@ -192,7 +192,7 @@ def run_training(
 
 def command_line() -> argparse.ArgumentParser:
     """Return the parser: one option for each of ``Settings``, and those of the run."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = command.Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("data", type=Path, help="folder that prepare.py wrote")
     parser.add_argument(
         "--output", type=Path, required=True, metavar="RUN", help="folder of the run: log and checkpoints"

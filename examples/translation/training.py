@@ -60,6 +60,8 @@ class Settings:
         for name in ("steps", "token_budget", "accumulate", "d_model", "heads", "layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; found {getattr(self, name)}")
+        if not -(2**63) <= self.seed < 2**63:  # what torch's generators take
+            raise ValueError(f"seed must fit 64 bits; found {self.seed}")
         for name, allowed in (
             ("learning_rate", "above 0"),
             ("clip_norm", "above 0"),

@@ -7,7 +7,6 @@ Usage:
 
 from __future__ import annotations
 
-import argparse
 import sys
 from itertools import islice
 from pathlib import Path
@@ -23,7 +22,7 @@ BROKEN_PIPE = 141  # the status of a program that the signal has ended
 @command.program("translate.py")
 def main(arguments: list[str] | None = None) -> int:
     """Read the command line, translate, and return the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = command.Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", type=Path, help="folder that train.py --output wrote")
     parser.add_argument("--beam-size", type=int, default=4, help="1 is greedy (default: %(default)s)")
     parser.add_argument(

@@ -18,7 +18,7 @@ import triton
 
 from .launch import INTERPRETED, Launch
 
-ENABLED = os.environ.get("DEPTHLSTM_AUTOTUNE", "0") not in ("", "0") and not INTERPRETED
+ENABLED = os.environ.get("DEPTHLSTM_AUTOTUNE") == "1" and not INTERPRETED
 _found: dict[str, Launch] = {}
 logger = logging.getLogger("depthlstm_fast")
 

@@ -258,6 +258,40 @@ def test_unknown_backend_in_the_environment(tmp_path: Path) -> None:
     assert run.stdout.strip() == "reference", run.stderr
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("DEPTHLSTM_STRICT", "false", "DEPTHLSTM_STRICT must be '0' or '1'; found 'false'"),
+        ("DEPTHLSTM_AUTOTUNE", "on", "DEPTHLSTM_AUTOTUNE must be '0' or '1'; found 'on'"),
+        ("DEPTHLSTM_POOL_BYTES", "abc", "DEPTHLSTM_POOL_BYTES must be a number of bytes; found 'abc'"),
+    ],
+)
+def test_wrong_variable_is_an_error_of_the_first_call(variable: str, value: str, message: str, tmp_path: Path) -> None:
+    """Check that the import works, that a small call finds the wrong value, and that the report shows it."""
+    run = python(f'print("imported")\n{CALL}', tmp_path, **{variable: value})
+    assert (run.returncode, run.stdout.strip()) == (1, "imported")
+    assert run.stderr.rstrip().endswith(f"ValueError: {message}")
+    run = python("from depthlstm_fast.__main__ import report; print(report())", tmp_path, **{variable: value})
+    assert f"{message}\n" in run.stdout
+
+
+@needs_cpp
+def test_instruction_set_that_is_not_there(tmp_path: Path) -> None:
+    """Check that the status says no, and that the call's error is the package's own, without a place in C++."""
+    message = "DEPTHLSTM_CPU_ISA must be generic, avx2, avx512 or avx512_bf16, as far as this build and CPU have them"
+    run = python(f'print(*dl.backends()["cpp"])\n{CALL}', tmp_path, DEPTHLSTM_CPU_ISA="sse")
+    assert run.stdout.strip() == f"False {message}; found sse"
+    assert run.stderr.rstrip().endswith(f"ValueError: {message}; found sse")
+
+
+def test_wrong_backend_is_in_the_report(tmp_path: Path) -> None:
+    run = python("from depthlstm_fast.__main__ import report; print(report())", tmp_path, DEPTHLSTM_BACKEND="fast")
+    assert "DEPTHLSTM_BACKEND must be one of 'auto', 'reference', 'cpp', 'cuda', 'triton'; found 'fast'" in run.stdout
+    run = python("from depthlstm_fast.__main__ import report; print(report())", tmp_path, DEPTHLSTM_BACKEND="cpp")
+    assert "wrong variables:" in run.stdout
+    assert "must be" not in run.stdout
+
+
 def test_nothing_ran_yet(tmp_path: Path) -> None:
     assert python("print(dl.last_backend())", tmp_path).stdout.strip() == "None"
 

@@ -318,3 +318,37 @@ def test_the_table_of_the_page_is_that_of_committed_numbers() -> None:
     changed = copy.deepcopy(run)
     changed["rows"][0]["values"]["fused"]["median"] *= 1.01
     assert not holds(changed)
+
+
+@pytest.mark.parametrize("folder", ["/proc/x", "/dev/null"])
+def test_a_folder_that_cannot_be_written_is_found_before_measuring(
+    folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("rich")
+    pytest.importorskip("matplotlib")
+    from depthlstm_fast.bench import run
+
+    monkeypatch.setattr(run, "measure", None)
+    with pytest.raises(SystemExit) as stopped:
+        run.main(["--quick", "--only", "overhead", "--output", folder])
+    assert stopped.value.code == 2
+    printed = capsys.readouterr().err
+    assert f"output must be a folder that can be written; found {folder}: " in printed
+    assert printed.count("\n") == 1
+
+
+def test_wrong_options_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rich")
+    pytest.importorskip("matplotlib")
+    from depthlstm_fast.bench import run
+
+    for main, name, message in (
+        (run.main, "python -m depthlstm_fast.bench", "argument --only: invalid choice: 'nosuch'"),
+        (tables.main, "python -m depthlstm_fast.bench.report", "unrecognized arguments: --nosuch"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["--only", "nosuch"] if main is run.main else ["results.json", "--nosuch"])
+        assert stopped.value.code == 2
+        printed = capsys.readouterr().err
+        assert printed.startswith(f"{name}: {message}")
+        assert printed.count("\n") == 1

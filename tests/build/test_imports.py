@@ -18,7 +18,7 @@ from depthlstm_fast.ops.registry import OPERATORS
 PACKAGE = Path(dl.__file__).resolve().parent
 # A module imports from its own folder and from lower floors; imports inside functions count as well.
 FLOORS = (
-    ("torch_private", "activations", "callable_module", "plain"),
+    ("torch_private", "activations", "callable_module", "command_line", "plain"),
     ("modes", "sharding"),
     ("checks",),
     ("backends", "kernels", "reference"),

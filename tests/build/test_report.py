@@ -50,6 +50,38 @@ def test_runs_as_a_module(tmp_path: Path) -> None:
     assert result.stdout.startswith("depthlstm_fast:")
 
 
+def run_in_a_shell(line: str) -> subprocess.CompletedProcess[str]:
+    root = str(Path(depthlstm_fast.__file__).resolve().parent.parent)
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    line = line.replace("REPORT", f"'{sys.executable}' -m depthlstm_fast")
+    return subprocess.run(
+        ["bash", "-c", line], env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def test_a_reader_that_goes_is_no_error() -> None:
+    result = run_in_a_shell("REPORT | true; exit ${PIPESTATUS[0]}")
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_report_that_cannot_be_written_is_one_line() -> None:
+    result = run_in_a_shell("REPORT > /dev/full")
+    assert result.returncode == 1
+    assert result.stderr == "python -m depthlstm_fast: the report cannot be written: No space left on device\n"
+
+
+def test_options_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--nosuch"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr() == ("", "python -m depthlstm_fast: unrecognized arguments: --nosuch\n")
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--help"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: python -m depthlstm_fast")
+
+
 def test_every_backend_is_listed() -> None:
     text = command.report()
     for name in ("reference", "cpp", "cuda", "triton"):

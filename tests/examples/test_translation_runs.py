@@ -249,6 +249,14 @@ def test_bad_input_gives_one_line_and_exit_status_2(
         (train, [folder, "--output", run, *small, "--parallel", "ddp"], "parallel must be 'none' outside torchrun"),
         (train, [folder, "--output", run, *small, "--checkpoint-every", "0"], "checkpoint_every must be at least 1"),
         (translate, [tmp_path / "none"], "found no run.json, tokenizer.model"),
+        (train, [folder], "the following arguments are required: --output"),
+        (train, [folder, "--output", run, "--steps", "1e3"], "argument --steps: invalid int value: '1e3'"),
+        (train, [folder, "--output", run, "--seed", "9" * 20], "seed must fit 64 bits; found 999"),
+        (train, [folder, "--output", ""], "argument --output: must be a path; found ''"),
+        (train, [folder, "--output", "/dev/null", *small], "/dev/null must be a folder; found something else of"),
+        (prepare, [""], "argument folder: must be a path; found ''"),
+        (prepare, ["/dev/null", "--data", "builtin"], "/dev/null must be a folder; found something else of that name"),
+        (prepare, [run, "--data", "builtin", "--vocab-size", "0"], "vocab_size must be at least 1; found 0"),
     ]
     for program, arguments, message in cases:
         with pytest.raises(SystemExit) as raised:

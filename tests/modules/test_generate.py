@@ -208,6 +208,15 @@ def test_modes_are_restored() -> None:
     assert each.generate(sources(), 1).shape == (5, 1)
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("length_penalty", [-43, 43])
+def test_the_largest_length_penalty_gives_finite_scores(beams: int, length_penalty: float) -> None:
+    tokens, scores = model().generate(sources(), 24, beams, length_penalty, return_scores=True)
+    assert tokens.shape[1] > 0
+    assert scores.isfinite().all()
+    assert (scores < 0).all()
+
+
 def test_fully_padded_source() -> None:
     tokens, scores = model().generate(torch.zeros(2, 3, dtype=torch.int64), 5, 2, return_scores=True)
     assert tokens.shape[0] == 2
@@ -228,6 +237,15 @@ def test_errors(module: Any) -> None:
         ((src, 4, 0), {}, ValueError, "beam_size must be at least 1; found 0"),
         ((src, 4, 2, math.inf), {}, ValueError, "length_penalty must be finite; found inf"),
         ((src, 4, 2, "1"), {}, TypeError, "length_penalty must be a float; found str"),
+        ((src, 4, 2, 10**400), {}, ValueError, "length_penalty must be finite; found an integer too large"),
+        ((src, 4, 1, 1e5), {}, ValueError, "length_penalty must be at most 170 in size with max_length=4; found 1000"),
+        ((src, 4, 2, -1e5), {}, ValueError, "length_penalty must be at most 170 in size .* found -100000.0"),
+        (
+            (src, 24, 1, -50),
+            {},
+            ValueError,
+            "length_penalty must be at most 43.8 in size with max_length=24; found -50",
+        ),
         ((src,), {"src_key_padding_mask": src[:2] == 0}, ValueError, "src_key_padding_mask must have shape"),
     ):
         with pytest.raises(error, match=text):

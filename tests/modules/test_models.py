@@ -260,7 +260,7 @@ def test_constructor_errors(module: Any) -> None:
         ),
         ({"positions": "rotary"}, ValueError, "positions must be one of 'sinusoidal', 'learned'; found 'rotary'"),
         ({"max_len": 0}, ValueError, "max_len must be at least 1; found 0"),
-        ({"num_encoder_layers": 0}, ValueError, "num_layers must be at least 1; found 0"),
+        ({"num_encoder_layers": 0}, ValueError, "num_encoder_layers must be at least 1; found 0"),
         ({"init": "zero"}, ValueError, "init must be one of"),
     ):
         with pytest.raises(error, match=text):
