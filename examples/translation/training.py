@@ -46,7 +46,7 @@ class Settings:
     layers: int = 2
     dropout: float = 0.3
     init: str = "lipschitz"
-    forget_bias: float = 2.0
+    forget_bias: float = 3.0
     learning_rate: float = 2e-3
     warmup_steps: int = 200
     weight_decay: float = 0.01
