@@ -174,16 +174,15 @@ class DecoderCache:
             raise ValueError(f"rows must hold rows from 0 to {kept[0].shape[0] - 1}; found {rows.tolist()}") from error
 
 
-def check_beside(argument: str, found: Tensor, layer: Any, *around: nn.Module) -> None:
+def check_beside(argument: str, found: Tensor, layer: nn.Module | None, *around: nn.Module) -> None:
     """Check ``found`` against the weights of the attention of ``layer`` that it meets, as far as they say something."""
-    if argument == "memory":
-        attention, name = getattr(layer, "cross_attn", None), "kv_proj"
-    elif (attention := getattr(layer, "self_attn", None)) is not None:
-        name = "in_proj"
-    else:
-        attention, name = getattr(layer, "cross_attn", None), "q_proj"
+    if layer is None:
+        return
+    name, attention = "in_proj", layer._modules.get("self_attn")
+    if argument == "memory" or attention is None:
+        name, attention = "kv_proj" if argument == "memory" else "q_proj", layer._modules.get("cross_attn")
     if attention is not None:
-        checks.check_beside(argument, found, getattr(attention, name, None), attention, *around)
+        checks.check_beside(argument, found, attention._modules.get(name), attention, *around)
 
 
 def new_cache(memory: Tensor, key_padding: Tensor | None, d_model: int, layer: Any = None) -> DecoderCache:

@@ -166,7 +166,8 @@ class Stack(Layout, nn.Module):
     def _check_beside(self, argument: str, outside: Tensor) -> None:
         # a user's connection may bring the input to the weights' dtype
         if argument == "memory" or self._is_own:
-            check_beside(argument, outside, self.layers[0], self.layers[0])
+            layer = self.layers[0]
+            check_beside(argument, outside, layer, layer)
 
     def _draw(self) -> None:
         for index, layer in enumerate(self.layers):
