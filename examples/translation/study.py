@@ -16,15 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import command
-from study.experiment import (
-    BASE,
-    RATES,
-    SEEDS,
-    study,
-)  # the package in this folder, which precedes the module of its name
+
+# the package in this folder, which precedes the module of its name
+from study.experiment import BASE, PLAN, RATES, SEEDS, VARIANTS, study
 
 
-@command.program("study.py")
 def main(arguments: list[str] | None = None) -> int:
     """Read the command line, do the study, and return the exit status."""
     parser = command.Parser(description=(__doc__ or "").partition("\n")[0])
@@ -35,11 +31,16 @@ def main(arguments: list[str] | None = None) -> int:
         "--rates", type=float, nargs="+", default=RATES, help="learning rates to choose from; default: %(default)s"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the weights; default: %(default)s")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="that learn; default: all"
+    )
     options = parser.parse_args(arguments)
+    plan = {layers: tuple(name for name in names if name in options.variants) for layers, names in PLAN.items()}
     study(
         options.data,
         options.output,
         replace(BASE, steps=options.steps),
+        {layers: names for layers, names in plan.items() if names},
         rates=tuple(options.rates),
         seeds=tuple(options.seeds),
     )

@@ -114,4 +114,4 @@ def learning_plot(study: Study, path: Path) -> None:
         fontsize=8,
         color=INK,
     )
-    _finish(study, figure, f"Learning curves at the tuned learning rates, {layers}+{layers} layers", path)
+    _finish(study, figure, f"Learning curves, {layers}+{layers} layers", path)

@@ -215,6 +215,13 @@ def markdown(study: Study) -> str:
     seeds = len(settings["seeds"])
     rates, seeds_text = (" ".join(f"{value:g}" for value in settings[name]) for name in ("rates", "seeds"))
     several = len(settings["rates"]) > 1
+    learned = {name for names in settings["plan"].values() for name in names}
+    chosen = (
+        ""
+        if learned == set(study["variants"])
+        else " ".join(f'"{name}"' for name in study["variants"] if name in learned)
+    )
+    variants = f" --variants {chosen}" if chosen else ""
     rates_line = (
         "Each variant has its own learning rate at each depth."
         if several
@@ -240,14 +247,14 @@ Dev cross entropy picks the learning rate and is then reported, so the first see
         if seeds > 1
         else "One seed: differences of a few hundredths say nothing."
     )
-    return f"""# A small study: every depth connection, and the forget bias
+    return f"""# A small study: depth connections, and the forget bias
 
 Made by `examples/translation/study_report.py` from [study.json](study.json), which `examples/translation/study.py` wrote.
 No number below is typed by hand.
 To repeat it (some hours on two cores):
 
     python examples/translation/prepare.py --data debian --language de --vocab-size {corpus["vocabulary"]} corpus
-    python examples/translation/study.py corpus --output study --rates {rates} --seeds {seeds_text}
+    python examples/translation/study.py corpus --output study --rates {rates} --seeds {seeds_text}{variants}
     python examples/translation/study_report.py study --docs docs
 
 Corpus: {corpus["dataset"]}, {corpus["pairs"]["train"]:,} pairs to train on, {corpus["vocabulary"]:,} subwords.
