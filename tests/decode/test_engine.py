@@ -241,6 +241,15 @@ def test_nan_is_one_clear_error(beams: int) -> None:
         by_torch(each, src, 12, beams)
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_one_logit_that_is_nan_is_seen(beams: int) -> None:
+    each = model(tie_output=False)
+    with torch.no_grad():
+        each.output.weight[7] = torch.nan
+    with pytest.raises(ValueError, match="found NaN for source 0 at token 1"):
+        each.generate(sources(), 5, beams)
+
+
 def test_infinite_logits_are_no_numbers() -> None:
     each = model(tie_output=False)
     with torch.no_grad():
