@@ -21,6 +21,7 @@ import command
 from study.experiment import BASE, PLAN, RATES, SEEDS, VARIANTS, study
 
 
+@command.program("study.py")
 def main(arguments: list[str] | None = None) -> int:
     """Read the command line, do the study, and return the exit status."""
     parser = command.Parser(description=(__doc__ or "").partition("\n")[0])
@@ -32,7 +33,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the weights; default: %(default)s")
     parser.add_argument(
-        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="that learn; default: all"
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        metavar="NAME",
+        default=list(VARIANTS),
+        help="that learn; default: all",
     )
     options = parser.parse_args(arguments)
     plan = {layers: tuple(name for name in names if name in options.variants) for layers, names in PLAN.items()}
