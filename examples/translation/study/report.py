@@ -8,6 +8,7 @@ from statistics import mean
 from typing import Any
 
 Study = dict[str, Any]
+NEAREST = 3  # variants that a finding names beside the best
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -178,12 +179,12 @@ def findings(study: Study) -> list[str]:
         found = {variant: losses(study, variant, layers) for variant in planned(study, layers)}
         best, *others = by_loss(study, layers)
         texts = []
-        for variant in others:
+        for variant in others[:NEAREST]:
             overlap = len(found[best]) > 1 and min(found[variant]) <= max(found[best])
             texts.append(f"{variant} {change(found[variant], found[best])}{' (the seeds overlap)' if overlap else ''}")
         lines.append(
             f"{layers}+{layers} layers: {best} has the lowest dev cross entropy, "
-            f"{mean(found[best]):.3f}; then {', '.join(texts)}."
+            f"{mean(found[best]):.3f}; nearest {', '.join(texts)}."
         )
     shallow, deep = min(depths(study)), max(depths(study))
     for variant in (variant for variant in planned(study, deep) if variant in planned(study, shallow)):
