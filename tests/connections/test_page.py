@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ def test_every_connection_has_a_section() -> None:
 def costs() -> dict[str, str]:
     """The formula of each connection in the table."""
     found = {}
-    for line in PAGE.read_text(encoding="utf-8").splitlines():
+    text = PAGE.read_text(encoding="utf-8").partition("## What a connection costs")[2].partition("## The tax")[0]
+    for line in text.splitlines():
         cells = line.split("|")
         for name in re.findall(r"`([\w-]+)`", cells[1]) if len(cells) > 3 else ():
             if name in NAMES:
@@ -38,6 +40,22 @@ def test_costs(name: str, layers: int, per_layer: int) -> None:
     value = eval(formula, {"n": layers * per_layer, "L": layers, "k": per_layer})
     connection = make(name, layers * per_layer, per_layer=per_layer)
     assert connection.bytes_moved(rows=1, itemsize=1) == C * value
+
+
+def test_taxes_are_those_measured() -> None:
+    """Check the page's table against the run that it names."""
+    results = PAGE.parents[1] / "benchmarks" / "results" / "amd-epyc-2-cores" / "connections" / "results.json"
+    taxes: dict[str, list[str]] = {}
+    for row in json.loads(results.read_text(encoding="utf-8"))["rows"]:
+        (tax,) = (figure for figure in row["figures"] if figure["column"] == "against")
+        taxes.setdefault(row["name"], []).append(f"{tax['value']:.2f} ({tax['p10']:.2f} to {tax['p90']:.2f})")
+    shown = {}
+    for line in PAGE.read_text(encoding="utf-8").partition("## The tax")[2].partition("\n## ")[0].splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        if len(cells) > 3 and cells[1].strip("`") in NAMES:
+            shown[cells[1].strip("`")] = cells[2:5]
+    assert shown == taxes
+    assert set(shown) == set(NAMES)
 
 
 def test_initialisations_are_all_there() -> None:
