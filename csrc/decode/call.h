@@ -1,6 +1,6 @@
 // Operands of the decode engine's kernels: plain pointers, no torch, no STL.
 //
-// A matrix W (outputs, inputs) is packed by panels of 32 outputs, [panel][input][32]: the lanes of a vector are outputs,
+// A matrix W (outputs, inputs) is packed by panels of 32 outputs, [panel][input][32]: lanes of a vector are outputs,
 // and an input is one number for all of them. A panel is one stream of memory, which is read once for all rows.
 #pragma once
 

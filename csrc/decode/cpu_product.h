@@ -1,6 +1,6 @@
 // Products of few or many rows with a packed matrix.
 //
-// A strip is a part of a panel whose accumulators fit the registers with those of several rows. int8 takes narrow strips
+// A strip is a part of a panel whose accumulators fit the registers with several rows'. int8 takes narrow strips
 // for many rows, because a weight that was converted then serves more of them: with avx2, 8 rows, D=256, decoding made
 // 1.5 times the tokens, where float32 and bfloat16 lost a third. One row has several accumulators for each output,
 // because one chain of additions would wait for its own latency.

@@ -85,7 +85,7 @@ def test_rows_of_a_reordering(options: dict[str, Any]) -> None:
     [
         (lambda: decoder().step(rows(1, 1), dl.Decoder(6, 2, 2).new_caches(torch.ones(1, 3, 6))), ValueError,
          "cache must be of a decoder of 8 features; found 6"),
-        (lambda: dl.DepthLSTMDecoderLayer(C, 2).step(rows(1, 1), None), TypeError,  # type: ignore[arg-type]
+        (lambda: dl.DepthLSTMDecoderLayer(C, 2).step(rows(1, 1), None), TypeError,
          "cache must be a DecoderCache, as new_cache makes it; found NoneType"),
         (lambda: encoder(lambda d, n: connections.PreNorm(d, n + 3)), ValueError,
          "connection must return a Connection of d_model=8, num_branches=4; found d_model=8, num_branches=7"),
@@ -95,9 +95,9 @@ def test_rows_of_a_reordering(options: dict[str, Any]) -> None:
          r"connection must be callable with \(d_model, num_branches\); found functools.partial"),
         (lambda: encoder(dict), TypeError, "connection must be callable with"),
         (lambda: encoder(lambda: 0), TypeError, "connection must be callable with .*: too many positional arguments"),
-        (lambda: dl.DepthLSTMEncoder(dl.DepthLSTMEncoderLayer(C, 2), 1, norm="layer"), TypeError,  # type: ignore[arg-type]
+        (lambda: dl.DepthLSTMEncoder(dl.DepthLSTMEncoderLayer(C, 2), 1, norm="layer"), TypeError,
          r"norm must be a torch\.nn\.Module or None; found str"),
-        (lambda: dl.DepthLSTMDecoder(dl.DepthLSTMDecoderLayer(C, 2), 1, norm=torch.ones(2)), TypeError,  # type: ignore[arg-type]
+        (lambda: dl.DepthLSTMDecoder(dl.DepthLSTMDecoderLayer(C, 2), 1, norm=torch.ones(2)), TypeError,
          r"norm must be a torch\.nn\.Module or None; found Tensor"),
     ],
 )  # fmt: skip
@@ -220,7 +220,7 @@ def test_ids_that_are_no_dense_tensor() -> None:
     for wrong in (IDS.to_sparse(), nested):
         for call, others in ((model, (IDS,)), (model.encode, ()), (model.generate, (2,))):
             with pytest.raises(ValueError, match="src must be a dense tensor; found"):
-                call(wrong, *others)  # type: ignore[operator]
+                call(wrong, *others)
         with pytest.raises(ValueError, match="tgt must be a dense tensor; found"):
             model(IDS, wrong)
     with pytest.raises(TypeError, match="memory must be float32 beside a float32 weight; found float64"):

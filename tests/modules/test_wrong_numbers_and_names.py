@@ -44,7 +44,7 @@ REFUSALS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: gates(backend=ARRAY), ValueError, "backend must be one of .* found array"),
     (lambda: gates(backend=["cpp"]), ValueError, r"backend must be one of .* found \['cpp'\]"),
     (lambda: gates(backend={}), ValueError, "backend must be one of .* found {}"),
-    (lambda: dl.Encoder(C, 2, 1, activation=numpy.ones(2)), ValueError, "activation must be one of"),  # type: ignore[arg-type]
+    (lambda: dl.Encoder(C, 2, 1, activation=numpy.ones(2)), ValueError, "activation must be one of"),
     (lambda: dl.Decoder(C, 2, 2, context="x"), ValueError, "context must be one of 'gate', 'scalar'; found 'x'"),
     (lambda: dl.Transformer(9, 9, C, 2, fusion="x"), ValueError, "fusion must be one of 'gate', 'scalar'; found 'x'"),
     # devices and types
@@ -83,19 +83,19 @@ REFUSALS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: connections.DepthLSTM(C, 2, forget_bias=10**400), ValueError, "forget_bias must be finite"),
     (lambda: dl.norm_step(STATE, STATE, a=1e300), ValueError, r"a must be at most 3.4e\+38 in size; found 1e\+300"),
     (lambda: dl.norm_step(STATE, STATE, b=-1e39), ValueError, r"b must be at most 3.4e\+38 in size; found -1e\+39"),
-    (lambda: connections.PreNorm(C, 2).bytes_moved("ab"), TypeError, "rows must be an int; found str"),  # type: ignore[arg-type]
-    (lambda: connections.PreNorm(C, 2).bytes_moved(1.5), TypeError, "rows must be an int; found float"),  # type: ignore[arg-type]
+    (lambda: connections.PreNorm(C, 2).bytes_moved("ab"), TypeError, "rows must be an int; found str"),
+    (lambda: connections.PreNorm(C, 2).bytes_moved(1.5), TypeError, "rows must be an int; found float"),
     (lambda: connections.PreNorm(C, 2).bytes_moved(-1), ValueError, "rows must be at least 0; found -1"),
     (lambda: connections.PreNorm(C, 2).bytes_moved(1, 0), ValueError, "itemsize must be at least 1; found 0"),
     (lambda: dl.param_groups(translator(), 10**400), ValueError, "weight_decay must be finite and not negative"),
     # the argument that is meant
     (lambda: dl.DepthLSTMEncoderLayer(C, 2, layer_norm_eps=-1), ValueError, "layer_norm_eps must be finite"),
-    (lambda: dl.DepthLSTMTransformer(9, 9, C, 2, layer_norm_eps="x"), TypeError,  # type: ignore[arg-type]
+    (lambda: dl.DepthLSTMTransformer(9, 9, C, 2, layer_norm_eps="x"), TypeError,
      "layer_norm_eps must be a float; found str"),
-    (lambda: dl.depth_gru_gates(Z, STATE, reset_weight=0.5), TypeError,  # type: ignore[arg-type]
+    (lambda: dl.depth_gru_gates(Z, STATE, reset_weight=0.5), TypeError,
      r"reset_weight must be a torch\.Tensor; found float"),
     # tools
-    (lambda: dl.probe_gradients(None, (IDS, IDS)), TypeError, r"model must be a torch\.nn\.Module; found NoneType"),  # type: ignore[arg-type]
+    (lambda: dl.probe_gradients(None, (IDS, IDS)), TypeError, r"model must be a torch\.nn\.Module; found NoneType"),
     *((lambda batch=batch: dl.probe_gradients(translator(), batch), ValueError,
        f"batch must be a pair .src, tgt. for a translation model; found {len(batch)} parts")
       for batch in ((), (IDS,), (IDS, IDS, IDS))),
@@ -103,9 +103,9 @@ REFUSALS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: linearise(held_out=[(torch.zeros_like(IDS), IDS)]), ValueError, "held_out must hold tokens; found none"),
     (lambda: linearise(held_out=5), TypeError, "held_out must hold tuples of the model's arguments; found int"),
     (lambda: linearise(batches=None), TypeError, "batches must hold tuples of the model's arguments; found NoneType"),
-    (lambda: dl.swap(translator(), {1: 2}), TypeError, "rules must hold classes or predicates, and functions"),  # type: ignore[dict-item]
-    (lambda: dl.swap(translator(), {nn.Linear: 5}), TypeError, "rules must hold classes or predicates, and functions"),  # type: ignore[dict-item]
-    (lambda: dl.swap_rnmt_cell(None), TypeError, r"module must be a torch\.nn\.Module; found NoneType"),  # type: ignore[arg-type]
+    (lambda: dl.swap(translator(), {1: 2}), TypeError, "rules must hold classes or predicates, and functions"),
+    (lambda: dl.swap(translator(), {nn.Linear: 5}), TypeError, "rules must hold classes or predicates, and functions"),
+    (lambda: dl.swap_rnmt_cell(None), TypeError, r"module must be a torch\.nn\.Module; found NoneType"),
 ]  # fmt: skip
 
 

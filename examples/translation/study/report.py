@@ -213,7 +213,7 @@ def markdown(study: Study) -> str:
     """Return the page."""
     machine, settings, corpus = study["machine"], study["settings"], study["corpus"]
     commit = (machine["commit"] or "unknown")[:12]
-    seeds = len(settings["seeds"])
+    seeds, depth = len(settings["seeds"]), f"{settings['cost_depth']}+{settings['cost_depth']}"
     rates, seeds_text = (" ".join(f"{value:g}" for value in settings[name]) for name in ("rates", "seeds"))
     several = len(settings["rates"]) > 1
     learned = {name for names in settings["plan"].values() for name in names}
@@ -238,8 +238,9 @@ The learning rates tried with the first seed, and the dev cross entropy that eac
         else ""
     )
     rates_limit = (
-        """The learning rates are on a grid of factors of two.
-Dev cross entropy picks the learning rate and is then reported, so the first seed's figure is slightly too good, for all variants alike."""  # noqa: E501
+        "The learning rates are on a grid of factors of two.\n"
+        "Dev cross entropy picks the learning rate and is then reported, so the first seed's figure is slightly too "
+        "good, for all variants alike."
         if several
         else "One learning rate for all, and one seed: the order of variants that lie close means nothing."
     )
@@ -286,7 +287,7 @@ Initialisation is lipschitz, and DeepNorm's own for deepnorm.
 {rates_part}
 ## Equal steps, equal time
 
-Training cross entropy at {settings["cost_depth"]}+{settings["cost_depth"]} layers, the mean of the last {settings["every"]} steps.
+Training cross entropy at {depth} layers, the mean of the last {settings["every"]} steps.
 The time is what the fastest variant takes for all its steps.
 
 {time_table(study)}
@@ -304,7 +305,7 @@ It was taken before any training, with one batch and one seed.
 
 ## Speed and memory
 
-A training step (forward, backward, update) at {settings["cost_depth"]}+{settings["cost_depth"]} layers on {machine["threads"]} threads, all in turn.
+A training step (forward, backward, update) at {depth} layers on {machine["threads"]} threads, all in turn.
 Tokens are source and target tokens.
 
 {cost_table(study)}
