@@ -21,13 +21,14 @@ class CompiledDecoder:
     Attributes:
         nbytes: the size of the copy.
         dtype: of its matrices: "float32", "bfloat16" or "int8".
+        max_len: the most tokens of a source, and of a translation.
     """
 
     def __init__(self, model: Any, dtype: str) -> None:
         plan, sources = make_plan(model, dtype)
         packed = pack(plan, sources)
         self._blob, self._numbers, self.dtype = packed.blob, packed.numbers, dtype
-        self._src_vocab, self._max_len = model.src_vocab, model.max_len
+        self._src_vocab, self.max_len = model.src_vocab, model.max_len
         self._ids = (model.bos_id, model.eos_id, model.pad_id)
 
     @property
@@ -55,9 +56,9 @@ class CompiledDecoder:
         Raises:
             TypeError, ValueError: naming the argument, what was found and what was wanted; logits are NaN.
         """
-        check_ids("src", src, self._src_vocab, self._max_len)
-        max_length = self._max_len if max_length is None else max_length
-        check_search(max_length, beam_size, length_penalty, self._max_len)
+        check_ids("src", src, self._src_vocab, self.max_len)
+        max_length = self.max_len if max_length is None else max_length
+        check_search(max_length, beam_size, length_penalty, self.max_len)
         checks.check_flags(return_scores=return_scores)
         if src.device.type != "cpu":
             raise ValueError(f"src must be on the CPU; found {src.device}")

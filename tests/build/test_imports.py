@@ -34,6 +34,7 @@ FLOORS = (
     ("growth", "linear_sites"),
     ("linearisation",),
     ("swap",),
+    ("translate",),
     ("__init__",),
     ("__main__",),
 )
