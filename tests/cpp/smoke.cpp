@@ -4,35 +4,20 @@
 // Every buffer has exactly the size that the interface promises, and lies against a page that may not be touched. The
 // program also runs under an emulated old CPU, where Python and torch would take minutes. The exit status is 1 on any
 // wrong value.
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <vector>
 
 #include "depth_lstm/cpu.h"
+#include "guarded.h"
 
 using namespace depthlstm;
 
 namespace {
 
 constexpr int64_t kRows = 3;
-uint64_t random_state = 1;
-
-// Roughly normal, from a 64-bit linear congruential generator.
-double random_value() {
-    double sum = 0;
-    for (int i = 0; i < 4; ++i) {
-        random_state = random_state * 6364136223846793005ULL + 1442695040888963407ULL;
-        sum += double(random_state >> 11) / double(1ULL << 53) - 0.5;
-    }
-    return 1.7 * sum;
-}
-
 size_t size_of(DType type) { return type == DType::float64 ? 8 : type == DType::float32 ? 4 : 2; }
 
 float half_to_float(uint16_t bits) {
@@ -42,35 +27,6 @@ float half_to_float(uint16_t bits) {
                                             : std::ldexp(float(mantissa + 1024), exponent - 25);
     return bits & 0x8000 ? -magnitude : magnitude;
 }
-
-// Memory between two pages that may not be touched. It ends where the second begins, or starts where the first ends. An
-// access to one element too many crashes at the very instruction, in every instruction set and at full speed.
-bool at_the_end = true;
-
-class Guarded {
-public:
-    Guarded(int64_t bytes, int64_t alignment) {
-        const size_t page = size_t(sysconf(_SC_PAGESIZE));
-        const size_t inside = (size_t(bytes) + page - 1) / page * page;
-        total_ = inside + 2 * page;
-        base_ = static_cast<char*>(mmap(nullptr, total_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-        if (base_ == MAP_FAILED || mprotect(base_, page, PROT_NONE) != 0 ||
-            mprotect(base_ + page + inside, page, PROT_NONE) != 0)
-            std::abort();
-        const size_t slack = at_the_end ? (inside - size_t(bytes)) / size_t(alignment) * size_t(alignment) : 0;
-        data = base_ + page + slack;
-        std::memset(base_ + page, 0xff, inside);  // NaN in every type
-    }
-    ~Guarded() { munmap(base_, total_); }
-    Guarded(const Guarded&) = delete;
-    Guarded& operator=(const Guarded&) = delete;
-
-    char* data;
-
-private:
-    char* base_;
-    size_t total_;
-};
 
 struct Buffer : Guarded {
     DType type;
@@ -321,6 +277,8 @@ void run(const GatesKernels& kernels, const Case& test) {
 
 }  // namespace
 
+int smoke_decode();  // smoke_decode.cpp
+
 int main() {
     const GatesKernels* kernels = select_gates_kernels();
     if (kernels == nullptr) {
@@ -354,5 +312,6 @@ int main() {
         }
     }
     std::printf("smoke: %s, %d outputs compared, %d wrong\n", kernels->isa, checks, failures);
+    failures += smoke_decode();
     return failures == 0 ? 0 : 1;
 }
