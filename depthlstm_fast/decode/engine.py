@@ -176,7 +176,8 @@ def search(
 def report(reason: str) -> None:
     """Say once why PyTorch runs a model.
 
-    DEPTHLSTM_STRICT=1 does not forbid it: the fused cells still run, and no kernel that exists is passed by.
+    DEPTHLSTM_STRICT=1 does not forbid it: the fused cells still run, and no kernel that exists is passed by. Strict
+    programs would have no hooks and no adapters otherwise. compile_decoder is the call that demands the engine.
     """
     if reason not in _logged:
         _logged.add(reason)

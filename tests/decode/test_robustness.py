@@ -1,4 +1,4 @@
-"""The engine among threads, after a fork, and over thousands of sentences."""
+"""The engine among threads, after a fork, in strict mode, and over thousands of sentences."""
 
 from __future__ import annotations
 
@@ -127,3 +127,34 @@ def test_memory_does_not_grow_with_the_sentences(sentences: int) -> None:
     sizes = list(map(int, done.stdout.split()))
     assert len(sizes) >= sentences // 500 - 1
     assert max(sizes) - sizes[0] < 1 << 20, sizes
+
+
+STRICT = """
+import torch, depthlstm_fast as dl
+from decode_helpers import draw
+
+case, calls = draw(3), []
+wanted = case.generate()
+assert dl.last_backend() == "cpp"
+case.model.decoder.register_forward_hook(lambda *given: calls.append(1))
+for layer in case.model.modules():
+    if isinstance(layer, torch.nn.LayerNorm):
+        layer.register_forward_hook(lambda *given: calls.append(1))
+found = case.generate()
+assert calls and torch.equal(found[0], wanted[0])
+other = dl.Transformer(9, 9, d_model=16, nhead=2, connection="denseformer").eval()
+other.generate(torch.tensor([[3, 4]]), 3)
+try:
+    dl.compile_decoder(case.model)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_strict_mode_lets_hooks_be_called_and_the_engine_be_demanded() -> None:
+    """No kernel is passed by where PyTorch calls a hook; compile_decoder is what refuses such a model."""
+    done = run(STRICT, DEPTHLSTM_STRICT="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("model must be one that the decode engine runs: ")
+    assert done.stdout.endswith("has hooks\n")
+    assert done.stderr.count("generate() runs in PyTorch, not in the decode engine: ") == 2
