@@ -14,7 +14,8 @@ namespace depthlstm::DEPTHLSTM_ISA {
 namespace {
 
 using Sums = xsimd::batch<int32_t, xsimd::default_arch>;
-static_assert(Sums::size == width<float>);
+using Pairs = xsimd::batch<int16_t, xsimd::default_arch>;
+static_assert(Sums::size == width<float> && Pairs::size == 2 * Sums::size);
 
 inline float largest_integer(int64_t inputs) {
     const int64_t fits = (int64_t(1) << 31) / (127 * inputs) - 1;
@@ -48,24 +49,36 @@ inline void round_row(const float* x, int64_t inputs, char* rounded) {
         const int64_t count = inputs - block * W < W ? inputs - block * W : W;
         for (int64_t i = 0; i < count; ++i) to[block * W + i] = int16_t(lanes[i]);
     });
-    if (inputs % 2 != 0) to[inputs] = 0;
 }
 
-// sum + the products of W outputs' pairs of weights with one pair of inputs
-inline __attribute__((always_inline)) Sums add_pairs(Sums sum, const int8_t* weights, const int16_t* pair) {
-    int32_t both;
-    std::memcpy(&both, pair, sizeof both);
+// W outputs' weights of a pair of inputs, side by side.
+inline __attribute__((always_inline)) Pairs read_pairs(const int8_t* weights) {
 #if defined(__AVX512F__)
-    const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights)));
-    return sum + Sums(_mm512_madd_epi16(wide, _mm512_set1_epi32(both)));
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights)));
 #elif defined(__AVX2__)
-    const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weights)));
-    return sum + Sums(_mm256_madd_epi16(wide, _mm256_set1_epi32(both)));
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weights)));
 #else
-    alignas(64) int32_t lanes[Sums::size];
+    alignas(64) int16_t lanes[Pairs::size];
+    for (int64_t i = 0; i < int64_t(Pairs::size); ++i) lanes[i] = weights[i];
+    return Pairs::load_aligned(lanes);
+#endif
+}
+
+// The sum of both products of each pair of weights with a pair of inputs.
+inline __attribute__((always_inline)) Sums multiply_pairs(Pairs weights, int32_t inputs) {
+#if defined(__AVX512F__)
+    return _mm512_madd_epi16(weights, _mm512_set1_epi32(inputs));
+#elif defined(__AVX2__)
+    return _mm256_madd_epi16(weights, _mm256_set1_epi32(inputs));
+#else
+    alignas(64) int16_t lanes[Pairs::size];
+    alignas(64) int32_t found[Sums::size];
+    int16_t x[2];
+    std::memcpy(x, &inputs, sizeof x);
+    weights.store_aligned(lanes);
     for (int64_t i = 0; i < int64_t(Sums::size); ++i)
-        lanes[i] = int32_t(weights[2 * i]) * pair[0] + int32_t(weights[2 * i + 1]) * pair[1];
-    return sum + Sums::load_aligned(lanes);
+        found[i] = int32_t(lanes[2 * i]) * x[0] + int32_t(lanes[2 * i + 1]) * x[1];
+    return Sums::load_aligned(found);
 #endif
 }
 
@@ -77,12 +90,22 @@ inline __attribute__((always_inline)) void int8_strip_rows(const ProductCall& ca
                       first % panel_outputs * 2;
     const int16_t* x[rows];
     for (int r = 0; r < rows; ++r) x[r] = reinterpret_cast<const int16_t*>(call.rounded + (row + r) * bytes);
+    // A panel's last strip lies in L1, where an earlier one has brought it: meanwhile the next panel is fetched.
+    const bool is_last =
+        strip_vectors * W < panel_outputs && first % panel_outputs + strip_vectors * W == panel_outputs;
+    const bool fetches = is_last && row == 0;
     Sums sum[rows][strip_vectors];
     for (int r = 0; r < rows; ++r)
         for (int v = 0; v < strip_vectors; ++v) sum[r][v] = Sums(0);
     for (int64_t k = 0; k < pairs; ++k, w += 2 * panel_outputs) {
-        for (int v = 0; v < strip_vectors; ++v)
-            for (int r = 0; r < rows; ++r) sum[r][v] = add_pairs(sum[r][v], w + v * 2 * W, x[r] + 2 * k);
+        if (fetches) __builtin_prefetch(w + pairs * 2 * panel_outputs, 0, 3);
+        Pairs weights[strip_vectors];
+        for (int v = 0; v < strip_vectors; ++v) weights[v] = read_pairs(w + v * 2 * W);
+        for (int r = 0; r < rows; ++r) {
+            int32_t inputs;
+            std::memcpy(&inputs, x[r] + 2 * k, sizeof inputs);
+            for (int v = 0; v < strip_vectors; ++v) sum[r][v] += multiply_pairs(weights[v], inputs);
+        }
     }
     for (int r = 0; r < rows; ++r) {
         V out[strip_vectors];
