@@ -15,6 +15,7 @@ from .functional import (
     siamese_step,
 )
 from .growth import grow
+from .language_model import LanguageModel
 from .layers import (
     DepthLSTMCell,
     DepthLSTMDecoder,
@@ -54,6 +55,7 @@ __all__ = [
     "Encoder",
     "Decoder",
     "Transformer",
+    "LanguageModel",
     "compile_decoder",
     "CompiledDecoder",
     "param_groups",

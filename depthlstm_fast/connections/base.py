@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..plain import is_plain
+from ..reference.normalise import NORM_CLASSES
 
 State = tuple[Tensor, ...]
-NORM_CLASSES: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
 
 class Connection(nn.Module):
