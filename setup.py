@@ -7,7 +7,7 @@ in build/.
 
     python setup.py build_ext --inplace    the library, into depthlstm_fast/
     python setup.py build_internals        tests/_internals.*.so: csrc/testing.cpp, a pybind11 module for the tests only
-    python setup.py build_smoke            build/*/smoke: tests/cpp/smoke.cpp, the kernels without Python and torch
+    python setup.py build_smoke            build/*/smoke: tests/cpp/smoke*.cpp, the kernels without Python and torch
 
 Environment: CXX, MAX_JOBS, CUDA_HOME (else nvcc of PATH, else /usr/local/cuda), and with the prefix DEPTHLSTM_:
 
@@ -69,7 +69,7 @@ class BuildInternals(Command):
 
 
 class BuildSmoke(BuildInternals):
-    description = "build tests/cpp/smoke.cpp, the kernels without Python and torch"
+    description = "build tests/cpp/smoke*.cpp, the kernels without Python and torch"
 
     def run(self) -> None:
         built = NinjaBuild().smoke()
