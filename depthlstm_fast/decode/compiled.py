@@ -21,13 +21,15 @@ class CompiledDecoder:
     Attributes:
         nbytes: the size of the copy.
         dtype: of its matrices: "float32", "bfloat16" or "int8".
+        output_dtype: of the output layer's matrix.
+        max_len: the most tokens of a source, and of a translation.
     """
 
-    def __init__(self, model: Any, dtype: str) -> None:
-        plan, sources = make_plan(model, dtype)
-        packed = pack(plan, sources)
-        self._blob, self._numbers, self.dtype = packed.blob, packed.numbers, dtype
-        self._src_vocab, self._max_len = model.src_vocab, model.max_len
+    def __init__(self, model: Any, dtype: str, output_dtype: str) -> None:
+        packed = pack(*make_plan(model, dtype, output_dtype))
+        self._blob, self._numbers = packed.blob, packed.numbers
+        self.dtype, self.output_dtype = dtype, output_dtype
+        self._src_vocab, self.max_len = model.src_vocab, model.max_len
         self._ids = (model.bos_id, model.eos_id, model.pad_id)
 
     @property
@@ -35,7 +37,8 @@ class CompiledDecoder:
         return self._blob.numel()
 
     def __repr__(self) -> str:
-        return f"CompiledDecoder(dtype={self.dtype!r}, nbytes={self.nbytes})"
+        output = "" if self.output_dtype == self.dtype else f"output_dtype={self.output_dtype!r}, "
+        return f"CompiledDecoder(dtype={self.dtype!r}, {output}nbytes={self.nbytes})"
 
     @torch.no_grad()
     def generate(
@@ -55,9 +58,9 @@ class CompiledDecoder:
         Raises:
             TypeError, ValueError: naming the argument, what was found and what was wanted; logits are NaN.
         """
-        check_ids("src", src, self._src_vocab, self._max_len)
-        max_length = self._max_len if max_length is None else max_length
-        check_search(max_length, beam_size, length_penalty, self._max_len)
+        check_ids("src", src, self._src_vocab, self.max_len)
+        max_length = self.max_len if max_length is None else max_length
+        check_search(max_length, beam_size, length_penalty, self.max_len)
         checks.check_flags(return_scores=return_scores)
         if src.device.type != "cpu":
             raise ValueError(f"src must be on the CPU; found {src.device}")
@@ -80,7 +83,7 @@ class CompiledDecoder:
         operators().decode_check(self._blob)
 
 
-def compile_decoder(model: Any, dtype: str = "float32") -> CompiledDecoder:
+def compile_decoder(model: Any, dtype: str = "float32", output_dtype: str | None = None) -> CompiledDecoder:
     """Pack a model for translation on a CPU.
 
     The result holds a copy of the weights, ``nbytes`` large, and never looks at the model again: later changes of the
@@ -92,18 +95,21 @@ def compile_decoder(model: Any, dtype: str = "float32") -> CompiledDecoder:
             depth-wise LSTM or pre-norm, with float32 parameters on the CPU.
         dtype: of the packed matrices. "bfloat16" and "int8" (a scale for each output) keep everything else in float32:
             inputs of the products, states, norms, embeddings, keys and values.
+        output_dtype: of the output layer's matrix, whose rounding moves every logit; ``dtype`` if None.
 
     Raises:
         TypeError: model is no translation model of this package.
-        ValueError: dtype is not one of these, or the engine does not run this model.
+        ValueError: dtype or output_dtype is not one of these, or the engine does not run this model.
         RuntimeError: the compiled library is missing.
     """
     checks.check_name("dtype", dtype, WEIGHTS)
+    output_dtype = dtype if output_dtype is None else output_dtype
+    checks.check_name("output_dtype", output_dtype, WEIGHTS)
     if not isinstance(model, TranslationModel):
         raise TypeError(f"model must be a DepthLSTMTransformer or a Transformer; found {type(model).__name__}")
     if library.load_error is not None:
         raise RuntimeError(f"compile_decoder needs the compiled library: {library.load_error}")
     try:
-        return CompiledDecoder(model, dtype)
+        return CompiledDecoder(model, dtype, output_dtype)
     except CannotRun as reason:
         raise ValueError(f"model must be one that the decode engine runs: {reason}") from None

@@ -46,9 +46,9 @@ def operators() -> Any:
     return torch.ops.depthlstm_fast
 
 
-def make_plan(model: Any, dtype: str = "float32") -> tuple[Plan, list[Tensor]]:
+def make_plan(model: Any, dtype: str = "float32", output_dtype: str | None = None) -> tuple[Plan, list[Tensor]]:
     """The plan of a model and its tensors. Raises CannotRun."""
-    plan = Plan(model, dtype)
+    plan = Plan(model, dtype, output_dtype or dtype)
     sources = plan.sources()
     for tensor in sources:
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu" or tensor.dtype != torch.float32:
@@ -176,7 +176,8 @@ def search(
 def report(reason: str) -> None:
     """Say once why PyTorch runs a model.
 
-    DEPTHLSTM_STRICT=1 does not forbid it: the fused cells still run, and no kernel that exists is passed by.
+    DEPTHLSTM_STRICT=1 does not forbid it: the fused cells still run, and no kernel that exists is passed by. Strict
+    programs would have no hooks and no adapters otherwise. compile_decoder is the call that demands the engine.
     """
     if reason not in _logged:
         _logged.add(reason)

@@ -67,14 +67,14 @@ def _check_own(model: nn.Module) -> None:
 class Plan:
     """A model as numbers and tensors. Raises CannotRun."""
 
-    def __init__(self, model: Any, dtype: str) -> None:
+    def __init__(self, model: Any, dtype: str, output_dtype: str) -> None:
         cls = type(model)
         if cls.__module__.partition(".")[0] != __name__.partition(".")[0]:  # it may do anything
             raise CannotRun(f"its class is {cls.__name__}, and not the package's")
         _check_own(model)
         if not is_plain(model.input_dropout, nn.Dropout):
             raise CannotRun(f"input_dropout is {type(model.input_dropout).__name__}, and not a plain nn.Dropout")
-        self.model, self.dtype = model, WEIGHTS.index(dtype)
+        self.model, self.dtype = model, dtype
         self.matrices: list[tuple[int, int, int]] = []
         self.norms: list[tuple[int, int]] = []
         self.cells: list[tuple[int, ...]] = []
@@ -96,7 +96,7 @@ class Plan:
             positions = getattr(model, name)
             if not is_plain(positions, Positions):
                 raise CannotRun(f"{name} is {type(positions).__name__}, and not the package's Positions")
-        self.output = self.matrix("output", model.output, model.tgt_vocab, self.d_model)
+        self.output = self.matrix("output", model.output, model.tgt_vocab, self.d_model, dtype=output_dtype)
         self.shared = model.tgt_embedding is model.src_embedding
 
     def numbers(self) -> list[int]:
@@ -160,7 +160,7 @@ class Plan:
 
     # what a model has
 
-    def matrix(self, name: str, linear: Any, outputs: int, inputs: int, pad: str = "") -> int:
+    def matrix(self, name: str, linear: Any, outputs: int, inputs: int, pad: str = "", dtype: str | None = None) -> int:
         if (id(linear), "matrix") in self.seen:
             return self.seen[id(linear), "matrix"]
         if not is_plain_linear(linear):
@@ -172,7 +172,7 @@ class Plan:
             wide = size + -size % HEAD_BLOCK
             outputs = outputs // size * wide if pad == "rows" else outputs
             inputs = inputs // size * wide if pad == "columns" else inputs
-        self.matrices.append((outputs, inputs, self.dtype))
+        self.matrices.append((outputs, inputs, WEIGHTS.index(dtype or self.dtype)))
         self.matrix_tensors.append((linear, pad))
         self.seen[id(linear), "matrix"] = len(self.matrices) - 1
         return len(self.matrices) - 1

@@ -18,7 +18,7 @@ from typing import Any
 import command
 import torch
 from batches import Batch, BatchOrder, collate, group, target_tokens
-from checkpoint import load_model, newest_whole, read_record, whole_file, write_file
+from checkpoint import load_model, read_record, write_file
 from console import print_analysis
 from corpus.files import read_tensors, to_json
 from corpus.prepared import Corpus, load_corpus
@@ -27,9 +27,9 @@ from scores import corpus_scores
 from training import Settings, Trainer, usable_device
 
 import depthlstm_fast as dl
+from depthlstm_fast.translate.run import MODEL, newest_whole, whole_file
 
 ANALYSIS = "analysis.json"
-MODEL = "model.safetensors"
 SPLITS = ("dev", "test")
 SCOPES = ("layer", "cell")
 STACKS = ("encoder", "decoder")

@@ -10,26 +10,34 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from corpus.files import DamagedError, check_values, read_json, read_tensors, to_json, write_tensors
 from corpus.prepared import Corpus
-from corpus.tokenizer import load_tokenizer
 from torch import Tensor, nn
-from training import Settings, Trainer, build_model, load_parameters, usable_device
+from training import Settings, Trainer, build_model, usable_device
 
-RECORD, TOKENIZER, LOG = "run.json", "tokenizer.model", "log.jsonl"
-PREFIX, PARTIAL, DAMAGED = "checkpoint-", ".partial", ".damaged"
+from depthlstm_fast.translate.run import (
+    PREFIX,
+    RECORD,
+    TOKENIZER,
+    checkpoints,
+    load_vocabulary,
+    load_weights,
+    newest_whole,
+    whole_file,
+)
+
+LOG = "log.jsonl"
+PARTIAL, DAMAGED = ".partial", ".damaged"
 PARTS = ("model", "optimizer", "generators")
 KEPT = 2
-Loaded = TypeVar("Loaded")
 
 
 def _flush(path: Path) -> None:
@@ -129,12 +137,6 @@ def held(run: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, the oldest first."""
-    found = (path for path in run.glob(PREFIX + "*") if re.fullmatch(PREFIX + r"\d+", path.name) and path.is_dir())
-    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
-
-
 def remove_partial(run: Path) -> None:
     """Remove the incomplete files of a killed process."""
     for path in run.glob("*" + PARTIAL):
@@ -176,17 +178,6 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
     if numbers["step"] != int(folder.name.removeprefix(PREFIX)) or numbers["log_bytes"] < 0:
         raise DamagedError(f"{folder} must hold the state of its own step; found step {numbers['step']}")
     return {part: read_tensors(whole_file(folder / f"{part}.safetensors")) for part in PARTS}, numbers
-
-
-def whole_file(path: Path) -> Path:
-    """Return ``path``.
-
-    Raises:
-        DamagedError: there is no such file.
-    """
-    if not path.is_file():
-        raise DamagedError(f"{path.parent} must be a whole checkpoint; found no file {path.name}")
-    return path
 
 
 def read_record(run: Path) -> dict[str, Any]:
@@ -232,29 +223,6 @@ def start_run(run: Path, record: dict[str, Any], corpus: Corpus) -> None:
     write_file(run / RECORD, to_json(record, indent=1).encode())
 
 
-def newest_whole(run: Path, load: Callable[[Path], Loaded], says: bool = True) -> tuple[Loaded, list[Path]]:
-    """Load the newest complete checkpoint of ``run``; return the result of ``load`` and the newer, damaged checkpoints.
-
-    Args:
-        load: gets a checkpoint's folder, and raises ValueError if it is damaged.
-        says: name each damaged checkpoint on stderr.
-
-    Raises:
-        DamagedError: no checkpoint is complete.
-    """
-    found, errors = checkpoints(run)[::-1], []
-    for number, folder in enumerate(found):
-        try:
-            loaded = load(folder)
-        except ValueError as error:
-            errors.append(error)
-            continue
-        for damage in errors if says else ():
-            print(f"passed over for {folder.name}: {damage}", file=sys.stderr)
-        return loaded, found[:number]
-    raise DamagedError(f"run must have a whole checkpoint; {errors[0]}")
-
-
 def resume(run: Path, trainer: Trainer) -> int:
     """Load the newest complete checkpoint, if any, into ``trainer``; return the log's size in bytes at that time.
 
@@ -288,13 +256,8 @@ def load_model(run: Path, device: str = "cpu") -> tuple[nn.Module, Any]:
     Raises:
         ValueError: ``run`` is not the folder of a run, or has no complete checkpoint, or ``device`` cannot be used.
     """
-    missing = [name for name in (RECORD, TOKENIZER) if not (run / name).is_file()]
-    if missing:
-        raise ValueError(f"run must be a folder that train.py --output wrote; found no {', '.join(missing)} in {run}")
-    if not checkpoints(run):
-        raise ValueError(f"run must have a checkpoint; found none in {run}: train.py did not get as far")
+    tokenizer = load_vocabulary(run)
     record = read_record(run)
-    tokenizer = load_tokenizer((run / TOKENIZER).read_bytes(), str(run / TOKENIZER))
     model = build_model(Settings(**record["settings"]), len(tokenizer), record["backend"])
-    newest_whole(run, lambda folder: load_parameters(model, read_tensors(whole_file(folder / "model.safetensors"))))
+    load_weights(run, model)
     return model.to(usable_device(device)).eval(), tokenizer

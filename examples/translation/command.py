@@ -1,181 +1,18 @@
-"""The frame of every program of the example: errors in one line, and a terminal that cannot stop the program.
-
-A program ends with status 0, or with 2 and one line on stderr, or with 130 after an interrupt.
-"""
+"""The frame of every program of the example: the one of the package's commands, and interrupts during its import."""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import functools
-import io
 import os
-import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
-
-INTERRUPTED = 130
-TOO_LARGE = re.compile("allocate memory|out of memory|Storage size calculation overflowed|[Oo]verflow")
-
-
-class Terminal(io.TextIOBase):
-    """A text stream for messages.
-
-    Characters that it cannot show are escaped. It prints nothing more once its reader is gone.
-
-    Args:
-        stream: standard output or standard error; None if that is closed.
-    """
-
-    def __init__(self, stream: TextIO | None) -> None:
-        self.stream = stream
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return getattr(self.stream, "encoding", None) or "utf-8"
-
-    def isatty(self) -> bool:
-        return self.stream is not None and self.stream.isatty()
-
-    def fileno(self) -> int:
-        if self.stream is None:
-            raise io.UnsupportedOperation("fileno")
-        return self.stream.fileno()
-
-    def write(self, text: str) -> int:
-        if self.stream is not None:
-            try:
-                self.stream.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
-            except OSError:
-                self._give_up()
-        return len(text)
-
-    def flush(self) -> None:
-        if self.stream is not None:
-            try:
-                self.stream.flush()
-            except OSError:
-                self._give_up()
-
-    def _give_up(self) -> None:
-        """Discard the rest of the stream's buffer, which Python would write at the end."""
-        stream, self.stream = self.stream, None
-        discard(stream)
-
-
-def discard(stream: TextIO | None) -> None:
-    """Discard everything that is still to be written to ``stream``."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())  # type: ignore[union-attr]
-        os.close(nowhere)
-
-
-def results() -> TextIO:
-    """Return standard output for a program's results.
-
-    It is UTF-8 in every locale, and raises OSError if it cannot be written.
-
-    Raises:
-        ValueError: standard output is closed.
-    """
-    stream = sys.stdout.stream if isinstance(sys.stdout, Terminal) else sys.stdout
-    if stream is None:
-        raise ValueError("standard output must be open; found it closed")
-    if isinstance(stream, io.TextIOWrapper):
-        stream.reconfigure(encoding="utf-8", errors="replace", newline="\n")
-    return stream
-
-
-def occupy_closed_streams() -> None:
-    """Open closed standard streams on nothing.
-
-    Otherwise the next opened file would take the place of one of them.
-    """
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest free number
-
-
-@contextlib.contextmanager
-def terminal_streams() -> Iterator[None]:
-    """Print to ``Terminal`` inside the ``with`` block."""
-    with contextlib.redirect_stdout(Terminal(sys.stdout)), contextlib.redirect_stderr(Terminal(sys.stderr)):
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-
-
-def fail(program: str, error: BaseException) -> NoReturn:
-    """Print ``error`` in one line, from the first of torchrun's processes only, and end with status 2."""
-    text = str(error)
-    if isinstance(error, (FileExistsError, NotADirectoryError)):
-        text = f"{error.filename} must be a folder; found something else of that name"
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{program}: {' '.join(text.split()) or type(error).__name__}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def path(text: str) -> Path:
-    """Return the path that an option names; an empty one would be the current folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("must be a path; found ''")
-    return Path(text)
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are ValueErrors, which end a ``program`` in one line and without the usage."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.register("type", Path, path)
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
-def program(name: str, *errors: type[Exception]) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Turn a function of the command line's arguments, which returns the exit status, into a program's ``main``.
-
-    Args:
-        name: of the program; an error's line begins with it.
-        errors: exceptions that end in one line besides ImportError, OSError and ValueError.
-    """
-
-    caught: tuple[type[Exception], ...] = (ImportError, OSError, ValueError, *errors)
-
-    def wrap(function: Callable[..., int]) -> Callable[..., int]:
-        @functools.wraps(function)
-        def main(arguments: list[str] | None = None) -> int:
-            if signal.getsignal(signal.SIGINT) is _leave:
-                signal.signal(signal.SIGINT, signal.default_int_handler)
-            occupy_closed_streams()
-            with terminal_streams():
-                try:
-                    return function(arguments)
-                except (*caught, OverflowError, MemoryError) as error:
-                    fail(name, error)
-                except RuntimeError as error:  # torch's, for sizes that no machine has
-                    if not TOO_LARGE.search(str(error)):
-                        raise
-                    fail(name, error)
-                except KeyboardInterrupt:
-                    raise SystemExit(INTERRUPTED) from None
-
-        return main
-
-    return wrap
+from typing import Any, NoReturn
 
 
 def _leave(*_: Any) -> NoReturn:
-    os._exit(INTERRUPTED)
+    os._exit(130)
 
 
 # The import of torch takes seconds. During it torch and NumPy take a KeyboardInterrupt for a missing module, and go on.
@@ -184,3 +21,33 @@ if (
     and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 ):
     signal.signal(signal.SIGINT, _leave)
+
+from depthlstm_fast import command_line  # noqa: E402
+
+
+class Parser(command_line.Parser):
+    """A parser whose errors are ValueErrors, which end a ``program`` in one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.register("type", Path, command_line.path)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def program(name: str, *errors: type[Exception]) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Do what ``command_line.program`` does, and let an interrupt raise KeyboardInterrupt again."""
+
+    def wrap(function: Callable[..., int]) -> Callable[..., int]:
+        framed = command_line.program(name, *errors)(function)
+
+        @functools.wraps(function)
+        def main(arguments: list[str] | None = None) -> int:
+            if signal.getsignal(signal.SIGINT) is _leave:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+            return framed(arguments)
+
+        return main
+
+    return wrap

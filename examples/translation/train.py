@@ -17,13 +17,11 @@ from pathlib import Path
 
 import command
 import torch
-from architectures import ARCHITECTURES
 from batches import BatchOrder, group, share
 from checkpoint import (
     LOG,
     Log,
     check_record,
-    checkpoints,
     held,
     load_model,
     remove_partial,
@@ -40,6 +38,8 @@ from training import DTYPES, DivergedError, Settings, StepResult, Trainer, build
 
 import depthlstm_fast as dl
 from depthlstm_fast.initialisation import INITS
+from depthlstm_fast.translate.architectures import ARCHITECTURES
+from depthlstm_fast.translate.run import checkpoints
 
 
 def log_step(log: Log, step: int, result: StepResult) -> None:

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from architectures import build_architecture
 from batches import Batch, BatchOrder, share, target_tokens
-from corpus.tokenizer import BOS, EOS, PAD
+from corpus.tokenizer import PAD
 from parallel import Processes, divide, like, own_part, reshard, synchronise_gradients, whole
 from torch import Tensor, nn
 
 import depthlstm_fast as dl
+from depthlstm_fast.translate.architectures import build_architecture, model_arguments
+from depthlstm_fast.translate.run import check_tensors, load_parameters
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
@@ -79,21 +80,8 @@ class Settings:
 
     def model_arguments(self, vocab_size: int) -> dict[str, Any]:
         """Return the keyword arguments of ``DepthLSTMTransformer`` for a joint vocabulary of ``vocab_size`` pieces."""
-        return {
-            "src_vocab": vocab_size,
-            "tgt_vocab": vocab_size,
-            "d_model": self.d_model,
-            "nhead": self.heads,
-            "num_encoder_layers": self.layers,
-            "num_decoder_layers": self.layers,
-            "dropout": self.dropout,
-            "init": self.init,
-            "forget_bias": self.forget_bias,
-            "share_embeddings": True,
-            "pad_id": PAD,
-            "bos_id": BOS,
-            "eos_id": EOS,
-        }
+        sizes = model_arguments(vocab_size, self.d_model, self.heads, self.layers)
+        return sizes | {"dropout": self.dropout, "init": self.init, "forget_bias": self.forget_bias}
 
 
 def usable_device(device: str) -> str:
@@ -301,7 +289,7 @@ class Trainer:
             state["generators"],
             {name: (self.group.size, *own.shape) for name, own in self._generators().items()},
         )
-        load_parameters(self.model, state["model"])
+        load_parameters(self.model, state["model"], like)
         for key, value in state["optimizer"].items():
             kind, name = key.split("/", 1)
             own = self.optimizer.state[parameters[name]]
@@ -328,34 +316,6 @@ def optimizer_shapes(parameters: dict[str, nn.Parameter], stepped: bool) -> dict
     return shapes
 
 
-def check_tensors(what: str, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
-    """Check that ``tensors`` have the names and the shapes ``shapes``.
-
-    Raises:
-        ValueError: they have not.
-    """
-    if tensors.keys() != shapes.keys():
-        raise ValueError(
-            f"tensors must be the {what}'s; they differ in {', '.join(sorted(tensors.keys() ^ shapes.keys()))}"
-        )
-    for name, shape in shapes.items():
-        if tuple(tensors[name].shape) != shape:
-            raise ValueError(f"{name} of the {what} must have the shape {shape}; found {tuple(tensors[name].shape)}")
-
-
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
     """Return each parameter by its name, whole and on the CPU; a tied one comes once."""
     return {name: whole(parameter) for name, parameter in model.named_parameters()}
-
-
-@torch.no_grad()
-def load_parameters(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy the result of ``parameters_of`` into ``model``.
-
-    Raises:
-        ValueError: the names or the shapes are not those of the model's parameters.
-    """
-    parameters = dict(model.named_parameters())
-    check_tensors("model", tensors, {name: tuple(parameter.shape) for name, parameter in parameters.items()})
-    for name, parameter in parameters.items():
-        parameter.copy_(like(parameter, tensors[name]))

@@ -35,6 +35,7 @@ FLOORS = (
     ("growth", "linear_sites"),
     ("linearisation",),
     ("swap",),
+    ("translate",),
     ("__init__",),
     ("__main__",),
 )

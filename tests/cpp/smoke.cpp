@@ -7,6 +7,8 @@
 
 #include "depth_lstm/cpu.h"
 
+int smoke_decode();  // smoke_decode.cpp
+
 int main() {
     using namespace depthlstm;
     const GatesKernels* kernels = select_gates_kernels();
@@ -21,5 +23,5 @@ int main() {
     smoke::smoke_layer_mix();
     smoke::smoke_layer_attend();
     std::printf("smoke: %s, %d outputs compared, %d wrong\n", kernels->isa, smoke::checks, smoke::failures);
-    return smoke::failures == 0 ? 0 : 1;
+    return smoke::failures + smoke_decode() == 0 ? 0 : 1;
 }

@@ -132,6 +132,22 @@ def test_ties_go_to_the_smaller_id() -> None:
         assert each.generate(sources(), 3, 1).unique().tolist() == [0]
 
 
+@pytest.mark.parametrize("beams", [1, 2, 3, 5, 8])
+def test_ties_beside_other_logits_go_to_the_smaller_id(beams: int) -> None:
+    """Nine different logits for 99 words. Two steps: the second tells by its scores which of equal words went on."""
+    for seed in range(12):
+        torch.manual_seed(seed)
+        each, kinds = model(tie_output=False, tgt_vocab=99), torch.randint(0, 9, (99,))
+        with torch.no_grad():  # one product a logit: equal rows make equal sums, in PyTorch as here
+            each.output.weight.zero_()
+            each.output.weight[torch.arange(99), torch.randint(0, 24, (9,))[kinds]] = torch.randn(9)[kinds]
+        src = sources(5)
+        assert torch.equal(each.generate(src, 2, beams), by_torch(each, src, 2, beams))
+        if beams == 1:
+            first = {int((kinds == kind).nonzero()[0]) for kind in kinds.unique()}
+            assert set(each.generate(src, 12).unique().tolist()) <= first | {each.pad_id}
+
+
 def test_a_source_of_padding_alone() -> None:
     each, src = model(), sources()
     src[2] = 0

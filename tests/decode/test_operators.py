@@ -311,6 +311,24 @@ def round_matrices(each: Any, dtype: str) -> None:
         each.output.weight = nn.Parameter(rounded(each.output.weight, dtype))
 
 
+@pytest.mark.parametrize("output", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_the_output_layer_has_a_dtype_of_its_own(dtype: str, output: str) -> None:
+    for seed in range(8):
+        case = draw(seed)
+        served = dl.compile_decoder(case.model, dtype, output)
+        assert (served.dtype, served.output_dtype) == (dtype, output)
+        with torch.no_grad():
+            for module in case.model.modules():
+                if isinstance(module, torch.nn.Linear):
+                    kind = output if module is case.model.output else dtype
+                    weight = module.weight if kind == "float32" else rounded(module.weight, kind)
+                    module.weight = torch.nn.Parameter(weight)  # a tied embedding stays as it was
+        found, wanted = case.generate(served), case.generate()
+        assert torch.equal(found[0], wanted[0]), seed
+        torch.testing.assert_close(found[1], wanted[1], rtol=1e-4, atol=1e-4)
+
+
 def rounded(weight: Tensor, dtype: str) -> Tensor:
     weight = weight.detach()
     if dtype == "bfloat16":
@@ -331,6 +349,12 @@ def test_compile_decoder() -> None:
     sizes = {dtype: dl.compile_decoder(each, dtype).nbytes for dtype in ("float32", "bfloat16", "int8")}
     assert sizes["float32"] > sizes["bfloat16"] > sizes["int8"]
     assert repr(served) == f"CompiledDecoder(dtype='float32', nbytes={served.nbytes})"
+    wider = dl.compile_decoder(each, "int8", "float32")
+    assert sizes["int8"] < wider.nbytes < sizes["float32"]
+    assert repr(wider) == f"CompiledDecoder(dtype='int8', output_dtype='float32', nbytes={wider.nbytes})"
+    assert dl.compile_decoder(each, "int8", output_dtype="int8").nbytes == sizes["int8"]
+    with pytest.raises(ValueError, match="output_dtype must be one of"):
+        dl.compile_decoder(each, "int8", "float64")
     with pytest.raises(ValueError, match="dtype must be one of"):
         dl.compile_decoder(each, "float16")
     with pytest.raises(TypeError, match="model must be a DepthLSTMTransformer or a Transformer; found Linear"):

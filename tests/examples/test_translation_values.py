@@ -33,6 +33,7 @@ from translation_helpers import (
 )
 
 import depthlstm_fast as dl
+from depthlstm_fast.translate import command as serving
 
 VOCABULARY = 40
 SETTINGS = replace(
@@ -182,7 +183,7 @@ def test_translations_come_in_the_order_of_their_lines(monkeypatch: pytest.Monke
 class Echo:
     """A model whose translation is the source's ids backwards, to tell lines apart."""
 
-    src_positions = type("Positions", (), {"max_len": 12})
+    max_len = 12
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
@@ -226,7 +227,7 @@ def test_translate_hands_its_options_on(
     import io
 
     seen = []
-    monkeypatch.setattr(translate, "translate", lambda model, subwords, *rest: (seen.append(rest), list(rest[0]))[1])
+    monkeypatch.setattr(serving, "translate", lambda model, subwords, *rest: (seen.append(rest), list(rest[0]))[1])
     monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\nc\n"))
     assert translate.main([str(run), "--beam-size", "3", "--max-length", "9", "--batch-size", "2"]) == 0
     assert seen == [(["a", "b"], 9, 3), (["c"], 9, 3)]

@@ -18,7 +18,6 @@ for package in ("sentencepiece", "rich", "polib", "safetensors", "sacrebleu"):
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "translation"
 sys.path.insert(0, str(FOLDER))
 
-import architectures  # noqa: E402
 import batches  # noqa: E402
 import checkpoint  # noqa: E402
 import command  # noqa: E402
@@ -32,6 +31,8 @@ import training  # noqa: E402
 import translate  # noqa: E402
 from corpus import data, debian, files, lines, placeholders, splits, tokenizer  # noqa: E402
 from corpus import prepared as corpus  # noqa: E402
+
+from depthlstm_fast.translate import architectures  # noqa: E402
 
 sys.path.remove(str(FOLDER))
 

@@ -176,10 +176,10 @@ class NinjaBuild:
     def smoke(self) -> Path | None:
         sources = sorted((ROOT / "tests" / "cpp").glob("smoke*.cpp"))
         if not sources:
-            print("depthlstm_fast: tests/cpp/smoke.cpp is absent, nothing to build")
+            print("depthlstm_fast: tests/cpp/smoke*.cpp are absent, nothing to build")
             return None
-        units = [Unit(f"{source.stem}.o", source, isas()["generic"]) for source in sources]
-        return self.run("smoke", [*self.cpu_units(), *units], ["-pthread"])
+        own = [Unit(f"{source.stem}.o", source, isas()["generic"]) for source in sources]
+        return self.run("smoke", [*self.cpu_units(), *own], ["-pthread"])
 
     def run(self, target: str, units: list[Unit], link_flags: list[str]) -> Path:
         def quote(words: list[str]) -> str:

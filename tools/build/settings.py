@@ -57,7 +57,7 @@ def fail(message: str) -> NoReturn:
 
 
 def isas() -> dict[str, list[str]]:
-    # a minute a set; the others differ in vector instructions alone and meet guard pages in tests/cpp/smoke*.cpp
+    # a minute a set; the others differ in vector instructions alone and meet guard pages in tests/cpp/
     if sanitizers():
         return {"generic": []}
     if platform.machine().lower() in ("x86_64", "amd64"):

@@ -17,12 +17,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from depthlstm_fast.translate.placeholders import PLACEHOLDER
+
 from .lines import read_lines, same_text, visible
 from .sentences import PAIRS
 
 DJANGO_VERSION = "5.2.19"
 DATASETS = ("auto", "django", "builtin")
-PLACEHOLDER = re.compile(r"%\(\w+\)[a-z]|%[a-z%]|\{\w*\}")
 WORD = re.compile(r"[^\W\d_]{3,}")
 
 

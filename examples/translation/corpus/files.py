@@ -1,59 +1,16 @@
-"""Readers of files that a kill, a full disk or a broken copy may have damaged.
-
-A reader returns everything that was written, or raises an error of one line that names the file.
-"""
+"""Files of JSON and of tensors: the package's readers, and writers."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from depthlstm_fast.translate.files import DamagedError, check_values, read_json, read_tensors, safetensors_library
 
-class DamagedError(ValueError):
-    """A file does not hold what was written to it; the message is one line."""
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError("the translation example needs safetensors: pip install safetensors") from error
-    return safetensors
-
-
-def check_values(path: Path, values: Any, wanted: Mapping[str, type]) -> None:
-    """Check that ``values``, found in ``path``, is a dict with a value of the type in ``wanted`` for each name.
-
-    Raises:
-        DamagedError: it is not.
-    """
-    if not isinstance(values, dict):
-        raise DamagedError(f"{path} must hold a JSON object; found {type(values).__name__}")
-    for name, kind in wanted.items():
-        value = values.get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
-            found = type(value).__name__ if name in values else "none"
-            raise DamagedError(f"{path} must hold {name!r} of type {kind.__name__}; found {found}")
-
-
-def read_json(path: Path, wanted: Mapping[str, type] | None = None) -> dict[str, Any]:
-    """Return the JSON object in ``path``, checked by ``check_values``.
-
-    Raises:
-        DamagedError: the file is cut, or holds something else.
-    """
-    try:
-        values = json.loads(path.read_bytes().decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DamagedError(
-            f"{path} must be whole and hold JSON; found {' '.join(str(error).split()) or 'nothing'}"
-        ) from None
-    check_values(path, values, wanted or {})
-    return values
+__all__ = ["DamagedError", "check_values", "read_json", "read_tensors", "to_json", "write_tensors"]
 
 
 def to_json(values: Any, **options: Any) -> str:
@@ -65,28 +22,13 @@ def to_json(values: Any, **options: Any) -> str:
     return json.dumps(values, ensure_ascii=False, allow_nan=False, **options) + "\n"
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors in a safetensors file.
-
-    Raises:
-        DamagedError: the file is cut, or is not a safetensors file.
-    """
-    library = _safetensors()
-    if path.is_dir():
-        raise DamagedError(f"{path} must be a safetensors file; found a folder")
-    try:
-        return library.torch.load_file(path)
-    except (library.SafetensorError, KeyError, ValueError) as error:
-        raise DamagedError(f"{path} must be a whole safetensors file; found {' '.join(str(error).split())}") from None
-
-
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
     """
-    library = _safetensors()
+    library = safetensors_library()
     try:
         library.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     except library.SafetensorError as error:

@@ -1,64 +1,28 @@
 """Lines of text, read and written in the same way by every program.
 
-The encoding is UTF-8, and only a line feed ends a line.
+The encoding is UTF-8, and only a line feed ends a line. The package's commands read lines in this way, too.
 """
 
 from __future__ import annotations
 
-import codecs
 import os
 import re
-import sys
 import tempfile
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
+
+from depthlstm_fast.translate.lines import BLANK_LETTERS, file_lines, standard_input, visible
+
+__all__ = ["MARK", "read_lines", "same_text", "standard_input", "visible", "write_lines"]
 
 MARK = "\ufeff"  # the byte-order mark at the start of some editors' files
 SELECTOR = re.compile("[\u034f\u180b-\u180d\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]")
-BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs in Unicode that look like empty space
-
-
-def decode_lines(chunks: Iterable[bytes], name: str, errors: str = "strict") -> Iterator[str]:
-    """Yield the lines of a binary stream without their ends.
-
-    A carriage return right before the line feed belongs to the end, others stay.
-
-    Args:
-        chunks: the stream's iterator: bytes up to and with each line feed.
-        name: of the stream, for messages.
-        errors: "replace" reads bytes that are not UTF-8 as U+FFFD.
-
-    Raises:
-        ValueError: a line is not UTF-8.
-    """
-    for number, chunk in enumerate(chunks, 1):
-        if number == 1 and not (chunk := chunk.removeprefix(codecs.BOM_UTF8)):
-            return  # a mark and nothing else
-        try:
-            yield chunk.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8", errors)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{name} must be UTF-8; found byte 0x{chunk[error.start]:02x} in line {number}") from None
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a UTF-8 text file, as ``decode_lines`` does."""
-    with open(path, "rb") as file:
-        return list(decode_lines(file, str(path)))
-
-
-def standard_input() -> Iterator[str]:
-    """Yield the lines of standard input as they come, in every locale.
-
-    Bytes that are not UTF-8 are read as U+FFFD.
-
-    Raises:
-        ValueError: standard input is closed.
-    """
-    if sys.stdin is None:
-        raise ValueError("standard input must be open; found it closed")
-    chunks = getattr(sys.stdin, "buffer", None) or (line.encode("utf-8", "replace") for line in sys.stdin)
-    return decode_lines(chunks, "standard input", "replace")
+    """Return the lines of a UTF-8 text file."""
+    return list(file_lines(path))
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> Path:
@@ -87,14 +51,6 @@ def write_lines(path: Path, lines: Iterable[str]) -> Path:
             os.unlink(file.name)
             raise
     return path
-
-
-def visible(text: str) -> bool:
-    """Return whether ``text`` has a character that is visible by itself.
-
-    Blanks, control and format characters and combining marks are not.
-    """
-    return any(unicodedata.category(character)[0] not in "CMZ" and character not in BLANK_LETTERS for character in text)
 
 
 def _leaves_no_trace(character: str) -> bool:

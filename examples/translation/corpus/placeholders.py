@@ -1,41 +1,15 @@
-"""Format placeholders ("%(name)s", "{}") as separate subwords.
-
-The model learns to place them and never has to spell them.
-"""
+"""Format placeholders of a pair, hidden on both of its sides."""
 
 from __future__ import annotations
 
-import re
+from depthlstm_fast.translate.placeholders import SYMBOLS, hide, restore
 
-from .data import PLACEHOLDER, Pair
+from .data import Pair
 
-SYMBOLS = tuple(f"⟦{number}⟧" for number in range(1, 9))
-
-
-def hide(text: str, found: list[str], add: bool = True) -> str:
-    """Return ``text`` with a symbol for each placeholder: the n-th of ``found`` becomes the n-th symbol.
-
-    Args:
-        found: placeholders so far. With ``add`` new ones are appended to it, as long as there are symbols. Others stay
-            in the text.
-    """
-
-    def symbol(match: re.Match[str]) -> str:
-        if add and match[0] not in found and len(found) < len(SYMBOLS):
-            found.append(match[0])
-        return SYMBOLS[found.index(match[0])] if match[0] in found else match[0]
-
-    return PLACEHOLDER.sub(symbol, text)
+__all__ = ["SYMBOLS", "hide", "hide_pair", "restore"]
 
 
 def hide_pair(pair: Pair) -> Pair:
     """Return ``pair`` with symbols for the placeholders of its source, on both sides."""
     found: list[str] = []
     return Pair(hide(pair.source, found), hide(pair.target, found, add=False))
-
-
-def restore(text: str, found: list[str]) -> str:
-    """Replace the symbols in ``text`` by their placeholders; a symbol without a placeholder is removed."""
-    for number, symbol in enumerate(SYMBOLS):
-        text = text.replace(symbol, found[number] if number < len(found) else "")
-    return text

@@ -6,23 +6,17 @@ import io
 from collections.abc import Iterable
 from typing import Any
 
+from depthlstm_fast.translate.tokenizer import BOS, EOS, PAD, UNKNOWN, load_tokenizer, sentencepiece_library
+
 from .data import Pair
-from .files import DamagedError
 from .lines import visible
 from .placeholders import SYMBOLS, hide_pair
 
+__all__ = ["BOS", "EOS", "PAD", "UNKNOWN", "Example", "encode_pairs", "load_tokenizer", "train_tokenizer"]
+
 Example = tuple[list[int], list[int]]  # ids of a source and of its target
 
-PAD, BOS, EOS, UNKNOWN = 0, 1, 2, 3
 LONGEST_LINE = 4192  # bytes; SentencePiece skips longer lines
-
-
-def _sentencepiece() -> Any:
-    try:
-        import sentencepiece
-    except ImportError as error:
-        raise ImportError("the translation example needs SentencePiece: pip install sentencepiece") from error
-    return sentencepiece
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 2000) -> Any:
@@ -40,7 +34,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2000) -> Any:
         raise ValueError(f"texts must hold a line of at most {LONGEST_LINE} bytes to train a vocabulary on; found none")
     required = len({character for text in texts for character in text}) + 4 + len(SYMBOLS)
     try:
-        _sentencepiece().SentencePieceTrainer.train(
+        sentencepiece_library().SentencePieceTrainer.train(
             sentence_iterator=iter(texts),
             model_writer=model,
             model_type="bpe",
@@ -64,30 +58,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2000) -> Any:
             f"vocab_size must hold a piece for every character, about {required}; found {vocab_size}"
         ) from error
     return load_tokenizer(model.getvalue())
-
-
-def load_tokenizer(model: bytes, name: str = "tokenizer") -> Any:
-    """Return the ``SentencePieceProcessor`` of a model kept by ``tokenizer.serialized_model_proto()``.
-
-    Raises:
-        DamagedError: ``model``, called ``name`` in the message, is cut, or ``train_tokenizer`` did not make it.
-    """
-    try:
-        tokenizer = _sentencepiece().SentencePieceProcessor(model_proto=model) if model else None
-    except RuntimeError as error:
-        raise DamagedError(
-            f"{name} must be a whole SentencePiece model; found {' '.join(str(error).split())}"
-        ) from None
-    if tokenizer is None:
-        raise DamagedError(f"{name} must be a whole SentencePiece model; found an empty file")
-    ids = (tokenizer.pad_id(), tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.unk_id())
-    if ids != (PAD, BOS, EOS, UNKNOWN) or any(
-        tokenizer.is_unknown(tokenizer.piece_to_id(symbol)) for symbol in SYMBOLS
-    ):
-        raise DamagedError(
-            f"{name} must have the ids and symbols that prepare.py gives it; found another SentencePiece model"
-        )
-    return tokenizer
 
 
 def encode_pairs(pairs: Iterable[Pair], tokenizer: Any, longest: int = 256) -> list[Example]:

@@ -1,4 +1,4 @@
-"""The models of the example: one Transformer for every depth connection."""
+"""The models of runs: one Transformer for every depth connection."""
 
 from __future__ import annotations
 
@@ -6,9 +6,30 @@ from typing import Any
 
 from torch import nn
 
-import depthlstm_fast as dl
+from .. import connections, reference
+from ..models import DepthLSTMTransformer, Transformer
+from .tokenizer import BOS, EOS, PAD
 
-ARCHITECTURES = dl.connections.names()
+ARCHITECTURES = connections.names()
+
+
+def model_arguments(vocab_size: int, d_model: int, heads: int, layers: int) -> dict[str, Any]:
+    """Return the keyword arguments of ``DepthLSTMTransformer`` that the shapes of a run's tensors follow from.
+
+    Both languages share a vocabulary of ``vocab_size`` pieces.
+    """
+    return {
+        "src_vocab": vocab_size,
+        "tgt_vocab": vocab_size,
+        "d_model": d_model,
+        "nhead": heads,
+        "num_encoder_layers": layers,
+        "num_decoder_layers": layers,
+        "share_embeddings": True,
+        "pad_id": PAD,
+        "bos_id": BOS,
+        "eos_id": EOS,
+    }
 
 
 def build_architecture(architecture: str, arguments: dict[str, Any], backend: str | None = None) -> nn.Module:
@@ -28,6 +49,7 @@ def build_architecture(architecture: str, arguments: dict[str, Any], backend: st
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}; found {architecture!r}")
     if architecture == "depth-lstm":
-        return (dl.reference if backend == "reference" else dl).DepthLSTMTransformer(**arguments)
+        made = reference.DepthLSTMTransformer if backend == "reference" else DepthLSTMTransformer
+        return made(**arguments)
     kept = {name: value for name, value in arguments.items() if name != "forget_bias"}
-    return dl.Transformer(**kept, connection=architecture)
+    return Transformer(**kept, connection=architecture)
