@@ -16,6 +16,7 @@ from .functional import (
 )
 from .growth import grow
 from .language_model import LanguageModel
+from .language_model_step import LanguageModelStep
 from .layers import (
     DepthLSTMCell,
     DepthLSTMDecoder,
@@ -56,6 +57,7 @@ __all__ = [
     "Decoder",
     "Transformer",
     "LanguageModel",
+    "LanguageModelStep",
     "compile_decoder",
     "CompiledDecoder",
     "param_groups",

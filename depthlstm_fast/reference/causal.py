@@ -78,7 +78,7 @@ def place(ids: Tensor, real: Tensor | None, documents: Tensor | None, cache: Cau
     if real is None and documents is None:
         positions = torch.arange(past, past + length, device=ids.device)[None]
         if past == 0 or length == 1:
-            return Places(positions, None, past == 0 and length > 1)
+            return Places(positions, None, bool(past == 0 and length > 1))  # no SymBool, which attention refuses
     causal = torch.ones(length, past + length, dtype=torch.bool, device=ids.device).tril(past)
     if real is None and documents is None:
         return Places(positions, causal, False)

@@ -30,7 +30,7 @@ FLOORS = (
     ("initialisation", "memories"),
     ("stacks",),
     ("decode",),
-    ("models", "language_model"),
+    ("models", "language_model", "language_model_step"),
     ("probes", "linear_maps"),
     ("growth", "linear_sites"),
     ("linearisation",),
