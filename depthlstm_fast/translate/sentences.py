@@ -5,15 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, takewhile
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from ..decode import CompiledDecoder
 from .lines import visible
 from .placeholders import hide, restore
 from .tokenizer import EOS, PAD
+
+Translated = TypeVar("Translated")
 
 
 def translate(model: Any, tokenizer: Any, lines: Sequence[str], max_length: int = 128, beam_size: int = 1) -> list[str]:
@@ -22,7 +23,7 @@ def translate(model: Any, tokenizer: Any, lines: Sequence[str], max_length: int 
     A line of more subwords than the model's positions is cut, and a line on stderr says so.
 
     Args:
-        model: a translation model, or what ``compile_decoder`` made of one.
+        model: a translation model, or what ``compile_decoder`` made of one: ``generate`` and ``max_len``.
     """
     translations = [""] * len(lines)
     longest = model.max_len - 1
@@ -41,7 +42,7 @@ def translate(model: Any, tokenizer: Any, lines: Sequence[str], max_length: int 
         rows.append(torch.tensor([*ids[:longest], EOS]))
     if filled:
         source = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
-        if not isinstance(model, CompiledDecoder):
+        if isinstance(model, nn.Module):
             model.eval()
             source = source.to(next(model.parameters()).device)
         with torch.no_grad():
@@ -52,8 +53,8 @@ def translate(model: Any, tokenizer: Any, lines: Sequence[str], max_length: int 
 
 
 def in_batches(
-    lines: Iterator[str], translate_batch: Callable[[list[str]], list[str]], batch_size: int, window: int
-) -> Iterator[list[str]]:
+    lines: Iterator[str], translate_batch: Callable[[list[str]], list[Translated]], batch_size: int, window: int
+) -> Iterator[list[Translated]]:
     """Yield the translations of ``lines`` in their order; lines of similar length share a batch.
 
     ``window`` lines are read at once and sorted, and their translations are one list. After a fault of ``lines`` the
@@ -74,15 +75,15 @@ def in_batches(
         if not read:
             break
         order = sorted(range(len(read)), key=lambda index: len(read[index]))
-        made: list[str | None] = [None] * len(read)
+        made: dict[int, Translated] = {}
         try:
             for first in range(0, len(order), batch_size):
                 chosen = order[first : first + batch_size]
                 for index, text in zip(chosen, translate_batch([read[index] for index in chosen]), strict=True):
                     made[index] = text
         except BaseException:
-            yield list(takewhile(lambda text: text is not None, made))  # type: ignore[arg-type]
+            yield [made[index] for index in takewhile(made.__contains__, range(len(read)))]
             raise
-        yield made  # type: ignore[misc]
+        yield [made[index] for index in range(len(read))]
     if fault is not None:
         raise fault

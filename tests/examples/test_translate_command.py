@@ -8,8 +8,10 @@ import os
 import pty
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -259,6 +261,23 @@ def test_streams_that_are_closed_or_close(run: Path) -> None:
     status, errors = shell('echo dog | "$@" > /dev/full')
     assert (status, errors.count("\n")) == (2, 1)
     assert "No space left on device" in errors
+
+
+def test_killed_it_leaves_whole_lines_and_a_whole_run(run: Path, tmp_path: Path, translated: Any) -> None:
+    text, output = tmp_path / "text", tmp_path / "output"
+    text.write_text("".join(f"{line}\n" for line in sentences_of(2000)), encoding="utf-8")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with open(output, "wb") as file:
+        process = subprocess.Popen(command_line(run, str(text)), stdout=file)
+        while process.poll() is None and not output.stat().st_size:
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait(60) == -signal.SIGKILL
+    printed = output.read_text(encoding="utf-8")
+    assert printed.endswith("\n")
+    assert translated(text.read_bytes())[1].startswith(printed)
+    assert printed.count("\n") < 2000
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_progress_is_for_terminals(run: Path, tmp_path: Path) -> None:
