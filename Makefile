@@ -1,4 +1,4 @@
-# make test | bench | gpu | lint | format | wheel | sdist | clean | distclean
+# make test | bench | gpu | lint | format | wheel | pure-wheel | sdist | clean | distclean
 #
 # Each target sets up what it needs, once, in $(VENV). Variables:
 #   PYTHON=python3.12         the interpreter the environment is made from
@@ -30,7 +30,7 @@ build internals test bench: export DEPTHLSTM_CUDA_ARCHS ?= $(or $(GPUS),90)
 
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: test bench gpu lint format wheel sdist build internals clean distclean
+.PHONY: test bench gpu lint format wheel pure-wheel sdist build internals clean distclean
 .DELETE_ON_ERROR:
 
 # Without the tests marked slow: each is the long form of a check that is here too, and `.ci/run slow` runs them (ARGS="-m slow").
@@ -72,6 +72,12 @@ wheel: $(call READY,test)
 	rm -rf build/lib* build/bdist*
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist/*.whl
+
+# the reference and Triton, for any system
+pure-wheel: $(call READY,test)
+	rm -rf build/lib* build/bdist*
+	DEPTHLSTM_NO_EXTENSION=1 $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist/pure .
+	@ls dist/pure/*.whl
 
 sdist: $(call READY,test)
 	$(PY) setup.py -q sdist --dist-dir dist

@@ -1,8 +1,8 @@
 """Compare a wheel and an sdist with their source tree: python .ci/check_packages.py dist.
 
 The wheel has every module of the package, the compiled library, the version of pyproject.toml and the licences. It has
-nothing outside the package. The sdist has every source that a build, the tests, the benchmarks and the examples read,
-and no build product.
+nothing outside the package. The wheel in dist/pure has no library. The sdist has every source that a build, the tests,
+the benchmarks and the examples read, and no build product.
 """
 
 from __future__ import annotations
@@ -48,18 +48,19 @@ def below(folder: str, *patterns: str) -> Iterator[str]:
                 yield path.relative_to(ROOT).as_posix()
 
 
-def check_wheel(folder: Path) -> None:
+def check_wheel(folder: Path, tag: str, library: tuple[str, ...]) -> None:
     """Raise AssertionError if the single wheel in ``folder`` lacks a file or has an additional one."""
     (wheel,) = folder.glob("*.whl")
-    assert wheel.name == f"{PACKAGE}-{version()}-cp310-abi3-linux_{platform.machine()}.whl", wheel.name
+    assert wheel.name == f"{PACKAGE}-{version()}-{tag}.whl", wheel.name
     names = set(zipfile.ZipFile(wheel).namelist())
     code = {name for name in names if ".dist-info/" not in name}
-    wanted = {f"{PACKAGE}/_C.abi3.so", f"{PACKAGE}/py.typed", *below(PACKAGE, "*.py")}
+    wanted = {*library, f"{PACKAGE}/py.typed", *below(PACKAGE, "*.py")}
     for link, source in LINKED.items():
         wanted |= {f"{PACKAGE}/{link}{name.removeprefix(source)}" for name in below(source, "*.py")}
     for name in ("reference/__init__.py", "kernels/__init__.py", "bench/__main__.py"):
         assert f"{PACKAGE}/{name}" in wanted, name
     assert wanted <= code, f"not in the wheel: {sorted(wanted - code)}"
+    assert library or not any(name.endswith(".so") for name in code), "a library in the wheel without one"
     assert all(name.startswith(f"{PACKAGE}/") for name in code), f"beside the package: {sorted(code)}"
     for licence in ("LICENSE", "third_party/xsimd/LICENSE"):
         found = [name for name in names if name.endswith(f".dist-info/licenses/{licence}")]
@@ -82,5 +83,6 @@ def check_sdist(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    check_wheel(Path(sys.argv[1]))
+    check_wheel(Path(sys.argv[1]), f"cp310-abi3-linux_{platform.machine()}", (f"{PACKAGE}/_C.abi3.so",))
+    check_wheel(Path(sys.argv[1]) / "pure", "py3-none-any", ())
     check_sdist(Path(sys.argv[1]))

@@ -15,6 +15,8 @@ from .functional import (
     siamese_step,
 )
 from .growth import grow
+from .language_model import LanguageModel
+from .language_model_step import LanguageModelStep
 from .layers import (
     DepthLSTMCell,
     DepthLSTMDecoder,
@@ -54,6 +56,8 @@ __all__ = [
     "Encoder",
     "Decoder",
     "Transformer",
+    "LanguageModel",
+    "LanguageModelStep",
     "compile_decoder",
     "CompiledDecoder",
     "param_groups",

@@ -64,6 +64,12 @@ FUNCTIONS = {
 ACTIVATIONS = tuple(FUNCTIONS)
 
 
+def swiglu(a: Tensor) -> Tensor:
+    """silu of the first half of a's features times the second half: Shazeer, arXiv 2002.05202."""
+    gate, value = a.chunk(2, -1)
+    return F.silu(gate) * value
+
+
 def activate(a: Tensor, activation: str) -> Tensor:
     """Return act(a); raises KeyError for a name that is not in FUNCTIONS."""
     return FUNCTIONS[activation].value(a)

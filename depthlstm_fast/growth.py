@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor, nn
 
@@ -45,6 +45,13 @@ class GrownEncoder(_Grown):
         return h1, self.second(self.norm(src) + h1, **options)
 
 
+class DeeperEncoder(GrownEncoder):
+    """second(N(x) + first(x)) of an encoder on its own; called as :class:`depthlstm_fast.Encoder`, it returns h2."""
+
+    def forward(self, src: Tensor, **options: Any) -> Tensor:  # type: ignore[override]
+        return super().forward(src, **options)[1]
+
+
 class GrownDecoder(_Grown):
     """s1 = first(y, h1), s2 = second(N(y) + s1, h2); called as :class:`depthlstm_fast.Decoder` with memory (h1, h2)."""
 
@@ -77,17 +84,24 @@ class GrownDecoder(_Grown):
         return self.first.takes_caches() and self.second.takes_caches()
 
 
-def grow(model: Transformer, layers: int, freeze: bool = True, copy: bool = False) -> Transformer:
-    """Put ``layers`` more encoder and decoder layers on top of a trained model, in place: Wu et al., ACL 2019.
+@overload
+def grow(model: Transformer, layers: int, freeze: bool = ..., copy: bool = ...) -> Transformer: ...
+@overload
+def grow(model: Encoder, layers: int, freeze: bool = ..., copy: bool = ...) -> DeeperEncoder: ...
+def grow(
+    model: Transformer | Encoder, layers: int, freeze: bool = True, copy: bool = False
+) -> Transformer | DeeperEncoder:
+    """Put ``layers`` more layers on each stack of a trained model: Wu et al., ACL 2019.
 
         h1 = enc1(x), h2 = enc2(N(x) + h1);  s1 = dec1(y, h1), s2 = dec2(N(y) + s1, h2)
 
     x and y are the embedded inputs. The new stacks are of the old ones' kind; every connection can be grown, since the
-    old stacks stay as they are.
+    old stacks stay as they are. A translation model is grown in place. An encoder on its own is not: what comes back
+    holds it, and is called as it is.
 
     Args:
         model: with ``memory="top"``, and not grown before. Its ``encoder`` and ``decoder`` become pairs, with the
-            parameters ``first.*`` (the old ones), ``second.*`` and ``norm.*``.
+            parameters ``first.*`` (the old ones), ``second.*`` and ``norm.*``. Or an :class:`Encoder`.
         layers: of each new stack.
         freeze: only the new stacks and their norms train; everything else, the embeddings and the output layer among
             it, has ``requires_grad=False``. False: everything trains.
@@ -95,33 +109,39 @@ def grow(model: Transformer, layers: int, freeze: bool = True, copy: bool = Fals
             ones, in turn where there are fewer of those. False: they are drawn anew.
 
     Returns:
-        The model.
+        The model, or a module that gives h2 for x and has the encoder as ``first``.
 
     Raises:
-        TypeError: model is no :class:`Transformer`, layers is no int, or freeze or copy no bool.
+        TypeError: model is neither, layers is no int, or freeze or copy no bool.
         ValueError: the model was grown before, has another memory, or layers is below 1.
     """
-    if not isinstance(model, Transformer):
-        raise TypeError(f"model must be a Transformer; found {type(model).__name__}")
+    if not isinstance(model, (Transformer, Encoder)):
+        raise TypeError(f"model must be a Transformer or an Encoder; found {type(model).__name__}")
     checks.check_size("layers", layers)
     checks.check_flags(freeze=freeze, copy=copy)
-    encoder: Any = model.encoder
-    decoder: Any = model.decoder
-    if not isinstance(encoder, Encoder) or not isinstance(decoder, Decoder):
-        raise ValueError(f"model must not have been grown before; found a {type(encoder).__name__}")
-    if model.memory != "top":
-        raise ValueError(f'model must have memory="top", of which a second stack has one more; found {model.memory!r}')
+    if isinstance(model, Transformer):
+        if not isinstance(model.encoder, Encoder) or not isinstance(model.decoder, Decoder):
+            raise ValueError(f"model must not have been grown before; found a {type(model.encoder).__name__}")
+        if model.memory != "top":
+            raise ValueError(
+                f'model must have memory="top", of which a second stack has one more; found {model.memory!r}'
+            )
     if freeze:
         model.requires_grad_(False)
-    seconds = [stack.like(layers) for stack in (encoder, decoder)]
-    if copy:
-        for first, second in zip((encoder, decoder), seconds, strict=True):
-            _copy_top(first, second)
-    model.encoder = GrownEncoder(encoder, seconds[0])
-    model.decoder = GrownDecoder(decoder, seconds[1])
-    for grown in (model.encoder, model.decoder):
-        grown.train(model.training)
+    if isinstance(model, Encoder):
+        return DeeperEncoder(model, _second(model, layers, copy)).train(model.training)
+    encoder, decoder = _second(model.encoder, layers, copy), _second(model.decoder, layers, copy)
+    model.encoder = GrownEncoder(model.encoder, encoder).train(model.training)
+    model.decoder = GrownDecoder(model.decoder, decoder).train(model.training)
     return model
+
+
+def _second(first: Any, layers: int, copy: bool) -> Any:
+    """A new stack like ``first``."""
+    second = first.like(layers)
+    if copy:
+        _copy_top(first, second)
+    return second
 
 
 def _copy_top(first: Any, second: Any) -> None:

@@ -16,7 +16,8 @@ from .reference.decoder_attention import MultiscaleAttention
 
 INITS = ("lipschitz", "glorot", "ds", "ds-released", "depth", "deepnorm")
 
-Part = tuple[nn.Module, str, tuple[str, ...]]  # a module, its parameter's name, the kinds of the stacked matrices
+Part = tuple[nn.Module, str, tuple[str, ...], tuple[int, ...] | None]
+"""A module, its parameter's name, the kinds of the stacked matrices, and their rows; None for equal ones."""
 
 
 def initialise_layer(layer: nn.Module, init: str, index: int, beta: float) -> None:
@@ -32,8 +33,8 @@ def initialise_layer(layer: nn.Module, init: str, index: int, beta: float) -> No
     - "deepnorm": Xavier's variance, times ``beta`` squared for values, outputs and feed-forward networks, Wang et al.,
       arXiv 2203.00555; uniform, where the paper draws normal numbers of that variance.
     """
-    for module, name, kinds in _parts(layer):
-        _draw(getattr(module, name), init, index, kinds, beta)
+    for module, name, kinds, rows in _parts(layer):
+        _draw(getattr(module, name), init, index, kinds, beta, rows)
         bias = getattr(module, "bias", None)
         if bias is not None:
             nn.init.zeros_(bias)
@@ -43,14 +44,14 @@ def initialise_connection(connection: Connection, init: str, branches_per_layer:
     """Draw the matrices of a recurrent connection's cells as :func:`initialise_layer`; their biases are the cells'."""
     cells = getattr(connection, "cells", ())
     for branch, cell in reversed(list(enumerate(cells))):  # a shared cell is that of the first layer
-        for module, name, kinds in _cell_parts(cell):
+        for module, name, kinds, _ in _cell_parts(cell):
             _draw(getattr(module, name), init, branch // branches_per_layer, kinds, 1.0)
 
 
 def _parts(layer: nn.Module) -> Iterator[Part]:
     for module in layer.modules():
         if isinstance(module, SelfAttention):
-            yield from _linear(module.in_proj, "q", "k", "v")
+            yield from _linear(module.in_proj, "q", "k", "v", rows=module.parts)
             yield from _linear(module.out_proj, "out")
         elif isinstance(module, CrossAttention):
             yield from _linear(module.q_proj, "q")
@@ -58,8 +59,8 @@ def _parts(layer: nn.Module) -> Iterator[Part]:
             yield from _linear(module.out_proj, "out")
         if isinstance(module, MultiscaleAttention) and isinstance(module.gate, nn.Module):
             yield from _linear(module.gate, "gate")
-    for name in ("linear1", "linear2"):
-        yield from _linear(getattr(layer, name, None), "ffn")
+    yield from _linear(getattr(layer, "linear1", None), *["ffn"] * (2 if getattr(layer, "gated", False) else 1))
+    yield from _linear(getattr(layer, "linear2", None), "ffn")
 
 
 def _cell_parts(cell: nn.Module) -> Iterator[Part]:
@@ -72,21 +73,24 @@ def _cell_parts(cell: nn.Module) -> Iterator[Part]:
         yield from _linear(cell.input_proj, *["gate"] * 3)
         yield from _linear(cell.state_proj, *["gate"] * (3 if cell.reset_weight is None else 2))
         if cell.reset_weight is not None:
-            yield cell, "reset_weight", ("gate",)
+            yield cell, "reset_weight", ("gate",), None
 
 
-def _linear(module: nn.Module | None, *kinds: str) -> Iterator[Part]:
+def _linear(module: nn.Module | None, *kinds: str, rows: tuple[int, ...] | None = None) -> Iterator[Part]:
     """Nothing for a module that stands where an nn.Linear was."""
     if isinstance(module, nn.Linear):
-        yield module, "weight", kinds
+        yield module, "weight", kinds, rows
 
 
 @torch.no_grad()
-def _draw(weight: Tensor, init: str, index: int, kinds: tuple[str, ...], beta: float) -> None:
+def _draw(
+    weight: Tensor, init: str, index: int, kinds: tuple[str, ...], beta: float, rows: tuple[int, ...] | None = None
+) -> None:
     """Draw the matrices that are stacked in ``weight``; a sharded one takes its part of a whole draw."""
     whole = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     fan_in, layer = weight.shape[1], index + 1
-    for part, kind in zip(whole.chunk(len(kinds)), kinds, strict=True):
+    parts = whole.chunk(len(kinds)) if rows is None else whole.split(rows)
+    for part, kind in zip(parts, kinds, strict=True):
         if init == "depth":
             part.normal_(0, 0.02 / math.sqrt(2 * layer))
             continue

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backends.choice import use_backend
+from .language_model import LanguageModel
 from .reference import DepthLSTMDecoder, DepthLSTMEncoder, TranslationModel
-from .stacks import Decoder, Encoder
+from .stacks import CausalStack, Decoder, Encoder
 
-STACKS = (Encoder, Decoder, DepthLSTMEncoder, DepthLSTMDecoder)
+STACKS = (Encoder, Decoder, CausalStack, DepthLSTMEncoder, DepthLSTMDecoder)
 
 
 class Probe(NamedTuple):
@@ -38,13 +39,14 @@ class Probe(NamedTuple):
 def probe_gradients(model: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Probe]:
     """Run ``model`` once forward and backward, in plain PyTorch, and look at each of its stacks.
 
-    The loss of a translation model is the cross entropy of the next token, without padding. Of anything else it is the
-    output's product with a fixed random direction. Parameters, their ``grad`` and torch's generator are left alone, but
-    for what dropout draws in training mode.
+    The loss of a translation model and of a language model is the cross entropy of the next token, without padding. Of
+    anything else it is the output's product with a fixed random direction. Parameters, their ``grad`` and torch's
+    generator are left alone, but for what dropout draws in training mode.
 
     Args:
-        model: holds stacks: :class:`Encoder`, :class:`Decoder`, or those of the depth-wise LSTM.
-        batch: the model's arguments, for a translation model (src, tgt) with tgt from bos_id to eos_id.
+        model: holds stacks: :class:`Encoder`, :class:`Decoder`, a language model's, or the depth-wise LSTM's.
+        batch: the model's arguments, for a translation model (src, tgt) with tgt from bos_id to eos_id, for a
+            language model (ids,) or (ids, attention_mask).
 
     Returns:
         A :class:`Probe` for each stack, by its name in the model ("" for the model itself).
@@ -89,6 +91,9 @@ def _loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
         src, tgt = batch
         logits = model(src, tgt[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1).float(), tgt[:, 1:].flatten(), ignore_index=model.pad_id)
+    if isinstance(model, LanguageModel):
+        ids, *mask = batch
+        return model(ids, *mask, labels=ids)[0]
     output = model(*batch)
     output = output[0] if isinstance(output, tuple) else output
     direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))

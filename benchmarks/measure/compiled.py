@@ -7,6 +7,14 @@ from typing import Any
 
 import torch
 
+# Functions made by one factory share one code object. torch compiles that eight times, and then runs it uncompiled with
+# no more than a warning: a ratio over such a rival would be one over eager.
+LIMITS: dict[str, Any] = {
+    "recompile_limit": 256,
+    "accumulated_recompile_limit": 1024,
+    "fail_on_recompile_limit_hit": True,
+}
+
 
 class Compiled:
     """The compiled reference, or the reason for its absence.
@@ -36,7 +44,8 @@ class Compiled:
             return None
         try:
             compiled = self._functions.setdefault(function, torch.compile(function, dynamic=False, mode=self.mode))
-            first_call(compiled)
+            with torch._dynamo.config.patch(**LIMITS):
+                first_call(compiled)
         except Exception as error:  # noqa: BLE001  a rival's error must not end the run
             self.reason = (
                 f"torch.compile failed: {type(error).__name__}: "

@@ -82,7 +82,8 @@ def make(place: Place, op: ListOp, rows: int, features: int, dtype: torch.dtype,
     def call(function: Lists) -> object:
         return train(function, leaves, cotangents) if backward else function(*inputs)
 
-    compiled = place.compiled.get(op.reference, call)
+    with torch.set_grad_enabled(backward):  # the timed calls' mode: another one would be compiled anew
+        compiled = place.compiled.get(op.reference, call)
     runs: Runs = {"eager": lambda: call(op.reference)}
     if compiled is not None:
         runs["compile"] = lambda: call(compiled)

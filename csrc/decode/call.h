@@ -8,7 +8,7 @@
 
 namespace depthlstm {
 
-// bfloat16: [panel][input / 2][32][2]. int8: [panel][input][32], a scale for each output.
+// bfloat16 and int8: [panel][input / 2][32][2], padded with zeros. int8 has a scale for each output.
 enum class WeightType : int64_t { float32, bfloat16, int8 };
 
 constexpr int64_t panel_outputs = 32;
@@ -22,6 +22,9 @@ struct Panels {
     float* scale = nullptr;  // int8 only
 };
 
+// Scratch of a product with int8 weights, for each row: its numbers as int16 and what one of them stands for.
+constexpr int64_t rounded_row_bytes(int64_t inputs) { return ((inputs + 1) / 2 * 4 + 63) / 64 * 64 + 64; }
+
 // y = base + W x + b for each row. base may be null, and may be y itself.
 struct ProductCall {
     Panels panels;
@@ -32,6 +35,7 @@ struct ProductCall {
     float* y = nullptr;
     int64_t y_stride = 0;
     int64_t rows = 0;
+    char* rounded = nullptr;  // int8 only: scratch of rounded_row_bytes(inputs) for each row
 };
 
 // LayerNorm or RMSNorm of each row.

@@ -1,22 +1,15 @@
 // Products of few or many rows with a packed matrix.
 //
-// A strip is a part of a panel whose accumulators fit the registers with several rows'. int8 takes narrow strips
-// for many rows, because a weight that was converted then serves more of them: with avx2, 8 rows, D=256, decoding made
-// 1.5 times the tokens, where float32 and bfloat16 lost a third. One row has several accumulators for each output,
-// because one chain of additions would wait for its own latency.
+// A strip is a part of a panel whose accumulators fit the registers with several rows'. int8 takes narrow strips for
+// two rows and more, because a weight that was widened then serves more of them. One row of floats has several
+// accumulators for each output, because one chain of additions would wait for its own latency.
 #pragma once
 
-#include "common/cpu/rows.h"
-#include "cpu.h"
+#include "cpu_product_int8.h"
 
 namespace depthlstm::DEPTHLSTM_ISA {
 namespace {
 
-using V = Vector<float>;
-constexpr int64_t W = width<float>;
-// Vectors of a strip and the most rows beside it. AVX-512 has 32 registers, others 16.
-constexpr int wide_vectors = W == 16 ? 2 : 4, narrow_vectors = 2;
-constexpr int rows_of_wide = W == 16 ? 8 : 3, rows_of_narrow = W == 16 ? 8 : 6;
 constexpr int least_accumulators = 8;
 
 // The weights of a strip for `inputs` inputs at once.
@@ -47,37 +40,9 @@ struct StripWeights<WeightType::bfloat16, strip_vectors> {
     }
 };
 
-template <int strip_vectors>
-struct StripWeights<WeightType::int8, strip_vectors> {
-    static constexpr int64_t inputs = 1, element_bytes = 1;
-    V of_input[1][strip_vectors];
-    static inline __attribute__((always_inline)) V widened(const int8_t* at) {
-#if defined(__AVX512F__)
-        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))));
-#elif defined(__AVX2__)
-        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at))));
-#else
-        alignas(64) float wide[W];
-        for (int64_t i = 0; i < W; ++i) wide[i] = float(at[i]);
-        return V::load_aligned(wide);
-#endif
-    }
-    inline __attribute__((always_inline)) explicit StripWeights(const char* at) {
-        for (int v = 0; v < strip_vectors; ++v) of_input[0][v] = widened(reinterpret_cast<const int8_t*>(at) + v * W);
-    }
-};
-
-// Writes a strip of a row of which only `count` outputs exist.
-__attribute__((noinline)) void write_part(const V* sums, const float* base, float* y, int64_t count) {
-    alignas(64) float whole[wide_vectors * W];
-    for (int v = 0; v * W < count; ++v) sums[v].store_aligned(whole + v * W);
-    for (int64_t i = 0; i < count; ++i) y[i] = base == nullptr ? whole[i] : base[i] + whole[i];
-}
-
 template <WeightType type, int strip_vectors, int rows>
 inline __attribute__((always_inline)) void strip_rows(const ProductCall& call, int64_t first, int64_t row) {
     using Read = StripWeights<type, strip_vectors>;
-    constexpr int64_t strip_outputs = strip_vectors * W;
     constexpr int chains = rows == 1 ? least_accumulators / strip_vectors : 1;
     constexpr int64_t step = Read::inputs;
     constexpr int64_t stride = panel_outputs * step * Read::element_bytes;
@@ -108,25 +73,23 @@ inline __attribute__((always_inline)) void strip_rows(const ProductCall& call, i
         for (int u = 0; u < chains; ++u) add(u, k + u, All());
     for (; k < steps; ++k) add(0, k, All());
     if (step > 1 && inputs % step != 0) add(0, k, std::integral_constant<int, 1>());
-    const int64_t count = panels.outputs - first;
     for (int r = 0; r < rows; ++r) {
         V out[strip_vectors];
         for (int v = 0; v < strip_vectors; ++v) {
             V total = sum[0][r][v];
             for (int u = 1; u < chains; ++u) total += sum[u][r][v];
-            if constexpr (type == WeightType::int8) total *= V::load_unaligned(panels.scale + first + v * W);
             out[v] = total + V::load_unaligned(panels.bias + first + v * W);
         }
-        float* y = call.y + (row + r) * call.y_stride + first;
-        const float* base = call.base == nullptr ? nullptr : call.base + (row + r) * call.base_stride + first;
-        if (count < strip_outputs) {
-            write_part(out, base, y, count);
-            continue;
-        }
-        for (int v = 0; v < strip_vectors; ++v) {
-            if (base != nullptr) out[v] += V::load_unaligned(base + v * W);
-            out[v].store_unaligned(y + v * W);
-        }
+        write_strip<strip_vectors>(call, out, first, row + r);
+    }
+}
+
+template <WeightType type, int strip_vectors, int rows>
+inline __attribute__((always_inline)) void multiply_strip(const ProductCall& call, int64_t first, int64_t row) {
+    if constexpr (type == WeightType::int8) {
+        int8_strip_rows<strip_vectors, rows>(call, first, row);
+    } else {
+        strip_rows<type, strip_vectors, rows>(call, first, row);
     }
 }
 
@@ -135,7 +98,7 @@ template <WeightType type, int strip_vectors, int rows>
 inline __attribute__((always_inline)) void last_rows(const ProductCall& call, int64_t first, int64_t row,
                                                      int64_t count) {
     if constexpr (rows > 0) {
-        if (count == rows) return strip_rows<type, strip_vectors, rows>(call, first, row);
+        if (count == rows) return multiply_strip<type, strip_vectors, rows>(call, first, row);
         last_rows<type, strip_vectors, rows - 1>(call, first, row, count);
     }
 }
@@ -146,24 +109,24 @@ __attribute__((noinline)) void multiply_by(const ProductCall& call) {
     for (int64_t first = 0; first < call.panels.outputs; first += strip_vectors * W) {
         int64_t row = 0;
         for (; row + most_rows <= call.rows; row += most_rows)
-            strip_rows<type, strip_vectors, most_rows>(call, first, row);
+            multiply_strip<type, strip_vectors, most_rows>(call, first, row);
         last_rows<type, strip_vectors, most_rows - 1>(call, first, row, call.rows - row);
     }
 }
 
-template <WeightType type>
-void multiply_as(const ProductCall& call) {
-    if constexpr (type == WeightType::int8) {
-        if (call.rows > rows_of_wide) return multiply_by<type, narrow_vectors, rows_of_narrow>(call);
-    }
-    multiply_by<type, wide_vectors, rows_of_wide>(call);
+void multiply_int8(const ProductCall& call) {
+    const int64_t inputs = call.panels.inputs;
+    for (int64_t row = 0; row < call.rows; ++row)
+        round_row(call.x + row * call.x_stride, inputs, call.rounded + row * rounded_row_bytes(inputs));
+    if (call.rows == 1) return multiply_by<WeightType::int8, wide_vectors, 1>(call);
+    multiply_by<WeightType::int8, narrow_vectors, rows_of_narrow>(call);
 }
 
 void multiply(const ProductCall& call) {
     switch (call.panels.type) {
-        case WeightType::float32: return multiply_as<WeightType::float32>(call);
-        case WeightType::bfloat16: return multiply_as<WeightType::bfloat16>(call);
-        case WeightType::int8: return multiply_as<WeightType::int8>(call);
+        case WeightType::float32: return multiply_by<WeightType::float32, wide_vectors, rows_of_wide>(call);
+        case WeightType::bfloat16: return multiply_by<WeightType::bfloat16, wide_vectors, rows_of_wide>(call);
+        case WeightType::int8: return multiply_int8(call);
     }
 }
 
@@ -191,10 +154,10 @@ void pack(const Panels& panels, const float* weight, const float* bias) {
                 if (!(size <= most)) most = size;  // NaN stays
             }
             panels.scale[o] = most / 127.0f;
-            int8_t* at = static_cast<int8_t*>(panels.weights) + panel * K * panel_outputs + lane;
-            for (int64_t k = 0; k < K; ++k) {
-                const float scaled = row == nullptr || !(most > 0) ? 0.0f : row[k] / most * 127.0f;
-                at[k * panel_outputs] = int8_t(std::lrintf(scaled == scaled ? scaled : 0.0f));
+            int8_t* at = static_cast<int8_t*>(panels.weights) + (panel * pairs * panel_outputs + lane) * 2;
+            for (int64_t k = 0; k < 2 * pairs; ++k) {
+                const float scaled = row == nullptr || k >= K || !(most > 0) ? 0.0f : row[k] / most * 127.0f;
+                at[k / 2 * panel_outputs * 2 + k % 2] = int8_t(std::lrintf(scaled == scaled ? scaled : 0.0f));
             }
         }
     }

@@ -215,7 +215,7 @@ private:
         switch (matrix.type) {
             case WeightType::float32: return matrix.inputs * 4;
             case WeightType::bfloat16: return round_up(matrix.inputs, 2) * 2;
-            default: return matrix.inputs;
+            default: return round_up(matrix.inputs, 2);
         }
     }
 

@@ -11,7 +11,7 @@ namespace decode {
 struct Buffers {
     int64_t stride = 0;  // of xh
     float *xh, *c, *read, *s, *projected, *context, *inner, *hidden, *z, *scores;
-    char* gates_scratch;
+    char *gates_scratch, *rounded;
 
     Buffers(Arena& arena, const Model& model, int64_t rows, int64_t positions) {
         const int64_t D = model.features, heads_width = model.heads * model.width;
@@ -31,6 +31,12 @@ struct Buffers {
             scratch = std::max(scratch, Model::kernels_of_gates().scratch_bytes(model.gates_call(cell)));
         }
         gates_scratch = arena.take<char>(scratch);
+        int64_t rounded_bytes = 0;
+        for (const Panels& matrix : model.matrices) {
+            if (matrix.type != WeightType::int8) continue;
+            rounded_bytes = std::max(rounded_bytes, rounded_row_bytes(matrix.inputs));
+        }
+        rounded = arena.take<char>(rows * rounded_bytes);
     }
 };
 
@@ -65,7 +71,7 @@ public:
 
     void multiply(int64_t matrix, const float* x, int64_t x_stride, float* y, int64_t y_stride,
                   const float* base = nullptr, int64_t base_stride = 0) {
-        kernels.multiply({model.matrices[matrix], x, x_stride, base, base_stride, y, y_stride, count});
+        kernels.multiply({model.matrices[matrix], x, x_stride, base, base_stride, y, y_stride, count, buffers.rounded});
     }
 
     void normalise(int64_t norm, const float* x, int64_t x_stride, float* y, int64_t y_stride) {

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 MAX_DIMENSIONS = 64  # of csrc/common/torch/tensors.h
+_STRIDED = torch.strided
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -35,7 +36,7 @@ def check_float_tensor(argument: str, found: Any) -> None:
         raise TypeError(f"{argument} must be a torch.Tensor; found {type(found).__name__}")
     if found.dtype not in FLOATS:
         raise TypeError(f"{argument} must be float32, float64, bfloat16 or float16; found {found.dtype}")
-    if found.layout != torch.strided or found.is_nested:
+    if found.layout is not _STRIDED or found.is_nested:
         check_dense(argument, found)
 
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..plain import is_plain
+from ..reference.normalise import NORM_CLASSES
 
 State = tuple[Tensor, ...]
-NORM_CLASSES: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
 
 class Connection(nn.Module):
@@ -39,8 +39,8 @@ class Connection(nn.Module):
     Attributes:
         absorbs_feed_forward: the stack's layers have no feed-forward network by default.
         mixes_depth: the state keeps outputs of earlier branches.
-        is_identity_at_init: a stack equals one with pre-norm at initialisation, in plain PyTorch bit for bit. Fused
-            kernels may round the two differently.
+        is_identity_at_init: a stack equals one with pre-norm at initialisation, bit for bit, in plain PyTorch and in
+            the fused kernels.
 
     Raises:
         TypeError, ValueError: d_model or num_branches is not an int of at least 1.

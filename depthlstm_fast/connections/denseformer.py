@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..functional import layer_mix
-from .base import State, check_layers
+from ..functional import layer_mix, norm_step
+from .base import State, affine_of, check_layers
 from .placements import PreNorm
 
 
@@ -83,26 +83,50 @@ class DenseFormer(PreNorm):
 
     def write(self, state: State, y: Tensor, i: int) -> State:
         x, _ = self._advance(state[0], y, i, None)
-        if (i + 1) % self.branches_per_layer:
-            return (x, *state[1:])
-        block = (i + 1) // self.branches_per_layer
+        return self._close(state, x, i, None)[0]
+
+    def step(self, state: State, y: Tensor, i: int) -> tuple[State, Tensor]:
+        following = self.read_norms[i + 1]  # type: ignore[index]
+        block, place = divmod(i + 1, self.branches_per_layer)
+        if place or not self._sources(block):
+            x, u = self._advance(state[0], y, i, following)
+            return self._close(state, x, i, None)[0], u
+        x, _ = self._advance(state[0], y, i, None)
+        state, normed = self._close(state, x, i, following)
+        return state, following(state[0]) if normed is None else normed
+
+    def _close(self, state: State, x: Tensor, i: int, following: nn.Module | None) -> tuple[State, Tensor | None]:
+        """The state after branch i, which left x, and ``following`` of its sum where one kernel makes both."""
+        block, place = divmod(i + 1, self.branches_per_layer)
+        if place:
+            return (x, *state[1:]), None
         outputs = dict(zip(self.kept[block - 1], state[1:], strict=True)) | {block: x}
         kept = tuple(outputs[j] for j in self.kept[block])
         sources = self._sources(block)
-        if sources:
-            row = block // self.period - 1
-            weights = self.weights[row : row + 1, sources.start : sources.stop : sources.step]
-            (x,) = layer_mix([outputs[j] for j in sources], weights)
-        return x, *kept
-
-    def step(self, state: State, y: Tensor, i: int) -> tuple[State, Tensor]:
-        if (i + 1) % self.branches_per_layer:
-            (x,), u = super().step(state[:1], y, i)
-            return (x, *state[1:]), u
-        state = self.write(state, y, i)
-        return state, self.read(state, i + 1)
+        if not sources:
+            return (x, *kept), None
+        weights = self.weights[block // self.period - 1, sources.start : sources.stop : sources.step]
+        affine = affine_of(following)
+        if following is None or affine is None:
+            (x,) = layer_mix([outputs[j] for j in sources], weights[None])
+            return (x, *kept), None
+        # The last source comes with the norm, as a branch does in pre-norm: at initialisation to the same bits.
+        # Where it is the only one, nothing is added to it.
+        alone = len(sources) == 1
+        (earlier,) = (x,) if alone else layer_mix([outputs[j] for j in sources[:-1]], weights[None, :-1])
+        b, a, (weight, bias) = weights[-1], 0.0 if alone else 1.0, affine
+        x, u = norm_step(earlier, x, a=a, b=b, weight2=weight, bias2=bias, norm=self.norm, eps=self.eps)
+        return (x, *kept), u
 
     def _elements(self) -> int:
-        layers, per_layer = self.num_layers, self.branches_per_layer
-        mixed = sum(len(self._sources(block)) + 1 for block in range(1, layers + 1) if self._sources(block))
-        return mixed + layers * (2 + 4 * (per_layer - 1) + 3) + 2
+        layers, inner = self.num_layers, 4 * (self.branches_per_layer - 1)
+        total = 2 + layers * inner + 2
+        for block in range(1, layers + 1):
+            number = len(self._sources(block))
+            if block == layers:
+                total += 3 + (number + 1 if number else 0)
+            elif number == 0:
+                total += 4
+            else:  # the earlier sources' sum, then the last one with the norm
+                total += 3 + (number + 4 if number > 1 else 3)
+        return total

@@ -10,7 +10,7 @@ from ..functional import depth_gru_gates
 from ..plain import is_plain
 from ..reference.attention import draw_uniform, initialise_linear
 from ..reference.cell import GateNorm, fill_rows
-from .base import Connection, State
+from .base import Connection, State, make_norms
 
 
 class DepthGRUCell(nn.Module):
@@ -100,11 +100,12 @@ def _affine(norm: GateNorm) -> tuple[Tensor, Tensor]:
 
 
 class DepthGRU(Connection):
-    """h' = GRU(F(h), h), and a LayerNorm on the output: Wei et al., ACL 2020, and GTrXL, arXiv 1910.06764.
+    """h' = GRU(F(h), h), and a norm on the output: Wei et al., ACL 2020, and GTrXL, arXiv 1910.06764.
 
     Args:
         d_model, num_branches: see :class:`Connection`.
         reset_before, gate_norm, update_bias, bias, eps: see :class:`DepthGRUCell`.
+        output_norm: "layer" (LayerNorm) or "rms" (RMSNorm), on the output.
 
     Parameters: ``cells``, one for each branch, and ``final_norm``.
 
@@ -124,6 +125,7 @@ class DepthGRU(Connection):
         update_bias: float = 0.0,
         bias: bool = True,
         eps: float = 1e-6,
+        output_norm: str = "layer",
     ) -> None:
         super().__init__(d_model, num_branches)
         self.cells = nn.ModuleList(
@@ -140,7 +142,8 @@ class DepthGRU(Connection):
                 for _ in range(num_branches)
             ]
         )
-        self.final_norm = nn.LayerNorm(d_model, eps)
+        checks.check_name("output_norm", output_norm, checks.NORMALISATIONS)
+        self.final_norm = make_norms(1, d_model, output_norm, eps)[0]
 
     def read(self, state: State, i: int) -> Tensor:
         return state[0]

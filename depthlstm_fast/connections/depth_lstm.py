@@ -11,11 +11,11 @@ from .. import checks
 from ..layers import DepthLSTMCell
 from ..reference.cell import FORGET_BIAS
 from ..reference.stacks import INIT_CELLS
-from .base import Connection, State
+from .base import Connection, State, make_norms
 
 
 class DepthLSTM(Connection):
-    """(h, c) = cell(F(h), (h, c)), and a LayerNorm on the output: Xu et al., arXiv 2007.06257.
+    """(h, c) = cell(F(h), (h, c)), and a norm on the output: Xu et al., arXiv 2007.06257.
 
     Args:
         d_model, num_branches: see :class:`Connection`.
@@ -23,6 +23,7 @@ class DepthLSTM(Connection):
             :class:`depthlstm_fast.DepthLSTMCell`.
         share_cell: all branches share the first one's cell.
         init_cell: "zeros", or "learned": a parameter ``initial_cell`` (C,) that starts at zero.
+        output_norm: "layer" (LayerNorm) or "rms" (RMSNorm), on the output.
 
     Parameters: ``cells``, a :class:`depthlstm_fast.DepthLSTMCell` for each branch, and ``final_norm``.
 
@@ -47,6 +48,7 @@ class DepthLSTM(Connection):
         forget_bias: float = FORGET_BIAS,
         share_cell: bool = False,
         init_cell: str = "zeros",
+        output_norm: str = "layer",
     ) -> None:
         super().__init__(d_model, num_branches)
         checks.check_flags(share_cell=share_cell)
@@ -67,7 +69,8 @@ class DepthLSTM(Connection):
         for cell in cells[:-1]:
             cell.left = d_model  # a kernel may leave room beside h for the next branch's output
         self.cells = nn.ModuleList(cells)
-        self.final_norm = nn.LayerNorm(d_model, eps)
+        checks.check_name("output_norm", output_norm, checks.NORMALISATIONS)
+        self.final_norm = make_norms(1, d_model, output_norm, eps)[0]
         self.initial_cell = nn.Parameter(torch.zeros(d_model)) if init_cell == "learned" else None
 
     def start(self, x: Tensor) -> State:

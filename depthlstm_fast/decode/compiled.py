@@ -93,8 +93,8 @@ def compile_decoder(model: Any, dtype: str = "float32", output_dtype: str | None
     Args:
         model: a :class:`depthlstm_fast.DepthLSTMTransformer`, or a :class:`depthlstm_fast.Transformer` with a
             depth-wise LSTM or pre-norm, with float32 parameters on the CPU.
-        dtype: of the packed matrices. "bfloat16" and "int8" (a scale for each output) keep everything else in float32:
-            inputs of the products, states, norms, embeddings, keys and values.
+        dtype: of the packed matrices. "bfloat16" and "int8" (a scale for each output) keep states, norms, embeddings,
+            keys and values in float32. "int8" rounds the inputs of products to 12 to 15 bits, by row.
         output_dtype: of the output layer's matrix, whose rounding moves every logit; ``dtype`` if None.
 
     Raises:

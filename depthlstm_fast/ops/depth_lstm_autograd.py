@@ -15,7 +15,7 @@ from ..backends.choice import RECORDS
 from ..modes import is_direct
 from ..torch_private import below_autograd, is_jit_tracing
 from . import shared_buffer
-from .depth_lstm import NAME, Options, TensorGradients, Tensors, save, tensor_gradients
+from .depth_lstm import NAME, Options, TensorGradients, Tensors, tensor_gradients
 from .once_differentiable import Grads, once_differentiable
 from .projection import project, slice_gradients, weight_gradient
 from .registry import OPERATORS
@@ -28,22 +28,26 @@ _operators = OPERATORS[NAME]
 
 
 class GatesFunction(torch.autograd.Function):
-    """(*Tensors, *Options, backend) -> (h, c)."""
+    """(*Tensors, options, backend) -> (h, c).
+
+    The options are one argument, because torch looks at each argument of a Function: three more are 2 us a call.
+    """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        *inputs, backend = arguments
-        save(ctx, tuple(inputs))
-        ctx.backend = backend
+        *tensors, options, backend = arguments
+        ctx.save_for_backward(*tensors)
+        ctx.options, ctx.backend = options, backend
+        ctx.set_materialize_grads(False)
         with below_autograd():
-            return _operators[backend].eager(inputs[0]).forward(*inputs)
+            return _operators[backend].eager(tensors[0]).forward(*tensors, *options)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, saved: tuple[Any, ...], dh: Tensor | None, dc: Tensor | None) -> Grads:
         tensors, needs = Tensors(*saved), TensorGradients(*ctx.needs_input_grad[: len(saved)])
         found = tensor_gradients(_operators[ctx.backend].eager(tensors.z), tensors, ctx.options, needs, dh, dc)
-        return (*found, *(None for _ in Options._fields), None)
+        return (*found, None, None)
 
 
 class CellArguments(NamedTuple):
@@ -124,7 +128,7 @@ def gates(
         return _operators[backend].traced.forward(z, z_bias, hidden, c, weight, bias, seed, *options)
     given = (z, z_bias, hidden, c, weight, bias)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given):
-        return GatesFunction.apply(*given, seed, *options, backend)
+        return GatesFunction.apply(*given, seed, options, backend)
     with below_autograd():
         return _operators[backend].eager(z).forward(z, z_bias, hidden, c, weight, bias, seed, *options)
 

@@ -94,6 +94,8 @@ class Gradients(NamedTuple):
 
 
 _PARAMETERS, _OPTIONS = len(Parameters._fields), len(Options._fields)
+# what x' depends on, by its place among the arguments: everything but N2
+_OF_X_OUT = [i for i, name in enumerate(Streams._fields + Parameters._fields) if name not in ("weight2", "bias2")]
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[Parameters, Options, tuple[Any, ...]]:
@@ -201,6 +203,8 @@ def _check_backward(
 
 def save(ctx: Any, arguments: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
     """Keep what :func:`tensor_gradients` needs of the forward operator's arguments and outputs."""
+    if not any(ctx.needs_input_grad[i] for i in _OF_X_OUT):
+        ctx.mark_non_differentiable(outputs[0])  # as in PyTorch, where only N2 is trained
     x, y, *others = arguments
     parameters, options, _ = _split(tuple(others))
     ctx.save_for_backward(*kept(x, y, outputs[0], parameters), *parameters)

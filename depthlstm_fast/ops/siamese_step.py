@@ -80,6 +80,10 @@ class Gradients(NamedTuple):
 
 
 _TENSORS, _OPTIONS = len(Tensors._fields), len(Options._fields)
+# what X' and Y' depend on, by its place among the arguments; u depends on everything
+_OF_STREAMS = [
+    [Tensors._fields.index(name) for name in names] for names in (("x", "o", "weight_x", "bias_x"), ("y", "o"))
+]
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[Tensors, Options]:
@@ -139,8 +143,14 @@ def _check_backward(
             checks.check_shape(argument, gradient, tuple(tensors.o.shape))
 
 
-def save(ctx: Any, arguments: tuple[Any, ...]) -> None:
+def save(ctx: Any, arguments: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
     """Keep the forward arguments for :func:`tensor_gradients`."""
+    needs = ctx.needs_input_grad
+    # as in PyTorch, a stream that no trained tensor enters needs no gradient
+    constant = [
+        output for output, places in zip(outputs, _OF_STREAMS, strict=False) if not any(needs[i] for i in places)
+    ]
+    ctx.mark_non_differentiable(*constant)
     tensors, options = _split(arguments)
     ctx.save_for_backward(*tensors)
     ctx.options = options
@@ -197,6 +207,7 @@ OP = Op(
         Layout("rrr" + _LETTERS + "-", _gradient_letters, _is_numbered),
     ),
     direct=lambda traced, namespace, stem: None,
+    saves_outputs=True,
 )
 registry.add(OP)
 
@@ -207,10 +218,11 @@ class SiameseStepFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         *inputs, backend = arguments
-        save(ctx, tuple(inputs))
-        ctx.backend = backend
         with below_autograd():
-            return OPERATORS[NAME][backend].eager(inputs[0]).forward(*inputs)
+            outputs = OPERATORS[NAME][backend].eager(inputs[0]).forward(*inputs)
+        save(ctx, tuple(inputs), outputs)
+        ctx.backend = backend
+        return outputs
 
     @staticmethod
     @once_differentiable

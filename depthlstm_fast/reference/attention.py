@@ -1,4 +1,4 @@
-"""Multi-head attention, its masks and the decoding cache.
+"""Multi-head attention and its masks.
 
 Heads are split and merged by layout. The masks are those of ``torch.nn.Transformer*``.
 """
@@ -6,14 +6,15 @@ Heads are split and merged by layout. The masks are those of ``torch.nn.Transfor
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks, sharding
+from .caches import DecoderCache, KeyValueCache
+from .rotary import Rotation, rotate
 
 INITS = ("lipschitz", "glorot")
 
@@ -32,18 +33,27 @@ def draw_uniform(parameter: Tensor, bound: float) -> None:
         nn.init.uniform_(parameter, -bound, bound)
 
 
-def initialise_linear(linear: nn.Module, init: str, matrices: int = 1) -> None:
+@torch.no_grad()
+def initialise_linear(linear: nn.Module, init: str, matrices: int | tuple[int, ...] = 1) -> None:
     """Draw the weight of ``linear`` anew and set its bias to zero.
 
     ``init="lipschitz"`` draws from U(+-1/sqrt(fan_in)). ``"glorot"`` is Xavier's uniform for each of the ``matrices``
-    logical matrices stacked in the weight. A module that replaces the nn.Linear and has no plain ``weight`` is left
-    alone.
+    logical matrices stacked in the weight, or of those that have the given numbers of rows. A module that replaces the
+    nn.Linear and has no plain ``weight`` is left alone.
     """
     if not isinstance(linear, nn.Linear):
         return
     fan_out, fan_in = linear.weight.shape
-    bound = 1 / math.sqrt(fan_in) if init == "lipschitz" else math.sqrt(6 / (fan_in + fan_out // matrices))
-    draw_uniform(linear.weight, bound)
+    sizes = (fan_out // matrices,) * matrices if isinstance(matrices, int) else matrices
+    if init == "lipschitz" or len(set(sizes)) == 1:
+        bound = 1 / math.sqrt(fan_in) if init == "lipschitz" else math.sqrt(6 / (fan_in + sizes[0]))
+        draw_uniform(linear.weight, bound)
+    else:
+        weight = torch.empty(linear.weight.shape, dtype=linear.weight.dtype, device=linear.weight.device)
+        for part in weight.split(sizes):
+            bound = math.sqrt(6 / (fan_in + part.shape[0]))
+            part.uniform_(-bound, bound)
+        linear.weight.copy_(sharding.replicated(weight, linear.weight))
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)
 
@@ -114,66 +124,6 @@ def attention_mask(
     return (added[0] + added[1] if len(added) == 2 else added[0]), False
 
 
-@dataclass
-class DecoderCache:
-    """The state of one decoder layer between the steps of incremental decoding.
-
-    ``memory`` is the encoder's output, (batch, S, D). The cross-attention makes its keys and values, (batch, nhead, S,
-    D / nhead), at the first step. The self-attention appends to its own, (rows, nhead, capacity, D / nhead); the first
-    ``length`` positions are in use. ``rows`` is ``batch`` times the number of beams. The cache has no cell state: the
-    depth-wise LSTM's state runs over the layers of one token and starts afresh with the next.
-    """
-
-    memory: Tensor
-    memory_mask: Tensor | None = None
-    memory_keys_values: tuple[Tensor, Tensor] | None = None
-    keys: Tensor | None = None
-    values: Tensor | None = None
-    length: int = 0
-    attention: ClassVar[str] = "separate"  # the kind that the cache is for
-
-    @property
-    def rows(self) -> int | None:
-        """The rows that the first step began with; None before it."""
-        return None if self.keys is None else self.keys.shape[0]
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the key and value of one position, (rows, nhead, 1, D / nhead); return those of all positions so far."""
-        if self.keys is None or self.values is None:
-            self.keys, self.values = keys, values
-        else:
-            if self.length == self.keys.shape[2]:  # doubling: appending costs one copy per position, amortised
-                self.keys, self.values = (torch.cat((t, torch.zeros_like(t)), 2) for t in (self.keys, self.values))
-            # narrow, not an index: torch.compile would take the index for a constant and compile every position anew
-            self.keys.narrow(2, self.length, 1).copy_(keys)
-            self.values.narrow(2, self.length, 1).copy_(values)
-        self.length += 1
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
-
-    def reorder(self, rows: Tensor) -> None:
-        """Let row i continue from the tokens of row ``rows[i]``; rows is int64.
-
-        Rows only move within the beams of one source.
-
-        Raises:
-            TypeError, ValueError: rows is no int64 tensor (rows,), or names a row that the cache does not have.
-        """
-        if self.keys is not None and self.values is not None:
-            self.keys, self.values = self._select((self.keys, self.values), rows)
-
-    def _select(self, kept: tuple[Tensor, ...], rows: Tensor) -> tuple[Tensor, ...]:
-        if not isinstance(rows, Tensor) or rows.dtype != torch.int64:
-            found = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
-            raise TypeError(f"rows must be an int64 tensor; found {found}")
-        checks.check_shape("rows", rows, (rows.numel(),))
-        if rows.device != kept[0].device:
-            raise ValueError(f"rows must be on the device of the cache, {kept[0].device}; found {rows.device}")
-        try:
-            return tuple(each.index_select(0, rows) for each in kept)
-        except IndexError as error:  # looking at the numbers first would wait for a GPU
-            raise ValueError(f"rows must hold rows from 0 to {kept[0].shape[0] - 1}; found {rows.tolist()}") from error
-
-
 def check_beside(argument: str, found: Tensor, layer: nn.Module | None, *around: nn.Module) -> None:
     """Check ``found`` against the weights of the attention of ``layer`` that it meets, as far as they say something."""
     if layer is None:
@@ -239,9 +189,9 @@ class _Attention(nn.Module):
         """Return attention with its heads merged, (batch, L, D); a query that may attend to nothing gets zeros."""
         if mask is not None and mask.is_floating_point():
             mask = mask.to(query.dtype)
-        heads = F.scaled_dot_product_attention(
-            query, keys, values, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0, is_causal=is_causal
-        )
+        options: dict[str, Any] = {"enable_gqa": True} if keys.shape[1] != self.nhead else {}
+        options |= {"attn_mask": mask, "dropout_p": self.dropout if self.training else 0.0, "is_causal": is_causal}
+        heads = F.scaled_dot_product_attention(query, keys, values, **options)
         # a view: the flash kernels lay their output out as (batch, L, nhead, D / nhead)
         return heads.transpose(1, 2).flatten(2)
 
@@ -249,11 +199,19 @@ class _Attention(nn.Module):
 class SelfAttention(_Attention):
     """Multi-head self-attention.
 
-    Parameters: ``in_proj`` (D -> 3D: queries, keys, values) and ``out_proj`` (D -> D), both nn.Linear.
-    Dropout acts on the attention probabilities.
+    Args:
+        d_model, nhead: D, and the heads of the queries.
+        dropout: acts on the attention probabilities.
+        bias, init, device, dtype: of both matrices.
+        kv_heads: heads of keys and values, each for nhead / kv_heads heads of queries (Ainslie et al.,
+            arXiv 2305.13245); nhead if None.
+
+    Parameters: ``in_proj`` (D -> D + 2 kv_heads D / nhead: queries, keys, values) and ``out_proj`` (D -> D), both
+    nn.Linear.
 
     Raises:
-        TypeError, ValueError: a size, a probability or a name is invalid, or nhead does not divide d_model.
+        TypeError, ValueError: a size, a probability or a name is invalid, nhead does not divide d_model, or kv_heads
+            does not divide nhead.
     """
 
     def __init__(
@@ -266,37 +224,69 @@ class SelfAttention(_Attention):
         init: str = "lipschitz",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        kv_heads: int | None = None,
     ) -> None:
         super().__init__(d_model, nhead, dropout, bias, init, device, dtype)
-        self.in_proj: nn.Module = nn.Linear(d_model, 3 * d_model, bias, device, dtype)
+        self.kv_heads = nhead if kv_heads is None else kv_heads
+        checks.check_size("kv_heads", self.kv_heads)
+        if nhead % self.kv_heads:
+            raise ValueError(f"kv_heads must divide nhead, {nhead}; found {kv_heads}")
+        self.in_proj: nn.Module = nn.Linear(d_model, sum(self.parts), bias, device, dtype)
         self.out_proj = nn.Linear(d_model, d_model, bias, device, dtype)
         self.reset_parameters()
 
+    @property
+    def parts(self) -> tuple[int, int, int]:
+        """The widths of queries, keys and values in ``in_proj``'s output."""
+        width = self.kv_heads * (self.d_model // self.nhead)
+        return self.d_model, width, width
+
     def reset_parameters(self) -> None:
-        initialise_linear(self.in_proj, self.init, 3)
+        initialise_linear(self.in_proj, self.init, self.parts)
         initialise_linear(self.out_proj, self.init)
 
     def context(
-        self, x: Tensor, mask: Tensor | None = None, is_causal: bool = False, cache: DecoderCache | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        cache: DecoderCache | KeyValueCache | None = None,
+        rotation: Rotation | None = None,
     ) -> Tensor:
         """Run :meth:`forward` without the output projection."""
-        query, keys, values = self._split(self._project(self.in_proj, x), 3)
+        projected = self._project(self.in_proj, x)
+        if self.kv_heads == self.nhead:
+            query, keys, values = self._split(projected, 3)
+        else:
+            size = self.d_model // self.nhead
+            query, keys, values = (
+                part.unflatten(-1, (part.shape[-1] // size, size)).transpose(1, 2)
+                for part in projected.split(self.parts, -1)
+            )
+        if rotation is not None:
+            query, keys = rotate(query, rotation), rotate(keys, rotation)
         if cache is not None:
             keys, values = cache.append(keys, values)
         return self._attend(query, keys, values, mask, is_causal)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, is_causal: bool = False, cache: DecoderCache | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        cache: DecoderCache | KeyValueCache | None = None,
+        rotation: Rotation | None = None,
     ) -> Tensor:
         """Attend; x (batch, L, D) -> (batch, L, D).
 
         Args:
-            x: (batch, L, D); with ``cache`` L is 1.
+            x: (batch, L, D); with a :class:`DecoderCache` L is 1.
             mask, is_causal: as returned by :func:`attention_mask`. A row that may attend to nothing gets zeros before
                 ``out_proj``.
             cache: keys and values of earlier positions; those of x are appended.
+            rotation: of :func:`depthlstm_fast.reference.rotary.make_rotation`, by which queries and keys are turned.
         """
-        return self.out_proj(self.context(x, mask, is_causal, cache))
+        return self.out_proj(self.context(x, mask, is_causal, cache, rotation))
 
 
 class CrossAttention(_Attention):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..plain import is_plain_linear
-from .attention import CrossAttention, DecoderCache, initialise_linear
+from .attention import CrossAttention, initialise_linear
+from .caches import DecoderCache, select_rows
 
 FUSIONS = ("gate", "scalar")
 
@@ -29,7 +30,7 @@ class MergedCache(DecoderCache):
 
     def reorder(self, rows: Tensor) -> None:
         if self.total is not None:
-            (self.total,) = self._select((self.total,), rows)
+            (self.total,) = select_rows((self.total,), rows)
 
 
 class MergedAttention(CrossAttention):

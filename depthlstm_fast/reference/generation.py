@@ -79,12 +79,17 @@ def greedy_search(next_logits: NextLogits, reorder: Reorder, settings: Settings)
     Returns:
         Tokens (batch, n) without bos_id, and scores (batch,).
     """
+    return token_search(next_logits, lambda logp: logp.argmax(dim=1, keepdim=True), settings)
+
+
+def token_search(next_logits: NextLogits, choose: NextLogits, settings: Settings) -> tuple[Tensor, Tensor]:
+    """:func:`greedy_search`, but ``choose`` takes the tokens: log-probabilities (batch, vocab) -> (batch, 1) int64."""
     ids = torch.full((settings.batch, 1), settings.bos_id, device=settings.device)
     finished = torch.zeros(settings.batch, dtype=torch.bool, device=settings.device)
     total = scores = torch.zeros((), device=settings.device)
     for length in range(1, settings.max_length + 1):
         logp = log_probabilities(next_logits(ids))
-        token = logp.argmax(dim=1, keepdim=True)
+        token = choose(logp)
         total = total + logp.gather(1, token)[:, 0]
         scores = torch.where(finished, scores, total / penalty(length, settings.length_penalty))
         token = token.masked_fill(finished[:, None], settings.pad_id)

@@ -82,10 +82,14 @@ class Positions(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.kind!r}, max_len={self.max_len}, d_model={self.d_model}"
 
-    def forward(self, x: Tensor, start: int = 0) -> Tensor:
-        """Add the positions to x (batch, L, D), whose first token is at position ``start``."""
+    def forward(self, x: Tensor, start: int | Tensor = 0) -> Tensor:
+        """Add the positions to x (batch, L, D).
+
+        Its first token is at position ``start``, or its tokens are where an int64 tensor (batch or 1, L) says.
+        """
         table = self.weight if self.kind == "learned" else self._table_for(x)
-        return x + sharding.replicated(table[start : start + x.shape[1]], x)
+        chosen = table[start] if isinstance(start, Tensor) else table[start : start + x.shape[1]]
+        return x + sharding.replicated(chosen, x)
 
     def _table_for(self, x: Tensor) -> Tensor:
         if self.table is not None and _fits(self.table, x):

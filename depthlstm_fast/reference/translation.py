@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from ..modes import is_direct, is_traced
 from ..torch_private import is_transformed
 from . import generation
 from .positions import POSITIONS, Positions, initialise_embedding
+from .tied import TiedModel
 
 Memory = Tensor | tuple[Tensor, ...]
 
@@ -50,7 +49,7 @@ def check_search(max_length: Any, beam_size: Any, length_penalty: Any, max_len: 
     generation.check_penalty(length_penalty, max_length)
 
 
-class TranslationModel(nn.Module):
+class TranslationModel(TiedModel):
     """What surrounds ``encoder`` and ``decoder``, which a subclass sets between :meth:`_begin` and :meth:`_surround`.
 
     The decoder is called as :class:`DepthLSTMDecoder` is, and starts incremental decoding by its ``new_caches``.
@@ -59,7 +58,7 @@ class TranslationModel(nn.Module):
     encoder: nn.Module
     decoder: Any
     decoder_class: type[Any]
-    _ties_after_load = _output_alone_is_loaded = False
+    _embedding_name = "tgt_embedding"
 
     def _begin(
         self,
@@ -115,52 +114,6 @@ class TranslationModel(nn.Module):
         self.tie_weights()
         self.input_dropout = nn.Dropout(dropout)
         self._reset_embeddings()
-        self.register_load_state_dict_post_hook(_tie_after_load)
-
-    def _is_tied(self) -> bool:
-        return getattr(self.output, "weight", None) is getattr(self.tgt_embedding, "weight", self)
-
-    def tie_weights(self) -> None:
-        """With ``tie_output=True`` make the output layer's weight the target embedding's again; nothing otherwise.
-
-        ``to_empty()`` and ``load_state_dict(assign=True)`` of a tied model, and ``reset_parameters()``, call it. Call
-        it yourself after anything else that gave the two a parameter each. Where one of them is on the meta device the
-        other's weight is taken. A layer that is no nn.Linear or nn.Embedding any more, and weights of different types,
-        are left as they are.
-        """
-        if not self.tie_output or self._is_tied():
-            return
-        if not isinstance(self.output, nn.Linear) or not isinstance(self.tgt_embedding, nn.Embedding):
-            return
-        own, embedded = self.output._parameters.get("weight"), self.tgt_embedding._parameters.get("weight")
-        if own is None or embedded is None or type(own) is not type(embedded) or own.shape != embedded.shape:
-            return
-        if (embedded.is_meta and not own.is_meta) or self._output_alone_is_loaded:
-            self.tgt_embedding.weight = own
-        else:
-            self.output.weight = embedded
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        tied = self._is_tied()
-        super()._apply(fn, recurse)
-        if tied:
-            self.tie_weights()
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        own, embedded = (state_dict.get(f"{prefix}{name}.weight") for name in ("output", "tgt_embedding"))
-        on_meta = any(
-            getattr(module.weight, "is_meta", False)
-            for module in (self.output, self.tgt_embedding)
-            if hasattr(module, "weight")
-        )
-        # a tie that loading breaks is made again, as is one that was lost before there was anything to load into; two
-        # weights that differ belong to a head of the user's own
-        self._ties_after_load = self._is_tied() or (
-            on_meta and (own is None or embedded is None or _are_equal(own, embedded))
-        )
-        self._output_alone_is_loaded = own is not None and embedded is None
-        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _reset_embeddings(self) -> None:
         self.tie_weights()
@@ -325,36 +278,6 @@ class TranslationModel(nn.Module):
     ) -> tuple[Tensor, Tensor] | None:
         """Tokens and scores by another way than the search in PyTorch; None for none, as here."""
         return None
-
-    @contextlib.contextmanager
-    def _inference(self) -> Iterator[None]:
-        """Evaluation mode, in which nothing changes the weights; each module's mode comes back."""
-        trained = [module for module in self.modules() if module.training]
-        for module in trained:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module in trained:
-                module.training = True
-
-
-def _tie_after_load(model: TranslationModel, incompatible_keys: Any) -> None:
-    if model._ties_after_load:
-        model.tie_weights()
-    model._output_alone_is_loaded = False
-
-
-def _are_equal(a: Any, b: Any) -> bool:
-    """Whether two entries of a state_dict hold the same numbers, as far as that can be told."""
-    if a is b or not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.is_meta or b.is_meta:
-        return True
-    return (
-        type(a) is type(b)
-        and a.shape == b.shape
-        and a.dtype == b.dtype
-        and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
-    )
 
 
 class Decoding:

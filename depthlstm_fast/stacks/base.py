@@ -39,6 +39,8 @@ def build_connection(connection: Factory, d_model: int, num_branches: int, hints
         signature = inspect.signature(factory)
         chosen = getattr(factory, "keywords", {})
         told = {name: value for name, value in hints.items() if name in signature.parameters and name not in chosen}
+        if "norm" in told and signature.parameters["norm"].default not in checks.NORMALISATIONS:
+            del told["norm"]  # the depth-wise LSTM's says how gates are normalised
         signature.bind(d_model, num_branches, **told)
     except (TypeError, ValueError) as error:
         raise TypeError(
@@ -90,6 +92,9 @@ class Stack(Layout, nn.Module):
         dtype: torch.dtype | None,
         attention: str | None,
         cross_classes: list[Callable[..., CrossAttention]],
+        kv_heads: int | None = None,
+        gated: bool = False,
+        norm: str | None = None,
     ) -> None:
         super().__init__()
         checks.check_placement(device, dtype)
@@ -113,6 +118,8 @@ class Stack(Layout, nn.Module):
             "bias": bias,
             "eps": layer_norm_eps,
         }
+        if norm is not None:
+            hints |= {"norm": norm, "output_norm": norm}
         built = build_connection(connection, d_model, num_layers * len(names), hints)
         if feed_forward is None and has_network and built.absorbs_feed_forward:
             raise ValueError(
@@ -129,12 +136,11 @@ class Stack(Layout, nn.Module):
         self.dropout = 0.0 if takes_dropout(connection) else dropout
         self.branches_per_layer, self.gradient_checkpointing, self.attention = len(names), False, attention
         self.beta = (4 * built.num_branches) ** -0.25  # DeepNorm's, by branches: (8N) for two a layer, (12M) for three
-        placed: dict[str, Any] = {"device": device, "dtype": dtype}
+        common: dict[str, Any] = {"dropout": dropout, "activation": activation, "bias": bias, "kv_heads": kv_heads}
+        common |= {"gated": gated, "device": device, "dtype": dtype}
         self.layers = nn.ModuleList(
             [
-                StackLayer(
-                    d_model, nhead, attention, has_network, inner, dropout, activation, bias, cross_class, **placed
-                )
+                StackLayer(d_model, nhead, attention, has_network, inner, cross_class=cross_class, **common)
                 for cross_class in cross_classes
             ]
         )

@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..activations import activate
+from ..activations import activate, swiglu
 from ..connections import Connection
 from ..layers import add_cross_attention, attend_into, linear_into
 from ..ops import shared_buffer
@@ -36,7 +36,8 @@ class StackLayer(nn.Module):
     """The branches of one layer; what connects them is the stack's.
 
     Parameters: ``self_attn`` but with merged attention, ``cross_attn`` in decoders, ``linear1`` and ``linear2`` with a
-    feed-forward network, named as in :class:`DepthLSTMDecoderLayer`.
+    feed-forward network, named as in :class:`DepthLSTMDecoderLayer`. With ``gated`` ``linear1`` is twice as wide: the
+    gate's rows, and then the value's.
     """
 
     def __init__(
@@ -50,17 +51,19 @@ class StackLayer(nn.Module):
         activation: str,
         bias: bool,
         cross_class: Callable[..., CrossAttention],
+        kv_heads: int | None = None,
+        gated: bool = False,
         **placed: Any,
     ) -> None:
         super().__init__()
-        self.d_model, self.dropout, self.activation = d_model, dropout, activation
+        self.d_model, self.dropout, self.activation, self.gated = d_model, dropout, activation, gated
         self.branches = branch_names(attention, feed_forward)
         if attention != "merged":
-            self.self_attn = SelfAttention(d_model, nhead, dropout=dropout, bias=bias, **placed)
+            self.self_attn = SelfAttention(d_model, nhead, dropout=dropout, bias=bias, kv_heads=kv_heads, **placed)
         if attention is not None:
             self.cross_attn = cross_class(d_model, nhead, dropout=dropout, bias=bias, **placed)
         if feed_forward:
-            self.linear1: nn.Module = nn.Linear(d_model, dim_feedforward, bias, **placed)
+            self.linear1: nn.Module = nn.Linear(d_model, dim_feedforward * (1 + gated), bias, **placed)
             self.linear2: nn.Module = nn.Linear(dim_feedforward, d_model, bias, **placed)
 
     def forward(
@@ -113,7 +116,8 @@ class StackLayer(nn.Module):
         return self.cross_attn(u, **options["cross"], keep=options["keep"])
 
     def feed_forward(self, u: Tensor, options: dict[str, Any]) -> Tensor:
-        inner = activate(self.linear1(u), self.activation)
+        inner = self.linear1(u)
+        inner = swiglu(inner) if self.gated else activate(inner, self.activation)
         return linear_into(self._beside(u), 0, self.linear2, F.dropout(inner, self.dropout, self.training))
 
     def _beside(self, u: Tensor) -> Tensor | None:

@@ -207,6 +207,28 @@ def test_a_compiler_that_fails_is_reported_not_raised() -> None:
     assert Compiled(enabled=False).get(gates.reference_gates, fail) is None
 
 
+def test_compiled_rivals_of_one_factory_stay_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch compiles one code object eight times, and then runs it uncompiled
+    graphs: list[Any] = []
+    torch_compile = torch.compile
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def compile(function: Any, *, dynamic: bool, mode: str | None) -> Any:
+        return torch_compile(function, dynamic=dynamic, mode=mode, backend=backend)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    torch.compiler.reset()
+    references = Compiled()
+    for factor in range(12):
+        found = references.get(lambda x, factor=float(factor): x * factor, lambda call: call(torch.ones(3)))
+        assert found is not None
+        assert references.reason is None
+    assert len(graphs) == 12
+
+
 @pytest.mark.parametrize(("clock", "seconds"), [("call", 1.0), ("latency", 5.0)])
 def test_the_hosts_stopwatch_starts_on_an_idle_device(
     monkeypatch: pytest.MonkeyPatch, clock: str, seconds: float

@@ -21,7 +21,7 @@ def cells(page: Path, heading: str) -> dict[str, list[str]]:
     return {name: rest for name, *rest in rows}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/language_model.md"])
 def test_code_runs(page: str) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S)
     assert blocks

@@ -1,7 +1,7 @@
-"""Checks that test_two_processes.py starts as two gloo processes; each process writes down the outcomes.
+"""Checks that test_two_processes.py starts as two or three gloo processes; each process writes down the outcomes.
 
-Both processes run the same checks in the same order. A check that fails in only one process leaves the two out of step,
-so it is the last.
+All processes run the same checks in the same order. A check that fails in only one leaves them out of step, so it is
+the last.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from client_helpers import HEADS, D, assert_equal_dicts, batch, cotangent, gradients, model
+from client_helpers import HEADS, LAYERS, SOURCE, TARGET, D, assert_equal_dicts, batch, cotangent, gradients, model
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -38,9 +38,14 @@ def same_model(**options: Any) -> Any:
     return model(**options)
 
 
+def same_connected(connection: str) -> Any:
+    torch.manual_seed(0)
+    return dl.Transformer(SOURCE, TARGET, D, HEADS, LAYERS, LAYERS, dropout=0.0, connection=connection)
+
+
 def shard(trained: Any, mesh: DeviceMesh) -> Any:
     for stack in (trained.encoder, trained.decoder):
-        if stack.share_cell:
+        if getattr(stack, "share_cell", False):
             fully_shard(stack.layers[0].cell, mesh=mesh)
         for layer in stack.layers:
             fully_shard(layer, mesh=mesh)
@@ -77,6 +82,29 @@ def check_fsdp2(mesh: DeviceMesh, folder: Path) -> None:
     for options in ({}, {"share_cell": True}, {"hidden": "ffn", "sublayer": True, "positions": "learned"}):
         wanted = gradients(same_model(**options))
         assert_equal_dicts(halved(shard(same_model(**options), mesh), mesh), wanted, **CLOSE)
+
+
+def check_fsdp2_connections(mesh: DeviceMesh, folder: Path) -> None:
+    """Check connections with parameters of their own, two streams, or all earlier outputs as state."""
+    for connection in ("pre-norm", "siamese", "depth-lstm", "depth-gru", "dlcl", "attention-residuals"):
+        wanted = gradients(same_connected(connection))
+        assert_equal_dicts(halved(shard(same_connected(connection), mesh), mesh), wanted, **CLOSE)
+
+
+def check_fsdp2_mixed_precision(mesh: DeviceMesh, folder: Path) -> None:
+    """Check that an fp32 c stays fp32 in bf16 layers, unless FSDP2 is left to cast what goes in."""
+    x, cells = torch.randn(2, 5, D, generator=torch.Generator().manual_seed(7)), []
+    for casts in (False, True):
+        torch.manual_seed(0)
+        layers = [dl.DepthLSTMEncoderLayer(D, HEADS, dropout=0.0, batch_first=True) for _ in range(3)]
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=casts)
+        h, c = x.bfloat16(), torch.zeros_like(x)
+        for layer in layers:
+            h, c = fully_shard(layer, mesh=mesh, mp_policy=policy)(h, c)
+        assert h.dtype == torch.bfloat16
+        assert c.dtype == (torch.bfloat16 if casts else torch.float32)
+        cells.append(c)
+    assert not torch.equal(cells[0].bfloat16().float(), cells[0])  # c holds more than bf16 could
 
 
 def check_fsdp2_generate(mesh: DeviceMesh, folder: Path) -> None:
@@ -154,6 +182,19 @@ def check_checkpoint(mesh: DeviceMesh, folder: Path) -> None:
     after = {name: full(p).detach() for name, p in sharded.named_parameters()}
     if mesh.get_local_rank() == 0:
         torch.save(after, folder / "after.pt")
+
+
+def check_loading(mesh: DeviceMesh, folder: Path) -> None:
+    """Load a checkpoint that one process has saved, and write down what all processes hold together."""
+    sharded = shard(same_model(), mesh)
+    optimizer = torch.optim.AdamW(dl.param_groups(sharded), 1e-2)
+    states = get_state_dict(sharded, optimizer)
+    state = {"model": states[0], "optimizer": states[1]}
+    dcp.load(state, checkpoint_id=folder / "one")
+    set_state_dict(sharded, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    found = {name: (full(p).detach(), full(optimizer.state[p]["exp_avg_sq"])) for name, p in sharded.named_parameters()}
+    if mesh.get_local_rank() == 0:
+        torch.save(found, folder / "loaded.pt")
 
 
 def gradients_of(layer: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -263,11 +304,11 @@ CHECKS: dict[str, Callable[[DeviceMesh, Path], None]] = {
 }
 
 
-def main(folder: Path, rank: int, names: list[str]) -> None:
+def main(folder: Path, world: int, rank: int, names: list[str]) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    mesh, results = init_device_mesh("cpu", (2,)), {}
+    store = dist.FileStore(str(folder / "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    mesh, results = init_device_mesh("cpu", (world,)), {}
     for name in names:
         try:
             CHECKS[name](mesh, folder)
@@ -277,10 +318,10 @@ def main(folder: Path, rank: int, names: list[str]) -> None:
         (folder / f"results{rank}.json").write_text(json.dumps(results))
         failures = torch.tensor(float(results[name] != "ok"))
         dist.all_reduce(failures)
-        if failures == 1:
+        if 0 < failures < world:
             break
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

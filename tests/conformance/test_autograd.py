@@ -76,6 +76,32 @@ def test_every_subset_of_gradients(op: Op, path: Path, wanted: str) -> None:
             assert leaf.grad is None, name
 
 
+MOST_TENSORS = 9  # of which every subset is taken; of more, and interpreted or simulated, each alone and all
+
+
+@cases("variant", lambda op, path: op.variants if path.native else op.variants[:2], one_path=True)
+def test_what_needs_a_gradient_is_what_does_in_pytorch(op: Op, path: Path, variant: Variant) -> None:
+    """Whichever tensors are trained: an output that depends on none of them needs no gradient."""
+    tensors, options = make(op, path, *path.sizes, FULL, variant)
+    names, grads = list(tensors), op.cotangents(tensors)
+    every = run(op, path, tensors, grads, **options)
+    every_size = path.native and len(names) <= MOST_TENSORS
+    sizes = range(len(names) + 1) if every_size else (1, len(names))
+    for wanted in itertools.chain.from_iterable(itertools.combinations(names, size) for size in sizes):
+        leaves = {name: tensor.detach().requires_grad_(name in wanted) for name, tensor in tensors.items()}
+        outputs = fused(op, path, **leaves, **options)
+        plain = op.reference(**leaves, **options)
+        assert [each.requires_grad for each in outputs] == [each.requires_grad for each in plain], wanted
+        used = [index for index, output in enumerate(outputs) if output.requires_grad]
+        torch.autograd.backward([outputs[index] for index in used], [grads[index] for index in used])
+        for name, leaf in leaves.items():
+            if name not in wanted:
+                assert leaf.grad is None, (wanted, name)
+                continue
+            assert leaf.grad is not None, (wanted, name)
+            torch.testing.assert_close(leaf.grad, every[f"d{name}"], rtol=1e-5, atol=1e-5)
+
+
 def undefined(op: Op, path: Path) -> Any:
     return itertools.product(["h", "c"], op.variants, [FULL, *path.main[1:2], MIXED] if path.native else [FULL])
 

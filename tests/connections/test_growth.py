@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from connection_helpers import FORMS, C, assert_close, batch, model, randomise
+from connection_helpers import F64, FORMS, C, assert_close, batch, model, normal, randomise
 
 import depthlstm_fast as dl
 
@@ -34,6 +34,25 @@ def test_a_grown_model_is_two_stacks(form: str) -> None:
         tokens, wanted = translator.generate(src, 5, beams, use_cache=False, return_scores=True)
         assert torch.equal(found, tokens)
         assert_close(scores, wanted)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("copy", [True, False])
+def test_an_encoder_grows_on_its_own(form: str, copy: bool) -> None:
+    encoder = randomise(dl.Encoder(C, 2, 2, dropout=0.0, batch_first=True, connection=FORMS[form], dtype=F64)).eval()
+    x, padding = normal(3, 5, C), torch.arange(5) >= torch.tensor([[5], [3], [4]])
+    h1 = encoder(x, src_key_padding_mask=padding)
+    grown = dl.grow(encoder, 3, copy=copy)
+    assert grown.first is encoder
+    assert not grown.training
+    trained = {name for name, parameter in grown.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in grown.named_parameters() if not name.startswith("first.")}
+    for name, parameter in grown.second.layers[2].named_parameters():
+        assert torch.equal(parameter, encoder.layers[1].get_parameter(name)) == copy, name
+    randomise(grown.second), randomise(grown.norm)
+    wanted = grown.second(grown.norm(x) + h1, src_key_padding_mask=padding)
+    assert_close(grown(x, src_key_padding_mask=padding), wanted)
+    assert_close(pickle.loads(pickle.dumps(grown))(x, src_key_padding_mask=padding), wanted)
 
 
 @pytest.mark.parametrize("freeze", [True, False])
@@ -91,8 +110,11 @@ def test_new_layers_may_be_copies_of_the_top_ones(form: str, layers: int) -> Non
 
 
 def test_what_cannot_be_grown() -> None:
-    with pytest.raises(TypeError, match="model must be a Transformer; found Encoder"):
-        dl.grow(dl.Encoder(C, 2, 1), 1)
+    lstm = dl.DepthLSTMTransformer(11, 13, C, 2, 1, 1)
+    for one in (dl.Decoder(C, 2, 1), lstm, dl.grow(dl.Encoder(C, 2, 1), 1)):
+        found = type(one).__name__
+        with pytest.raises(TypeError, match=f"model must be a Transformer or an Encoder; found {found}"):
+            dl.grow(one, 1)
     with pytest.raises(ValueError, match='model must have memory="top"'):
         dl.grow(model(memory="transparent"), 1)
     with pytest.raises(ValueError, match="model must not have been grown before; found a GrownEncoder"):

@@ -13,6 +13,7 @@ from connection_helpers import NAMES, C, make
 import depthlstm_fast as dl
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "connections.md"
+RESULTS = PAGE.parents[1] / "benchmarks" / "results" / "amd-epyc-2-cores"
 
 pytestmark = pytest.mark.skipif(not PAGE.is_file(), reason="no checkout")
 
@@ -44,7 +45,7 @@ def test_costs(name: str, layers: int, per_layer: int) -> None:
 
 def test_taxes_are_those_measured() -> None:
     """Check the page's table against the run that it names."""
-    results = PAGE.parents[1] / "benchmarks" / "results" / "amd-epyc-2-cores" / "connections" / "results.json"
+    results = RESULTS / "connections" / "results.json"
     taxes: dict[str, list[str]] = {}
     for row in json.loads(results.read_text(encoding="utf-8"))["rows"]:
         (tax,) = (figure for figure in row["figures"] if figure["column"] == "against")
@@ -69,3 +70,28 @@ def test_the_code_runs() -> None:
         names: dict[str, Any] = {}
         exec(compile(block, str(PAGE), "exec"), names)
         assert names["encoder"].connection is not None
+
+
+def measured_kernels() -> list[str]:
+    """The page's lines of the kernels alone, from the runs that it names; C = 512."""
+    lines = []
+    for op in ("norm_step", "siamese_step", "depth_gru_gates", "layer_mix", "layer_attend"):
+        kinds: dict[str, list[str]] = {}
+        for row in json.loads((RESULTS / op / "results.json").read_text(encoding="utf-8"))["rows"]:
+            if not row["size"].endswith("C=512"):
+                continue
+            name, _, mode = row["name"].partition(" forward")
+            figures = {figure["column"]: figure["value"] for figure in row["figures"]}
+            cells = kinds.setdefault(name.replace(f"{op} ", "").rstrip(":"), [])
+            cells.append(f"{figures['compile']:.2f}")
+            if "backward" not in mode:
+                cells.append(f"{100 * figures['against']:.0f}%")
+        for name, (forward, share, both, narrow, narrow_share, narrow_both) in kinds.items():
+            cells = [f"`{op}`, {name}", forward, both, share, narrow, narrow_both, narrow_share]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def test_kernels_are_those_measured() -> None:
+    part = PAGE.read_text(encoding="utf-8").partition("## The kernels alone")[2].partition("\n## ")[0]
+    assert [line for line in part.splitlines() if line.startswith("| `")] == measured_kernels()

@@ -54,7 +54,7 @@ void product(const DecodeKernels& kernels, WeightType type, int64_t outputs, int
     const int64_t padded = round_up(outputs, panel_outputs);
     const int64_t bytes = type == WeightType::float32    ? inputs * 4
                           : type == WeightType::bfloat16 ? round_up(inputs, 2) * 2
-                                                         : inputs;
+                                                         : round_up(inputs, 2);
     Guarded weights(padded * bytes, type == WeightType::float32 ? 4 : type == WeightType::bfloat16 ? 2 : 1);
     Floats packed_bias(padded), scale(padded);
     Panels panels;
@@ -70,8 +70,16 @@ void product(const DecodeKernels& kernels, WeightType type, int64_t outputs, int
     Floats x((rows - 1) * x_stride + inputs), y((rows - 1) * y_stride + outputs);
     Floats given((rows - 1) * base_stride + outputs);
     x.randomise();
+    if (type == WeightType::int8) {  // which rounds rows to 16 bits of their largest number
+        for (int64_t i = 0; i < x.count; ++i) {
+            const double q = std::fmin(std::fmax(8000 * x.at()[i], -32767), 32767);
+            x.at()[i] = float((i % x_stride == 0 ? 32767 : std::round(q)) / 32768);
+        }
+    }
     given.randomise();
+    Guarded rounded(type == WeightType::int8 ? rows * rounded_row_bytes(inputs) : 64, 64);
     ProductCall call;
+    call.rounded = rounded.data;
     call.panels = panels;
     call.x = x.at();
     call.x_stride = x_stride;

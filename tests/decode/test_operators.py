@@ -14,7 +14,8 @@ import pytest
 import torch
 from decode_helpers import draw, sharpen
 from helpers import needs_cpp
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import depthlstm_fast as dl
 from depthlstm_fast.decode.engine import additive_mask, make_plan, operators, pack
@@ -214,20 +215,100 @@ def test_a_search_goes_on_from_any_step(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_narrow_weights_are_those_of_a_rounded_model(dtype: str) -> None:
-    """Tokens and scores are those of a float32 model whose matrices were rounded in PyTorch."""
+    """Tokens and scores are those of a float32 model whose matrices were rounded in PyTorch.
+
+    int8 also rounds the inputs of products. Its scores may differ as much as roundings of the same size make them.
+    """
     for seed in range(25):
         case = draw(seed)
         served = dl.compile_decoder(case.model, dtype)
-        with torch.no_grad():
-            for module in case.model.modules():
-                if isinstance(module, torch.nn.Linear) and module is not case.model.output:
-                    module.weight.copy_(rounded(module.weight, dtype))
-            case.model.output.weight = torch.nn.Parameter(rounded(case.model.output.weight, dtype))
+        round_matrices(case.model, dtype)
         options = {"src_key_padding_mask": case.mask, "return_scores": True}
         found = served.generate(case.src, case.max_length, case.beams, case.penalty, **options)
         wanted = case.generate()
+        spread = 0.0
+        if dtype == "int8":
+            with RoundedInputs(), dl.use_backend("reference"):
+                scores = [case.generate()[1] for _ in range(4)]
+            spread = max((each - wanted[1]).abs().max().item() for each in scores)
         assert torch.equal(found[0], wanted[0]), seed
-        torch.testing.assert_close(found[1], wanted[1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found[1], wanted[1], rtol=1e-4, atol=1e-4 + 2 * spread)
+
+
+INPUTS = {nn.functional.linear: 0, torch.addmm: 1, Tensor.addmm_: 1}  # of products: their place
+
+
+class RoundedInputs(TorchFunctionMode):
+    """Rounds the inputs of products as csrc/decode/cpu_product_int8.h does, but up or down at random."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        place = INPUTS.get(function)
+        if place is not None:
+            x = args[place]
+            unit = x.abs().amax(-1, keepdim=True) / min(32767, 2**31 // (127 * x.shape[-1]) - 1)
+            rounded = torch.where(unit > 0, (x / unit + torch.rand_like(x)).floor() * unit, x)
+            args = (*args[:place], rounded, *args[place + 1 :])
+        return function(*args, **(kwargs or {}))
+
+
+def test_int8_sums_are_exact() -> None:
+    """A source's tokens and scores are the same bits alone and beside others, and one at a time of its positions."""
+    for seed in range(10):
+        case = draw(seed)
+        served = dl.compile_decoder(case.model, "int8")
+        tokens, scores = served.generate(case.src, 12, case.beams, return_scores=True)
+        for row in range(len(case.src)):
+            alone, score = served.generate(case.src[row : row + 1], 12, case.beams, return_scores=True)
+            assert torch.equal(tokens[row, : alone.shape[1]], alone[0])
+            assert torch.equal(scores[row], score[0])
+
+
+@pytest.mark.parametrize("inner", [516, 517, 4096, 20001])
+def test_int8_sums_do_not_overflow(inner: int) -> None:
+    """Every product is as large as it can be; 516 inputs are the most beside the largest int16."""
+    each = dl.Transformer(9, 9, 8, 2, 1, 1, inner, activation="relu", connection="pre-norm").eval()
+    with torch.no_grad():
+        layer = each.encoder.layers[0]
+        layer.linear1.weight.zero_()
+        layer.linear1.bias.fill_(1)
+        layer.linear2.weight.fill_(2 / inner)
+        layer.linear2.weight[::2] /= -2
+        src = source() % 8 + 1  # 0 pads
+        round_matrices(each, "int8")
+        wanted = each.encode(src)
+    found = operators().decode_encode(pack(*make_plan(each, "int8")).blob, src, None)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.4e38])
+def test_int8_rows_without_a_largest_number(value: float) -> None:
+    each = model(num_encoder_layers=1)
+    with torch.no_grad():
+        each.src_embedding.weight[5, 3] = value
+    served = dl.compile_decoder(each, "int8")
+    with pytest.raises(ValueError, match="found NaN for source 1 at token 1"):
+        served.generate(torch.tensor([[7, 8], [5, 6]]), 6)
+
+
+def test_int8_rows_of_tiny_numbers_are_zero() -> None:
+    found = []
+    for value in (0.0, 1e-38):
+        torch.manual_seed(3)
+        each = model(num_encoder_layers=1)
+        with torch.no_grad():
+            each.src_embedding.weight[5] = value
+            each.src_positions.table[0] = 0
+        found.append(dl.compile_decoder(each, "int8").generate(torch.tensor([[5, 6]]), 6, return_scores=True))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def round_matrices(each: Any, dtype: str) -> None:
+    with torch.no_grad():
+        for module in each.modules():
+            if isinstance(module, nn.Linear) and module is not each.output:
+                module.weight.copy_(rounded(module.weight, dtype))
+        each.output.weight = nn.Parameter(rounded(each.output.weight, dtype))
 
 
 @pytest.mark.parametrize("output", ["float32", "bfloat16", "int8"])

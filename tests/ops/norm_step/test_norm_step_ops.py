@@ -70,6 +70,17 @@ def test_compiled_for_every_number_of_rows(variant: Any) -> None:
                 torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("trained", ["x", "weight2"])
+def test_compiled_outputs_need_a_gradient_where_eager_ones_do(trained: str) -> None:
+    tensors, options = arguments((2, 3), 5, FULL, "2")
+    tensors[trained].requires_grad_()
+    torch._dynamo.reset()
+    x_out, u = torch.compile(dl.norm_step, backend="aot_eager", fullgraph=True)(**tensors, **options)
+    assert (x_out.requires_grad, u.requires_grad) == (trained == "x", True)
+    u.sum().backward()
+    assert tensors[trained].grad is not None
+
+
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [

@@ -69,6 +69,19 @@ def test_compiled_for_every_number_of_rows(norm: str, normed: bool) -> None:
 
 
 @pytest.mark.parametrize(
+    ("trained", "needs"), [("x", (True, False)), ("y", (False, True)), ("weight_y", (False, False))]
+)
+def test_compiled_outputs_need_a_gradient_where_eager_ones_do(trained: str, needs: tuple[bool, bool]) -> None:
+    tensors, options = arguments((2, 3), 5, FULL, "layer", True)
+    tensors[trained].requires_grad_()
+    torch._dynamo.reset()
+    x_out, y_out, u = torch.compile(dl.siamese_step, backend="aot_eager", fullgraph=True)(**tensors, **options)
+    assert (x_out.requires_grad, y_out.requires_grad, u.requires_grad) == (*needs, True)
+    u.sum().backward()
+    assert tensors[trained].grad is not None
+
+
+@pytest.mark.parametrize(
     ("place", "value", "message"),
     [
         (0, torch.randn(3, 5), "x must have the shape of o"),
