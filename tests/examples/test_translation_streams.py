@@ -30,7 +30,7 @@ from translation_helpers import (
     translate,
 )
 
-PROGRAMS = ("prepare", "train", "translate", "compare", "study", "study_report", "debian", "analyse")
+PROGRAMS = ("prepare", "train", "translate", "compare", "study", "study_report", "debian", "analyse", "analysis_report")
 GREEDY = ("--beam-size", "1", "--max-length", "2")
 
 
