@@ -32,6 +32,7 @@ class Sizes:
     stack: tuple[int, int, int, int, int]  # a layer's four sizes, and the number of layers
     memory: tuple[int, int]
     few: tuple[int, tuple[int, ...]]  # D, and numbers of rows
+    steps: tuple[tuple[int, int, torch.dtype], ...]  # (C, rows, dtype) of the other ops, the main one first
     check_elements: int  # of c in a check
     copied_bytes: int = 1 << 30
     matrix: int = 8192
@@ -51,6 +52,7 @@ FULL = Sizes(
     stack=(512, 8, 32, 512, 6),
     memory=(512, 16384),
     few=(512, (1, 8, 64)),
+    steps=((512, 65536, BF16), (1024, 32768, BF16), (512, 32768, FP32)),
     check_elements=1 << 22,
 )
 TINY = Sizes(
@@ -60,6 +62,7 @@ TINY = Sizes(
     stack=(16, 2, 1, 3, 2),
     memory=(16, 4),
     few=(16, (1,)),
+    steps=((16, 4, BF16),),
     check_elements=48,
     copied_bytes=1 << 12,
     matrix=16,
@@ -111,15 +114,23 @@ class Bench:
         made = self.verified[key]
         return None if made.passed else f"{made.subject} {made.dtype} {made.size} {made.summary}"
 
-    def rows(self, make: Maker, needed: Needed, compile: bool = True, mode: str | None = None) -> Iterator[Row]:
+    def rows(
+        self,
+        make: Maker,
+        needed: Needed,
+        compile: bool = True,
+        mode: str | None = None,
+        backends: tuple[str, ...] | None = None,
+    ) -> Iterator[Row]:
         """Yield the problem's rows, red ones first; a backend with a red check is not timed.
 
         Args:
             compile, mode: whether torch.compile is among the rivals, and in which mode.
+            backends: those under test; None for all.
         """
         self.reset()
         subject, dtype, features = needed
-        red = {name: self.checker.failure(subject, name, dtype, features) for name in self.backends}
+        red = {name: self.checker.failure(subject, name, dtype, features) for name in backends or self.backends}
         green = tuple(name for name, reason in red.items() if reason is None)
         problem = make(self.place(green, compile and bool(green), mode))
         for name in green:

@@ -18,9 +18,10 @@ from ..measure.calls import name_of
 from ..measure.gpu_timing import release
 from ..measure.poison import poisoned
 from ..subjects import cell, gates, layer
+from .steps import CALLS
 
 LAYER_ROUNDINGS = 4.0  # several products deep
-Key = tuple[str, str, torch.dtype, int]  # subject ("gates", "cell", "cell beside", "layer"), backend, dtype, D
+Key = tuple[str, str, torch.dtype, int]  # subject ("gates", "cell", "layer" or of CALLS), backend, dtype, D
 
 
 class Checker:
@@ -70,7 +71,10 @@ class Checker:
         rows, roundings = self.rows(features), GPU_ROUNDINGS[dtype]
         if subject == "layer":
             return layer.check_at(dtype, features, self.heads, self.tokens, backend, self.device, LAYER_ROUNDINGS)
-        if subject == "gates":
+        if subject in CALLS:
+            with poisoned(self.device):
+                made = CALLS[subject].check(dtype, rows, features, backend, self.device, roundings)
+        elif subject == "gates":
             with poisoned(self.device):
                 made = gates.check_at(dtype, rows, features, backend, self.device, roundings)
         else:

@@ -20,6 +20,7 @@ from . import counters, launch_plans, prepare, programs, sanitize
 from . import report as gpu_report
 from .bench import BF16, Bench
 from .jobs import Budget, Job, Recorder
+from .steps import CALLS, backends_of, step_rows
 from .subject_rows import AUTOTUNE, cell_rows, few_rows, gates_rows, layer_rows, memory_rows, overhead_rows, stack_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,7 +54,7 @@ class Stages:
                 self.wait_for_layers,
                 self.gates,
             ),
-            *(self.cell, self.layer, self.memory, self.host, self.pictures),
+            *(self.cell, self.layer, self.steps, self.memory, self.host, self.pictures),
             *(self.tests, self.sanitizer, self.counters, self.older_tests, self.plans, self.autotune),
         )
         found = [job for stage in stages for job in stage()]
@@ -159,6 +160,16 @@ class Stages:
         if self.compile:
             for size in self.bench.sizes.layers:
                 yield Job(f"layer D={size[0]} compiled", "layer", partial(layer_rows, self.bench, *size, True), 25)
+
+    def steps(self) -> Iterable[Job]:
+        """Yield the ops of depth connections, at the main size against torch.compile, too."""
+        for index, (features, rows, dtype) in enumerate(self.bench.sizes.steps):
+            for label in CALLS:
+                name = f"{label} C={features} {str(dtype).removeprefix('torch.')}"
+                if backends_of(label, self.bench.backends):
+                    yield Job(
+                        name, "steps", partial(step_rows, self.bench, label, features, rows, dtype, index == 0), 10
+                    )
 
     def memory(self) -> Iterable[Job]:
         yield Job("memory", "memory", partial(memory_rows, self.bench))

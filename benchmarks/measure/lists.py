@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import depthlstm_fast as dl
-
 from . import accuracy
-from .calls import Runs, name_of
+from .calls import Runs, name_of, on_backend
 from .compiled import Compiled
 from .place import CPU, Place
 from .problems import Problem, Subject
@@ -104,20 +102,29 @@ def make(place: Place, op: ListOp, rows: int, features: int, dtype: torch.dtype,
     )
 
 
-def _check(op: ListOp, dtype: torch.dtype) -> Iterator[accuracy.Check]:
-    for rows, features in ((64, 512), (17, 65)):
-        inputs = op.inputs(rows, features, dtype, CPU)
-        cotangents = [torch.randn(rows, features).to(dtype) for _ in range(op.outputs)]
+def check(
+    op: ListOp,
+    dtype: torch.dtype,
+    rows: int,
+    features: int,
+    backend: str = "auto",
+    device: torch.device = CPU,
+    roundings: float = 1,
+) -> accuracy.Check:
+    """Compare outputs and every gradient with fp64."""
+    inputs = op.inputs(rows, features, dtype, device)
+    cotangents = [torch.randn(rows, features, device=device).to(dtype) for _ in range(op.outputs)]
 
-        def run(function: Lists, to: torch.dtype | None, given: Any = (inputs, cotangents)) -> tuple[Tensor, ...]:
-            leaves, gradients = ([t.detach() if to is None else t.to(to) for t in tensors] for tensors in given)
-            return train(function, [leaf.requires_grad_() for leaf in leaves], gradients)
+    def run(function: Lists, to: torch.dtype | None) -> tuple[Tensor, ...]:
+        leaves, gradients = (
+            [t.detach() if to is None else t.to(to) for t in tensors] for tensors in (inputs, cotangents)
+        )
+        return train(function, [leaf.requires_grad_() for leaf in leaves], gradients)
 
-        exact, eager = run(op.reference, torch.float64), run(op.reference, None)
-        names = [*(f"u{v}" for v in range(op.outputs)), *(f"gradient {n}" for n in range(len(inputs)))]
-        with dl.use_backend("auto"):
-            found = run(op.function, None)
-        yield accuracy.compare(op.subject, dtype, names, exact, eager, found)
+    exact, eager = run(op.reference, torch.float64), run(op.reference, None)
+    names = [*(f"u{v}" for v in range(op.outputs)), *(f"gradient {n}" for n in range(len(inputs)))]
+    found: Any = on_backend(backend, lambda: run(op.function, None))()
+    return accuracy.compare(op.subject, dtype, names, exact, eager, found, roundings)
 
 
 def subject(name: str, ops: list[ListOp]) -> Subject:
@@ -132,9 +139,10 @@ def subject(name: str, ops: list[ListOp]) -> Subject:
         for backward in (False, True)
     }
 
-    def check(dtype: torch.dtype) -> Iterator[accuracy.Check]:
+    def checks(dtype: torch.dtype) -> Iterator[accuracy.Check]:
         for op in ops:
-            yield from _check(op, dtype)
+            for rows, features in ((64, 512), (17, 65)):
+                yield check(op, dtype, rows, features)
 
     def compile_all(compiled: Compiled, dtype: torch.dtype) -> None:
         for op in ops:
@@ -142,4 +150,4 @@ def subject(name: str, ops: list[ListOp]) -> Subject:
                 for backward in (False, True):
                     make(Place(compiled), op, rows, features, dtype, backward)
 
-    return Subject(name, problems, check, dtypes=DTYPES, compile=compile_all, on_request=True)
+    return Subject(name, problems, checks, dtypes=DTYPES, compile=compile_all, on_request=True)

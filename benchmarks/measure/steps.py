@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import accuracy
-from .calls import forward_and_backward, name_of
+from .calls import forward_and_backward, name_of, on_backend
 from .compiled import Compiled
-from .place import Place
+from .place import CPU, IN_USE, Place
 from .problems import Problem, Subject
 from .rows import Row, Target
 
@@ -103,9 +104,17 @@ def _apply(function: Function, inputs: list[Tensor]) -> tuple[Tensor, ...]:
     return function(*inputs)
 
 
-def check(step: Step, dtype: torch.dtype, rows: int, features: int) -> accuracy.Check:
+def check(
+    step: Step,
+    dtype: torch.dtype,
+    rows: int,
+    features: int,
+    backend: str = IN_USE,
+    device: torch.device = CPU,
+    roundings: float = 1,
+) -> accuracy.Check:
     """Compare outputs and every gradient with fp64."""
-    inputs = step.inputs(rows, features, dtype, "cpu")
+    inputs = step.inputs(rows, features, dtype, device)
     cotangents = [torch.randn_like(inputs[0]) for _ in step.names[1]]
 
     def run(function: Function, to: torch.dtype) -> tuple[Tensor, ...]:
@@ -114,7 +123,9 @@ def check(step: Step, dtype: torch.dtype, rows: int, features: int) -> accuracy.
 
     labels = [*step.names[1], *(f"gradient of {name}" for name in step.names[0])]
     exact, eager = run(step.reference, torch.float64), run(step.reference, dtype)
-    return accuracy.compare(step.subject, dtype, labels, exact, eager, run(step.fused, dtype))
+    call = functools.partial(run, step.fused, dtype)
+    found: Any = (on_backend(backend, call) if backend else call)()
+    return accuracy.compare(step.subject, dtype, labels, exact, eager, found, roundings)
 
 
 def subject(name: str, found: list[Step]) -> Subject:

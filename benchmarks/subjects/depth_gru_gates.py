@@ -16,7 +16,7 @@ import depthlstm_fast as dl
 from ..measure import accuracy
 from ..measure.calls import Runs, name_of
 from ..measure.compiled import Compiled
-from ..measure.place import Place
+from ..measure.place import CPU, IN_USE, Place
 from ..measure.problems import Problem, Subject
 from ..measure.rows import Row, Target
 
@@ -106,19 +106,31 @@ def compile_all(compiled: Compiled, dtype: torch.dtype) -> None:
             make(Place(compiled))
 
 
+def check_at(
+    normed: bool,
+    dtype: torch.dtype,
+    rows: int,
+    features: int,
+    backend: str = IN_USE,
+    device: torch.device = CPU,
+    roundings: float = 1,
+) -> accuracy.Check:
+    """Compare h' and every gradient with fp64."""
+    inputs = make_inputs(rows, features, dtype, normed, device)
+    cotangent = torch.randn_like(inputs[1])
+
+    def results(function: Gates, to: torch.dtype) -> list[Tensor]:
+        return list(step(function, [tensor.to(to).requires_grad_() for tensor in inputs], cotangent.to(to)))
+
+    labels = ["h'", *(f"gradient of {name}" for name in INPUTS[: len(inputs)])]
+    exact, eager = results(reference_gates, torch.float64), results(reference_gates, dtype)
+    found = results(functools.partial(fused_gates, backend=backend or None), dtype)
+    return accuracy.compare(NAME, dtype, labels, exact, eager, found, roundings)
+
+
 def check(dtype: torch.dtype) -> Iterator[accuracy.Check]:
     for (rows, features), normed in (((64, 512), True), ((17, 65), False)):
-        inputs = make_inputs(rows, features, dtype, normed)
-        cotangent = torch.randn_like(inputs[1])
-
-        def results(
-            function: Gates, to: torch.dtype, inputs: list[Tensor] = inputs, dh: Tensor = cotangent
-        ) -> list[Tensor]:
-            return list(step(function, [tensor.to(to).requires_grad_() for tensor in inputs], dh.to(to)))
-
-        labels = ["h'", *(f"gradient of {name}" for name in INPUTS[: len(inputs)])]
-        exact, eager = results(reference_gates, torch.float64), results(reference_gates, dtype)
-        yield accuracy.compare(NAME, dtype, labels, exact, eager, results(fused_gates, dtype))
+        yield check_at(normed, dtype, rows, features)
 
 
 PROBLEMS = {

@@ -95,6 +95,7 @@ def analyse(
     bleu: str | None = None,
     beam_size: int = 4,
     device: str = "cpu",
+    dev_pairs: int | None = None,
 ) -> dict[str, Any]:
     """Return plain numbers, strings and lists, fit for JSON.
 
@@ -106,6 +107,7 @@ def analyse(
         ridge, tune, learning_rate: see ``dl.linearise``.
         bleu: "dev" or "test": also translate that split, with each of the models.
         beam_size: of these translations.
+        dev_pairs: how many pairs of the dev set, from its first on, the losses and R^2 are of; all of them if None.
 
     Returns:
         "full" has the scores of the model itself; each of "layers" has the stack, the layer and the scope, and the
@@ -114,8 +116,9 @@ def analyse(
     Raises:
         ValueError: the run and the data do not belong together, the layers are torch.nn's, or a number is invalid.
     """
-    for option, number, least in (("tokens", tokens, 1), ("tune", tune, 0), ("beam_size", beam_size, 1)):
-        if number < least:
+    numbers = (("tokens", tokens, 1), ("tune", tune, 0), ("beam_size", beam_size, 1), ("dev_pairs", dev_pairs, 1))
+    for option, number, least in numbers:
+        if number is not None and number < least:
             raise ValueError(f"{option} must be at least {least}; found {number}")
     model, tokenizer = load_model(run, usable_device(device))
     record = read_record(run)
@@ -130,7 +133,7 @@ def analyse(
         raise ValueError(f"data must be the folder that {run} was trained on; found another text in {data}")
     # load_model has said already which damaged ones it passed over
     (name, _), _ = newest_whole(run, lambda each: (each.name, read_tensors(whole_file(each / MODEL))), says=False)
-    dev = [collate(rows) for rows in group(corpus.examples["dev"], settings.token_budget)]
+    dev = [collate(rows) for rows in group(corpus.examples["dev"][:dev_pairs], settings.token_budget)]
     fit, held_out = (
         [(each.source.to(device), each.target.to(device)) for each in part]
         for part in (fitting_batches(corpus, settings, tokens), dev)
@@ -167,6 +170,7 @@ def analyse(
             "bleu": bleu,
             "beam_size": beam_size,
             "device": device,
+            "dev_pairs": dev_pairs,
         },
         "versions": {"depthlstm_fast": dl.__version__, "torch": torch.__version__},
         "threads": torch.get_num_threads(),
@@ -198,10 +202,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the tuning; default: %(default)s")
     parser.add_argument("--bleu", choices=SPLITS, help="also translate this split with every model")
     parser.add_argument("--beam-size", type=int, default=4, help="of the translations; default: %(default)s")
+    parser.add_argument(
+        "--dev-pairs", type=int, metavar="PAIRS", help="the first of the dev set, for losses and R^2; default: all"
+    )
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
     options = parser.parse_args(arguments)
     numbers = (options.tokens, options.ridge, options.tune, options.learning_rate, options.bleu, options.beam_size)
-    result = analyse(options.run, options.data, tuple(dict.fromkeys(options.scope)), *numbers, options.device)
+    result = analyse(
+        options.run, options.data, tuple(dict.fromkeys(options.scope)), *numbers, options.device, options.dev_pairs
+    )
     write_file(options.run / ANALYSIS, to_json(result, indent=1).encode())
     print_analysis(result)
     return 0

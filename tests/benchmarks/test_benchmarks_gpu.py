@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from helpers import needs_cpp
 
 import depthlstm_fast as dl
+from depthlstm_fast.backends.choice import RECORDS
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -29,6 +31,7 @@ from depthlstm_fast.bench.gpu import checker as gpu_checker  # noqa: E402
 from depthlstm_fast.bench.gpu import launch_plans, subject_rows, supervisor  # noqa: E402
 from depthlstm_fast.bench.gpu import report as gpu_report  # noqa: E402
 from depthlstm_fast.bench.gpu import run as gpu_run  # noqa: E402
+from depthlstm_fast.bench.gpu import steps as gpu_steps  # noqa: E402
 from depthlstm_fast.bench.gpu.jobs import Budget, Job, Recorder, read_run, run_jobs  # noqa: E402
 from depthlstm_fast.bench.measure import gpu_timing, machine, poison  # noqa: E402
 from depthlstm_fast.bench.measure.accuracy import Check  # noqa: E402
@@ -203,6 +206,35 @@ def test_last_rows_are_held_to_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Problem, "measure", lambda *_: pytest.fail("a red subject was timed"))
     assert ["RED: last" in str(row.failure) for row in rows()] == [True, True]
     assert len(told) == 2 * 2  # the check of the width and that of the last rows, each made once
+
+
+def test_every_op_of_depth_connections_is_measured() -> None:
+    assert {call.op for call in gpu_steps.CALLS.values()} == RECORDS["triton"].widest.keys() - {"depth_lstm"}
+    assert {gpu_steps.backends_of(label, ("triton", "cuda")) for label in gpu_steps.CALLS} == {("triton",)}
+    assert not list(gpu_steps.step_rows(bench_with(None, ("cuda",)), "siamese_step", 16, 4, torch.bfloat16))
+
+
+@needs_triton
+@pytest.mark.parametrize("label", gpu_steps.CALLS)
+def test_ops_of_depth_connections_are_checked_and_timed(label: str) -> None:
+    told: list[Check] = []
+    bench = bench_with(gpu_checker.Checker(CPU, lambda _: 2, on_check=told.append), ("triton", "cuda"))
+    rows = list(gpu_steps.step_rows(bench, label, 16, 3, torch.bfloat16, compile=False))
+    assert [(made.passed, made.backend, made.subject) for made in told] == [(True, "triton", gpu_steps.CALLS[label].op)]
+    assert [row.failure for row in rows] == [None, None]
+    assert all(row.values.keys() >= {"eager", "against", "fused"} for row in rows)
+    assert [row.backend for row in rows] == ["triton"] * 2
+
+
+@needs_triton
+def test_a_wrong_step_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Problem, "measure", lambda *_: pytest.fail("a red subject was timed"))
+    right = gpu_steps.siamese_step.STEP
+    wrong = replace(right, fused=lambda *inputs: [1.05 * each for each in right.fused(*inputs)])
+    monkeypatch.setitem(gpu_steps.CALLS, "siamese_step", gpu_steps._step(wrong))
+    bench = bench_with(gpu_checker.Checker(CPU, lambda _: 2))
+    rows = list(gpu_steps.step_rows(bench, "siamese_step", 16, 3, torch.bfloat16, compile=False))
+    assert ["RED" in str(row.failure) for row in rows] == [True, True]
 
 
 # --- guards, budget, results as they come

@@ -100,6 +100,17 @@ def test_it_gives_the_same_numbers_again_and_on_fewer_tokens(own: Path) -> None:
     assert len(analyse.fitting_batches(corpus.load_corpus(data), settings, 10**9)) == order.per_epoch
 
 
+def test_on_some_pairs_of_the_dev_set(own: Path) -> None:
+    prepared = corpus.load_corpus(own / "corpus")
+    model, _ = checkpoint.load_model(own / "run")
+    found = analyse.analyse(own / "run", own / "corpus", dev_pairs=1)
+    first = replace(prepared, examples={**prepared.examples, "dev": prepared.examples["dev"][:1]})
+    assert found["full"]["dev_loss"] == pytest.approx(dev_loss(model, first))
+    assert found["full"]["dev_loss"] != pytest.approx(dev_loss(model, prepared))
+    with pytest.raises(ValueError, match="dev_pairs must be at least 1; found 0"):
+        analyse.analyse(own / "run", own / "corpus", dev_pairs=0)
+
+
 @pytest.mark.parametrize("connection", ["pre-norm", "post-norm", "depth-lstm", "depth-gru", "siamese", "dlcl"])
 def test_every_connection(
     connection: str,

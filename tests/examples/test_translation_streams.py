@@ -30,7 +30,10 @@ from translation_helpers import (
     translate,
 )
 
-PROGRAMS = ("prepare", "train", "translate", "compare", "study", "study_report", "debian", "analyse", "precision")
+PROGRAMS = (
+    "prepare", "train", "translate", "compare", "study", "study_report", "debian", "analyse", "analysis_report",
+    "precision",
+)  # fmt: skip
 GREEDY = ("--beam-size", "1", "--max-length", "2")
 
 
