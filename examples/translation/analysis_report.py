@@ -129,6 +129,7 @@ def markdown(found: dict[str, Any]) -> str:
         "Tables 6 and 7 of the paper (arXiv 2007.06257) ask what is lost where a layer becomes a linear map.",
         "",
         *answer(analyses),
+        *(["What another model of this size loses is not measured."] if len(analyses) == 1 else []),
         "",
         "## The models",
         "",
@@ -167,7 +168,7 @@ def markdown(found: dict[str, Any]) -> str:
     ]  # fmt: skip
     for each in analyses:
         lines += [
-            f"## {name_of(each).capitalize()}",
+            f"## {name_of(each)[0].upper()}{name_of(each)[1:]}",
             "",
             f"Dev cross entropy is {each['full']['dev_loss']:.3f} with every layer.",
             "R^2 is that of each tensor of the state that the layer leaves.",

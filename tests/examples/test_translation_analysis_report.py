@@ -52,6 +52,19 @@ def test_the_page_is_that_of_its_json(runs: list[Path], tmp_path: Path) -> None:
     assert first["test"]["BLEU"] == report.read_run(runs[0])["test"]["BLEU"]
 
 
+def test_a_page_of_one_model_says_so(runs: list[Path]) -> None:
+    models = [report.read_run(run) for run in runs]
+    said = "What another model of this size loses is not measured."
+    assert said in report.markdown({"models": models[:1]})
+    assert said not in report.markdown({"models": models})
+
+
+def test_the_committed_page_is_that_of_the_committed_results() -> None:
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    found = json.loads((docs / "linearisation.json").read_text(encoding="utf-8"))
+    assert (docs / "linearisation.md").read_text(encoding="utf-8") == report.markdown(found)
+
+
 def test_translations_worse_than_the_sources_are_named(runs: list[Path]) -> None:
     models = [report.read_run(run) for run in runs]
     for bleu, said in ((-1.0, True), (1.0, False)):
