@@ -36,6 +36,7 @@ FLOORS = (
     ("linearisation",),
     ("swap",),
     ("__init__",),
+    ("hf",),
     ("__main__",),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
