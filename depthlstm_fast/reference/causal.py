@@ -232,17 +232,29 @@ class PlainCausalStack(nn.Module):
             module.reset_parameters()
 
     def forward(
-        self, x: Tensor, places: Places, rotation: Rotation | None = None, caches: list[KeyValueCache] | None = None
+        self,
+        x: Tensor,
+        places: Places,
+        rotation: Rotation | None = None,
+        caches: list[KeyValueCache] | None = None,
+        outputs: list[Tensor] | None = None,
     ) -> Tensor:
-        """The output (rows, L, D) for the embedded input x (rows, L, D)."""
+        """The output (rows, L, D) for the embedded input x (rows, L, D).
+
+        ``outputs`` is given the normalised state before the first layer and after each.
+        """
         state = self.connection.start(x)
+        if outputs is not None:
+            outputs.append(self.connection.final_norm(state[0]))
         for index in range(len(self.layers)):
             options = attention_options(places, rotation, caches, index)
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 state = checkpoint(self._layer, index, options, *state, use_reentrant=False)
             else:
                 state = self._layer(index, options, *state)
-        return self.connection.final_norm(state[0])
+            if outputs is not None:
+                outputs.append(self.connection.final_norm(state[0]))
+        return self.connection.final_norm(state[0]) if outputs is None else outputs[-1]
 
     def _layer(self, index: int, options: dict[str, Any], *state: Tensor) -> tuple[Tensor, ...]:
         for branch in range(self.branches):

@@ -201,16 +201,9 @@ class LanguageModel(TiedModel):
         return logits if labels is None else (_loss(logits, labels, real, places.runs), logits)
 
     def _hidden(self, ids: Tensor, places: Places, cache: CausalCache | None) -> Tensor:
-        x = self.embedding(ids) * math.sqrt(self.d_model)
-        if self.positions is not None:
-            x = self.positions(x, places.positions)
-        x = self.input_dropout(x)
-        rotation = None
-        if self.position_kind == "rope":
-            rotation = make_rotation(places.positions, self.d_model // self.nhead, self.rope_theta, x.dtype)
         if cache is None:
-            return self.decoder(x, places, rotation)
-        hidden = self.decoder(x, places, rotation, cache.layers)
+            return self._through_layers(self.embedding(ids), places)
+        hidden = self._through_layers(self.embedding(ids), places, cache.layers)
         for index, layer in enumerate(cache.layers):
             if layer.length != cache.length:
                 raise ValueError(
@@ -218,6 +211,26 @@ class LanguageModel(TiedModel):
                     f"wrapped); found {layer.length} positions kept, wanted {cache.length}"
                 )
         return hidden
+
+    def _through_layers(
+        self,
+        embedded: Tensor,
+        places: Places,
+        caches: list[Any] | None = None,
+        outputs: list[Tensor] | None = None,
+    ) -> Tensor:
+        """The input of ``output`` for ``embedding``'s output (rows, L, D).
+
+        ``caches`` has one a layer; ``outputs`` is given what the connection makes of each depth.
+        """
+        x = embedded * math.sqrt(self.d_model)
+        if self.positions is not None:
+            x = self.positions(x, places.positions)
+        x = self.input_dropout(x)
+        rotation = None
+        if self.position_kind == "rope":
+            rotation = make_rotation(places.positions, self.d_model // self.nhead, self.rope_theta, x.dtype)
+        return self.decoder(x, places, rotation, caches, outputs)
 
     def _check_ids(self, ids: Any, past: int, is_packed: bool, range_too: bool | None = None) -> None:
         range_too = (not isinstance(ids, Tensor) or ids.device.type == "cpu") if range_too is None else range_too

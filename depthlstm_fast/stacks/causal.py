@@ -45,9 +45,17 @@ class CausalStack(Stack):
         self.arguments |= {"kv_heads": kv_heads, "gated": gated, "norm": norm}
 
     def forward(
-        self, x: Tensor, places: Places, rotation: Rotation | None = None, caches: list[KeyValueCache] | None = None
+        self,
+        x: Tensor,
+        places: Places,
+        rotation: Rotation | None = None,
+        caches: list[KeyValueCache] | None = None,
+        outputs: list[Tensor] | None = None,
     ) -> Tensor:
-        """The output (rows, L, C) for the embedded input x (rows, L, C)."""
+        """The output (rows, L, C) for the embedded input x (rows, L, C).
+
+        ``outputs`` is given what the connection makes of the input, and of the state after each layer.
+        """
         layers = range(self.num_layers)
         options: list[dict[str, Any]] = [{"self": attention_options(places, rotation, caches, i)} for i in layers]
-        return self._through_layers(self._enter("x", x), options)
+        return self._through_layers(self._enter("x", x), options, outputs)

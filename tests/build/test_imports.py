@@ -37,6 +37,7 @@ FLOORS = (
     ("swap",),
     ("translate",),
     ("__init__",),
+    ("hf",),
     ("__main__",),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -273,6 +273,10 @@ def test_grouped_matrices_are_drawn_by_their_own_sizes(init: str) -> None:
                 assert 0.95 * bound < part.abs().max() <= bound
         gate, up = layer.linear1.weight.chunk(2)
         assert gate.shape == up.shape == (8 * -(-64 // 3), 64)
+        bound = scale * glorot / (64 + gate.shape[0]) ** 0.5 * (each.decoder.beta if init == "deepnorm" else 1.0)
+        bound = 1 / 8 if init == "lipschitz" else bound
+        for part in (gate, up):
+            assert init == "depth" or 0.95 * bound < part.abs().max() <= bound
     twin = dl.reference.LanguageModel(7, 64, 8, 2, kv_heads=2, init="glorot")
     key = twin.decoder.layers[0].self_attn.in_proj.weight[64:80]
     assert 0.95 * (6 / 80) ** 0.5 < key.abs().max() <= (6 / 80) ** 0.5
