@@ -91,6 +91,26 @@ def check_fsdp2_connections(mesh: DeviceMesh, folder: Path) -> None:
         assert_equal_dicts(halved(shard(same_connected(connection), mesh), mesh), wanted, **CLOSE)
 
 
+def check_fsdp2_language_model(mesh: DeviceMesh, folder: Path) -> None:
+    """Check gradients of the loss, each process with its half of the rows, and the tokens of ``generate``."""
+    ids = torch.randint(3, TARGET, (4, 9), generator=torch.Generator().manual_seed(3))
+    for connection in ("depth-lstm", "pre-norm"):
+        torch.manual_seed(0)
+        plain = dl.LanguageModel(TARGET, D, HEADS, LAYERS, kv_heads=1, connection=connection, dropout=0.0, max_len=24)
+        sharded = copy.deepcopy(plain)
+        for layer in sharded.decoder.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(sharded, mesh=mesh)
+        register_fsdp_forward_method(sharded, "generate")
+        plain(ids, labels=ids)[0].backward()
+        half = ids[2 * mesh.get_local_rank() :][:2]
+        sharded(half, labels=half)[0].backward()
+        wanted = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+        found = {name: full(p.grad) for name, p in sharded.named_parameters() if p.grad is not None}
+        assert_equal_dicts(found, wanted, **CLOSE)
+        assert torch.equal(sharded.generate(ids, 6), plain.generate(ids, 6))
+
+
 def check_fsdp2_mixed_precision(mesh: DeviceMesh, folder: Path) -> None:
     """Check that an fp32 c stays fp32 in bf16 layers, unless FSDP2 is left to cast what goes in."""
     x, cells = torch.randn(2, 5, D, generator=torch.Generator().manual_seed(7)), []
