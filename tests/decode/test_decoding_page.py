@@ -1,0 +1,30 @@
+"""docs/decoding.md shows the speeds of the run that it names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "decoding.md"
+RESULTS = ROOT / "benchmarks" / "results" / "amd-epyc-2-cores" / "decode_engine" / "results.json"
+CONTESTANTS = ("eager", "against", "fused", "bfloat16", "int8")
+
+pytestmark = pytest.mark.skipif(not PAGE.is_file(), reason="no checkout")
+
+
+def measured() -> list[str]:
+    lines = []
+    for row in json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]:
+        search = row["name"].removeprefix("decode engine, ")
+        speeds = [row["values"][name]["median"] for name in CONTESTANTS]
+        cells = [row["size"].split()[0], search, *(f"{speed:,.0f}" for speed in speeds), f"{speeds[2] / speeds[1]:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def test_speeds_are_those_measured() -> None:
+    part = PAGE.read_text(encoding="utf-8").partition("## What it gains")[2].partition("\n## ")[0]
+    assert [line for line in part.splitlines() if line.startswith("| d=")] == measured()
