@@ -56,12 +56,16 @@ def decoding(place: Place, size: str, batch: int, beams: int) -> Problem:
     row = Row("decode_engine", f"decode engine, batch {batch}, {search}", "fp32", f"{size} V={vocabulary}", "tokens/s")
     row.note = f"{SOURCE_LENGTH} tokens in, {TOKENS} out, encoder included; eager is generate() in PyTorch, fused cells"
     row.others = {dtype: f"compile_decoder({dtype!r})" for dtype in NARROW}
-    rival = ctranslate2_rival.translator(features, heads, LAYERS, vocabulary, each.src_positions.table)
-    if rival is None:
-        row.missing = {"against": ctranslate2_rival.MISSING}
+    positions = each.src_positions.table
+    for name, kind in (("against", "float32"), ("rival_int8", "int8")):
+        rival = ctranslate2_rival.translator(features, heads, LAYERS, vocabulary, positions, kind)
+        if rival is None:
+            row.missing = {"against": ctranslate2_rival.MISSING}
+            break
+        runs[name] = functools.partial(rival, source, TOKENS, beams)
     else:
         row.against = "CTranslate2, float32"
-        runs["against"] = lambda: rival(source, TOKENS, beams)
+        row.others["rival_int8"] = "CTranslate2, int8"
     targets = [Target("eager", "speedup"), Target("against", "speedup")]
     return Problem(row, runs, targets, 1.5, grad=False, tokens=batch * TOKENS, place=place)
 
