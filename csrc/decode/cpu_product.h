@@ -151,7 +151,8 @@ void pack(const Panels& panels, const float* weight, const float* bias) {
             float most = 0.0f;
             for (int64_t k = 0; row != nullptr && k < K; ++k) {
                 const float size = std::fabs(row[k]);
-                if (!(size <= most)) most = size;  // NaN stays
+                if (!(size <= most)) most = size;
+                if (size != size) break;  // NaN stays, whatever follows
             }
             panels.scale[o] = most / 127.0f;
             int8_t* at = static_cast<int8_t*>(panels.weights) + (panel * pairs * panel_outputs + lane) * 2;

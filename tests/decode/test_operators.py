@@ -293,6 +293,17 @@ def test_int8_rows_without_a_largest_number(value: float) -> None:
         served.generate(torch.tensor([[7, 8], [5, 6]]), 6)
 
 
+@pytest.mark.parametrize("place", [0, 7, -1])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_int8_weights_that_are_no_numbers_are_seen(value: float, place: int) -> None:
+    each = model()
+    with torch.no_grad():
+        each.decoder.layers[0].cell.gates.weight[5, place] = value
+    served = dl.compile_decoder(each, "int8")
+    with pytest.raises(ValueError, match="found NaN for source 0 at token 1"):
+        served.generate(source(), 5)
+
+
 def test_int8_rows_of_tiny_numbers_are_zero() -> None:
     found = []
     for value in (0.0, 1e-38):
