@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, reference
+from .modes import autocast_dtype
 from .reference.caches import KeyValueCache
 from .reference.causal import CausalCache
 
@@ -63,6 +64,7 @@ class LanguageModelStep(nn.Module):
 
     def _cache(self, ids: Tensor, keys: Tensor | None, values: Tensor | None) -> CausalCache:
         model = self.model
+        model._check_ids(ids, 0, False)
         cache = model.new_cache()
         cache.layers = [_Grown() for _ in cache.layers]
         if keys is None and values is None:
@@ -70,6 +72,9 @@ class LanguageModelStep(nn.Module):
         if keys is None or values is None:
             missing, given = ("keys", "values") if keys is None else ("values", "keys")
             raise ValueError(f"{missing} must be given with {given}, or both be None; found {missing}=None")
+        weight = model.embedding.weight
+        if autocast_dtype(weight.device.type) is None:
+            checks.check_companion("keys", keys, "model", weight, mixed=False)
         checks.check_float_tensor("keys", keys)
         if keys.dim() != 5:
             raise ValueError(f"keys must have shape (layers, batch, kv_heads, S, size); found {tuple(keys.shape)}")

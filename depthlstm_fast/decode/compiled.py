@@ -58,7 +58,8 @@ class CompiledDecoder:
         Raises:
             TypeError, ValueError: naming the argument, what was found and what was wanted; logits are NaN.
         """
-        check_ids("src", src, self._src_vocab, self.max_len)
+        is_here = not isinstance(src, Tensor) or src.device.type == "cpu"
+        check_ids("src", src, self._src_vocab, self.max_len, range_too=is_here)
         max_length = self.max_len if max_length is None else max_length
         check_search(max_length, beam_size, length_penalty, self.max_len)
         checks.check_flags(return_scores=return_scores)
@@ -72,6 +73,8 @@ class CompiledDecoder:
                 found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
                 raise TypeError(f"src_key_padding_mask must be a bool or float32 tensor; found {found}")
             checks.check_shape("src_key_padding_mask", mask, tuple(src.shape))
+            if mask.device != src.device:
+                raise ValueError(f"src_key_padding_mask must be on the CPU; found {mask.device}")
         bos, eos, pad = self._ids
         settings = Settings(src.shape[0], beam_size, max_length, length_penalty, bos, eos, pad, src.device)
         added = additive_mask(mask, src, pad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, ClassVar
 
 import torch
@@ -12,8 +13,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 
-from .. import LanguageModel
+from .. import LanguageModel, checks
 from ..reference.causal import Places
+from ..reference.translation import check_ids
 from .base import DepthLSTMPreTrainedModel, LayerOfCache
 from .configuration import DepthLSTMConfig
 
@@ -62,10 +64,13 @@ class DepthLSTMForCausalLM(DepthLSTMPreTrainedModel, GenerationMixin):
             logits_to_keep: only the last so many positions, or those of an index; 0 for all.
 
         Raises:
-            ValueError: not one of ``input_ids`` and ``inputs_embeds`` is given.
+            TypeError, ValueError: not one of ``input_ids`` and ``inputs_embeds`` is given; naming the argument, what
+                was found and what was wanted.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids must be given, or inputs_embeds in their place; found both or none")
+        if input_ids is not None:
+            self._check(input_ids, attention_mask, position_ids, cache, labels)
         embedded = self.model.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and cache is None and not self.training:
@@ -93,6 +98,31 @@ class DepthLSTMForCausalLM(DepthLSTMPreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
         states = None if outputs is None else tuple(outputs)
         return CausalLMOutputWithPast(loss=loss, logits=logits, cache=cache, hidden_states=states)
+
+    def _check(self, input_ids: Any, attention_mask: Any, position_ids: Any, cache: Any, labels: Any) -> None:
+        """Raise TypeError or ValueError where a token or a tensor beside the tokens cannot be one."""
+        check_ids("input_ids", input_ids, self.model.vocab_size, sys.maxsize, range_too=can_look_at(input_ids))
+        if cache is not None and not isinstance(cache, Cache):
+            raise TypeError(f"cache must be a Cache of transformers; found {type(cache).__name__}")
+        rows, length = input_ids.shape
+        past = 0 if cache is None else cache.get_seq_length()
+        if isinstance(past, int):
+            most = self.config.max_position_embeddings
+            if self.model.positions is not None and past + length > most:
+                raise ValueError(
+                    f"input_ids must have at most max_position_embeddings, {most}, tokens with those of the cache; "
+                    f"found {past + length}"
+                )
+            if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+                checks.check_shape("attention_mask", attention_mask, (rows, past + length))
+        if isinstance(position_ids, Tensor):
+            checks.check_shape("position_ids", position_ids.expand(rows, -1), (rows, length))
+        if labels is not None:
+            self.model._check_labels(labels, input_ids, None, False)
+
+
+def can_look_at(found: Any) -> bool:
+    return not isinstance(found, Tensor) or found.device.type == "cpu"
 
 
 def _positions(embedded: Tensor, attention_mask: Tensor | None, past: int) -> Tensor:

@@ -60,12 +60,17 @@ class DecoderCache:
             self.keys, self.values = select_rows((self.keys, self.values), rows)
 
 
-def select_rows(kept: tuple[Tensor, ...], rows: Tensor) -> tuple[Tensor, ...]:
-    """Rows ``rows`` of each tensor; raises TypeError or ValueError as :meth:`DecoderCache.reorder`."""
+def check_rows(rows: Tensor) -> None:
+    """Raise TypeError or ValueError unless rows is an int64 tensor (rows,)."""
     if not isinstance(rows, Tensor) or rows.dtype != torch.int64:
         found = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
         raise TypeError(f"rows must be an int64 tensor; found {found}")
     checks.check_shape("rows", rows, (rows.numel(),))
+
+
+def select_rows(kept: tuple[Tensor, ...], rows: Tensor) -> tuple[Tensor, ...]:
+    """Rows ``rows`` of each tensor; raises TypeError or ValueError as :meth:`DecoderCache.reorder`."""
+    check_rows(rows)
     if rows.device != kept[0].device:
         raise ValueError(f"rows must be on the device of the cache, {kept[0].device}; found {rows.device}")
     try:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import checks
 from ..activations import activate, swiglu
 from .attention import INITS, SelfAttention, initialise_linear
-from .caches import KeyValueCache, select_rows
+from .caches import KeyValueCache, check_rows, select_rows
 from .cell import DepthLSTMCell
 from .normalise import NORM_CLASSES
 from .rotary import Rotation
@@ -53,6 +53,7 @@ class CausalCache:
         Raises:
             TypeError, ValueError: rows is no int64 tensor (rows,), or names a row that the cache does not have.
         """
+        check_rows(rows)
         for layer in self.layers:
             layer.reorder(rows)
         if self.real is not None:

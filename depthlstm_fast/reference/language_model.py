@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
+from ..modes import autocast_dtype
 from . import generation
 from .causal import FEED_FORWARDS, CausalCache, Places, PlainCausalStack, place
 from .positions import Positions, initialise_embedding
@@ -251,6 +252,9 @@ class LanguageModel(TiedModel):
             raise ValueError(f"cache must be of a model with (layers, kv_heads, head size) {wanted}; found {found}")
         if is_packed:
             raise ValueError("cache must be None with document_ids or cu_seqlens; found a CausalCache")
+        keys, weight = cache.layers[0].keys, getattr(self.embedding, "weight", None)
+        if keys is not None and weight is not None and autocast_dtype(weight.device.type) is None:
+            checks.check_companion("cache", keys, "model", weight, mixed=False)
         if cache.length and isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[0] != cache.rows:
             raise ValueError(f"ids must have the batch that the cache began with, {cache.rows}; found {ids.shape[0]}")
 
@@ -325,6 +329,8 @@ class LanguageModel(TiedModel):
         sampler = Sampler(temperature, top_k, top_p, generator)
         sampler.check(beam_size, ids.device)
         real = None if attention_mask is None else check_mask(attention_mask, ids)
+        if real is not None and bool((~real).all(1).any()):
+            raise ValueError("attention_mask must have a real token in each row; found a row of padding")
         if real is not None and bool((~real[:, -1]).any() | (real[:, :-1] & ~real[:, 1:]).any()):
             raise ValueError("attention_mask must be 0 on the left of a prompt alone; found padding behind a token")
         eos_id = -1 if self.eos_id is None else self.eos_id

@@ -41,7 +41,8 @@ class Sampler(NamedTuple):
     def draw(self, logp: Tensor) -> Tensor:
         """One token a row, (rows, 1) int64, for log-probabilities (rows, vocab); any number for a row of NaN."""
         scores = logp.nan_to_num(0.0)  # the search finds a NaN and says where
-        scores = (scores - scores.amax(1, keepdim=True)) / self.temperature  # no temperature makes all of them infinite
+        # no temperature makes all of them infinite, and none is 0 in float32
+        scores = (scores - scores.amax(1, keepdim=True)) / max(self.temperature, 1e-30)
         if self.top_k is not None:
             least = scores.topk(min(self.top_k, scores.shape[1])).values[:, -1:]
             scores = scores.masked_fill(scores < least, -torch.inf)

@@ -16,6 +16,7 @@ from .lines import file_lines, standard_input
 from .sentences import in_batches, translate
 
 BROKEN_PIPE = 141  # the status of a program that the signal has ended
+MOST_BEAMS, MOST_LINES = 4096, 65536
 WINDOW = 16  # batches whose lines are read at once and sorted by length
 
 
@@ -48,6 +49,9 @@ def serve(options: argparse.Namespace, load: Callable[[], tuple[Any, Any]]) -> i
     for name in ("beam_size", "max_length", "batch_size"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} must be at least 1; found {getattr(options, name)}")
+    for name, most in (("beam_size", MOST_BEAMS), ("batch_size", MOST_LINES)):
+        if getattr(options, name) > most:
+            raise ValueError(f"{name} must be at most {most}; found {getattr(options, name)}")
     lines = standard_input() if options.file is None else file_lines(options.file)
     by_hand = options.file is None and sys.stdin.isatty()
     output = results()

@@ -335,3 +335,25 @@ def test_the_example_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         pytest.skip("no checkout")
     runpy.run_path(str(program))["main"](tmp_path)
     assert "counts: [5, 6, 7, 8, 9, 10, 11, 12, 13]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"input_ids": [[1, 2]]}, r"input_ids must be a torch\.Tensor; found list"),
+        ({"input_ids": torch.ones(1, 2)}, "input_ids must be int64; found torch.float32"),
+        ({"input_ids": torch.ones(2).long()}, r"input_ids must have shape \(batch, length\)"),
+        ({"input_ids": -torch.ones(1, 2).long()}, "input_ids must hold ids from 0 to 49; found -1"),
+        ({"input_ids": torch.ones(1, 40).long()}, "input_ids must have at most max_position_embeddings, 32, tokens"),
+        ({"attention_mask": torch.ones(1, 3).long()}, r"attention_mask must have shape \(1, 2\); found \(1, 3\)"),
+        ({"position_ids": torch.ones(1, 3).long()}, r"position_ids must have shape \(1, 2\); found \(1, 3\)"),
+        ({"labels": torch.full((1, 2), 50)}, "labels must hold ids from 0 to 49, or -100; found 50"),
+        ({"cache": "a"}, "cache must be a Cache of transformers; found str"),
+    ],
+)
+def test_wrong_tensors_are_named(arguments: Any, message: str) -> None:
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "max_position_embeddings": 32}
+    config = transformers.AutoConfig.for_model("depth_lstm", vocab_size=50, positions="learned", **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises((TypeError, ValueError), match=message):
+        model(**{"input_ids": torch.ones(1, 2).long(), **arguments})

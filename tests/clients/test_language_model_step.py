@@ -161,5 +161,11 @@ def test_wrong_arguments() -> None:
         step(ids, keys, values[:, :, :, 1:])
     with pytest.raises(TypeError, match="values must be float32 beside a float32 keys; found float64"):
         step(ids, keys, values.double())
+    with pytest.raises(TypeError, match="keys must be float32 beside a float32 model; found float64"):
+        step(ids, keys.double(), values.double())
+    with pytest.raises(ValueError, match="keys must be on the device of model, cpu; found meta"):
+        step(ids, keys.to("meta"), values.to("meta"))
+    with pytest.raises(TypeError, match=r"ids must be a torch\.Tensor; found str"):
+        step("abc", keys, values)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="ids must have at most max_len, 32, tokens with those of the cache; found 33"):
         step(ids, *torch.zeros(2, 2, 2, 2, 32, 4).unbind())

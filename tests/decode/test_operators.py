@@ -376,6 +376,10 @@ def test_compile_decoder() -> None:
         dl.compile_decoder(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="a parameter is Tensor of float64 on cpu, and not float32"):
         dl.compile_decoder(model().double())
+    with pytest.raises(ValueError, match="src must be on the CPU; found meta"):
+        served.generate(src.to("meta"), 3)
+    with pytest.raises(ValueError, match="src_key_padding_mask must be on the CPU; found meta"):
+        served.generate(src, 3, src_key_padding_mask=torch.zeros(src.shape, device="meta"))
     with pytest.raises(ValueError, match="beam_size must be at most 4096; found 5000"):
         served.generate(src, 3, 5000)
     with pytest.raises(ValueError, match="src must hold ids from 0 to 29; found 30"):

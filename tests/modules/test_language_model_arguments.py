@@ -165,3 +165,28 @@ SEARCHES: list[tuple[dict[str, Any], type[Exception], str]] = [
 def test_generating(wrong: dict[str, Any], error: Any, text: str) -> None:
     with pytest.raises(error, match=text):
         model().generate(**{"ids": IDS, **wrong})
+
+
+def test_a_cache_of_another_dtype() -> None:
+    each, ids = dl.LanguageModel(20, 16, 2, 1, max_len=8).eval(), torch.randint(3, 20, (2, 3))
+    cache = each.new_cache()
+    each(ids, cache=cache)
+    with pytest.raises(TypeError, match="cache must be float64 beside a float64 model; found float32"):
+        each.double()(ids, cache=cache)
+
+
+@pytest.mark.parametrize("rows", ["a", None, [0]])
+def test_rows_of_an_empty_cache(rows: Any) -> None:
+    with pytest.raises(TypeError, match="rows must be an int64 tensor"):
+        dl.LanguageModel(20, 16, 2, 1).new_cache().reorder(rows)
+
+
+def test_a_prompt_of_padding_alone() -> None:
+    each, ids = dl.LanguageModel(20, 16, 2, 1, max_len=8).eval(), torch.randint(3, 20, (2, 3))
+    with pytest.raises(ValueError, match="attention_mask must have a real token in each row; found a row of padding"):
+        each.generate(ids, 2, attention_mask=torch.tensor([[0, 0, 0], [0, 1, 1]]))
+
+
+def test_the_least_temperature_takes_the_likeliest() -> None:
+    each, ids = dl.LanguageModel(20, 16, 2, 1, max_len=8, eos_id=None).eval(), torch.randint(3, 20, (2, 3))
+    assert torch.equal(each.generate(ids, 4, temperature=1e-46), each.generate(ids, 4))
