@@ -152,6 +152,8 @@ def test_lines_translated_before_a_fault_are_written(
     ("arguments", "message"),
     [
         (["--beam", "0"], "beam_size must be at least 1; found 0"),
+        (["--beam", "5000"], "beam_size must be at most 4096; found 5000"),
+        (["--batch-size", "99999999999999999999"], "batch_size must be at most 65536; found 99999999999999999999"),
         (["--max-length", "0"], "max_length must be at least 1; found 0"),
         (["--batch-size", "-3"], "batch_size must be at least 1; found -3"),
         (["--max-length", "5000"], "max_length must be at most max_len, 1024; found 5000"),
