@@ -64,7 +64,7 @@ class LanguageModelStep(nn.Module):
 
     def _cache(self, ids: Tensor, keys: Tensor | None, values: Tensor | None) -> CausalCache:
         model = self.model
-        model._check_ids(ids, 0, False)
+        model._check_ids(ids, 0, False, False)  # forward looks at the numbers
         cache = model.new_cache()
         cache.layers = [_Grown() for _ in cache.layers]
         if keys is None and values is None:
@@ -75,7 +75,8 @@ class LanguageModelStep(nn.Module):
         weight = model.embedding.weight
         if autocast_dtype(weight.device.type) is None:
             checks.check_companion("keys", keys, "model", weight, mixed=False)
-        checks.check_float_tensor("keys", keys)
+        else:
+            checks.check_float_tensor("keys", keys)
         if keys.dim() != 5:
             raise ValueError(f"keys must have shape (layers, batch, kv_heads, S, size); found {tuple(keys.shape)}")
         layers, size = model.num_layers, model.d_model // model.nhead

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import checks
 from ..backends import library
 from ..reference.generation import Settings
+from ..reference.token_checks import can_look
 from ..reference.translation import TranslationModel, check_ids, check_search
 from .engine import MOST_BEAMS, additive_mask, make_plan, operators, pack, run
 from .plan import WEIGHTS, CannotRun
@@ -58,8 +59,8 @@ class CompiledDecoder:
         Raises:
             TypeError, ValueError: naming the argument, what was found and what was wanted; logits are NaN.
         """
-        is_here = not isinstance(src, Tensor) or src.device.type == "cpu"
-        check_ids("src", src, self._src_vocab, self.max_len, range_too=is_here)
+        range_too = isinstance(src, Tensor) and can_look(src)
+        check_ids("src", src, self._src_vocab, self.max_len, range_too=range_too)
         max_length = self.max_len if max_length is None else max_length
         check_search(max_length, beam_size, length_penalty, self.max_len)
         checks.check_flags(return_scores=return_scores)

@@ -15,6 +15,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from .. import LanguageModel, checks
 from ..reference.causal import Places
+from ..reference.token_checks import can_look
 from ..reference.translation import check_ids
 from .base import DepthLSTMPreTrainedModel, LayerOfCache
 from .configuration import DepthLSTMConfig
@@ -101,7 +102,13 @@ class DepthLSTMForCausalLM(DepthLSTMPreTrainedModel, GenerationMixin):
 
     def _check(self, input_ids: Any, attention_mask: Any, position_ids: Any, cache: Any, labels: Any) -> None:
         """Raise TypeError or ValueError where a token or a tensor beside the tokens cannot be one."""
-        check_ids("input_ids", input_ids, self.model.vocab_size, sys.maxsize, range_too=can_look_at(input_ids))
+        check_ids(
+            "input_ids",
+            input_ids,
+            self.model.vocab_size,
+            sys.maxsize,
+            range_too=isinstance(input_ids, Tensor) and can_look(input_ids),
+        )
         if cache is not None and not isinstance(cache, Cache):
             raise TypeError(f"cache must be a Cache of transformers; found {type(cache).__name__}")
         rows, length = input_ids.shape
@@ -119,10 +126,6 @@ class DepthLSTMForCausalLM(DepthLSTMPreTrainedModel, GenerationMixin):
             checks.check_shape("position_ids", position_ids.expand(rows, -1), (rows, length))
         if labels is not None:
             self.model._check_labels(labels, input_ids, None, False)
-
-
-def can_look_at(found: Any) -> bool:
-    return not isinstance(found, Tensor) or found.device.type == "cpu"
 
 
 def _positions(embedded: Tensor, attention_mask: Tensor | None, past: int) -> Tensor:
