@@ -9,9 +9,11 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import library
+from ..reference import LanguageModel
 from ..reference.generation import Settings
 from ..reference.token_checks import can_look
 from ..reference.translation import TranslationModel, check_ids, check_search
+from .captured import CapturedDecoder
 from .engine import MOST_BEAMS, additive_mask, make_plan, operators, pack, run
 from .plan import WEIGHTS, CannotRun
 
@@ -87,18 +89,22 @@ class CompiledDecoder:
         operators().decode_check(self._blob)
 
 
-def compile_decoder(model: Any, dtype: str = "float32", output_dtype: str | None = None) -> CompiledDecoder:
-    """Pack a model for translation on a CPU.
+def compile_decoder(
+    model: Any, dtype: str | None = None, output_dtype: str | None = None
+) -> CompiledDecoder | CapturedDecoder:
+    """Pack a model on a CPU for translation, or capture the steps of one on a GPU.
 
-    The result holds a copy of the weights, ``nbytes`` large, and never looks at the model again: later changes of the
-    model do not reach it. ``generate()`` of the model packs by itself, too, but reads all weights at every call to see
-    that they have not changed.
+    On a CPU the result holds a copy of the weights, ``nbytes`` large, and never looks at the model again: later changes
+    of the model do not reach it. ``generate()`` of the model packs by itself, too, but reads all weights at every call
+    to see that they have not changed. On a GPU the result keeps the model itself.
 
     Args:
         model: a :class:`depthlstm_fast.DepthLSTMTransformer`, or a :class:`depthlstm_fast.Transformer` with a
-            depth-wise LSTM or pre-norm, with float32 parameters on the CPU.
-        dtype: of the packed matrices. "bfloat16" and "int8" (a scale for each output) keep states, norms, embeddings,
-            keys and values in float32. "int8" rounds the inputs of products to 12 to 15 bits, by row.
+            depth-wise LSTM or pre-norm, with float32 parameters on the CPU. On a GPU a model of any dtype, with any
+            connection, :class:`depthlstm_fast.LanguageModel` too.
+        dtype: of the packed matrices; "float32" if None. "bfloat16" and "int8" (a scale for each output) keep states,
+            norms, embeddings, keys and values in float32. "int8" rounds the inputs of products to 12 to 15 bits, by
+            row. A model on a GPU keeps its own.
         output_dtype: of the output layer's matrix, whose rounding moves every logit; ``dtype`` if None.
 
     Raises:
@@ -106,6 +112,12 @@ def compile_decoder(model: Any, dtype: str = "float32", output_dtype: str | None
         ValueError: dtype or output_dtype is not one of these, or the engine does not run this model.
         RuntimeError: the compiled library is missing.
     """
+    if isinstance(model, (TranslationModel, LanguageModel)) and _is_on_gpu(model):
+        for argument, name in (("dtype", dtype), ("output_dtype", output_dtype)):
+            if name is not None:
+                raise ValueError(f"{argument} must be None for a model on a GPU, which keeps its own; found {name!r}")
+        return CapturedDecoder(model)
+    dtype = "float32" if dtype is None else dtype
     checks.check_name("dtype", dtype, WEIGHTS)
     output_dtype = dtype if output_dtype is None else output_dtype
     checks.check_name("output_dtype", output_dtype, WEIGHTS)
@@ -117,3 +129,7 @@ def compile_decoder(model: Any, dtype: str = "float32", output_dtype: str | None
         return CompiledDecoder(model, dtype, output_dtype)
     except CannotRun as reason:
         raise ValueError(f"model must be one that the decode engine runs: {reason}") from None
+
+
+def _is_on_gpu(model: Any) -> bool:
+    return next(model.parameters()).device.type == "cuda"

@@ -338,7 +338,11 @@ class LanguageModel(TiedModel):
             ids.shape[0], beam_size, max_new_tokens, length_penalty, 0, eos_id, self.pad_id, ids.device
         )
         with self._inference():
-            decoding = (CachedDecoding if use_cache else Decoding)(self, ids, real, beam_size)
+            begin = generation.own_decoding.get()
+            if begin is None:
+                decoding = (CachedDecoding if use_cache else Decoding)(self, ids, real, beam_size)
+            else:
+                decoding = begin(ids, real, settings)
             if beam_size > 1:
                 tokens, scores = generation.beam_search(decoding.next_logits, decoding.reorder, settings)
             elif temperature:
