@@ -21,9 +21,9 @@ from ..modes import autocast_dtype
 from ..reference import generation
 from ..reference.caches import DecoderCache, KeyValueCache
 from ..reference.causal import Places
+from ..reference.continuation import CachedDecoding as CausalDecoding
 from ..reference.decoder_attention import MergedAttention, MultiscaleAttention
 from ..reference.generation import Settings
-from ..reference.language_model import CachedDecoding as CausalDecoding
 from ..reference.translation import CachedDecoding, TranslationModel
 
 POSITIONS = 64  # capacities are multiples of it, so that lengths share graphs
