@@ -1,4 +1,4 @@
-# make test | bench | gpu | lint | format | wheel | pure-wheel | sdist | clean | distclean
+# make test | bench | gpu | lint | format | wheel | manylinux | pure-wheel | sdist | clean | distclean
 #
 # Each target sets up what it needs, once, in $(VENV). Variables:
 #   PYTHON=python3.12         the interpreter the environment is made from
@@ -30,7 +30,7 @@ build internals test bench: export DEPTHLSTM_CUDA_ARCHS ?= $(or $(GPUS),90)
 
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: test bench gpu lint format wheel pure-wheel sdist build internals clean distclean
+.PHONY: test bench gpu lint format wheel manylinux pure-wheel sdist build internals clean distclean
 .DELETE_ON_ERROR:
 
 # Without the tests marked slow: each is the long form of a check that is here too, and `.ci/run slow` runs them (ARGS="-m slow").
@@ -72,6 +72,12 @@ wheel: $(call READY,test)
 	rm -rf build/lib* build/bdist*
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist/*.whl
+
+# The wheel under the name that says which systems it is for, by the newest symbols of glibc and libstdc++ that it needs.
+# torch's libraries come with torch.
+manylinux: $(call READY,release) wheel
+	PATH="$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$$PATH" $(PY) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist/manylinux dist/*-linux_*.whl
+	@ls dist/manylinux/*.whl
 
 # the reference and Triton, for any system
 pure-wheel: $(call READY,test)

@@ -1,6 +1,7 @@
-"""Train an installed package for three steps: python .ci/check_installed.py FOLDER.
+"""Check an installed package: python .ci/check_installed.py FOLDER.
 
-The package must come from FOLDER.
+The package must come from FOLDER. Its library must load; forward, backward and generate() on it must be those of the
+reference, in the decode engine, too; and three training steps must lower the loss.
 """
 
 import sys
@@ -10,18 +11,43 @@ import torch
 import depthlstm_fast as dl
 
 assert dl.__file__.startswith(sys.argv[1]), dl.__file__
+cpp = dl.backends()["cpp"]
+assert cpp.available, cpp
 torch.manual_seed(0)
-model = dl.DepthLSTMTransformer(17, 19, d_model=32, nhead=4, num_encoder_layers=2, num_decoder_layers=2)
-optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+sizes = {"d_model": 32, "nhead": 4, "num_encoder_layers": 2, "num_decoder_layers": 2, "dropout": 0.0}
+model = dl.DepthLSTMTransformer(17, 19, **sizes)
+plain = dl.reference.DepthLSTMTransformer(17, 19, **sizes)
+plain.load_state_dict(model.state_dict())
 source, target = torch.randint(3, 17, (4, 6)), torch.randint(3, 19, (4, 7))
+
+
+def loss_of(each: torch.nn.Module) -> torch.Tensor:
+    logits = each(source, target[:, :-1])
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten())
+
+
+found = [loss_of(each) for each in (model, plain)]
+torch.testing.assert_close(*found)
+assert dl.last_backend() == "cpp", dl.last_backend()
+gradients = [
+    torch.autograd.grad(loss, list(each.parameters())) for loss, each in zip(found, (model, plain), strict=True)
+]
+for name, own, wanted in zip(dict(model.named_parameters()), *gradients, strict=True):
+    torch.testing.assert_close(own, wanted, msg=lambda text, name=name: f"{name}: {text}")
+engine = dl.compile_decoder(model.eval())
+for beams in (1, 4):
+    tokens = plain.eval().generate(source, 9, beams)
+    assert torch.equal(model.generate(source, 9, beams), tokens)
+    assert torch.equal(engine.generate(source, 9, beams), tokens)
+
+optimizer = torch.optim.Adam(model.train().parameters(), lr=1e-3)
 losses = []
 for _ in range(3):
     optimizer.zero_grad()
-    logits = model(source, target[:, :-1])
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten())
+    loss = loss_of(model)
     loss.backward()
     optimizer.step()
     losses.append(loss.item())
-assert dl.last_backend() == "cpp", dl.last_backend()
 assert losses[-1] < losses[0], losses
+print("forward, backward and generate() are the reference's")
 print("three training steps on the cpp backend, loss", " ".join(f"{value:.4f}" for value in losses))

@@ -1,12 +1,14 @@
 """Compare a wheel and an sdist with their source tree: python .ci/check_packages.py dist.
 
 The wheel has every module of the package, the compiled library, the version of pyproject.toml and the licences. It has
-nothing outside the package. The wheel in dist/pure has no library. The sdist has every source that a build, the tests,
-the benchmarks and the examples read, and no build product.
+nothing outside the package. The wheel in dist/manylinux has the same library and another tag, and the one in dist/pure
+has no library. The sdist has every source that a build, the tests, the benchmarks and the examples read, and no build
+product.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import platform
 import re
 import sys
@@ -51,7 +53,7 @@ def below(folder: str, *patterns: str) -> Iterator[str]:
 def check_wheel(folder: Path, tag: str, library: tuple[str, ...]) -> None:
     """Raise AssertionError if the single wheel in ``folder`` lacks a file or has an additional one."""
     (wheel,) = folder.glob("*.whl")
-    assert wheel.name == f"{PACKAGE}-{version()}-{tag}.whl", wheel.name
+    assert fnmatch.fnmatchcase(wheel.name, f"{PACKAGE}-{version()}-{tag}.whl"), wheel.name
     names = set(zipfile.ZipFile(wheel).namelist())
     code = {name for name in names if ".dist-info/" not in name}
     wanted = {*library, f"{PACKAGE}/py.typed", *below(PACKAGE, "*.py")}
@@ -66,6 +68,12 @@ def check_wheel(folder: Path, tag: str, library: tuple[str, ...]) -> None:
         found = [name for name in names if name.endswith(f".dist-info/licenses/{licence}")]
         assert found, f"not in the wheel: the licence {licence}"
     print(f"{wheel.name}: {wheel.stat().st_size} bytes, {len(code)} files")
+
+
+def check_same_library(folder: Path, name: str) -> None:
+    """Raise AssertionError unless the wheel in dist/manylinux holds the library as it was built."""
+    built, tagged = (zipfile.ZipFile(next(each.glob("*.whl"))).read(name) for each in (folder, folder / "manylinux"))
+    assert built == tagged, f"{name} was changed for the wheel in manylinux"
 
 
 def check_sdist(folder: Path) -> None:
@@ -83,6 +91,9 @@ def check_sdist(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    check_wheel(Path(sys.argv[1]), f"cp310-abi3-linux_{platform.machine()}", (f"{PACKAGE}/_C.abi3.so",))
-    check_wheel(Path(sys.argv[1]) / "pure", "py3-none-any", ())
-    check_sdist(Path(sys.argv[1]))
+    dist, library = Path(sys.argv[1]), f"{PACKAGE}/_C.abi3.so"
+    check_wheel(dist, f"cp310-abi3-linux_{platform.machine()}", (library,))
+    check_wheel(dist / "manylinux", f"cp310-abi3-manylinux_2_*_{platform.machine()}", (library,))
+    check_same_library(dist, library)
+    check_wheel(dist / "pure", "py3-none-any", ())
+    check_sdist(dist)
