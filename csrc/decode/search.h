@@ -32,10 +32,11 @@ public:
                 part.live[row] = beam == 0 ? 0.0f : -INFINITY;  // all beams start alike, so one starts
                 part.hypothesis_score[row] = -INFINITY;
                 part.hypothesis_length[row] = 0;
-                if (part.beams == 1) continue;
-                int32_t* slots = part.slots + row * part.capacity;  // all beams read the first one's prompt
-                std::fill(slots, slots + part.first_position(source), int32_t(source * part.beams));
             }
+            if (part.beams == 1) continue;
+            const int64_t row = source * part.beams;  // of the beam that starts; the others go on from it
+            int32_t* slots = part.slots + row * part.capacity;
+            std::fill(slots, slots + part.first_position(source), int32_t(row));
         }
         if (part.has_prompts) read_prompts(given);
     }
@@ -101,26 +102,28 @@ private:
         places.push_back({row, position});
     }
 
-    void run_branches() {
+    // attend(branch) is what a self-attention does.
+    template <class Attend>
+    void run_branches(Attend attend) {
         rows.count = int64_t(places.size());
         for (const Branch& branch : model.decoder.branches) {
-            rows.run(branch, [&](const Branch& b) { attend_self(b); }, [&](const Branch& b) { attend_cross(b); });
+            rows.run(branch, attend, [&](const Branch& b) { attend_cross(b); });
         }
     }
 
-    // Keys and values of the prompts but for their last tokens, which the first step reads. A row sees the keys of the
-    // rows before it.
+    // Keys and values of the prompts but for their last tokens, which the first step reads.
     void read_prompts(const std::vector<SourceTokens>& given) {
+        const auto attend = [&](const Branch& branch) { attend_prompts(branch); };
         places.clear();
         for (int64_t source = 0; source < part.sources; ++source) {
             for (int64_t t = 0; t < part.first_position(source); ++t) {
                 put(given[part.first + source].ids[t], source * part.beams, t);
                 if (int64_t(places.size()) < rows_at_once) continue;
-                run_branches();
+                run_branches(attend);
                 places.clear();
             }
         }
-        if (!places.empty()) run_branches();
+        if (!places.empty()) run_branches(attend);
     }
 
     // The logits of the next token of every active row.
@@ -133,7 +136,7 @@ private:
                 put(part.tokens[row], row, position);
             }
         }
-        run_branches();
+        run_branches([&](const Branch& branch) { attend_self(branch); });
         const float* out = rows.finish(model.decoder);
         rows.multiply(model.output, out, model.features, part.logits, model.decoder.vocabulary);
     }
@@ -155,13 +158,24 @@ private:
         }
     }
 
-    void attend_self(const Branch& branch) {
+    float* keys_of(const Branch& branch) const { return part.cache + branch.self_place * 2 * part.layer_floats(model); }
+
+    // Puts keys and values of a row of `projected` into the cache; returns the row's queries.
+    const float* keep(const Branch& branch, int64_t i) {
         const int64_t all = model.heads * model.width, of_keys = model.key_floats();
-        float* keys = part.cache + branch.self_place * 2 * part.layer_floats(model);
-        float* values = keys + part.layer_floats(model);
+        float* projected = part.buffers.projected + i * model.self_floats();
+        if (model.has_rotation) rotate(projected, model.heads + model.key_heads, places[i].position);
+        float* keys = keys_of(branch) + offset(places[i].position, places[i].row);
+        std::memcpy(keys, projected + all, std::size_t(of_keys) * 4);
+        std::memcpy(keys + part.layer_floats(model), projected + all + of_keys, std::size_t(of_keys) * 4);
+        return projected;
+    }
+
+    void attend_self(const Branch& branch) {
+        const int64_t all = model.heads * model.width;
         CacheAttention call;
-        call.keys = keys;
-        call.values = values;
+        call.keys = keys_of(branch);
+        call.values = call.keys + part.layer_floats(model);
         call.offsets = part.offsets;
         call.heads = model.heads;
         call.width = model.width;
@@ -170,18 +184,53 @@ private:
         call.scores = part.buffers.scores;
         for (int64_t i = 0; i < rows.count; ++i) {
             const auto [row, t] = places[i];
-            float* projected = part.buffers.projected + i * model.self_floats();
-            if (model.has_rotation) rotate(projected, model.heads + model.key_heads, t);
-            const int64_t own = offset(t, row);
-            std::memcpy(keys + own, projected + all, std::size_t(of_keys) * 4);
-            std::memcpy(values + own, projected + all + of_keys, std::size_t(of_keys) * 4);
+            call.query = keep(branch, i);
             const int32_t* slots = part.beams > 1 ? part.slots + row * part.capacity : nullptr;
             for (int64_t j = 0; j < t; ++j) part.offsets[j] = offset(j, slots == nullptr ? row : slots[j]);
-            part.offsets[t] = own;
+            part.offsets[t] = offset(t, row);
             call.positions = t + 1;
-            call.query = projected;
             call.out = part.buffers.context + i * all;
             rows.kernels.attend_cache(call);
+        }
+    }
+
+    // Rows of one prompt lie side by side, in the order of their positions: a head's keys become blocks for all of them.
+    void attend_prompts(const Branch& branch) {
+        const int64_t P = model.width, all = model.heads * P, group = model.heads / model.key_heads;
+        for (int64_t i = 0; i < rows.count; ++i) keep(branch, i);
+        BlockAttention call;
+        call.keys = part.block_keys;
+        call.values = part.block_values;
+        call.width = P;
+        call.scale = float(1 / std::sqrt(double(model.head_size)));
+        call.scores = part.buffers.scores;
+        for (int64_t begin = 0, end = 0; begin < rows.count; begin = end) {
+            while (end < rows.count && places[end].row == places[begin].row) ++end;
+            const int64_t positions = places[end - 1].position + 1;
+            for (int64_t head = 0; head < model.key_heads; ++head) {
+                copy_to_blocks(keys_of(branch) + head * P, places[begin].row, positions);
+                for (int64_t i = begin; i < end; ++i) {
+                    call.positions = places[i].position + 1;
+                    for (int64_t h = head * group; h < (head + 1) * group; ++h) {
+                        call.query = part.buffers.projected + i * model.self_floats() + h * P;
+                        call.out = part.buffers.context + i * all + h * P;
+                        rows.kernels.attend_blocks(call);
+                    }
+                }
+            }
+        }
+    }
+
+    // A head's keys and values of a row of the cache, as attend_blocks reads them.
+    void copy_to_blocks(const float* keys, int64_t row, int64_t positions) {
+        const int64_t P = model.width, stride = model.key_floats(), to_values = part.layer_floats(model);
+        for (int64_t t = 0; t < positions; t += key_block) {
+            const float* from = keys + offset(t, row);
+            const int64_t count = std::min(key_block, positions - t);
+            transpose_keys(from, stride, count, P, part.block_keys + t * P);
+            for (int64_t j = 0; j < count; ++j) {
+                std::memcpy(part.block_values + (t + j) * P, from + to_values + j * stride, std::size_t(P) * 4);
+            }
         }
     }
 

@@ -81,8 +81,8 @@ struct Part {
           top_tokens(arena.take<int32_t>(beams > 1 ? 2 * beams : 0)),
           offsets(arena.take<int64_t>(capacity)),
           buffers(arena, model, std::max(sources * beams, input_rows()), std::max(capacity, longest())),
-          block_keys(arena.take<float>(has_prompts ? 0 : round_up(longest(), key_block) * model.width)),
-          block_values(arena.take<float>(has_prompts ? 0 : round_up(longest(), key_block) * model.width)) {}
+          block_keys(arena.take<float>(round_up(longest(), key_block) * model.width)),
+          block_values(arena.take<float>(round_up(longest(), key_block) * model.width)) {}
 
     int64_t longest() const {
         int64_t most = 0;

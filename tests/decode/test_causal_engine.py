@@ -80,7 +80,7 @@ def test_many_random_language_models() -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_instruction_sets(isa: str) -> None:
+def test_language_models_on_every_instruction_set(isa: str) -> None:
     script = "from decode_helpers import compare; from causal_helpers import draw_causal as draw; "
     script += "compare(range(1000, 1030), draw)"
     path = os.pathsep.join([str(HERE), str(Path(dl.__file__).resolve().parents[1])])

@@ -197,7 +197,7 @@ def searches(seeds: range) -> Any:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_narrow_weights_are_those_of_a_rounded_model(dtype: str) -> None:
+def test_narrow_weights_of_language_models(dtype: str) -> None:
     """Tokens and scores are those of a float32 model whose matrices were rounded in PyTorch.
 
     int8 also rounds the inputs of products. Its scores may differ as much as roundings of the same size make them.
