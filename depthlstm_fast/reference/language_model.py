@@ -15,7 +15,7 @@ from . import generation
 from .causal import FEED_FORWARDS, CausalCache, Places, PlainCausalStack, place
 from .continuation import CachedDecoding, Decoding, check_left_padding, settings_for
 from .positions import Positions, initialise_embedding
-from .rotary import make_rotation
+from .rotary import check_rotation, make_rotation
 from .sampling import Sampler
 from .tied import TiedModel
 from .token_checks import can_look, check_documents, check_mask, check_tokens_beside
@@ -91,14 +91,9 @@ class LanguageModel(TiedModel):
         checks.check_name("norm", norm, checks.NORMALISATIONS)
         checks.check_probability("dropout", dropout)
         checks.check_flags(tie_output=tie_output, bias=bias)
-        checks.check_finite("rope_theta", rope_theta, 0.0)
         if d_model % nhead:
             raise ValueError(f"nhead must divide d_model, {d_model}; found {nhead}")
-        size = d_model // nhead
-        if positions == "rope" and size % 2:
-            raise ValueError(f'd_model / nhead must be even with positions="rope"; found {size}')
-        if rope_theta <= 0:
-            raise ValueError(f"rope_theta must be above 0; found {rope_theta}")
+        check_rotation(positions, d_model // nhead, rope_theta)
         for argument, token in (("pad_id", pad_id), ("eos_id", eos_id)):
             if token is not None or argument == "pad_id":
                 checks.check_size(argument, token, 0)
