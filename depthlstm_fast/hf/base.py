@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from ..reference.token_checks import can_look
+from .attention import set_products
+
 
 class LayerOfCache:
     """One layer of transformers' cache, with the method that this package's attention calls.
@@ -20,6 +23,12 @@ class LayerOfCache:
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         return self.cache.update(keys, values, self.index)
+
+
+def past_of(cache: Cache | None) -> int | Tensor:
+    """How many tokens a cache has seen; a tensor where reading its number would stall a device, or end a graph."""
+    past = 0 if cache is None else cache.get_seq_length()
+    return int(past) if isinstance(past, Tensor) and can_look(past) else past
 
 
 class DepthLSTMPreTrainedModel(PreTrainedModel):
@@ -35,8 +44,12 @@ class DepthLSTMPreTrainedModel(PreTrainedModel):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.model = self.model_class(**config.model_arguments())
+        set_products(self.model, config)
         self.loss_type = "ForCausalLM"  # of the next token, in both kinds of model
         self._tied_weights_keys = _shared_parameters(self)
+        if config.tie_word_embeddings:  # accelerate's init_empty_weights makes two parameters of the tied one
+            held = f"model.{self.embedding_name}.weight"
+            self._tied_weights_keys["model.output.weight"] = self._tied_weights_keys.get(held, held)
         for parameter in self.parameters():
             # what the model has drawn stays; what has no numbers yet is loaded, or drawn by _init_weights
             if not parameter.is_meta:
@@ -62,6 +75,14 @@ class DepthLSTMPreTrainedModel(PreTrainedModel):
             drawn = self.model_class(**self.config.model_arguments()).get_submodule(prefix)
         for name in missing:
             module.get_parameter(name).copy_(drawn.get_parameter(name))
+
+    def _check_length(self, argument: str, found: int, cached: str = " with those of the cache") -> None:
+        """Raise ValueError where tokens would stand behind the last position of a table."""
+        most = self.config.max_position_embeddings
+        if found > most:
+            raise ValueError(
+                f"{argument} must have at most max_position_embeddings, {most}, tokens{cached}; found {found}"
+            )
 
     def get_input_embeddings(self) -> nn.Module:
         return getattr(self.model, self.embedding_name)

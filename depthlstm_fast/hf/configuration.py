@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -59,7 +60,7 @@ class DepthLSTMConfig(PreTrainedConfig):
         """The keyword arguments of the :class:`depthlstm_fast.LanguageModel`.
 
         Raises:
-            ValueError: there is no connection of that name.
+            TypeError, ValueError: there is no connection of that name, or it takes no such options.
         """
         return {
             "vocab_size": self.vocab_size,
@@ -94,11 +95,11 @@ class DepthLSTMSeq2SeqConfig(PreTrainedConfig):
             d_model, nhead, num_encoder_layers, num_decoder_layers, dim_feedforward, max_len and tie_output.
         positions, feed_forward, layer_norm_eps, bias, init, dropout, share_embeddings: as they are called there.
         decoder_attention: "separate" or "add"; None for what the connection says.
+        memory, fusion: as they are called there.
         connection, connection_options: see :class:`DepthLSTMConfig`.
         decoder_start_token_id: what targets begin with; it is the model's bos_id.
 
-    Raises:
-        ValueError: decoder_attention is another one. Other numbers and names are checked where the model is made.
+    Numbers and names are checked where the model is made.
     """
 
     model_type = "depth_lstm_seq2seq"
@@ -116,6 +117,8 @@ class DepthLSTMSeq2SeqConfig(PreTrainedConfig):
     connection_options: dict | None = None
     feed_forward: bool | None = None
     decoder_attention: str | None = None
+    memory: str = "top"
+    fusion: str = "gate"
     layer_norm_eps: float = 1e-6
     bias: bool = True
     init: str = "lipschitz"
@@ -135,9 +138,17 @@ class DepthLSTMSeq2SeqConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def model_arguments(self) -> dict[str, Any]:
-        """The keyword arguments of the :class:`depthlstm_fast.Transformer`."""
+        """The keyword arguments of the :class:`depthlstm_fast.Transformer`.
+
+        Raises:
+            TypeError, ValueError: as :meth:`DepthLSTMConfig.model_arguments`; decoder_attention is another one, or
+                eos_token_id an empty list.
+        """
         if self.decoder_attention is not None:
             checks.check_name("decoder_attention", self.decoder_attention, ("separate", "add"))
+        ends = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        if not ends:
+            raise ValueError("eos_token_id must be an id, or a list of at least one; found []")
         return {
             "src_vocab": self.src_vocab_size,
             "tgt_vocab": self.vocab_size,
@@ -150,6 +161,8 @@ class DepthLSTMSeq2SeqConfig(PreTrainedConfig):
             "connection": _connection(self),
             "feed_forward": self.feed_forward,
             "decoder_attention": self.decoder_attention,
+            "memory": self.memory,
+            "fusion": self.fusion,
             "init": self.init,
             "layer_norm_eps": self.layer_norm_eps,
             "bias": self.bias,
@@ -159,11 +172,22 @@ class DepthLSTMSeq2SeqConfig(PreTrainedConfig):
             "tie_output": self.tie_word_embeddings,
             "pad_id": self.pad_token_id,
             "bos_id": self.decoder_start_token_id,
-            "eos_id": self.eos_token_id[0] if isinstance(self.eos_token_id, list) else self.eos_token_id,
+            "eos_id": ends[0],
         }
 
 
 def _connection(config: Any) -> Any:
-    if not config.connection_options:
+    options = config.connection_options
+    if options is None:
         return config.connection
-    return functools.partial(connections.get(config.connection), **config.connection_options)
+    if not isinstance(options, dict):
+        raise TypeError(f"connection_options must be a dict or None; found {type(options).__name__}")
+    made = connections.get(config.connection)
+    known = list(inspect.signature(made).parameters)[2:]  # behind d_model and num_branches
+    for option in options:
+        if option not in known:
+            raise ValueError(
+                f"connection_options must have arguments of {made.__name__} as keys, {', '.join(known)}; "
+                f"found {option!r}"
+            )
+    return functools.partial(made, **options) if options else config.connection

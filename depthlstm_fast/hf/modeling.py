@@ -17,7 +17,8 @@ from .. import LanguageModel, checks
 from ..reference.causal import Places
 from ..reference.token_checks import can_look
 from ..reference.translation import check_ids
-from .base import DepthLSTMPreTrainedModel, LayerOfCache
+from .attention import recorded, wants_weights
+from .base import DepthLSTMPreTrainedModel, LayerOfCache, past_of
 from .configuration import DepthLSTMConfig
 
 
@@ -48,6 +49,7 @@ class DepthLSTMForCausalLM(DepthLSTMPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
@@ -61,6 +63,8 @@ class DepthLSTMForCausalLM(DepthLSTMPreTrainedModel, GenerationMixin):
             cache: any cache of transformers.
             labels: (batch, L), the ids themselves: they are shifted here, and -100 is left out.
             use_cache: make a cache where none is given, and return it.
+            output_attentions: also each layer's weights (batch, heads, L, past + L), with
+                ``attn_implementation="eager"``.
             output_hidden_states: also what the connection makes of the input and of the state after each layer.
             logits_to_keep: only the last so many positions, or those of an index; 0 for all.
 
@@ -91,14 +95,20 @@ class DepthLSTMForCausalLM(DepthLSTMPreTrainedModel, GenerationMixin):
         places = Places(position_ids, mask, mask is None and embedded.shape[1] > 1)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         outputs: list[Tensor] | None = [] if wanted else None
-        hidden = self.model._through_layers(embedded, places, caches, outputs)
+        hidden, attentions = recorded(
+            wants_weights(self.config, output_attentions),
+            [layer.self_attn for layer in self.model.decoder.layers],
+            lambda: self.model._through_layers(embedded, places, caches, outputs),
+        )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         logits = self.model.output(hidden[:, kept] if isinstance(kept, (slice, Tensor)) else hidden)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
         states = None if outputs is None else tuple(outputs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, cache=cache, hidden_states=states)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, cache=cache, hidden_states=states, attentions=attentions
+        )
 
     def _check(self, input_ids: Any, attention_mask: Any, position_ids: Any, cache: Any, labels: Any) -> None:
         """Raise TypeError or ValueError where a token or a tensor beside the tokens cannot be one."""
@@ -112,18 +122,21 @@ class DepthLSTMForCausalLM(DepthLSTMPreTrainedModel, GenerationMixin):
         if cache is not None and not isinstance(cache, Cache):
             raise TypeError(f"cache must be a Cache of transformers; found {type(cache).__name__}")
         rows, length = input_ids.shape
-        past = 0 if cache is None else cache.get_seq_length()
+        past = past_of(cache)
         if isinstance(past, int):
-            most = self.config.max_position_embeddings
-            if self.model.positions is not None and past + length > most:
-                raise ValueError(
-                    f"input_ids must have at most max_position_embeddings, {most}, tokens with those of the cache; "
-                    f"found {past + length}"
-                )
+            if position_ids is None and self.model.positions is not None:
+                self._check_length("input_ids", past + length)
             if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
                 checks.check_shape("attention_mask", attention_mask, (rows, past + length))
         if isinstance(position_ids, Tensor):
             checks.check_shape("position_ids", position_ids.expand(rows, -1), (rows, length))
+            if self.model.positions is not None and can_look(position_ids):
+                most = self.config.max_position_embeddings - 1
+                if wrong := [each for each in position_ids.aminmax() if not 0 <= each <= most]:
+                    raise ValueError(
+                        f"position_ids must hold positions from 0 to max_position_embeddings - 1, {most}; "
+                        f"found {int(wrong[0])}"
+                    )
         if labels is not None:
             self.model._check_labels(labels, input_ids, None, False)
 

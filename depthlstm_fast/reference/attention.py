@@ -155,6 +155,7 @@ class _Attention(nn.Module):
     """Base of self- and cross-attention; inputs are (batch, length, D)."""
 
     out_proj: nn.Module
+    product: Any = None  # what is called in the place of PyTorch's scaled_dot_product_attention
 
     def __init__(
         self, d_model: int, nhead: int, dropout: float, bias: bool, init: str, device: Any, dtype: torch.dtype | None
@@ -191,7 +192,8 @@ class _Attention(nn.Module):
             mask = mask.to(query.dtype)
         options: dict[str, Any] = {"enable_gqa": True} if keys.shape[1] != self.nhead else {}
         options |= {"attn_mask": mask, "dropout_p": self.dropout if self.training else 0.0, "is_causal": is_causal}
-        heads = F.scaled_dot_product_attention(query, keys, values, **options)
+        product = F.scaled_dot_product_attention if self.product is None else self.product
+        heads = product(query, keys, values, **options)
         # a view: the flash kernels lay their output out as (batch, L, nhead, D / nhead)
         return heads.transpose(1, 2).flatten(2)
 

@@ -22,11 +22,12 @@ import depthlstm_fast as dl
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
+from hf_helpers import CAUSAL as SMALL  # noqa: E402
+from hf_helpers import VOCAB, prompts  # noqa: E402
+from hf_helpers import causal as model  # noqa: E402
+
 from depthlstm_fast.hf import DepthLSTMConfig, DepthLSTMForCausalLM  # noqa: E402
 
-VOCAB = 29
-SMALL: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
-SMALL |= {"num_key_value_heads": 2, "max_position_embeddings": 64, "dropout": 0.0}
 KINDS: list[dict[str, Any]] = [
     {},
     {"tie_word_embeddings": False, "positions": "learned", "feed_forward": True, "ffn": "swiglu"},
@@ -34,23 +35,6 @@ KINDS: list[dict[str, Any]] = [
     {"connection": "attention-residuals", "connection_options": {"block_size": 2}, "norm": "rms", "bias": False},
     {"connection": "pre-norm", "num_key_value_heads": None, "positions": "none"},
 ]
-
-
-@torch.no_grad()
-def model(**options: Any) -> Any:
-    torch.manual_seed(4)
-    made = DepthLSTMForCausalLM(DepthLSTMConfig(**{**SMALL, **options})).eval()
-    for parameter in made.parameters():
-        parameter.add_(0.3 * torch.randn_like(parameter))
-    return made
-
-
-def prompts() -> tuple[Tensor, Tensor]:
-    """Three prompts, padded on the left."""
-    ids = torch.randint(3, VOCAB, (3, 6), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    mask[1, :3] = mask[2, :1] = 0
-    return ids * mask, mask
 
 
 def test_the_package_does_not_import_it() -> None:
@@ -172,18 +156,24 @@ def test_stock_caches_serve() -> None:
     assert len(cache.layers) == 2
 
 
+def test_a_static_cache_is_compiled_once() -> None:
+    torch.compiler.reset()
+    each, (ids, mask) = model(eos_token_id=None), prompts()
+    common = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    wanted = each.generate(ids, **common)
+    compiled = transformers.CompileConfig(fullgraph=True, backend="aot_eager", mode=None, dynamic=False)
+    compiled._compile_all_devices = True  # else on GPUs alone
+    torch._dynamo.utils.counters.clear()
+    found = each.generate(ids, **common, cache_implementation="static", compile_config=compiled)
+    assert torch.equal(found, wanted)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # of all steps behind the prompt
+    torch.compiler.reset()
+
+
 def test_assisted_decoding() -> None:
     each, small, (ids, _) = model(eos_token_id=None), model(num_hidden_layers=1, eos_token_id=None), prompts()
     wanted = each.generate(ids[:1], max_new_tokens=12, do_sample=False)
     assert torch.equal(each.generate(ids[:1], max_new_tokens=12, do_sample=False, assistant_model=small), wanted)
-
-
-def test_eager_attention_gives_the_same() -> None:
-    each, (ids, mask) = model(), prompts()
-    wanted = each(ids, attention_mask=mask).logits
-    each.set_attn_implementation("eager")
-    found = each(ids, attention_mask=mask).logits
-    torch.testing.assert_close(found[mask == 1], wanted[mask == 1], rtol=1e-5, atol=1e-5)
 
 
 def test_packed_rows_by_their_positions() -> None:
@@ -197,7 +187,8 @@ def test_packed_rows_by_their_positions() -> None:
 
 def test_checkpointing_changes_no_gradient() -> None:
     each, (ids, mask) = model(dropout=0.2).train(), prompts()
-    found = []
+    found, calls = [], []
+    each.model.decoder.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
     for on in (False, True):
         if on:
             each.gradient_checkpointing_enable()
@@ -205,6 +196,7 @@ def test_checkpointing_changes_no_gradient() -> None:
         torch.manual_seed(1)
         loss = each(ids, attention_mask=mask, labels=ids).loss
         found.append(torch.autograd.grad(loss, list(each.parameters())))
+    assert len(calls) == 1 + 2  # once more in the backward pass
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -267,31 +259,68 @@ def test_trainer_trains_and_goes_on(tmp_path: Path) -> None:
         assert torch.equal(continued.state_dict()[name], value), name
 
 
-@pytest.mark.parametrize("targets", [["gates"], ["in_proj", "out_proj"], ["gates", "in_proj", "out_proj"]], ids=str)
-def test_lora(targets: list[str], tmp_path: Path) -> None:
+FFN = {"feed_forward": True, "ffn": "swiglu"}
+TARGETS: list[tuple[Any, dict[str, Any], int]] = [  # and how many linears of a layer they are
+    (["gates"], {}, 1),
+    (["in_proj", "out_proj"], {}, 2),
+    (["gates", "in_proj", "out_proj"], {}, 3),
+    (["linear1", "linear2"], FFN, 2),
+    ("all-linear", FFN, 6),  # with the cell of the network, too
+    ("all-linear", {"connection": "pre-norm"}, 4),
+]
+
+
+@pytest.mark.parametrize(("targets", "options", "count"), TARGETS, ids=str)
+def test_lora(targets: Any, options: dict[str, Any], count: int, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    each, (ids, mask) = model(eos_token_id=None), prompts()
+    each, (ids, mask) = model(eos_token_id=None, **options), prompts()
     plain = each(ids, attention_mask=mask).logits
     adapted = peft.get_peft_model(
         each, peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=targets, init_lora_weights=False)
     )
     adapters = [name for name, part in adapted.named_modules() if isinstance(part, peft.tuners.lora.LoraLayer)]
-    assert len(adapters) == 2 * len(targets)
-    assert all(name.endswith(tuple(targets)) for name in adapters)
-    output = adapted(input_ids=ids, attention_mask=mask, labels=ids)
-    assert dl.last_backend() == ("cpp" if HAS_CPP else "reference")  # what follows the adapted product stays fused
+    assert len(adapters) == 2 * count
+    known = ("gates", "in_proj", "out_proj", "linear1", "linear2")
+    assert all(name.endswith(known if targets == "all-linear" else tuple(targets)) for name in adapters)
+    fused = "cpp" if HAS_CPP else "reference"
+    output = backend_of(fused, lambda: adapted(input_ids=ids, attention_mask=mask, labels=ids))
     assert (output.logits - plain)[mask == 1].abs().max() > 0.01  # the adapters act
     output.loss.backward()
     trained = {name for name, parameter in adapted.named_parameters() if parameter.grad is not None}
     assert trained == {name for name, parameter in adapted.named_parameters() if "lora_" in name}
     adapted.save_pretrained(tmp_path)
-    fresh = peft.PeftModel.from_pretrained(model(eos_token_id=None), tmp_path)
+    fresh = peft.PeftModel.from_pretrained(model(eos_token_id=None, **options), tmp_path)
     assert torch.equal(fresh(input_ids=ids, attention_mask=mask).logits, output.logits)
     tokens = adapted.generate(input_ids=ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
     merged = adapted.merge_and_unload()
-    torch.testing.assert_close(merged(ids, attention_mask=mask).logits, output.logits, rtol=1e-4, atol=1e-4)
+    found = backend_of(fused, lambda: merged(ids, attention_mask=mask).logits)
+    torch.testing.assert_close(found, output.logits, rtol=1e-4, atol=1e-4)
     assert torch.equal(merged.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False), tokens)
     assert torch.equal(merged.model.generate(ids, 5, attention_mask=mask), tokens[:, 6:])
+
+
+def backend_of(wanted: str, run: Any) -> Any:
+    """What ``run`` returns, on this backend; what follows an adapted product stays fused."""
+    with dl.use_backend("reference"):
+        dl.norm_step(torch.ones(1, 4), torch.ones(1, 4), weight1=torch.ones(4))
+    assert dl.last_backend() == "reference"
+    found = run()
+    assert dl.last_backend() == wanted
+    return found
+
+
+def test_adapters_under_checkpointing() -> None:
+    peft = pytest.importorskip("peft")
+    given = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear", init_lora_weights=False)
+    adapted, (ids, mask) = peft.get_peft_model(model(), given).train(), prompts()
+    trained, found = [each for each in adapted.parameters() if each.requires_grad], []
+    for on in (False, True):
+        if on:
+            adapted.gradient_checkpointing_enable()
+        loss = adapted(input_ids=ids, attention_mask=mask, labels=ids).loss
+        found.append(torch.autograd.grad(loss, trained))
+    assert len(trained) == 2 * 2 * 3
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_pipeline(tmp_path: Path) -> None:
@@ -324,8 +353,8 @@ def test_the_page() -> None:
     assert names["tokens"].shape == (2, 16)
     named = {name.strip() for group in re.findall(r"\[(test_[^\]]+)\]", text) for name in group.split(",")}
     assert len(named) > 10
-    other = Path(__file__).with_name("test_hf_seq2seq.py").read_text(encoding="utf-8")
-    assert not sorted(name for name in named if name not in globals() and f"def {name}(" not in other)
+    tests = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_hf_*.py"))
+    assert not sorted(name for name in named if f"def {name}(" not in tests)
 
 
 def test_the_example_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

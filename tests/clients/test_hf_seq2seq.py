@@ -11,45 +11,25 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import depthlstm_fast as dl
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
-from depthlstm_fast.hf import DepthLSTMForSeq2SeqLM, DepthLSTMSeq2SeqConfig  # noqa: E402
+from hf_helpers import SOURCE, TARGET, labels, sources  # noqa: E402
+from hf_helpers import seq2seq as model  # noqa: E402
 
-SOURCE, TARGET = 19, 23
-SMALL: dict[str, Any] = {"vocab_size": TARGET, "src_vocab_size": SOURCE, "hidden_size": 16, "num_attention_heads": 2}
-SMALL |= {"num_encoder_layers": 2, "num_hidden_layers": 2, "max_position_embeddings": 32, "dropout": 0.0}
+from depthlstm_fast.hf import DepthLSTMForSeq2SeqLM  # noqa: E402
+
 KINDS: list[dict[str, Any]] = [
     {},
     {"tie_word_embeddings": False, "positions": "learned", "decoder_attention": "separate", "feed_forward": True},
     {"share_embeddings": True, "src_vocab_size": None, "connection_options": {"share_cell": True}},
     {"connection": "attention-residuals", "connection_options": {"block_size": 2}},
+    {"memory": "transparent"},
+    {"memory": "multiscale"},
+    {"memory": "multiscale", "fusion": "scalar", "connection": "pre-norm"},
 ]
-
-
-@torch.no_grad()
-def model(**options: Any) -> Any:
-    torch.manual_seed(4)
-    made = DepthLSTMForSeq2SeqLM(DepthLSTMSeq2SeqConfig(**{**SMALL, **options})).eval()
-    for parameter in made.parameters():
-        parameter.add_(0.3 * torch.randn_like(parameter))
-    return made
-
-
-def sources() -> tuple[Tensor, Tensor]:
-    ids = torch.randint(3, SOURCE, (3, 6), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    mask[1, 3:] = mask[2, 5:] = 0
-    return ids * mask, mask
-
-
-def labels() -> Tensor:
-    found = torch.randint(3, TARGET, (3, 5), generator=torch.Generator().manual_seed(2))
-    found[1, 2:] = -100
-    return found
 
 
 @pytest.mark.parametrize("options", KINDS, ids=str)
@@ -144,17 +124,33 @@ def test_trainer_with_its_collator(tmp_path: Path) -> None:
     )
     trainer = transformers.Seq2SeqTrainer(each, given, train_dataset=data, eval_dataset=data, data_collator=collator)
     trainer.train()
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    losses = losses_of(trainer)
     assert losses[-1] < losses[0]
     assert trainer.predict(data).predictions.shape[0] == 8
     again = DepthLSTMForSeq2SeqLM.from_pretrained(tmp_path / "checkpoint-6")
     assert all(torch.equal(value, each.state_dict()[name]) for name, value in again.state_dict().items())
+    fresh = model(vocab_size=SOURCE).train()
+    resumed = transformers.Seq2SeqTrainer(fresh, given, train_dataset=data, data_collator=collator)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert losses_of(resumed) == losses
+    assert all(torch.equal(value, each.state_dict()[name]) for name, value in fresh.state_dict().items())
 
 
-def test_s2s_lora() -> None:
+def losses_of(trainer: Any) -> list[float]:
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+@pytest.mark.parametrize(
+    ("targets", "options"),
+    [
+        (["gates", "in_proj", "q_proj", "kv_proj", "out_proj"], {}),
+        ("all-linear", {"connection": "pre-norm", "memory": "multiscale"}),
+    ],
+    ids=str,
+)
+def test_s2s_lora(targets: Any, options: dict[str, Any]) -> None:
     peft = pytest.importorskip("peft")
-    each, (ids, mask) = model(), sources()
-    targets = ["gates", "in_proj", "q_proj", "kv_proj", "out_proj"]
+    each, (ids, mask) = model(**options), sources()
     adapted = peft.get_peft_model(
         each, peft.LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, target_modules=targets, init_lora_weights=False)
     )
@@ -167,6 +163,55 @@ def test_s2s_lora() -> None:
     assert torch.equal(merged.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False), tokens)
 
 
+@pytest.mark.parametrize("memory", ["transparent", "multiscale"])
+def test_encoder_outputs_of_the_user(memory: str) -> None:
+    """A memory of all layers is made of the hidden states that are given, and never of the last one alone."""
+    each, (ids, mask) = model(memory=memory), sources()
+    given = {"attention_mask": mask, "labels": labels()}
+    wanted = each(ids, **given).logits
+    encoded = each.get_encoder()(ids, mask, output_hidden_states=True)
+    assert encoded.memories.shape == (3, 2 + (memory == "multiscale"), 6, 16)
+    output = transformers.modeling_outputs.BaseModelOutput
+    layers = output(encoded.last_hidden_state, encoded.hidden_states)
+    for outputs in (encoded, layers):
+        torch.testing.assert_close(each(encoder_outputs=outputs, **given).logits, wanted, rtol=1e-5, atol=1e-5)
+    found = each.generate(encoder_outputs=encoded, attention_mask=mask, max_new_tokens=5, num_beams=3)
+    assert torch.equal(found, each.generate(ids, attention_mask=mask, max_new_tokens=5, num_beams=3))
+    short = output(encoded.last_hidden_state, encoded.hidden_states[1:])
+    for wrong, what in ((output(encoded[0]), "neither"), ((encoded[0],), "neither"), (short, "2 hidden_states")):
+        message = f"encoder_outputs must have memories, .*, or 3 hidden_states, with memory='{memory}'; found {what}"
+        with pytest.raises(ValueError, match=message):
+            each(encoder_outputs=wrong, **given)
+
+
+def test_a_larger_batch_of_beams_reads_its_own_source() -> None:
+    """Beams repeat memories as they repeat sources."""
+    each, (ids, mask) = model(memory="multiscale", eos_token_id=22), sources()
+    common = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False}
+    together = each.generate(ids, attention_mask=mask, **common)
+    for row in range(3):
+        length = int(mask[row].sum())
+        alone = each.generate(ids[row : row + 1, :length], **common)[0]
+        assert torch.equal(alone, together[row, : len(alone)])
+
+
+def test_s2s_static_cache() -> None:
+    each, (ids, mask) = model(memory="multiscale"), sources()
+    common = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    found = each.generate(ids, **common, cache_implementation="static", disable_compile=True)
+    assert torch.equal(found, each.generate(ids, **common))
+
+
+def test_s2s_bf16_file(tmp_path: Path) -> None:
+    each, (ids, mask) = model(memory="transparent"), sources()
+    each.save_pretrained(tmp_path)
+    half = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    wanted = each(ids, mask, labels=labels()).logits
+    assert (half(ids, mask, labels=labels()).logits.float() - wanted).abs().max() < 0.1 * wanted.abs().max()
+    half.generate(ids, attention_mask=mask, max_new_tokens=3)
+
+
 def test_what_is_missing_is_told() -> None:
     each, (ids, _) = model(), sources()
     with pytest.raises(ValueError, match="input_ids must be given, or encoder_outputs in their place; found neither"):
@@ -175,3 +220,33 @@ def test_what_is_missing_is_told() -> None:
         each(ids)
     with pytest.raises(ValueError, match="decoder_attention must be one of 'separate', 'add'; found 'merged'"):
         model(decoder_attention="merged")
+    with pytest.raises(ValueError, match=r"eos_token_id must be an id, or a list of at least one; found \[\]"):
+        model(eos_token_id=[])
+    with pytest.raises(ValueError, match="memory must be one of 'top', 'transparent', 'multiscale'; found 'all'"):
+        model(memory="all")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"input_ids": [[1, 2]]}, r"input_ids must be a torch\.Tensor; found list"),
+        ({"input_ids": torch.full((1, 2), 19)}, "input_ids must hold ids from 0 to 18; found 19"),
+        ({"input_ids": torch.ones(1, 33).long()}, "input_ids must have at most max_position_embeddings, 32, tokens; f"),
+        ({"decoder_input_ids": torch.ones(1, 33).long()}, "decoder_input_ids must have at most max_position_embedd"),
+        ({"decoder_input_ids": torch.full((1, 2), 23)}, "decoder_input_ids must hold ids from 0 to 22; found 23"),
+        ({"decoder_input_ids": torch.ones(2, 2).long()}, "decoder_input_ids must have the batch of the sources, 1; fo"),
+        ({"attention_mask": torch.ones(1, 3).long()}, r"attention_mask must have shape \(1, 2\); found \(1, 3\)"),
+        ({"cache": "a"}, "cache must be an EncoderDecoderCache of transformers; found str"),
+        (
+            {"encoder_outputs": torch.ones(1, 2, 16)},
+            r"encoder_outputs must be outputs of get_encoder\(\), .*; found Te",
+        ),
+        ({"encoder_outputs": ()}, r"encoder_outputs must be outputs of get_encoder\(\), .*; found tuple"),
+        ({"encoder_outputs": (torch.ones(1, 2, 8),)}, r"encoder_outputs must begin .* \(batch, length, 16\); found"),
+        ({"encoder_outputs": (torch.ones(1, 3, 16),)}, r"attention_mask must have shape \(1, 3\); found \(1, 2\)"),
+    ],
+)
+def test_wrong_sources_and_targets_are_named(arguments: Any, message: str) -> None:
+    ones = torch.ones(1, 2).long()
+    with pytest.raises((TypeError, ValueError), match=message):
+        model()(**{"input_ids": ones, "decoder_input_ids": ones, **arguments})
