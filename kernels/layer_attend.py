@@ -176,9 +176,10 @@ def plan(features: int) -> Launch:
 
 @functools.cache
 def backward_plan(features: int) -> Launch:
-    """Plan a row: 4 elements a thread as far as registers allow, since 8 beside 12 sources' addresses spill."""
+    """Plan a row: at most 8 warps with 2 to 4 elements a thread, since more beside 12 sources' addresses spill."""
     forward = plan(features)
-    return Launch(max(1, forward.constants["BLOCK"] // 128), forward.constants) if features <= 1024 else forward
+    block = forward.constants["BLOCK"]
+    return Launch(max(1, min(8, block // 64)), forward.constants) if features <= 1024 else forward
 
 
 def groups(sources: int) -> list[tuple[int, int, int]]:

@@ -224,7 +224,7 @@ def calls() -> Iterator[Call]:
     """Yield every checked call of the newer ops: the usual one in each size, then the others.
 
     What is left out spills, as docs/kernels.md says: siamese_step's backward pass from C = 4096 on, norm_step's at
-    8192, layer_attend's of 12 sources from 2048 on and outside sm_90, and the GRU's forward pass in fp32 at 8192.
+    8192, layer_attend's of 12 sources from 1024 on and outside sm_90, and the GRU's forward pass in fp32 at 8192.
     """
     sizes_of = (512, 1024, 2048, 4096, 8192)
     usual = [
