@@ -255,11 +255,11 @@ def calls() -> Iterator[Call]:
     yield Call("sm_90", "siamese_step", 512, "bf16", "rms", siamese_call(norm=1))
     yield Call("sm_90", "depth_gru_gates", 512, "bf16", "no norm", gru_call(False))
     for sources, outputs in ((12, 1), (12, 6), (40, 1)):
-        label, make = f"{sources} to {outputs}", mix_call(sources, outputs)
+        label, make = f"{outputs} of {sources} sources", mix_call(sources, outputs)
         yield Call("sm_90", "layer_mix", 512, "bf16", label, make, quick=outputs == 6)
-    yield Call("sm_90", "layer_mix", 512, "fp32", "12 to 1", mix_call(12, 1))
+    yield Call("sm_90", "layer_mix", 512, "fp32", "1 of 12 sources", mix_call(12, 1))
     for target in ("sm_80", "sm_100", "gfx942"):
-        yield Call(target, "layer_mix", 512, "bf16", "12 to 1", mix_call(12, 1))
+        yield Call(target, "layer_mix", 512, "bf16", "1 of 12 sources", mix_call(12, 1))
 
 
 def record_call(call: Call) -> Iterator[Compilation]:
