@@ -323,7 +323,10 @@ def forward_plans(features: int) -> list[Launch]:
 
 @functools.cache
 def narrow_plans(features: int, itemsize: int) -> list[Launch]:
-    """Return the narrow plans, the rule's plan first; longer rows get none and take the wide scheme."""
+    """Return the narrow plans, the rule's plan first; longer rows get none and take the wide scheme.
+
+    ``itemsize`` is the larger one of z and h: with 8 elements a thread and a wide h Triton 3.6 spills.
+    """
     if features > 2048:
         return []
     rule = (8 if features > 1024 or (features > 128 and itemsize == 2) else 4, 2)
@@ -400,7 +403,7 @@ def depth_gru_gates_backward(
     aligned = is_aligned(inputs, (*strides, features, features))
     aligned = aligned and features * min(z.itemsize, h.itemsize) % ALIGNMENT == 0
     options, sums = _options(features, z, h, weight, bias), {"AFFINE_GRADIENT": affine_gradient}
-    narrow = [] if weight is None else narrow_plans(features, z.itemsize)
+    narrow = [] if weight is None else narrow_plans(features, max(z.itemsize, h.itemsize))
     statistics = None
     if weight is not None and not narrow:
         statistics = torch.empty((rows, STATISTICS.value), dtype=torch.float32, device=device)

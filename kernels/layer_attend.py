@@ -174,6 +174,14 @@ def plan(features: int) -> Launch:
     return Launch(max(1, min(16, block // 256)), {"BLOCK": block})
 
 
+@functools.cache
+def backward_plan(features: int) -> Launch:
+    """Plan a row: at most 8 warps with 2 to 4 elements a thread, since more beside 12 sources' addresses spill."""
+    forward = plan(features)
+    block = forward.constants["BLOCK"]
+    return Launch(max(1, min(8, block // 64)), forward.constants) if features <= 1024 else forward
+
+
 def groups(sources: int) -> list[tuple[int, int, int]]:
     """Return (first source, sources, pointers) of each launch."""
     counts = [(first, min(LARGEST, sources - first)) for first in range(0, sources, LARGEST)]
@@ -261,7 +269,8 @@ def layer_attend_backward(
         return dx, dquery, dkey_weight, dweight, dbias
     call = _Call(sources, query, key_weight, weight, bias, norm, eps)
     given, du_stride = as_rows(du)
-    programs = min(call.rows, max(1, multiprocessors(device) * WARPS // call.plan.warps))
+    tile = backward_plan(call.features)
+    programs = min(call.rows, max(1, multiprocessors(device) * WARPS // tile.warps))
     several = len(call.launches) > 1
     sums = torch.zeros((3, call.features), dtype=torch.float32, device=device)
     with device_of(du):
@@ -279,7 +288,7 @@ def layer_attend_backward(
                 partial, call.rows, du_stride, count, call.eps,
             )  # fmt: skip
             constants = {"COUNT": pointers, **call.options, "INNER": source_gradients or query_gradient}
-            launch(backward_kernel, (programs,), arguments, constants, call.plan, call.is_aligned(tensors, apart))
+            launch(backward_kernel, (programs,), arguments, constants, tile, call.is_aligned(tensors, apart))
             found = partial.sum(0)
             sums[0] += found[0]
             sums[1:] = found[1:]  # every launch makes the sums of weight and bias

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import argparse
 import collections
+import importlib
 import importlib.util
-import itertools
 import json
 import multiprocessing
 import os
@@ -25,21 +25,18 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 if importlib.util.find_spec("triton") is None:
     sys.exit("check_kernels.py: Triton is not installed (pip install triton)")
 
-import torch  # noqa: E402
 import triton  # noqa: E402
+from kernel_cases import SIZES, Compilation, compilations  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from depthlstm_fast.checks import ACTIVATIONS, NORMS  # noqa: E402
-from depthlstm_fast.kernels import depth_lstm as gates  # noqa: E402
-from depthlstm_fast.kernels.common import launch, tune  # noqa: E402
+from depthlstm_fast.kernels.common import launch  # noqa: E402
 
 BUDGET = ROOT / "tools" / "kernel_budget.json"
 PAGE = ROOT / "docs" / "triton_budget.md"
@@ -49,129 +46,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SIZES = (256, 512, 768, 1024, 2048, 4096, 8192)
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-# z, z_bias, c and the affine; h and the incoming gradients have the types of z and c
-TYPES = {
-    "bf16": (BF16, BF16, BF16, FP32),
-    "fp16": (FP16, FP16, FP16, FP32),
-    "fp32": (FP32, FP32, FP32, FP32),
-    "autocast": (BF16, FP32, FP32, FP32),
-    "all bf16": (BF16, BF16, BF16, BF16),
-}
 Figures = dict[str, Any]  # registers, stack, spills, shared, loads and stores by width in bits, instructions, warps
 Budget = dict[str, Figures]
-
-
-class Case(NamedTuple):
-    """One forward and backward call of the gates."""
-
-    target: str
-    features: int
-    types: str
-    options: tuple[str, ...] = ()  # norm, activation, and the words that `record` knows
-    quick: bool = False
-
-    @property
-    def label(self) -> str:
-        return " ".join((self.types, *self.options))
-
-
-class Compilation(NamedTuple):
-    """The arguments of launch.compile_kernel, with the compilation's name in the budget."""
-
-    name: str
-    quick: bool
-    target: str
-    kernel: str
-    types: tuple[str | None, ...]
-    constants: tuple[tuple[str, launch.Constant], ...]
-    warps: int
-    aligned: bool
-
-
-def cases() -> Iterator[Case]:
-    """Yield every checked call; of calls with the same kernel the first gives the name."""
-    for features in SIZES:
-        yield Case("sm_90", features, "bf16", quick=True)
-        yield Case("sm_90", features, "bf16", ("z_bias",), quick=features == 512)
-    for types, features in itertools.product(("fp32", "fp16", "autocast"), SIZES):
-        yield Case("sm_90", features, types, quick=types != "fp16" and features == 512)
-    for types in ("autocast", "all bf16"):
-        yield Case("sm_90", 512, types, ("z_bias",))
-    words = (*NORMS[1:], *ACTIVATIONS[1:], "hidden", "dropout", "frozen affine", "no affine", "no dh", "no dc")
-    for options in (*((word,) for word in words), ("joint", "hidden"), ("hidden", "dropout"), ("none", "hidden")):
-        yield Case("sm_90", 512, "bf16", options)
-    for features, types in ((2048, "bf16"), (4096, "bf16"), (2048, "fp32"), (2048, "autocast")):
-        for word in ("joint", "none", "hidden", "dropout"):
-            yield Case("sm_90", features, types, (word,), quick=word == "dropout" and features == 4096)
-    # tiles of several rows, masked columns, and rows that are not aligned
-    odd = {
-        1: ("fp32",),
-        33: ("bf16", "fp16"),
-        64: ("bf16", "fp32"),
-        128: ("bf16",),
-        1000: ("fp32", "bf16"),
-        1023: ("bf16",),
-    }
-    odd |= {1600: ("autocast",), 2047: ("bf16", "fp32"), 3000: ("bf16",), 4099: ("fp32",), 5120: ("bf16",)}
-    for features, names in odd.items():
-        for types in names:
-            yield Case("sm_90", features, types, quick=(features, types) == (1000, "bf16"))
-    for target, features in itertools.product(("sm_80", "sm_100", "gfx942"), SIZES):
-        yield Case(target, features, "bf16", quick=target != "sm_100" and features == 1024)
-        yield Case(target, features, "bf16", ("z_bias",))
-
-
-def record(case: Case) -> Iterator[Compilation]:
-    """Yield the kernels that a call launches.
-
-    The launcher runs on small CPU tensors up to the launch itself.
-    """
-    z_type, z_bias_type, c_type, affine_type = TYPES[case.types]
-    gate_count = 3 if "hidden" in case.options else 4
-    width = gate_count * case.features
-
-    def tensor(*shape: int, dtype: torch.dtype = z_type, wanted: bool = True) -> torch.Tensor | None:
-        return torch.empty(shape, dtype=dtype) if wanted else None
-
-    affine = "none" not in case.options and "no affine" not in case.options
-    weight, bias = (tensor(gate_count, case.features, dtype=affine_type, wanted=affine) for _ in range(2))
-    z, c = tensor(2, width), tensor(2, case.features, dtype=c_type)
-    z_bias = tensor(width, dtype=z_bias_type, wanted="z_bias" in case.options)
-    hidden = tensor(2, case.features, wanted="hidden" in case.options)
-    seed = tensor(1, dtype=torch.int64, wanted="dropout" in case.options)
-    norm = max(code for code, name in enumerate(NORMS) if code == 0 or name in case.options)
-    activation = max(code for code, name in enumerate(ACTIVATIONS) if code == 0 or name in case.options)
-    inputs = (z, z_bias, hidden, c, weight, bias, seed, norm, activation, 1e-6, 0.1)
-    dh = tensor(2, case.features, wanted="no dh" not in case.options)
-    dc = tensor(2, case.features, dtype=c_type, wanted="no dc" not in case.options)
-
-    launches: list[tuple[Any, ...]] = []
-    with (
-        mock.patch.object(gates, "launch", lambda *arguments: launches.append(arguments)),
-        mock.patch.object(tune, "ENABLED", False),
-    ):
-        gates.gates_forward(*inputs)  # type: ignore[arg-type]
-        gates.gates_backward(dh, dc, *inputs, "frozen affine" not in case.options, z_bias is not None)  # type: ignore[arg-type]
-    for kernel, _, arguments, constants, plan, aligned in launches:
-        short = kernel.__name__.removesuffix("_kernel")
-        size = f" D={case.features}" if "FEATURES" in constants else ""
-        types = tuple(launch.type_of(argument) for argument in arguments)
-        yield Compilation(
-            f"{case.target} {short}{size} {case.label}", case.quick,
-            case.target, kernel.__name__, types, tuple({**constants, **plan.constants}.items()), plan.warps, aligned,
-        )  # fmt: skip
-
-
-def compilations() -> list[Compilation]:
-    """Return the compilations of all cases, each different kernel once."""
-    different: dict[tuple[Any, ...], Compilation] = {}
-    for compilation in itertools.chain.from_iterable(map(record, cases())):
-        different.setdefault(compilation[2:], compilation)
-    names = collections.Counter(compilation.name for compilation in different.values())
-    assert names.total() == len(names), f"two kernels of one name: {names.most_common(1)}"
-    return list(different.values())
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -238,7 +114,7 @@ def amd_figures(assembly: str) -> Figures:
 def measure(asked: Compilation) -> Figures:
     """Compile one kernel, and read its figures."""
     compiled = launch.compile_kernel(
-        getattr(gates, asked.kernel),
+        getattr(importlib.import_module(asked.module), asked.kernel),
         asked.types,
         dict(asked.constants),
         asked.warps,
