@@ -59,7 +59,9 @@ def test_steps_by_hand_give_the_models_logits(kind: Any, threads: int) -> None:
     assert ended.tolist() == [False, True, False, False]
     with pytest.raises(RuntimeError, match="state must have room for a token; found all 6"):
         ops.decode_step(packed, state, said)
-    assert ops.decode_advance(packed, state, 3).tolist() == [3, -1, -1]  # no room, no step
+    before = state.clone()
+    assert ops.decode_advance(packed, state, 3).tolist() == [3, -1, -1]
+    assert torch.equal(state, before)  # no room, no step
 
 
 def test_steps_by_hand_serve_translation_too() -> None:
