@@ -61,6 +61,31 @@ class HostStopwatch:
         return iter(found)
 
 
+class BusyStopwatch(HostStopwatch):
+    """Notes beside the time of each call what the process computed meanwhile, which other programs lengthen less.
+
+    Attributes:
+        busy: seconds on cores of every call since the last reset, by contestant.
+    """
+
+    def __init__(self, clock: Clock = time.perf_counter, busy_clock: Clock = time.process_time) -> None:
+        super().__init__(clock)
+        self.busy_clock, self._busy_begun = busy_clock, 0.0
+        self.busy: dict[str, list[float]] = {}
+
+    def reset(self) -> None:
+        super().reset()
+        self.busy = {}
+
+    def begin(self, name: str) -> None:
+        self._busy_begun = self.busy_clock()
+        super().begin(name)
+
+    def end(self) -> None:
+        super().end()
+        self.busy.setdefault(self._name, []).append(self.busy_clock() - self._busy_begun)
+
+
 def quantile(samples: Sequence[float], fraction: float) -> float:
     """Return the quantile of ``samples`` with linear interpolation between neighbours."""
     ordered = sorted(samples)

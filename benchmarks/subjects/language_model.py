@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from ..measure import accuracy, call_cost
 from ..measure.calls import Runs
 from ..measure.matrix_products import matrix_entries
 from ..measure.place import Place
-from ..measure.problems import Problem, Subject
-from ..measure.rows import Row, Target
+from ..measure.problems import HOST, Problem, Subject, Timekeeper
+from ..measure.rows import Row, Settings, Target
+from ..measure.timing import BusyStopwatch, spread
 
 FEATURES, HEADS, KV_HEADS, LAYERS, VOCABULARY, BATCH, LENGTH = 256, 4, 2, 6, 2000, 8, 128
 BASE = "pre-norm"
-SECONDS = 60.0
+SECONDS = 240.0
 
 
 def build(
@@ -45,6 +47,20 @@ def step(call: Callable[..., tuple[Tensor, Tensor]], model: nn.Module, ids: Tens
     """Return the loss of predicting each next token, and the gradients of all parameters."""
     loss, _ = call(ids, labels=ids)
     return (loss, *torch.autograd.grad(loss, list(model.parameters())))
+
+
+class TrainingProblem(Problem):
+    """A problem whose rows also have the seconds that each contestant computed."""
+
+    def measure(self, settings: Settings, tick: Callable[[], None], keeper: Timekeeper = HOST) -> list[Row]:
+        if keeper.stopwatch is not None:
+            return super().measure(settings, tick, keeper)
+        watch = BusyStopwatch()
+        rows = super().measure(settings, tick, replace(keeper, stopwatch=lambda clock: watch))
+        for row in rows:
+            for name, shown in self.own(row.backend).items():
+                row.numbers[f"{shown}_busy_ms"] = spread(watch.busy[name][keeper.warmups :], 1e3).median
+        return rows
 
 
 def training(place: Place) -> Problem:
@@ -72,7 +88,7 @@ def training(place: Place) -> Problem:
         row.numbers = {f"{name}_peak_mb": call_cost.of_call(each).peak_bytes / 1e6 for name, each in runs.items()}
     columns = {"eager": "speedup", "compile": "speedup", "against": "ratio", "compiled_base": "ratio"}
     targets = [Target(column, kind) for column, kind in columns.items()]
-    return Problem(row, runs, targets, SECONDS, tokens=BATCH * LENGTH, place=place)
+    return TrainingProblem(row, runs, targets, SECONDS, tokens=BATCH * LENGTH, place=place)
 
 
 def check(dtype: torch.dtype) -> Iterator[accuracy.Check]:

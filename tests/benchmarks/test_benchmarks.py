@@ -85,6 +85,21 @@ def test_contestants_take_turns_until_the_budget_is_spent() -> None:
     assert len({tuple(names) for names in rounds}) == 2
 
 
+def test_what_was_computed_is_noted_beside_the_time() -> None:
+    wall, busy = Watch(), Watch()
+
+    def run() -> None:
+        wall.now += 5
+        busy.now += 2
+
+    watch = timing.BusyStopwatch(wall, busy)
+    watch.begin("earlier")
+    watch.end()
+    samples = timing.interleave({"a": run}, seconds=0, minimum=3, clock=wall, stopwatch=watch)
+    assert samples == {"a": [5] * 3}
+    assert watch.busy == {"a": [2] * 4}  # the warm-up, too
+
+
 def test_the_fewest_repetitions_go_before_the_budget() -> None:
     watch, ticks = Watch(), []
     samples = timing.interleave({"a": watch.taking(5)}, seconds=0, clock=watch, on_repetition=lambda: ticks.append(1))

@@ -77,6 +77,7 @@ def test_values_are_those_of_an_encoder_written_out(kv_heads: int) -> None:
     model, x = encoder(connection="pre-norm", feed_forward=False, kv_heads=kv_heads, **ROPE), normal(2, 5, C)
     holes = torch.tensor([[False, True, False, False, True], [False] * 5])  # positions count what is real
     found = model(x, src_key_padding_mask=holes)
+    assert model.layers[1].self_attn.kv_heads == kv_heads
     for row in range(2):
         assert_close(found[row], written_out(model, x[row], ~holes[row]))
     added = torch.zeros(2, 5, dtype=F64).masked_fill(holes, -math.inf)
