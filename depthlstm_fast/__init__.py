@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from . import connections, reference
 from .backends import last_backend, set_backend, use_backend
-from .decode import CompiledDecoder, compile_decoder
+from .decode import CapturedDecoder, CompiledDecoder, CompiledLanguageModel, compile_decoder
 from .functional import (
     depth_gru_gates,
     depth_lstm_cell,
@@ -59,7 +59,9 @@ __all__ = [
     "LanguageModel",
     "LanguageModelStep",
     "compile_decoder",
+    "CapturedDecoder",
     "CompiledDecoder",
+    "CompiledLanguageModel",
     "param_groups",
     "probe_gradients",
     "grow",

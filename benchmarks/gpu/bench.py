@@ -33,6 +33,7 @@ class Sizes:
     memory: tuple[int, int]
     few: tuple[int, tuple[int, ...]]  # D, and numbers of rows
     steps: tuple[tuple[int, int, torch.dtype], ...]  # (C, rows, dtype) of the other ops, the main one first
+    decoding: tuple[int, int, int, int]  # D, heads, layers, vocabulary
     check_elements: int  # of c in a check
     copied_bytes: int = 1 << 30
     matrix: int = 8192
@@ -53,6 +54,7 @@ FULL = Sizes(
     memory=(512, 16384),
     few=(512, (1, 8, 64)),
     steps=((512, 65536, BF16), (1024, 32768, BF16), (512, 32768, FP32)),
+    decoding=(512, 8, 6, 32000),
     check_elements=1 << 22,
 )
 TINY = Sizes(
@@ -63,6 +65,7 @@ TINY = Sizes(
     memory=(16, 4),
     few=(16, (1,)),
     steps=((16, 4, BF16),),
+    decoding=(16, 2, 1, 50),
     check_elements=48,
     copied_bytes=1 << 12,
     matrix=16,

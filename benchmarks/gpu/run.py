@@ -35,7 +35,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 FILES = ("results.json", "report.md", "fastest.txt", "plans.json", "plans.md", "tests.xml", "speed.png", "floor.png")
 BACKENDS = ("triton", "cuda")  # the backends under test, as far as they are available
 STAGES = (
-    *("report", "prepare", "checks", "gates", "cell", "layer", "steps", "memory", "host", "pictures"),
+    *("report", "prepare", "checks", "gates", "cell", "layer", "steps", "memory", "host", "decoding", "pictures"),
     *("tests", "sanitizer", "counters", "plans", "autotune"),
 )
 # exit statuses of the worker: nothing to measure; the GPU's context is lost, so the worker is started again

@@ -21,7 +21,17 @@ from . import report as gpu_report
 from .bench import BF16, Bench
 from .jobs import Budget, Job, Recorder
 from .steps import CALLS, backends_of, step_rows
-from .subject_rows import AUTOTUNE, cell_rows, few_rows, gates_rows, layer_rows, memory_rows, overhead_rows, stack_rows
+from .subject_rows import (
+    AUTOTUNE,
+    cell_rows,
+    decoding_rows,
+    few_rows,
+    gates_rows,
+    layer_rows,
+    memory_rows,
+    overhead_rows,
+    stack_rows,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 TEST_SECONDS, REHEARSED_TEST = 150.0, "zero_rows"
@@ -54,7 +64,7 @@ class Stages:
                 self.wait_for_layers,
                 self.gates,
             ),
-            *(self.cell, self.layer, self.steps, self.memory, self.host, self.pictures),
+            *(self.cell, self.layer, self.steps, self.memory, self.host, self.decoding, self.pictures),
             *(self.tests, self.sanitizer, self.counters, self.older_tests, self.plans, self.autotune),
         )
         found = [job for stage in stages for job in stage()]
@@ -179,6 +189,12 @@ class Stages:
         for rows in self.bench.sizes.few[1]:
             yield Job(f"few rows N={rows}", "host", partial(few_rows, self.bench, rows), 15)
 
+    def decoding(self) -> Iterable[Job]:
+        """Yield searches whose steps are CUDA graphs."""
+        for batch, beams in ((1, 1), (8, 4)):
+            name = f"captured decoding, batch {batch}, beams {beams}"
+            yield Job(name, "decoding", partial(decoding_rows, self.bench, batch, beams), 20)
+
     def pictures(self) -> Iterable[Job]:
         def run() -> None:
             from ..report import plots
@@ -206,7 +222,8 @@ class Stages:
             path = "tests/backends/gpu/test_gpu.py"
             yield Job(path, "tests", partial(self._tests, path, ["-k", REHEARSED_TEST], 1.0))
             return
-        for path in ("tests/backends/gpu/test_gpu.py", "tests/backends/gpu/test_gpu_device.py"):
+        for name in ("test_gpu.py", "test_gpu_decoding.py", "test_gpu_device.py"):
+            path = f"tests/backends/gpu/{name}"
             yield Job(path, "tests", partial(self._tests, path, ["-m", "gpu"], 0.35), 30, TEST_SECONDS + 30)
         if "cuda" in self.bench.backends:
             path = "tests/backends/cuda/test_cuda.py"

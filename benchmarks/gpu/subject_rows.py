@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from ..measure.rows import Row
-from ..subjects import cell, gates, latency, layer, memory, overhead
+from ..subjects import cell, decoding, gates, latency, layer, memory, overhead
 from .bench import BF16, FP32, Bench
 
 AUTOTUNE = "max-autotune-no-cudagraphs"  # with CUDA graphs every call would copy its inputs first
@@ -69,6 +69,13 @@ def overhead_rows(bench: Bench) -> Iterator[Row]:
     for grad in overhead.MICROSECONDS:
         maker = partial(overhead.one_call, grad=grad, calls=bench.sizes.calls)
         yield from bench.rows(maker, ("gates", FP32, overhead.FEATURES))
+
+
+def decoding_rows(bench: Bench, batch: int, beams: int) -> Iterator[Row]:
+    """Yield tokens a second of a search whose steps are CUDA graphs."""
+    features, heads, layers, vocabulary = bench.sizes.decoding
+    maker = partial(decoding.captured_decoding, features=features, heads=heads, layers=layers, vocabulary=vocabulary)
+    yield from bench.rows(partial(maker, batch=batch, beams=beams), ("gates", FP32, features), compile=False)
 
 
 def few_rows(bench: Bench, rows: int, dtype: torch.dtype = BF16) -> Iterator[Row]:

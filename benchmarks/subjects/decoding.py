@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import depthlstm_fast as dl
+from depthlstm_fast.decode.captured import CapturedDecoder
 
 from ..measure import accuracy
-from ..measure.calls import Runs
+from ..measure.calls import Runs, on_backend
 from ..measure.place import Place
 from ..measure.problems import Problem, Subject
 from ..measure.rows import Row, Target
@@ -86,6 +88,41 @@ def greedy_decoding(place: Place, batch: int, folded: bool) -> Problem:
     row.note = f"greedy, {SOURCE_LENGTH} tokens in, {TOKENS} out, encoder included"
     read, targets = weight_bytes(FEATURES, LAYERS, VOCABULARY, TOKENS, folded), [Target("eager", "speedup")]
     return Problem(row, runs, targets, 1.5, grad=False, tokens=batch * TOKENS, moved_bytes=read, place=place)
+
+
+def captured_decoding(
+    place: Place, features: int, heads: int, layers: int, vocabulary: int, batch: int, beams: int
+) -> Problem:
+    """Make the problem of a search whose steps are CUDA graphs, against the same search launched kernel by kernel."""
+    model = dl.DepthLSTMTransformer(
+        vocabulary, vocabulary, features, heads, num_encoder_layers=layers, num_decoder_layers=layers
+    )
+    with torch.no_grad():
+        model.tgt_embedding.weight[model.eos_id] = 0
+    model = in_pytorch(model.eval().to(place.device))
+    source = torch.randint(4, vocabulary, (batch, SOURCE_LENGTH), device=place.device)
+
+    def captured(backend: str) -> Callable[..., Any]:
+        return on_backend(backend, functools.partial(CapturedDecoder(model).generate, source, TOKENS, beams))
+
+    def verify(backend: str) -> accuracy.Check:
+        served = functools.partial(CapturedDecoder(model).generate, source, TOKENS, beams, return_scores=True)
+        found: Any = on_backend(backend, served)()
+        wanted: Any = model.generate(source, TOKENS, beams, return_scores=True)
+        (tokens, scores), (wanted, wanted_scores) = found, wanted
+        error = (scores - wanted_scores).abs().max().item() if torch.equal(tokens, wanted) else math.inf
+        return accuracy.Check("decoding", "fp32", error < 1e-4, "scores", error, 0.0, error / 1e-4, backend, row.size)
+
+    runs: Runs = {"eager": lambda: model.generate(source, TOKENS, beams)}
+    runs |= {backend: captured(backend) for backend in place.backends}
+    search = "greedy" if beams == 1 else f"beam {beams}"
+    size = f"d={features} {layers}+{layers} layers"
+    row = Row("decoding", f"captured decoding, batch {batch}, {search}", "fp32", size, "tokens/s")
+    row.note = f"{SOURCE_LENGTH} tokens in, {TOKENS} out; eager is generate() with fused cells, kernel by kernel"
+    targets = [Target("eager", "speedup")]
+    return Problem(
+        row, runs, targets, 1.0, grad=False, tokens=batch * TOKENS, place=place, clock="latency", verify=verify
+    )
 
 
 def check(dtype: torch.dtype) -> Iterator[accuracy.Check]:

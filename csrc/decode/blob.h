@@ -8,7 +8,7 @@
 namespace depthlstm {
 namespace decode {
 
-constexpr int64_t blob_format = 1;
+constexpr int64_t blob_format = 2;
 constexpr char blob_magic[8] = {'d', 'l', 's', 't', 'm', 'd', 'e', 'c'};
 
 struct BlobHead {

@@ -66,13 +66,14 @@ struct BlockAttention {
     float* out = nullptr;     // (width)
 };
 
-// One query of all heads against keys and values whose position t lies at offsets[t].
+// One query of all heads against keys and values whose position t lies at offsets[t]. `group` heads of the query share
+// a head of keys and values.
 struct CacheAttention {
     const float* query = nullptr;
     const float* keys = nullptr;
     const float* values = nullptr;
     const int64_t* offsets = nullptr;
-    int64_t positions = 0, heads = 0, width = 0;
+    int64_t positions = 0, heads = 0, width = 0, group = 1;
     float scale = 1;
     float* scores = nullptr;  // scratch: heads times positions, rounded up to whole blocks
     float* out = nullptr;     // (heads, width)

@@ -98,7 +98,7 @@ void attend_cache(const CacheAttention& call) {
     for (int64_t t = 0; t < call.positions; ++t) {
         const float* key = call.keys + call.offsets[t];
         for (int64_t head = 0; head < call.heads; ++head) {
-            const float *q = call.query + head * call.width, *k = key + head * call.width;
+            const float *q = call.query + head * call.width, *k = key + head / call.group * call.width;
             V sum[2] = {V(0.0f), V(0.0f)};
             int64_t d = 0;
             for (; d + 2 * W <= call.width; d += 2 * W) {
@@ -114,7 +114,7 @@ void attend_cache(const CacheAttention& call) {
         float* scores = call.scores + head * padded;
         for (int64_t t = call.positions; t < padded; ++t) scores[t] = -infinity;
         const float factor = soften(scores, padded);
-        const float* values = call.values + head * call.width;
+        const float* values = call.values + head / call.group * call.width;
         const int64_t* offsets = call.offsets;
         weigh(
             scores, call.positions, [=](int64_t t) { return values + offsets[t]; }, call.width, factor,

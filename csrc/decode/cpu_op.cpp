@@ -65,13 +65,14 @@ Tensor decode_pack(const Tensor& plan, const Tensor& reals, const Tensors& weigh
         Model::kernels_of_gates().pack(call, cell.packed);
     }
     for (const Stack* stack : {&model.encoder, &model.decoder}) {
-        const int64_t D = model.features;
-        if (stack == &model.encoder || !model.shares_embeddings) {
-            copy(stack->embedding, next(stack->vocabulary * D, false), stack->vocabulary * D, 0);
-        }
-        copy(stack->positions, next(model.max_length * D, false), model.max_length * D, 0);
+        const int64_t D = model.features, words = stack->vocabulary * D;
+        const bool is_shared = stack == &model.decoder && model.shares_embeddings;
+        if (words > 0 && !is_shared) copy(stack->embedding, next(words, false), words, 0);
+        if (stack->has_positions) copy(stack->positions, next(model.max_length * D, false), model.max_length * D, 0);
         if (stack->has_initial_cell) copy(stack->initial_cell, next(D, false), D, 0);
     }
+    const int64_t angles = model.max_length * model.head_size;  // cosines and sines of half as many
+    if (model.has_rotation) copy(model.rotation, next(angles, false), angles, 0);
     STD_TORCH_CHECK(at == weights.size(), "weights must hold ", int64_t(at), " tensors; found ", weights.size());
     BlobHead head{};
     std::memcpy(head.magic, blob_magic, sizeof head.magic);
@@ -124,8 +125,8 @@ std::vector<SourceTokens> read_sources(const Model& model, const Tensor& source,
         SourceTokens& tokens = found[row];
         for (int64_t t = 0; t < length; ++t) {
             const int64_t id = ids[row * length + t];
-            STD_TORCH_CHECK(id >= 0 && id < model.encoder.vocabulary, "source must hold ids from 0 to ",
-                            model.encoder.vocabulary - 1, "; found ", id);
+            STD_TORCH_CHECK(id >= 0 && id < model.input_vocabulary(), "source must hold ids from 0 to ",
+                            model.input_vocabulary() - 1, "; found ", id);
             const float add = added == nullptr ? 0 : added[row * length + t];
             if (add == -INFINITY) continue;
             tokens.ids.push_back(int32_t(id));
@@ -133,6 +134,8 @@ std::vector<SourceTokens> read_sources(const Model& model, const Tensor& source,
             tokens.added.push_back(add);
             tokens.has_mask = tokens.has_mask || add != 0;
         }
+        STD_TORCH_CHECK(model.has_encoder() || (!tokens.has_mask && !tokens.ids.empty()),
+                        "mask of prompts must hold 0 and -inf alone, and 0 in each row");
     }
     return found;
 }
@@ -146,6 +149,7 @@ std::vector<int32_t> lengths_of(const std::vector<SourceTokens>& sources) {
 // The encoder's output (batch, length, D), with zeros where the mask forbids a position.
 Tensor decode_encode(const Tensor& blob, const Tensor& source, const OptionalTensor& mask) {
     const Model model = open_blob(blob);
+    STD_TORCH_CHECK(model.has_encoder(), "blob must have an encoder; found that of a language model");
     const std::vector<SourceTokens> sources = read_sources(model, source, mask);
     const std::vector<int32_t> lengths = lengths_of(sources);
     const int64_t batch = source.size(0), length = source.size(1), D = model.features;
@@ -174,7 +178,7 @@ Tensor decode_encode(const Tensor& blob, const Tensor& source, const OptionalTen
     return out;
 }
 
-// Encodes the sources and returns the state of their search. Each of `threads` threads has sources of its own.
+// Encodes the sources, or reads the prompts, and returns the state of their search. Each of `threads` threads has sources of its own.
 Tensor decode_start(const Tensor& blob, const Tensor& source, const OptionalTensor& mask, int64_t beams,
                     int64_t max_length, double length_penalty, bool scores, int64_t threads) {
     const Model model = open_blob(blob);
@@ -185,6 +189,11 @@ Tensor decode_start(const Tensor& blob, const Tensor& source, const OptionalTens
     STD_TORCH_CHECK(threads >= 1, "threads must be at least 1; found ", threads);
     const std::vector<SourceTokens> sources = read_sources(model, source, mask);
     const std::vector<int32_t> lengths = lengths_of(sources);
+    for (int32_t length : lengths) {
+        STD_TORCH_CHECK(model.has_encoder() || length + max_length <= model.max_length,
+                        "max_length must leave prompts room among ", model.max_length, " tokens; found ", max_length,
+                        " beside a prompt of ", length);
+    }
     StateHead head{};
     std::memcpy(head.magic, state_magic, sizeof head.magic);
     head.model = model_sum(blob);
@@ -205,8 +214,8 @@ Tensor decode_start(const Tensor& blob, const Tensor& source, const OptionalTens
     State found(model, head, reinterpret_cast<const int32_t*>(base + lengths_begin), base);
     torch::stable::parallel_for(0, head.parts, 1, [&](int64_t begin, int64_t end) {
         for (int64_t part = begin; part < end; ++part) {
-            Encoder(model, found.parts[part], sources).run();
-            Search(model, head, found.parts[part]).start();
+            if (model.has_encoder()) Encoder(model, found.parts[part], sources).run();
+            Search(model, head, found.parts[part]).start(sources);
         }
     });
     return state;
@@ -232,6 +241,43 @@ Tensor decode_advance(const Tensor& blob, const Tensor& state, int64_t steps) {
             numbers[1] = at.bad_source, numbers[2] = at.bad_step;
         }
     }
+    return out;
+}
+
+// The next token's logits (sources, V) in a search of one beam whose tokens the caller chooses: `tokens` (sources) is
+// None at the first step, and then what each source goes on with. A source that has been given eos has zeros from there.
+Tensor decode_step(const Tensor& blob, const Tensor& state, const OptionalTensor& tokens) {
+    const Model model = open_blob(blob);
+    State found = open_state(state, model, blob);
+    const StateHead& head = found.head;
+    STD_TORCH_CHECK(head.beams == 1, "state must have one beam; found ", head.beams);
+    const int64_t V = model.decoder.vocabulary;
+    const int64_t* ids = nullptr;
+    if (tokens) {
+        STD_TORCH_CHECK(tokens->is_cpu() && tokens->is_contiguous() && tokens->dim() == 1 &&
+                            dtype_code(*tokens) == aoti_torch_dtype_int64() && tokens->numel() == head.sources,
+                        "tokens must be a contiguous int64 tensor (", head.sources, ") on the CPU");
+        ids = static_cast<const int64_t*>(tokens->const_data_ptr());
+        for (int64_t i = 0; i < head.sources; ++i) {
+            STD_TORCH_CHECK(ids[i] >= 0 && ids[i] < V, "tokens must hold ids from 0 to ", V - 1, "; found ", ids[i]);
+        }
+    }
+    for (const Part& part : found.parts) {
+        const int64_t step = part.progress->step;
+        STD_TORCH_CHECK(step < head.max_length, "state must have room for a token; found all ", step);
+        STD_TORCH_CHECK((step > 0) == bool(tokens), "tokens must be None at the first step and given at the others");
+    }
+    const int64_t sizes[] = {head.sources, V};
+    Tensor out = empty(sizes, 2, aoti_torch_dtype_float32(), device_of(state));
+    float* logits = static_cast<float*>(out.mutable_data_ptr());
+    std::memset(logits, 0, std::size_t(head.sources * V) * 4);
+    torch::stable::parallel_for(0, head.parts, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            Part& part = found.parts[i];
+            const int64_t* own = ids == nullptr ? nullptr : ids + part.first;
+            Search(model, head, part).step_by_hand(own, logits + part.first * V);
+        }
+    });
     return out;
 }
 
@@ -279,6 +325,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(DEPTHLSTM_NAMESPACE, m) {
         "decode_start(Tensor blob, Tensor source, Tensor? mask, int beams, int max_length, float length_penalty, bool "
         "scores, int threads) -> Tensor");
     m.def("decode_advance(Tensor blob, Tensor(a!) state, int steps) -> Tensor");
+    m.def("decode_step(Tensor blob, Tensor(a!) state, Tensor? tokens) -> Tensor");
     m.def("decode_finish(Tensor blob, Tensor state) -> (Tensor tokens, Tensor scores)");
 }
 
@@ -289,5 +336,6 @@ STABLE_TORCH_LIBRARY_IMPL(DEPTHLSTM_NAMESPACE, CPU, m) {
     m.impl("decode_encode", TORCH_BOX(&depthlstm::decode::decode_encode));
     m.impl("decode_start", TORCH_BOX(&depthlstm::decode::decode_start));
     m.impl("decode_advance", TORCH_BOX(&depthlstm::decode::decode_advance));
+    m.impl("decode_step", TORCH_BOX(&depthlstm::decode::decode_step));
     m.impl("decode_finish", TORCH_BOX(&depthlstm::decode::decode_finish));
 }

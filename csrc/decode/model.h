@@ -15,7 +15,7 @@
 namespace depthlstm {
 namespace decode {
 
-constexpr int64_t plan_version = 1;
+constexpr int64_t plan_version = 2;
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -61,7 +61,8 @@ enum class Kind : int64_t { self, cross, added, concatenated, network };
 struct Branch {
     Kind kind;
     Activation activation;                              // of a network
-    int64_t self_in, self_out;                          // matrices (3 H P, D) and (D, H P)
+    bool is_gated;                                      // a network's: act(first half of its inner rows) * second half
+    int64_t self_in, self_out;                          // matrices ((H + 2 G) P, D) and (D, H P)
     int64_t cross_query, cross_keys_values, cross_out;  // (H P, D), (2 H P, D), (D, H P)
     int64_t network_in, network_out;
     int64_t cell;                     // -1: the output is added to h
@@ -77,7 +78,8 @@ struct Stack {
     int64_t norm;  // -1: none
     bool has_initial_cell;
     float* initial_cell;
-    float *embedding, *positions;
+    bool has_positions;
+    float *embedding, *positions;  // positions: null without a table
     int64_t vocabulary;
     int64_t self_attentions = 0, cross_attentions = 0;
 };
@@ -102,8 +104,11 @@ private:
 
 class Model {
 public:
-    int64_t features, heads, head_size, width, max_length, pad, bos, eos;  // D, H, D / H, P
+    int64_t features, heads, head_size, width, max_length, pad, bos, eos;  // D, H, D / H, P; eos -1: no token ends
+    int64_t key_heads;                                                     // G: of keys and values, each for H / G
     bool shares_embeddings;
+    bool has_rotation;  // of queries and keys, by their position
+    float* rotation;    // (max_length, 2, D / H / 2): cosines and sines
     std::vector<Panels> matrices;
     std::vector<Norm> norms;
     std::vector<Cell> cells;
@@ -121,25 +126,31 @@ public:
         head_size = plan.next("size of a head", 1, 65536);
         STD_TORCH_CHECK(heads * head_size == features, "plan must have heads that fill the width ", features);
         width = round_up(head_size, key_block);
-        encoder.vocabulary = plan.next("source vocabulary", 1, int64_t(1) << 30);
+        key_heads = plan.next("number of heads of keys", 1, heads);
+        STD_TORCH_CHECK(heads % key_heads == 0, "plan must have heads of keys that divide the ", heads, " heads");
+        encoder.vocabulary = plan.next("source vocabulary", 0, int64_t(1) << 30);
         decoder.vocabulary = plan.next("target vocabulary", 2, int64_t(1) << 30);
         max_length = plan.next("longest sequence", 1, large);
         pad = plan.next("pad id", 0, decoder.vocabulary - 1);
         bos = plan.next("bos id", 0, decoder.vocabulary - 1);
-        eos = plan.next("eos id", 0, decoder.vocabulary - 1);
-        shares_embeddings = plan.next("flag of shared embeddings", 0, 1) != 0;
+        eos = plan.next("eos id", -1, decoder.vocabulary - 1);
+        shares_embeddings = plan.next("flag of shared embeddings", 0, has_encoder() ? 1 : 0) != 0;
+        has_rotation = plan.next("flag of rotary positions", 0, (has_encoder() || head_size % 2 != 0) ? 0 : 1) != 0;
+        STD_TORCH_CHECK(!has_encoder() || key_heads == heads, "plan must have as many heads of keys beside an encoder");
         const int64_t matrix_count = plan.next("number of matrices", 1, 65536);
         const int64_t norm_count = plan.next("number of norms", 0, 65536);
         const int64_t cell_count = plan.next("number of cells", 0, 65536);
-        const int64_t encoder_count = plan.next("number of encoder branches", 0, 65536);
+        const int64_t encoder_count = plan.next("number of encoder branches", 0, has_encoder() ? 65536 : 0);
         const int64_t decoder_count = plan.next("number of decoder branches", 1, 65536);
         output = plan.next("output matrix", 0, matrix_count - 1);
         for (Stack* stack : {&encoder, &decoder}) {
             stack->norm = plan.next("norm of a stack", -1, norm_count - 1);
             stack->has_initial_cell = plan.next("flag of an initial cell", 0, 1) != 0;
+            stack->has_positions = plan.next("flag of positions", 0, 1) != 0;
         }
-        STD_TORCH_CHECK(real_count == norm_count + cell_count, "reals must hold ", norm_count + cell_count,
-                        " numbers; found ", real_count);
+        // the last one is the base of the angles, whose table comes with the weights
+        const int64_t wanted_reals = norm_count + cell_count + (has_rotation ? 1 : 0);
+        STD_TORCH_CHECK(real_count == wanted_reals, "reals must hold ", wanted_reals, " numbers; found ", real_count);
         for (int64_t i = 0; i < matrix_count; ++i) {
             Panels matrix;
             matrix.outputs = plan.next("number of outputs", 1, int64_t(1) << 30);
@@ -165,6 +176,13 @@ public:
         place(nullptr);
     }
 
+    // Without an encoder it is a language model: what comes in is the beginning of what goes out.
+    bool has_encoder() const { return encoder.vocabulary > 0; }
+    int64_t input_vocabulary() const { return has_encoder() ? encoder.vocabulary : decoder.vocabulary; }
+    // Floats of a position's keys, or of its values, in one layer; and what a self-attention's product makes.
+    int64_t key_floats() const { return key_heads * width; }
+    int64_t self_floats() const { return (heads + 2 * key_heads) * width; }
+
     // Sets every pointer into the memory behind `base`, or with null counts its bytes.
     void place(char* base) {
         Arena arena(base);
@@ -184,9 +202,10 @@ public:
         for (Stack* stack : {&encoder, &decoder}) {
             const bool shared = stack == &decoder && shares_embeddings;
             stack->embedding = shared ? encoder.embedding : arena.take<float>(stack->vocabulary * features);
-            stack->positions = arena.take<float>(max_length * features);
+            stack->positions = stack->has_positions ? arena.take<float>(max_length * features) : nullptr;
             stack->initial_cell = stack->has_initial_cell ? arena.take<float>(features) : nullptr;
         }
+        rotation = has_rotation ? arena.take<float>(max_length * head_size) : nullptr;
         bytes = arena.used();
     }
 
@@ -269,7 +288,9 @@ private:
         branch.kind = Kind(plan.next("kind of branch", 0, int64_t(Kind::network)));
         branch.activation = Activation(plan.next("activation of a branch", 0, int64_t(Activation::given) - 1));
         const bool self = branch.has_self(), cross = branch.has_cross(), network = branch.kind == Kind::network;
-        STD_TORCH_CHECK(is_decoder || !cross, "plan must have no cross-attention in the encoder");
+        branch.is_gated = plan.next("flag of a gated network", 0, network ? 1 : 0) != 0;
+        STD_TORCH_CHECK((is_decoder && has_encoder()) || !cross,
+                        "plan must have cross-attention beside an encoder alone");
         branch.self_in = matrix_of(plan, self, "matrix of a self-attention");
         branch.self_out = matrix_of(plan, self, "matrix of a self-attention");
         branch.cross_query = matrix_of(plan, cross, "matrix of a cross-attention");
@@ -282,7 +303,7 @@ private:
         check_norm(branch.read_norm, features);
         const int64_t heads_width = heads * width;
         if (self) {
-            check_matrix(branch.self_in, 3 * heads_width, features);
+            check_matrix(branch.self_in, self_floats(), features);
             check_matrix(branch.self_out, features, heads_width);
             branch.self_place = stack.self_attentions++;
         }
@@ -293,9 +314,10 @@ private:
             branch.cross_place = stack.cross_attentions++;
         }
         if (network) {
-            const int64_t inner = matrices[branch.network_in].outputs;
+            const int64_t inner = matrices[branch.network_in].outputs, halves = branch.is_gated ? 2 : 1;
+            STD_TORCH_CHECK(inner % halves == 0, "plan must have an even width of a gated network");
             check_matrix(branch.network_in, inner, features);
-            check_matrix(branch.network_out, features, inner);
+            check_matrix(branch.network_out, features, inner / halves);
             most_inner = std::max(most_inner, inner);
         }
         const bool both = branch.kind == Kind::concatenated;

@@ -20,7 +20,7 @@ struct Buffers {
         c = arena.take<float>(rows * D);
         read = arena.take<float>(rows * D);
         s = arena.take<float>(rows * D);
-        projected = arena.take<float>(rows * 3 * heads_width);
+        projected = arena.take<float>(rows * std::max(model.self_floats(), 2 * heads_width));
         context = arena.take<float>(rows * heads_width);
         inner = arena.take<float>(rows * model.most_inner);
         hidden = arena.take<float>(rows * D);
@@ -53,14 +53,17 @@ public:
 
     float* h() const { return buffers.xh + model.most_input; }
 
-    // The embedded token at a position into a row of h, and the initial cell.
+    // The embedded token, at a position if the stack has any, into a row of h, and the initial cell.
     void embed(const Stack& stack, int64_t row, int64_t token, int64_t position) {
         const int64_t D = model.features;
         const float scale = float(std::sqrt(double(D)));
         const float* embedded = stack.embedding + token * D;
-        const float* placed = stack.positions + position * D;
         float* to = h() + row * buffers.stride;
-        for (int64_t d = 0; d < D; ++d) to[d] = embedded[d] * scale + placed[d];
+        for (int64_t d = 0; d < D; ++d) to[d] = embedded[d] * scale;
+        if (stack.positions != nullptr) {
+            const float* placed = stack.positions + position * D;
+            for (int64_t d = 0; d < D; ++d) to[d] += placed[d];
+        }
         float* c = buffers.c + row * D;
         if (stack.initial_cell == nullptr) {
             std::memset(c, 0, std::size_t(D) * 4);
@@ -108,11 +111,15 @@ public:
         if (branch.kind == Kind::network) {
             const int64_t inner = model.matrices[branch.network_in].outputs;
             multiply(branch.network_in, from, from_stride, buffers.inner, inner);
-            kernels.activate(branch.activation, buffers.inner, count * inner);
+            if (branch.is_gated) {
+                gate(branch.activation, inner);
+            } else {
+                kernels.activate(branch.activation, buffers.inner, count * inner);
+            }
             multiply(branch.network_out, buffers.inner, inner, to, stride, base, stride);
         }
         if (branch.has_self()) {
-            multiply(branch.self_in, from, from_stride, buffers.projected, 3 * heads_width);
+            multiply(branch.self_in, from, from_stride, buffers.projected, model.self_floats());
             self(branch);
             if (branch.kind == Kind::self) {
                 multiply(branch.self_out, buffers.context, heads_width, to, stride, base, stride);
@@ -150,6 +157,16 @@ private:
         const int64_t D = model.features;
         for (int64_t row = 0; row < count; ++row) {
             for (int64_t d = 0; d < D; ++d) h()[row * buffers.stride + d] += s[row * D + d];
+        }
+    }
+
+    // The first half of each inner row becomes act(first half) * second half.
+    void gate(Activation activation, int64_t inner) {
+        const int64_t half = inner / 2;
+        for (int64_t row = 0; row < count; ++row) {
+            float* of_row = buffers.inner + row * inner;
+            kernels.activate(activation, of_row, half);
+            for (int64_t i = 0; i < half; ++i) of_row[i] *= of_row[half + i];
         }
     }
 

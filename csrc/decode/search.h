@@ -15,29 +15,36 @@ public:
         : model(model), head(head), part(part), rows(model, kernels(), part.buffers) {
         const int64_t most = part.beams * std::min(2 * part.beams, model.decoder.vocabulary);
         if (part.beams > 1) candidates.reserve(std::size_t(most));  // the loop allocates nothing
+        places.reserve(std::size_t(std::max(part.sources * part.beams, rows_at_once)));
     }
 
-    // Every source at its first token.
-    void start() {
+    // Every source at its first token, or at the last one of its prompt.
+    void start(const std::vector<SourceTokens>& given) {
         *part.progress = {part.sources, 0, -1, -1};
         for (int64_t source = 0; source < part.sources; ++source) {
+            const int64_t token = part.has_prompts ? given[part.first + source].ids.back() : model.bos;
             part.active[source] = int32_t(source);
             part.found[source] = 0;
             part.total[source] = 0;
             for (int64_t beam = 0; beam < part.beams; ++beam) {
                 const int64_t row = source * part.beams + beam;
-                part.tokens[row] = int32_t(model.bos);
+                part.tokens[row] = int32_t(token);
                 part.live[row] = beam == 0 ? 0.0f : -INFINITY;  // all beams start alike, so one starts
                 part.hypothesis_score[row] = -INFINITY;
                 part.hypothesis_length[row] = 0;
             }
+            if (part.beams == 1) continue;
+            const int64_t row = source * part.beams;  // of the beam that starts; the others go on from it
+            int32_t* slots = part.slots + row * part.capacity;
+            std::fill(slots, slots + part.first_position(source), int32_t(row));
         }
+        if (part.has_prompts) read_prompts(given);
     }
 
     // At most `steps` tokens for every source that goes on. It stops where a logit is NaN, and says so in `progress`.
     void advance(int64_t steps) {
         Progress& at = *part.progress;
-        for (int64_t i = 0; i < steps && at.active > 0 && at.bad_source < 0; ++i) {
+        for (int64_t i = 0; i < steps && at.active > 0 && at.bad_source < 0 && at.step < part.max_length; ++i) {
             step();
             if (part.beams == 1) {
                 choose_greedily();
@@ -46,6 +53,26 @@ public:
             }
             ++at.step;
         }
+    }
+
+    // One step of a search whose tokens the caller chooses, by `tokens` of all sources but at the first step. Logits of
+    // the next ones go to `logits` (sources, V); those of a source that has been given eos are left as they are.
+    void step_by_hand(const int64_t* tokens, float* logits) {
+        Progress& at = *part.progress;
+        int64_t kept = 0;
+        for (int64_t i = 0; i < at.active && tokens != nullptr; ++i) {
+            const int32_t source = part.active[i];
+            part.tokens[source] = int32_t(tokens[source]);
+            if (tokens[source] != model.eos) part.active[kept++] = source;
+        }
+        if (tokens != nullptr) at.active = kept;
+        if (at.active == 0) return;
+        step();
+        const int64_t V = model.decoder.vocabulary;
+        for (int64_t i = 0; i < at.active; ++i) {
+            std::memcpy(logits + part.active[i] * V, part.logits + i * V, std::size_t(V) * 4);
+        }
+        ++at.step;
     }
 
 private:
@@ -60,70 +87,161 @@ private:
     Rows rows;
     std::vector<Candidate> candidates;  // of one source
 
+    // Where a row's keys go: the row of the caches, and the position.
+    struct Place {
+        int64_t row, position;
+    };
+    std::vector<Place> places;
+
     // Rows of a source: one at the first step, where all beams are alike.
     int64_t rows_of_source() const { return part.progress->step == 0 ? 1 : part.beams; }
 
+    // Puts a token into the next row.
+    void put(int64_t token, int64_t row, int64_t position) {
+        rows.embed(model.decoder, int64_t(places.size()), token, position);
+        places.push_back({row, position});
+    }
+
+    // attend(branch) is what a self-attention does.
+    template <class Attend>
+    void run_branches(Attend attend) {
+        rows.count = int64_t(places.size());
+        for (const Branch& branch : model.decoder.branches) {
+            rows.run(branch, attend, [&](const Branch& b) { attend_cross(b); });
+        }
+    }
+
+    // Keys and values of the prompts but for their last tokens, which the first step reads.
+    void read_prompts(const std::vector<SourceTokens>& given) {
+        const auto attend = [&](const Branch& branch) { attend_prompts(branch); };
+        places.clear();
+        for (int64_t source = 0; source < part.sources; ++source) {
+            for (int64_t t = 0; t < part.first_position(source); ++t) {
+                put(given[part.first + source].ids[t], source * part.beams, t);
+                if (int64_t(places.size()) < rows_at_once) continue;
+                run_branches(attend);
+                places.clear();
+            }
+        }
+        if (!places.empty()) run_branches(attend);
+    }
+
     // The logits of the next token of every active row.
     void step() {
-        const int64_t t = part.progress->step, each = rows_of_source();
-        rows.count = part.progress->active * each;
-        for (int64_t row = 0; row < rows.count; ++row) {
-            rows.embed(model.decoder, row, part.tokens[place_of(row, each)], t);
+        const int64_t each = rows_of_source();
+        places.clear();
+        for (int64_t i = 0; i < part.progress->active; ++i) {
+            const int64_t source = part.active[i], position = part.first_position(source) + part.progress->step;
+            for (int64_t row = source * part.beams; row < source * part.beams + each; ++row) {
+                put(part.tokens[row], row, position);
+            }
         }
-        for (const Branch& branch : model.decoder.branches) {
-            rows.run(
-                branch, [&](const Branch& b) { attend_self(b, t, each); },
-                [&](const Branch& b) { attend_cross(b, each); });
-        }
+        run_branches([&](const Branch& branch) { attend_self(branch); });
         const float* out = rows.finish(model.decoder);
         rows.multiply(model.output, out, model.features, part.logits, model.decoder.vocabulary);
     }
 
-    // The row of the caches that an active row has.
-    int64_t place_of(int64_t row, int64_t each) const {
-        return int64_t(part.active[row / each]) * part.beams + row % each;
+    int64_t offset(int64_t t, int64_t row) const {
+        return t / key_block * part.chunk_floats(model) + (row * key_block + t % key_block) * model.key_floats();
     }
 
-    int64_t offset(int64_t t, int64_t place) const {
-        return t / key_block * part.chunk_floats(model) + (place * key_block + t % key_block) * Part::row_floats(model);
+    // Turns features j and j + size / 2 of each head by the angle of the position.
+    void rotate(float* heads, int64_t count, int64_t position) const {
+        const int64_t half = model.head_size / 2;
+        const float *cos = model.rotation + position * model.head_size, *sin = cos + half;
+        for (float* head = heads; head < heads + count * model.width; head += model.width) {
+            for (int64_t j = 0; j < half; ++j) {
+                const float first = head[j], second = head[j + half];
+                head[j] = first * cos[j] - second * sin[j];
+                head[j + half] = second * cos[j] + first * sin[j];
+            }
+        }
     }
 
-    void attend_self(const Branch& branch, int64_t t, int64_t each) {
-        const int64_t all = Part::row_floats(model);
-        float* keys = part.cache + branch.self_place * 2 * part.layer_floats(model);
-        float* values = keys + part.layer_floats(model);
+    float* keys_of(const Branch& branch) const { return part.cache + branch.self_place * 2 * part.layer_floats(model); }
+
+    // Puts keys and values of a row of `projected` into the cache; returns the row's queries.
+    const float* keep(const Branch& branch, int64_t i) {
+        const int64_t all = model.heads * model.width, of_keys = model.key_floats();
+        float* projected = part.buffers.projected + i * model.self_floats();
+        if (model.has_rotation) rotate(projected, model.heads + model.key_heads, places[i].position);
+        float* keys = keys_of(branch) + offset(places[i].position, places[i].row);
+        std::memcpy(keys, projected + all, std::size_t(of_keys) * 4);
+        std::memcpy(keys + part.layer_floats(model), projected + all + of_keys, std::size_t(of_keys) * 4);
+        return projected;
+    }
+
+    void attend_self(const Branch& branch) {
+        const int64_t all = model.heads * model.width;
         CacheAttention call;
-        call.keys = keys;
-        call.values = values;
+        call.keys = keys_of(branch);
+        call.values = call.keys + part.layer_floats(model);
         call.offsets = part.offsets;
-        call.positions = t + 1;
         call.heads = model.heads;
         call.width = model.width;
+        call.group = model.heads / model.key_heads;
         call.scale = float(1 / std::sqrt(double(model.head_size)));
         call.scores = part.buffers.scores;
-        for (int64_t row = 0; row < rows.count; ++row) {
-            const int64_t place = place_of(row, each);
-            const float* projected = part.buffers.projected + row * 3 * all;
-            const int64_t own = offset(t, place);
-            std::memcpy(keys + own, projected + all, std::size_t(all) * 4);
-            std::memcpy(values + own, projected + 2 * all, std::size_t(all) * 4);
-            const int32_t* slots = part.beams > 1 ? part.slots + place * part.max_length : nullptr;
-            for (int64_t i = 0; i < t; ++i) part.offsets[i] = offset(i, slots == nullptr ? place : slots[i]);
-            part.offsets[t] = own;
-            call.query = projected;
-            call.out = part.buffers.context + row * all;
+        for (int64_t i = 0; i < rows.count; ++i) {
+            const auto [row, t] = places[i];
+            call.query = keep(branch, i);
+            const int32_t* slots = part.beams > 1 ? part.slots + row * part.capacity : nullptr;
+            for (int64_t j = 0; j < t; ++j) part.offsets[j] = offset(j, slots == nullptr ? row : slots[j]);
+            part.offsets[t] = offset(t, row);
+            call.positions = t + 1;
+            call.out = part.buffers.context + i * all;
             rows.kernels.attend_cache(call);
         }
     }
 
-    void attend_cross(const Branch& branch, int64_t each) {
+    // Rows of one prompt lie side by side, in the order of their positions: a head's keys become blocks for all of them.
+    void attend_prompts(const Branch& branch) {
+        const int64_t P = model.width, all = model.heads * P, group = model.heads / model.key_heads;
+        for (int64_t i = 0; i < rows.count; ++i) keep(branch, i);
+        BlockAttention call;
+        call.keys = part.block_keys;
+        call.values = part.block_values;
+        call.width = P;
+        call.scale = float(1 / std::sqrt(double(model.head_size)));
+        call.scores = part.buffers.scores;
+        for (int64_t begin = 0, end = 0; begin < rows.count; begin = end) {
+            while (end < rows.count && places[end].row == places[begin].row) ++end;
+            const int64_t positions = places[end - 1].position + 1;
+            for (int64_t head = 0; head < model.key_heads; ++head) {
+                copy_to_blocks(keys_of(branch) + head * P, places[begin].row, positions);
+                for (int64_t i = begin; i < end; ++i) {
+                    call.positions = places[i].position + 1;
+                    for (int64_t h = head * group; h < (head + 1) * group; ++h) {
+                        call.query = part.buffers.projected + i * model.self_floats() + h * P;
+                        call.out = part.buffers.context + i * all + h * P;
+                        rows.kernels.attend_blocks(call);
+                    }
+                }
+            }
+        }
+    }
+
+    // A head's keys and values of a row of the cache, as attend_blocks reads them.
+    void copy_to_blocks(const float* keys, int64_t row, int64_t positions) {
+        const int64_t P = model.width, stride = model.key_floats(), to_values = part.layer_floats(model);
+        for (int64_t t = 0; t < positions; t += key_block) {
+            const float* from = keys + offset(t, row);
+            const int64_t count = std::min(key_block, positions - t);
+            transpose_keys(from, stride, count, P, part.block_keys + t * P);
+            for (int64_t j = 0; j < count; ++j) {
+                std::memcpy(part.block_values + (t + j) * P, from + to_values + j * stride, std::size_t(P) * 4);
+            }
+        }
+    }
+
+    void attend_cross(const Branch& branch) {
         const int64_t P = model.width, all = model.heads * P;
         BlockAttention call;
         call.width = P;
         call.scale = float(1 / std::sqrt(double(model.head_size)));
         call.scores = part.buffers.scores;
         for (int64_t row = 0; row < rows.count; ++row) {
-            const int64_t source = part.active[row / each], length = part.lengths[source];
+            const int64_t source = places[row].row / part.beams, length = part.lengths[source];
             const int64_t padded = round_up(length, key_block);
             const float* keys = part.memory_of(model, source, branch.cross_place);
             call.mask = part.mask + part.memory_begin[source];
@@ -229,13 +347,13 @@ private:
             parents[row] = 0;
             part.live[source * beams + row] = -INFINITY;
         }
-        reorder(source, said, parents, t);
+        reorder(source, said, parents, part.first_position(source) + t);
         return true;
     }
 
     // Row i goes on from row parents[i]: no key moves.
     void reorder(int64_t source, const int32_t* said, const int32_t* parents, int64_t t) {
-        const int64_t beams = part.beams, longest = part.max_length;
+        const int64_t beams = part.beams, longest = part.capacity;
         int32_t* slots = part.slots + source * beams * longest;
         for (int64_t row = 0; row < beams; ++row) {
             int32_t* to = part.next_slots + row * longest;

@@ -1,4 +1,5 @@
-// The state of a search in one uint8 tensor: a head, the lengths of the sources, and an arena for each thread.
+// The state of a search in one uint8 tensor: a head, the lengths of the sources or prompts, and an arena for each
+// thread. A language model's sources are its prompts: they have keys in the caches, and no memory.
 #pragma once
 
 #include "blob.h"
@@ -8,7 +9,7 @@ namespace depthlstm {
 namespace decode {
 
 constexpr char state_magic[8] = {'d', 'l', 's', 't', 'm', 's', 'e', 'a'};
-constexpr int64_t encoder_rows = 256;  // which read a matrix once; more would only take more memory
+constexpr int64_t rows_at_once = 256;  // of sources or prompts, which read a matrix once; more would take more memory
 
 struct StateHead {
     char magic[8];
@@ -28,8 +29,10 @@ struct Progress {
 
 // The sources of one thread: their memories, caches, hypotheses and buffers.
 struct Part {
-    int64_t first, sources, beams, max_length, chunks;
-    const int32_t* lengths;  // of each source, without padded positions
+    int64_t first, sources, beams, max_length;
+    bool has_prompts;
+    const int32_t* lengths;    // of each source, without padded positions
+    int64_t capacity, chunks;  // positions of a row's cache, and blocks of them
     std::vector<int64_t> memory_begin;
     Progress* progress;
     int32_t *active, *tokens;
@@ -53,14 +56,16 @@ struct Part {
           sources(sources),
           beams(beams),
           max_length(max_length),
-          chunks(round_up(max_length, key_block) / key_block),
+          has_prompts(!model.has_encoder()),
           lengths(lengths),
+          capacity(max_length + (has_prompts ? longest() - 1 : 0)),
+          chunks(round_up(capacity, key_block) / key_block),
           progress(arena.take<Progress>(1)),
           active(arena.take<int32_t>(sources)),
           tokens(arena.take<int32_t>(sources * beams)),
           live(arena.take<float>(sources * beams)),
-          slots(arena.take<int32_t>(beams > 1 ? sources * beams * max_length : 0)),
-          next_slots(arena.take<int32_t>(beams > 1 ? beams * max_length : 0)),
+          slots(arena.take<int32_t>(beams > 1 ? sources * beams * capacity : 0)),
+          next_slots(arena.take<int32_t>(beams > 1 ? beams * capacity : 0)),
           said(arena.take<int32_t>(sources * max_length * beams)),
           parents(arena.take<int32_t>(beams > 1 ? sources * max_length * beams : 0)),
           hypotheses(arena.take<int32_t>(beams > 1 ? sources * beams * max_length : 0)),
@@ -74,8 +79,8 @@ struct Part {
           logits(arena.take<float>(sources * beams * model.decoder.vocabulary)),
           top_values(arena.take<float>(beams > 1 ? 2 * beams : 0)),
           top_tokens(arena.take<int32_t>(beams > 1 ? 2 * beams : 0)),
-          offsets(arena.take<int64_t>(max_length)),
-          buffers(arena, model, std::max(sources * beams, rows_of_encoder()), std::max(max_length, longest())),
+          offsets(arena.take<int64_t>(capacity)),
+          buffers(arena, model, std::max(sources * beams, input_rows()), std::max(capacity, longest())),
           block_keys(arena.take<float>(round_up(longest(), key_block) * model.width)),
           block_values(arena.take<float>(round_up(longest(), key_block) * model.width)) {}
 
@@ -85,11 +90,14 @@ struct Part {
         return most;
     }
 
+    // Where the first token that a step reads stands: a prompt's last one, whose predecessors have keys by then.
+    int64_t first_position(int64_t source) const { return has_prompts ? lengths[source] - 1 : 0; }
+
     // The end of a group of sources from `begin` on that the encoder runs at once.
     int64_t group_end(int64_t begin, int64_t& rows) const {
         rows = lengths[begin];
         int64_t end = begin + 1;
-        while (end < sources && rows + lengths[end] <= encoder_rows) rows += lengths[end++];
+        while (end < sources && rows + lengths[end] <= rows_at_once) rows += lengths[end++];
         return end;
     }
 
@@ -99,8 +107,7 @@ struct Part {
         return memory + memory_begin[source] * memory_floats(model) + place * 2 * padded * model.heads * model.width;
     }
 
-    static int64_t row_floats(const Model& model) { return model.heads * model.width; }
-    int64_t layer_floats(const Model& model) const { return sources * beams * key_block * row_floats(model); }
+    int64_t layer_floats(const Model& model) const { return sources * beams * key_block * model.key_floats(); }
     // Keys and values of key_block positions of all layers and rows.
     int64_t chunk_floats(const Model& model) const { return model.decoder.self_attentions * 2 * layer_floats(model); }
 
@@ -108,15 +115,20 @@ private:
     static int64_t memory_floats(const Model& model) {
         return model.decoder.cross_attentions * 2 * model.heads * model.width;
     }
-    int64_t rows_of_encoder() const {
+    // The most rows of sources or prompts at once.
+    int64_t input_rows() const {
         int64_t most = 0, rows = 0;
+        if (has_prompts) {
+            for (int64_t source = 0; source < sources; ++source) rows += lengths[source] - 1;
+            return std::min(rows, rows_at_once);
+        }
         for (int64_t begin = 0; begin < sources; most = std::max(most, rows)) begin = group_end(begin, rows);
         return most;
     }
     float* take_memory(Arena& arena, const Model&) {
         memory_begin.assign(std::size_t(sources) + 1, 0);
         for (int64_t source = 0; source < sources; ++source) {
-            memory_begin[source + 1] = memory_begin[source] + round_up(lengths[source], key_block);
+            memory_begin[source + 1] = memory_begin[source] + (has_prompts ? 0 : round_up(lengths[source], key_block));
         }
         return arena.take<float>(memory_begin[sources]);
     }

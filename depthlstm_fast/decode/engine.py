@@ -17,9 +17,13 @@ from torch import Tensor, nn
 
 from ..backends import choice, library
 from ..modes import autocast_dtype, is_direct, is_traced
-from ..reference.generation import Settings, nan_error
+from ..reference.generation import Settings, nan_error, token_search
+from ..reference.language_model import LanguageModel
+from ..reference.sampling import Sampler
 from ..torch_private import has_forward_gradients, is_transformed
+from .causal_plan import CausalPlan
 from .plan import HEAD_BLOCK, CannotRun, Plan
+from .translation_plan import TranslationPlan
 
 logger = logging.getLogger("depthlstm_fast")
 
@@ -37,6 +41,8 @@ class Packed(NamedTuple):
     numbers: list[int]
     reals: list[float]
     fingerprint: int
+    position_bytes: int  # of the caches, for each position of a sequence
+    is_causal: bool  # a language model's
 
 
 _packed: weakref.WeakKeyDictionary[nn.Module, Packed] = weakref.WeakKeyDictionary()
@@ -48,7 +54,8 @@ def operators() -> Any:
 
 def make_plan(model: Any, dtype: str = "float32", output_dtype: str | None = None) -> tuple[Plan, list[Tensor]]:
     """The plan of a model and its tensors. Raises CannotRun."""
-    plan = Plan(model, dtype, output_dtype or dtype)
+    plan_class = CausalPlan if isinstance(model, LanguageModel) else TranslationPlan
+    plan = plan_class(model, dtype, output_dtype or dtype)
     sources = plan.sources()
     for tensor in sources:
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu" or tensor.dtype != torch.float32:
@@ -61,7 +68,7 @@ def pack(plan: Plan, sources: list[Tensor]) -> Packed:
     numbers, reals = plan.numbers(), plan.reals()
     fingerprint = operators().decode_fingerprint(sources)
     blob = operators().decode_pack(torch.tensor(numbers), torch.tensor(reals, dtype=torch.float64), plan.weights())
-    return Packed(blob, numbers, reals, fingerprint)
+    return Packed(blob, numbers, reals, fingerprint, plan.position_bytes(), isinstance(plan, CausalPlan))
 
 
 def packed_for(model: Any) -> Packed:
@@ -91,29 +98,55 @@ def additive_mask(mask: Tensor | None, src: Tensor, pad_id: int) -> Tensor | Non
     return padded.to(torch.float32).contiguous()
 
 
-def run(blob: Tensor, numbers: list[int], src: Tensor, mask: Tensor | None, settings: Settings, scores: bool) -> Any:
+def _pieces(packed: Packed, ids: Tensor, settings: Settings) -> list[slice]:
+    """The rows of searches whose caches are not too large."""
+    length = settings.max_length + HEAD_BLOCK + (ids.shape[1] if packed.is_causal else 0)
+    size = max(1, CACHE_BYTES // (settings.beams * packed.position_bytes * length))
+    return [slice(first, first + size) for first in range(0, ids.shape[0], size)]
+
+
+def run(packed: Packed, src: Tensor, mask: Tensor | None, settings: Settings, scores: bool) -> tuple[Tensor, Tensor]:
     """Tokens (batch, n) and scores (batch,) of a search, in parts where its caches would be too large."""
-    heads, head_size, branches = numbers[2], numbers[3], numbers[15]  # branches of the decoder
-    position = heads * (head_size + -head_size % HEAD_BLOCK) * 8  # keys and values of a row, a branch at most
-    each = settings.beams * position * branches * (settings.max_length + HEAD_BLOCK)
-    size = max(1, CACHE_BYTES // each)
-    if size >= src.shape[0]:
-        return _run_part(blob, src, mask, settings, scores, 0)
-    parts = []
-    for first in range(0, src.shape[0], size):
-        some = None if mask is None else mask[first : first + size]
-        parts.append(_run_part(blob, src[first : first + size], some, settings, scores, first))
+    pieces = _pieces(packed, src, settings)
+    parts = [
+        _run_part(packed.blob, src[rows], None if mask is None else mask[rows], settings, scores, rows.start)
+        for rows in pieces
+    ]
+    if len(parts) == 1:
+        return parts[0]
     longest = max(tokens.shape[1] for tokens, _ in parts)
     padded = [nn.functional.pad(t, (0, longest - t.shape[1]), value=settings.pad_id) for t, _ in parts]
     return torch.cat(padded), torch.cat([score for _, score in parts])
 
 
+def _start(blob: Tensor, src: Tensor, mask: Tensor | None, settings: Settings, scores: bool) -> Tensor:
+    options = (settings.beams, settings.max_length, float(settings.length_penalty), scores, torch.get_num_threads())
+    return operators().decode_start(blob, src.contiguous(), mask, *options)
+
+
+def sample(
+    packed: Packed, ids: Tensor, mask: Tensor | None, settings: Settings, sampler: Sampler
+) -> tuple[Tensor, Tensor]:
+    """Tokens and scores of a sample: the engine makes the logits, and the search in PyTorch draws."""
+    pieces = _pieces(packed, ids, settings)
+    states = [_start(packed.blob, ids[rows], None if mask is None else mask[rows], settings, False) for rows in pieces]
+
+    def next_logits(said: Tensor) -> Tensor:
+        last = None if said.shape[1] == 1 else said[:, -1].contiguous()
+        steps = [
+            operators().decode_step(packed.blob, state, None if last is None else last[rows])
+            for state, rows in zip(states, pieces, strict=True)
+        ]
+        return steps[0] if len(steps) == 1 else torch.cat(steps)
+
+    return token_search(next_logits, sampler.draw, settings)
+
+
 def _run_part(
     blob: Tensor, src: Tensor, mask: Tensor | None, settings: Settings, scores: bool, first: int
 ) -> tuple[Tensor, Tensor]:
-    ops, threads = operators(), torch.get_num_threads()
-    options = (settings.beams, settings.max_length, float(settings.length_penalty), scores, threads)
-    state = ops.decode_start(blob, src.contiguous(), mask, *options)
+    ops = operators()
+    state = _start(blob, src, mask, settings, scores)
     # Python looks for Ctrl-C between calls
     steps = min(32, max(1, 512 // (src.shape[0] * settings.beams)))
     while True:
@@ -134,9 +167,9 @@ def _takes(src: Tensor, mask: Tensor | None) -> bool:
     return mask.dtype == torch.bool or (mask.dtype == torch.float32 and bool((mask < torch.inf).all()))
 
 
-def _applies(model: Any, src: Tensor, mask: Tensor | None, settings: Settings) -> bool:
+def _applies(embedding: Any, src: Tensor, mask: Tensor | None, settings: Settings) -> bool:
     """Whether the engine is what runs this kind of call: float32 on a CPU, by kernels, and not traced or watched."""
-    weight = getattr(model.src_embedding, "weight", None)
+    weight = getattr(embedding, "weight", None)
     return (
         library.load_error is None
         and isinstance(weight, Tensor)
@@ -162,15 +195,38 @@ def search(
     Raises:
         ValueError: logits are NaN.
     """
-    if not _applies(model, src, mask, settings):
+    packed = _packed_or_none(model) if _applies(model.src_embedding, src, mask, settings) else None
+    if packed is None:
         return None
+    return run(packed, src, additive_mask(mask, src, model.pad_id), settings, scores)
+
+
+def go_on(
+    model: Any, ids: Tensor, real: Tensor | None, settings: Settings, sampler: Sampler, scores: bool
+) -> tuple[Tensor, Tensor] | None:
+    """:func:`search` for a language model: its prompts, and a bool mask that is True for their tokens or None."""
+    packed = _packed_or_none(model) if _applies(model.embedding, ids, real, settings) else None
+    return None if packed is None else run_prompts(packed, ids, real, settings, sampler, scores)
+
+
+def run_prompts(
+    packed: Packed, ids: Tensor, real: Tensor | None, settings: Settings, sampler: Sampler, scores: bool
+) -> tuple[Tensor, Tensor]:
+    """:func:`run`, or with a temperature :func:`sample`."""
+    mask = None if real is None else additive_mask(~real, ids, settings.pad_id)
+    if sampler.temperature:
+        return sample(packed, ids, mask, settings, sampler)
+    return run(packed, ids, mask, settings, scores)
+
+
+def _packed_or_none(model: Any) -> Packed | None:
     try:
         packed = packed_for(model)
     except CannotRun as reason:
         report(str(reason))
         return None
     choice.note("cpp")
-    return run(packed.blob, packed.numbers, src, additive_mask(mask, src, model.pad_id), settings, scores)
+    return packed
 
 
 def report(reason: str) -> None:

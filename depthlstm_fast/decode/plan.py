@@ -2,6 +2,7 @@
 
 csrc/decode/model.h reads the numbers in the order in which :meth:`Plan.numbers` writes them. A model that has anything
 the engine does not run is refused with the reason. Nothing is computed here: a plan is made at every call.
+translation_plan.py and causal_plan.py have what the kinds of models have of their own.
 """
 
 from __future__ import annotations
@@ -17,30 +18,22 @@ from ..activations import ACTIVATIONS
 from ..checks import NORMS
 from ..connections import DepthLSTM
 from ..connections.placements import PreNorm
-from ..layers import (
-    DepthLSTMCell,
-    DepthLSTMDecoder,
-    DepthLSTMDecoderLayer,
-    DepthLSTMEncoder,
-    DepthLSTMEncoderLayer,
-)
+from ..layers import DepthLSTMCell
 from ..plain import hookless, is_plain, is_plain_linear
 from ..reference.attention import CrossAttention, SelfAttention
+from ..reference.causal import PlainDepthLSTM, PlainPreNorm
 from ..reference.cell import GateNorm
 from ..reference.positions import Positions
-from ..stacks import Decoder, Encoder
-from ..stacks.layer import StackLayer
+from ..reference.rotary import make_rotation
 
-VERSION = 1
+VERSION = 2
 WEIGHTS = ("float32", "bfloat16", "int8")
 HEAD_BLOCK = 16  # key_block of csrc/decode/call.h
 KINDS = ("self", "cross", "added", "concatenated", "network")
 # one of each pair is the fused class, the other its twin
 CELLS = (DepthLSTMCell, reference.DepthLSTMCell)
-ENCODER_LAYERS = (DepthLSTMEncoderLayer, reference.DepthLSTMEncoderLayer)
-DECODER_LAYERS = (DepthLSTMDecoderLayer, reference.DepthLSTMDecoderLayer)
-ENCODERS = (DepthLSTMEncoder, reference.DepthLSTMEncoder)
-DECODERS = (DepthLSTMDecoder, reference.DepthLSTMDecoder)
+LSTMS = (DepthLSTM, PlainDepthLSTM)
+PRE_NORMS = (PreNorm, PlainPreNorm)
 
 
 class CannotRun(Exception):
@@ -65,7 +58,17 @@ def _check_own(model: nn.Module) -> None:
 
 
 class Plan:
-    """A model as numbers and tensors. Raises CannotRun."""
+    """A model as numbers and tensors. Raises CannotRun.
+
+    A subclass checks embeddings and positions, finds the branches, and sets ``stack_ends``: the norm and the initial
+    cell of the encoder and of the decoder.
+    """
+
+    stack_ends: list[tuple[int, Any]]
+    src_vocab = 0  # no encoder
+    rope_theta: float | None = None
+    shared = False
+    bos_id = 0
 
     def __init__(self, model: Any, dtype: str, output_dtype: str) -> None:
         cls = type(model)
@@ -85,33 +88,42 @@ class Plan:
         self.norm_tensors: list[Any] = []
         self.cell_tensors: list[Any] = []
         self.seen: dict[tuple[int, str], int] = {}
-        self.heads = 0
+        self.heads = self.kv_heads = 0
         self.d_model = model.d_model
+        self.vocab, self.eos_id = self._check_surroundings(model)
         self._stacks(model)
-        for name in ("src_embedding", "tgt_embedding"):
-            embedding = getattr(model, name)
-            if not is_plain(embedding, nn.Embedding) or embedding.max_norm is not None:
-                raise CannotRun(f"{name} is {type(embedding).__name__}, and not a plain nn.Embedding without max_norm")
-        for name in ("src_positions", "tgt_positions"):
-            positions = getattr(model, name)
-            if not is_plain(positions, Positions):
-                raise CannotRun(f"{name} is {type(positions).__name__}, and not the package's Positions")
-        self.output = self.matrix("output", model.output, model.tgt_vocab, self.d_model, dtype=output_dtype)
-        self.shared = model.tgt_embedding is model.src_embedding
+        self.output = self.matrix("output", model.output, self.vocab, self.d_model, dtype=output_dtype)
+
+    def _check_surroundings(self, model: Any) -> tuple[int, int]:
+        """The vocabulary of the output, and the id that ends a search or -1."""
+        raise NotImplementedError
+
+    def _stacks(self, model: Any) -> None:
+        raise NotImplementedError
+
+    def _sides(self) -> list[tuple[Any, Any]]:
+        """The embedding and the positions of the encoder and the decoder; None for what there is none of."""
+        raise NotImplementedError
 
     def numbers(self) -> list[int]:
         model, tables = self.model, (self.matrices, self.norms, self.cells)
         counts = [len(self.matrices), len(self.norms), len(self.cells)]
-        head = [VERSION, self.d_model, self.heads, self.d_model // self.heads, model.src_vocab, model.tgt_vocab]
-        head += [model.max_len, model.pad_id, model.bos_id, model.eos_id, int(self.shared), *counts]
+        head = [VERSION, self.d_model, self.heads, self.d_model // self.heads, self.kv_heads]
+        head += [self.src_vocab, self.vocab, model.max_len, model.pad_id, self.bos_id, self.eos_id]
+        head += [int(self.shared), int(self.rope_theta is not None), *counts]
         head += [len(self.branches["encoder"]), len(self.branches["decoder"]), self.output]
-        for norm, cell in self.stack_ends:
-            head += [norm, int(cell is not None)]
+        for (norm, cell), (_, positions) in zip(self.stack_ends, self._sides(), strict=True):
+            head += [norm, int(cell is not None), int(positions is not None)]
         records: tuple[Any, ...] = (*tables, self.branches["encoder"], self.branches["decoder"])
         return head + [number for table in records for record in table for number in record]
 
     def reals(self) -> list[float]:
-        return self.norm_eps + self.cell_eps
+        return self.norm_eps + self.cell_eps + ([] if self.rope_theta is None else [self.rope_theta])
+
+    def position_bytes(self) -> int:
+        """Keys and values of one position of one sequence."""
+        size = self.d_model // self.heads
+        return self.kv_heads * (size + -size % HEAD_BLOCK) * 8 * len(self.branches["decoder"])
 
     def sources(self) -> list[Tensor]:
         """Every tensor that the engine reads, as the model holds it."""
@@ -133,18 +145,26 @@ class Plan:
         for norm in self.cell_tensors:
             found += [] if norm is None else [norm.weight, norm.bias]
         found += self._ends()
+        found += [] if self.rope_theta is None else [self._angles(self.rope_theta)]
         return [none if tensor is None else tensor.detach().contiguous() for tensor in found]
 
     def _ends(self) -> list[Tensor]:
         """Embeddings, positions and initial cells."""
-        model, found = self.model, []
-        for side, (_, cell) in zip(("src", "tgt"), self.stack_ends, strict=True):
-            weight = getattr(model, f"{side}_embedding").weight
-            positions = getattr(model, f"{side}_positions")
-            found += [weight] if side == "src" or not self.shared else []
-            found.append(positions.weight if positions.kind == "learned" else positions._table_for(weight))
+        found: list[Any] = []
+        for (embedding, positions), (_, cell) in zip(self._sides(), self.stack_ends, strict=True):
+            if embedding is not None and not (found and self.shared):
+                found.append(embedding.weight)
+            if positions is not None:
+                learned = positions.kind == "learned"
+                found.append(positions.weight if learned else positions._table_for(embedding.weight))
             found += [] if cell is None else [cell]
         return found
+
+    def _angles(self, theta: float) -> Tensor:
+        """Cosines and sines of every position, (max_len, 2, D / nhead / 2)."""
+        positions = torch.arange(self.model.max_len)[None]
+        rotation = make_rotation(positions, self.d_model // self.heads, theta, torch.float32)
+        return torch.stack([part[0, 0] for part in rotation], 1)
 
     def _padded(self, tensor: Tensor, pad: str) -> Tensor:
         """Heads of D / nhead rows or columns as heads of whole blocks, with zeros at their ends."""
@@ -159,6 +179,14 @@ class Plan:
         return nn.functional.pad(tensor.unflatten(0, (-1, size)), ends).flatten(0, 1)
 
     # what a model has
+
+    def embedding(self, name: str, embedding: Any) -> None:
+        if not is_plain(embedding, nn.Embedding) or embedding.max_norm is not None:
+            raise CannotRun(f"{name} is {type(embedding).__name__}, and not a plain nn.Embedding without max_norm")
+
+    def positions(self, name: str, positions: Any) -> None:
+        if not is_plain(positions, Positions):
+            raise CannotRun(f"{name} is {type(positions).__name__}, and not the package's Positions")
 
     def matrix(self, name: str, linear: Any, outputs: int, inputs: int, pad: str = "", dtype: str | None = None) -> int:
         if (id(linear), "matrix") in self.seen:
@@ -224,12 +252,15 @@ class Plan:
         if not is_plain(attention, CrossAttention if cross else SelfAttention):
             raise CannotRun(f"{name} is {type(attention).__name__}, and not the package's attention")
         features = self.d_model
-        self.heads = self.heads or attention.nhead
-        if attention.nhead != self.heads or attention.d_model != features:
-            raise CannotRun(f"{name} has {attention.nhead} heads, and the first attention {self.heads}")
+        found = (attention.nhead, attention.nhead if cross else attention.kv_heads)
+        if not self.heads:
+            self.heads, self.kv_heads = found
+        if found != (self.heads, self.kv_heads) or attention.d_model != features:
+            raise CannotRun(f"{name} has {found} heads, and the first attention {(self.heads, self.kv_heads)}")
         out = self.matrix(f"{name}.out_proj", attention.out_proj, features, features, "columns")
         if not cross:
-            return self.matrix(f"{name}.in_proj", attention.in_proj, 3 * features, features, "rows"), out
+            outputs = sum(attention.parts)
+            return self.matrix(f"{name}.in_proj", attention.in_proj, outputs, features, "rows"), out
         query = self.matrix(f"{name}.q_proj", attention.q_proj, features, features, "rows")
         return query, self.matrix(f"{name}.kv_proj", attention.kv_proj, 2 * features, features, "rows"), out
 
@@ -238,98 +269,35 @@ class Plan:
         stack: str,
         kind: str,
         activation: str = ACTIVATIONS[0],
+        gated: bool = False,
         own: tuple[int, ...] = (-1, -1),
         cross: tuple[int, ...] = (-1, -1, -1),
         network: tuple[int, int] = (-1, -1),
         cell: int = -1,
         read_norm: int = -1,
     ) -> None:
-        codes = (KINDS.index(kind), ACTIVATIONS.index(activation))
+        codes = (KINDS.index(kind), ACTIVATIONS.index(activation), int(gated))
         self.branches[stack].append((*codes, *own, *cross, *network, cell, read_norm))
 
-    def network(self, name: str, layer: Any) -> tuple[int, int]:
-        inner = layer.linear1.out_features if is_plain_linear(layer.linear1) else 0
-        return (
-            self.matrix(f"{name}.linear1", layer.linear1, inner, self.d_model),
+    def network(self, name: str, layer: Any) -> dict[str, Any]:
+        """What :meth:`branch` has to know of a feed-forward network."""
+        gated = getattr(layer, "gated", False)
+        inner = layer.linear1.out_features // (1 + gated) if is_plain_linear(layer.linear1) else 0
+        matrices = (
+            self.matrix(f"{name}.linear1", layer.linear1, inner * (1 + gated), self.d_model),
             self.matrix(f"{name}.linear2", layer.linear2, self.d_model, inner),
         )
+        activation = "silu" if gated else getattr(layer, "activation", "gelu")  # a CausalLayer has no other
+        return {"network": matrices, "activation": activation, "gated": gated}
 
-    # the stacks of the two kinds of models
-
-    def _stacks(self, model: Any) -> None:
-        of_layers = any(is_plain(model.encoder, each) for each in ENCODERS)
-        if of_layers and any(is_plain(model.decoder, each) for each in DECODERS):
-            for stack in ("encoder", "decoder"):
-                for index, layer in enumerate(getattr(model, stack).layers):
-                    self._lstm_layer(stack, f"{stack}.layers.{index}", layer)
-            ends = [(getattr(model, s).norm, getattr(model, s).initial_cell) for s in ("encoder", "decoder")]
-        elif is_plain(model.encoder, Encoder) and is_plain(model.decoder, Decoder):
-            if getattr(model, "memory", "top") != "top":
-                raise CannotRun(f'its memory is {model.memory!r}, and not "top"')
-            ends = [self._connected(stack, getattr(model, stack)) for stack in ("encoder", "decoder")]
-        else:
-            names = (type(model.encoder).__name__, type(model.decoder).__name__)
-            raise CannotRun(f"its stacks are {' and '.join(names)}, and not the package's")
-        self.stack_ends = [
-            (self.norm(f"{stack}.norm", norm, self.d_model), cell)
-            for stack, (norm, cell) in zip(("encoder", "decoder"), ends, strict=True)
-        ]
-
-    def _lstm_layer(self, stack: str, name: str, layer: Any) -> None:
-        features = self.d_model
-        if not any(is_plain(layer, each) for each in (ENCODER_LAYERS if stack == "encoder" else DECODER_LAYERS)):
-            raise CannotRun(f"{name} is {type(layer).__name__}, and not the package's layer")
-        own = self.attention(f"{name}.self_attn", layer.self_attn, False)
-        merge = getattr(layer, "merge", "cells")
-        cell = self.cell(f"{name}.cell", layer.cell, (2 if merge == "concat" else 1) * features)
-        if stack == "encoder":
-            self.branch(stack, "self", own=own, cell=cell)
-        else:
-            cross = self.attention(f"{name}.cross_attn", layer.cross_attn, True)
-            if merge == "cells":
-                self.branch(stack, "self", own=own, cell=cell)
-                self.branch(
-                    stack, "cross", cross=cross, cell=self.cell(f"{name}.cross_cell", layer.cross_cell, features)
-                )
-            else:
-                kind = "added" if merge == "add" else "concatenated"
-                self.branch(stack, kind, own=own, cross=cross, cell=cell)
-        if layer.sublayer:
-            cell = self.cell(f"{name}.ffn_cell", layer.ffn_cell, features)
-            self.branch(stack, "network", layer.activation, network=self.network(name, layer), cell=cell)
-
-    def _connected(self, stack: str, module: Any) -> tuple[Any, Any]:
-        """The branches of a stack around a connection; returns its last norm and its initial cell."""
-        connection = module.connection
-        lstm = is_plain(connection, DepthLSTM)
-        if not lstm and not is_plain(connection, PreNorm):
+    def check_connection(self, stack: str, connection: Any) -> None:
+        if not any(is_plain(connection, each) for each in (*LSTMS, *PRE_NORMS)):
             raise CannotRun(f"{stack}.connection is {type(connection).__name__}, and not DepthLSTM or PreNorm")
-        number = 0
-        for index, layer in enumerate(module.layers):
-            name = f"{stack}.layers.{index}"
-            if not is_plain(layer, StackLayer):
-                raise CannotRun(f"{name} is {type(layer).__name__}, and not the package's layer")
-            for branch in layer.branches:
-                options: dict[str, Any] = {}
-                if lstm:
-                    options["cell"] = self.cell(
-                        f"{stack}.connection.cells.{number}", connection.cells[number], self.d_model
-                    )
-                else:
-                    norm = connection.read_norms[number]
-                    options["read_norm"] = self.norm(f"{stack}.connection.read_norms.{number}", norm, self.d_model)
-                self._stack_branch(stack, name, branch, layer, options)
-                number += 1
-        return connection.final_norm, connection.initial_cell if lstm else None
 
-    def _stack_branch(self, stack: str, name: str, branch: str, layer: Any, options: dict[str, Any]) -> None:
-        if branch == "merged_attention":
-            raise CannotRun(f"{name} has merged attention")
-        if branch in ("self_attention", "added_attention"):
-            options["own"] = self.attention(f"{name}.self_attn", layer.self_attn, False)
-        if branch in ("cross_attention", "added_attention"):
-            options["cross"] = self.attention(f"{name}.cross_attn", layer.cross_attn, True)
-        if branch == "feed_forward":
-            options |= {"activation": layer.activation, "network": self.network(name, layer)}
-        kinds = {"self_attention": "self", "cross_attention": "cross", "added_attention": "added"}
-        self.branch(stack, kinds.get(branch, "network"), **options)
+    def link(self, stack: str, connection: Any, number: int) -> dict[str, Any]:
+        """What a connection puts around branch ``number``: a cell behind it, or a norm before it."""
+        name = f"{stack}.connection"
+        if isinstance(connection, LSTMS):
+            return {"cell": self.cell(f"{name}.cells.{number}", connection.cells[number], self.d_model)}
+        norm: Any = connection.read_norms[number]
+        return {"read_norm": self.norm(f"{name}.read_norms.{number}", norm, self.d_model)}

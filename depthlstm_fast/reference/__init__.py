@@ -5,6 +5,7 @@ from .cell import DepthLSTMCell, GateNorm
 from .decoder_attention import MergedAttention, MultiscaleAttention
 from .depth_gru import depth_gru_gates
 from .depth_lstm import depth_lstm_cell, depth_lstm_gates, depth_lstm_gates_backward, dropout_mask
+from .encoder import Encoder
 from .language_model import LanguageModel
 from .layer_attend import layer_attend
 from .layer_mix import layer_mix
@@ -38,6 +39,7 @@ __all__ = [
     "DepthLSTMEncoder",
     "DepthLSTMDecoder",
     "DepthLSTMTransformer",
+    "Encoder",
     "TranslationModel",
     "LanguageModel",
 ]

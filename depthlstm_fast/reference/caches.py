@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,12 +28,17 @@ class DecoderCache:
     keys: Tensor | None = None
     values: Tensor | None = None
     length: int = 0
+    mask: Tensor | None = None  # True where the next position may attend to one of the cache; None for all in use
     attention: ClassVar[str] = "separate"  # the kind that the cache is for
 
     @property
     def rows(self) -> int | None:
         """The rows that the first step began with; None before it."""
         return None if self.keys is None else self.keys.shape[0]
+
+    def options(self) -> dict[str, Any]:
+        """The arguments of a self-attention besides its input; a user's own need not take a mask."""
+        return {"cache": self} if self.mask is None else {"cache": self, "mask": self.mask}
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add the key and value of one position, (rows, nhead, 1, D / nhead); return those of all positions so far."""

@@ -116,10 +116,12 @@ class CausalLayer(nn.Module):
         gated: bool,
         bias: bool,
         init: str,
+        activation: str,
         placed: dict[str, Any],
     ) -> None:
         super().__init__()
         self.self_attn, self.gated, self.dropout, self.init = attention, gated, attention.dropout, init
+        self.activation = activation
         self.branches = 1 if dim_feedforward is None else 2
         if dim_feedforward is not None:
             self.linear1 = nn.Linear(attention.d_model, dim_feedforward * (1 + gated), bias, **placed)
@@ -136,7 +138,7 @@ class CausalLayer(nn.Module):
         if index == 0:
             return self.self_attn(u, **options)
         inner = self.linear1(u)
-        inner = swiglu(inner) if self.gated else activate(inner, "gelu")
+        inner = swiglu(inner) if self.gated else activate(inner, self.activation)
         return self.linear2(F.dropout(inner, self.dropout, self.training))
 
 
@@ -203,6 +205,7 @@ class PlainCausalStack(nn.Module):
         kv_heads: int | None,
         gated: bool,
         norm: str,
+        activation: str = "gelu",
     ) -> None:
         super().__init__()
         checks.check_name("connection", connection, PLAIN_CONNECTIONS)
@@ -216,13 +219,13 @@ class PlainCausalStack(nn.Module):
         attention: dict[str, Any] = {"dropout": dropout, "bias": bias, "init": init, "kv_heads": kv_heads, **placed}
         self.layers = nn.ModuleList(
             [
-                CausalLayer(SelfAttention(d_model, nhead, **attention), inner, gated, bias, init, placed)
+                CausalLayer(SelfAttention(d_model, nhead, **attention), inner, gated, bias, init, activation, placed)
                 for _ in range(num_layers)
             ]
         )
         self.branches, self.gradient_checkpointing = 2 if has_network else 1, False
         connect = PlainDepthLSTM if connection == "depth-lstm" else PlainPreNorm
-        options = {"dropout": dropout, "bias": bias, "init": init}
+        options = {"dropout": dropout, "bias": bias, "init": init, "activation": activation}
         self.connection = connect(d_model, num_layers * self.branches, norm, layer_norm_eps, options, placed)
 
     def reset_parameters(self) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,8 @@ from .. import checks
 
 NextLogits = Callable[[Tensor], Tensor]
 Reorder = Callable[[Tensor], None]
+# what makes the steps of generate(), where its caller has a way of its own: (memory or ids, mask, settings) -> decoding
+own_decoding: ContextVar[Callable[..., Any] | None] = ContextVar("own_decoding", default=None)
 
 
 class Settings(NamedTuple):

@@ -13,8 +13,9 @@ from .. import checks
 from ..modes import autocast_dtype
 from . import generation
 from .causal import FEED_FORWARDS, CausalCache, Places, PlainCausalStack, place
+from .continuation import CachedDecoding, Decoding, check_left_padding, settings_for
 from .positions import Positions, initialise_embedding
-from .rotary import make_rotation
+from .rotary import check_rotation, make_rotation
 from .sampling import Sampler
 from .tied import TiedModel
 from .token_checks import can_look, check_documents, check_mask, check_tokens_beside
@@ -90,14 +91,9 @@ class LanguageModel(TiedModel):
         checks.check_name("norm", norm, checks.NORMALISATIONS)
         checks.check_probability("dropout", dropout)
         checks.check_flags(tie_output=tie_output, bias=bias)
-        checks.check_finite("rope_theta", rope_theta, 0.0)
         if d_model % nhead:
             raise ValueError(f"nhead must divide d_model, {d_model}; found {nhead}")
-        size = d_model // nhead
-        if positions == "rope" and size % 2:
-            raise ValueError(f'd_model / nhead must be even with positions="rope"; found {size}')
-        if rope_theta <= 0:
-            raise ValueError(f"rope_theta must be above 0; found {rope_theta}")
+        check_rotation(positions, d_model // nhead, rope_theta)
         for argument, token in (("pad_id", pad_id), ("eos_id", eos_id)):
             if token is not None or argument == "pad_id":
                 checks.check_size(argument, token, 0)
@@ -314,31 +310,22 @@ class LanguageModel(TiedModel):
             TypeError, ValueError: naming the argument, what was found and what was wanted; logits are NaN.
         """
         self._check_ids(ids, 0, False, True)
-        left = self.max_len - ids.shape[1]
-        if left < 1:
-            raise ValueError(f"ids must leave room for a token before max_len, {self.max_len}; found {ids.shape[1]}")
-        max_new_tokens = left if max_new_tokens is None else max_new_tokens
-        checks.check_size("max_new_tokens", max_new_tokens)
-        if max_new_tokens > left:
-            raise ValueError(
-                f"max_new_tokens must be at most {left}, what ids leave of max_len; found {max_new_tokens}"
-            )
-        checks.check_size("beam_size", beam_size)
-        generation.check_penalty(length_penalty, max_new_tokens)
-        checks.check_flags(use_cache=use_cache, return_scores=return_scores)
         sampler = Sampler(temperature, top_k, top_p, generator)
-        sampler.check(beam_size, ids.device)
-        real = None if attention_mask is None else check_mask(attention_mask, ids)
-        if real is not None and bool((~real).all(1).any()):
-            raise ValueError("attention_mask must have a real token in each row; found a row of padding")
-        if real is not None and bool((~real[:, -1]).any() | (real[:, :-1] & ~real[:, 1:]).any()):
-            raise ValueError("attention_mask must be 0 on the left of a prompt alone; found padding behind a token")
-        eos_id = -1 if self.eos_id is None else self.eos_id
-        settings = generation.Settings(
-            ids.shape[0], beam_size, max_new_tokens, length_penalty, 0, eos_id, self.pad_id, ids.device
+        settings = settings_for(
+            ids, self.max_len, max_new_tokens, beam_size, length_penalty, self.eos_id, self.pad_id, sampler
         )
+        checks.check_flags(use_cache=use_cache, return_scores=return_scores)
+        real = check_left_padding(attention_mask, ids)
+        begin = generation.own_decoding.get()
+        is_own = begin is not None or not use_cache
+        found = None if is_own else self._search(ids, real, settings, sampler, return_scores)
+        if found is not None:
+            return found if return_scores else found[0]
         with self._inference():
-            decoding = (CachedDecoding if use_cache else Decoding)(self, ids, real, beam_size)
+            if begin is None:
+                decoding = (CachedDecoding if use_cache else Decoding)(self, ids, real, beam_size)
+            else:
+                decoding = begin(ids, real, settings)
             if beam_size > 1:
                 tokens, scores = generation.beam_search(decoding.next_logits, decoding.reorder, settings)
             elif temperature:
@@ -346,6 +333,12 @@ class LanguageModel(TiedModel):
             else:
                 tokens, scores = generation.greedy_search(decoding.next_logits, decoding.reorder, settings)
         return (tokens, scores) if return_scores else tokens
+
+    def _search(
+        self, ids: Tensor, real: Tensor | None, settings: generation.Settings, sampler: Sampler, scores: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """Tokens and scores by another way than the search in PyTorch; None for none, as here."""
+        return None
 
 
 def _loss(logits: Tensor, labels: Tensor, real: Tensor | None, runs: Tensor | None) -> Tensor:
@@ -358,45 +351,3 @@ def _loss(logits: Tensor, labels: Tensor, real: Tensor | None, runs: Tensor | No
     exact = logits[:, :-1].to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     total = F.cross_entropy(exact.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
     return total / (targets != IGNORED).sum().clamp(min=1)
-
-
-class Decoding:
-    """The next token's logits for batch * beams rows, everything computed anew at every step."""
-
-    def __init__(self, model: LanguageModel, prompt: Tensor, real: Tensor | None, beams: int) -> None:
-        self.model = model
-        self.prompt = prompt.repeat_interleave(beams, 0)
-        self.real = None if real is None else real.repeat_interleave(beams, 0)
-
-    def next_logits(self, ids: Tensor) -> Tensor:
-        """(rows, vocab) after the prompts and ids (rows, n), whose first column stands for the prompt."""
-        new = ids[:, 1:]
-        real = None if self.real is None else torch.cat((self.real, torch.ones_like(new, dtype=torch.bool)), 1)
-        hidden = self.model(torch.cat((self.prompt, new), 1), real, return_hidden=True)
-        return self.model.output(hidden[:, -1])
-
-    def reorder(self, rows: Tensor) -> None:
-        """Row i goes on from row ``rows[i]``: the beams of a prompt share it, so there is nothing to do."""
-
-
-class CachedDecoding:
-    """The next token's logits for batch * beams rows, from the last token and what the cache keeps."""
-
-    def __init__(self, model: LanguageModel, prompt: Tensor, real: Tensor | None, beams: int) -> None:
-        self.model, self.prompt, self.real, self.beams = model, prompt, real, beams
-        self.cache = model.new_cache()
-
-    def next_logits(self, ids: Tensor) -> Tensor:
-        """(rows, vocab) after the prompts and ids (rows, n), of which all but the last token have been seen."""
-        is_first = ids.shape[1] == 1
-        step, real = (self.prompt, self.real) if is_first else (ids[:, -1:], None)
-        hidden = self.model(step, real, cache=self.cache, return_hidden=True)
-        if is_first and self.beams > 1:
-            rows = torch.arange(self.prompt.shape[0], device=ids.device).repeat_interleave(self.beams)
-            self.cache.reorder(rows)
-            hidden = hidden.index_select(0, rows)
-        return self.model.output(hidden[:, -1])
-
-    def reorder(self, rows: Tensor) -> None:
-        """Row i goes on from row ``rows[i]``."""
-        self.cache.reorder(rows)

@@ -314,7 +314,7 @@ class DepthLSTMDecoderLayer(_Layer):
             check_step(h, cache)
             keys = self._enter("memory", memory) if cache.memory_keys_values is None else memory
             cross_options: dict[str, Any] = {"memory": keys, "mask": cache.memory_mask, "cache": cache}
-            h, c = self._feed_forward(*self._run(h, c, {"cache": cache}, cross_options))
+            h, c = self._feed_forward(*self._run(h, c, cache.options(), cross_options))
             return self._leave(h, tgt), self._leave(c, tgt)
         unbatched = tgt.dim() == 2
         keys = self._enter("memory", memory)

@@ -5,7 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import checks
+
 Rotation = tuple[Tensor, Tensor]
+
+
+def check_rotation(positions: str, size: int, theta: float) -> None:
+    """Raise TypeError or ValueError unless heads of ``size`` features can be turned, if ``positions`` says so."""
+    checks.check_finite("rope_theta", theta, 0.0)
+    if positions == "rope" and size % 2:
+        raise ValueError(f'd_model / nhead must be even with positions="rope"; found {size}')
+    if theta <= 0:
+        raise ValueError(f"rope_theta must be above 0; found {theta}")
+
+
+def count_positions(x: Tensor, padding: Tensor | None) -> Tensor:
+    """Positions (rows or 1, length) int64 of the tokens of x (rows, length, D): how many real ones are before each.
+
+    ``padding`` is a key padding mask, bool or added to the scores, (rows, length) or unbatched; -inf is padding.
+    """
+    if padding is None:
+        return torch.arange(x.shape[1], device=x.device)[None]
+    real = ~(padding if padding.dtype == torch.bool else padding.isneginf()).view(x.shape[:2])
+    return real.long().cumsum(1) - real.long()
 
 
 def make_rotation(positions: Tensor, size: int, theta: float, dtype: torch.dtype) -> Rotation:

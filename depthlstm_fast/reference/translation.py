@@ -260,7 +260,9 @@ class TranslationModel(TiedModel):
         settings = generation.Settings(
             src.shape[0], beam_size, max_length, length_penalty, self.bos_id, self.eos_id, self.pad_id, src.device
         )
-        found = self._search(src, src_key_padding_mask, settings, return_scores) if use_cache else None
+        begin = generation.own_decoding.get()
+        is_own = begin is not None or not use_cache
+        found = None if is_own else self._search(src, src_key_padding_mask, settings, return_scores)
         if found is not None:
             return found if return_scores else found[0]
         with self._inference():
@@ -268,7 +270,10 @@ class TranslationModel(TiedModel):
             memory = self.encode(src, padding)
             takes_caches = getattr(self.decoder, "takes_caches", None)  # a wrapper need not have it
             cached = use_cache and takes_caches is not None and takes_caches()
-            decoding = (CachedDecoding if cached else Decoding)(self, memory, padding, beam_size)
+            if begin is None:
+                decoding = (CachedDecoding if cached else Decoding)(self, memory, padding, beam_size)
+            else:
+                decoding = begin(memory, padding, settings)
             search = generation.greedy_search if beam_size == 1 else generation.beam_search
             tokens, scores = search(decoding.next_logits, decoding.reorder, settings)
         return (tokens, scores) if return_scores else tokens

@@ -144,7 +144,7 @@ class Decoder(Stack):
         for index, cache in enumerate(caches):
             check_step(x, cache, self._cache_kind(index))
             cross = {"memory": cache.memory, "mask": cache.memory_mask, "cache": cache}
-            options.append({"self": {"cache": cache}, "cross": cross, "keep": None})
+            options.append({"self": cache.options(), "cross": cross, "keep": None})
         return options
 
     def _cache_kind(self, index: int) -> type[DecoderCache]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..reference.attention import CrossAttention
+from ..reference.encoder import ENCODER_POSITIONS
+from ..reference.rotary import check_rotation, count_positions, make_rotation
 from .base import Factory, Stack
 
 
@@ -23,6 +27,10 @@ class Encoder(Stack):
         connection: a name (:func:`depthlstm_fast.connections.names`), or a callable (d_model, num_branches) ->
             Connection: a class of your own, or ``functools.partial`` of one with options.
         feed_forward: whether layers have a feed-forward network; None for what the connection says.
+        kv_heads: heads of keys and values, a divisor of ``nhead`` (grouped-query attention); ``nhead`` if None.
+        positions: "none", where the input says where its tokens are, or "rope": queries and keys are turned by their
+            positions (rotary, Su et al., arXiv 2104.09864), which count the tokens that are not padding.
+        rope_theta: the base of the rotary frequencies.
         init: "lipschitz", "glorot", "ds", "ds-released", "depth" or "deepnorm":
             :func:`depthlstm_fast.initialisation.initialise_layer`.
 
@@ -49,13 +57,20 @@ class Encoder(Stack):
         *,
         connection: Factory = "depth-lstm",
         feed_forward: bool | None = None,
+        kv_heads: int | None = None,
+        positions: str = "none",
+        rope_theta: float = 10000.0,
         init: str = "lipschitz",
     ) -> None:
         checks.check_size("num_layers", num_layers)
+        checks.check_name("positions", positions, ENCODER_POSITIONS)
         super().__init__(
             d_model, nhead, num_layers, connection, feed_forward, dim_feedforward, dropout, activation, layer_norm_eps,
-            batch_first, bias, init, device, dtype, None, [CrossAttention] * num_layers,
+            batch_first, bias, init, device, dtype, None, [CrossAttention] * num_layers, kv_heads,
         )  # fmt: skip
+        check_rotation(positions, d_model // nhead, rope_theta)
+        self.positions, self.rope_theta = positions, rope_theta
+        self.arguments |= {"kv_heads": kv_heads, "positions": positions, "rope_theta": rope_theta}
 
     def _run(
         self, src: Tensor, mask: Tensor | None, padding: Tensor | None, causal: bool, outputs: list[Tensor] | None
@@ -63,7 +78,10 @@ class Encoder(Stack):
         x = self._enter("src", src)
         names = ("mask", "src_key_padding_mask")
         mask, causal = self._masks(x, x, mask, padding, causal, names, src.dim() == 2)
-        options = {"self": {"mask": mask, "is_causal": causal}}
+        options: dict[str, Any] = {"self": {"mask": mask, "is_causal": causal}}
+        if self.positions == "rope":
+            places = count_positions(x, padding)
+            options["self"]["rotation"] = make_rotation(places, self.d_model // self.nhead, self.rope_theta, x.dtype)
         return self._through_layers(x, [options] * self.num_layers, outputs)
 
     def forward(

@@ -11,7 +11,13 @@ import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 # A file imports from its own room and from rooms on lower floors; imports inside functions count as well.
-FLOORS = (("__init__",), ("measure",), ("subjects", "report"), ("gpu", "run"), ("__main__", "conftest", "test_rows"))
+FLOORS = (
+    ("__init__",),
+    ("measure",),
+    ("subjects", "report"),
+    ("gpu", "processes", "run"),
+    ("__main__", "conftest", "test_rows"),
+)
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 

@@ -21,7 +21,7 @@ def test_named_tests_exist(page: str, least: int) -> None:
             path = HERE.parents[1] / file if file.startswith("tests/") else HERE / f"{file}.py"
             text = path.read_text(encoding="utf-8") if path.is_file() else ""
             if file == "test_two_processes":
-                text += (HERE / "two_processes.py").read_text(encoding="utf-8")
+                text += "".join(path.read_text(encoding="utf-8") for path in sorted(HERE.glob("two_processes*.py")))
             for name in filter(None, (function.strip() for function in functions.split(","))):
                 checked += 1
                 if not re.search(rf"^def (?:check_)?{name}\(", text, re.MULTILINE):

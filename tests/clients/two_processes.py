@@ -18,18 +18,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import two_processes_language_model
 from client_helpers import HEADS, LAYERS, SOURCE, TARGET, D, assert_equal_dicts, batch, cotangent, gradients, model
+from process_helpers import CLOSE, full
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import depthlstm_fast as dl
-
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # sums in another order
 
 
 def same_model(**options: Any) -> Any:
@@ -52,10 +52,6 @@ def shard(trained: Any, mesh: DeviceMesh) -> Any:
     fully_shard(trained, mesh=mesh)
     register_fsdp_forward_method(trained, "generate")
     return trained
-
-
-def full(tensor: Any) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def halved(trained: Any, mesh: DeviceMesh) -> dict[str, Tensor]:
@@ -89,26 +85,6 @@ def check_fsdp2_connections(mesh: DeviceMesh, folder: Path) -> None:
     for connection in ("pre-norm", "siamese", "depth-lstm", "depth-gru", "dlcl", "attention-residuals"):
         wanted = gradients(same_connected(connection))
         assert_equal_dicts(halved(shard(same_connected(connection), mesh), mesh), wanted, **CLOSE)
-
-
-def check_fsdp2_language_model(mesh: DeviceMesh, folder: Path) -> None:
-    """Check gradients of the loss, each process with its half of the rows, and the tokens of ``generate``."""
-    ids = torch.randint(3, TARGET, (4, 9), generator=torch.Generator().manual_seed(3))
-    for connection in ("depth-lstm", "pre-norm"):
-        torch.manual_seed(0)
-        plain = dl.LanguageModel(TARGET, D, HEADS, LAYERS, kv_heads=1, connection=connection, dropout=0.0, max_len=24)
-        sharded = copy.deepcopy(plain)
-        for layer in sharded.decoder.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(sharded, mesh=mesh)
-        register_fsdp_forward_method(sharded, "generate")
-        plain(ids, labels=ids)[0].backward()
-        half = ids[2 * mesh.get_local_rank() :][:2]
-        sharded(half, labels=half)[0].backward()
-        wanted = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
-        found = {name: full(p.grad) for name, p in sharded.named_parameters() if p.grad is not None}
-        assert_equal_dicts(found, wanted, **CLOSE)
-        assert torch.equal(sharded.generate(ids, 6), plain.generate(ids, 6))
 
 
 def check_fsdp2_mixed_precision(mesh: DeviceMesh, folder: Path) -> None:
@@ -320,7 +296,9 @@ def check_pipeline(mesh: DeviceMesh, folder: Path) -> None:
 
 
 CHECKS: dict[str, Callable[[DeviceMesh, Path], None]] = {
-    name.removeprefix("check_"): value for name, value in list(globals().items()) if name.startswith("check_")
+    name.removeprefix("check_"): value
+    for name, value in {**vars(two_processes_language_model), **globals()}.items()
+    if name.startswith("check_")
 }
 
 

@@ -200,9 +200,10 @@ void blocks(const DecodeKernels& kernels, int64_t positions, int64_t width, int 
         near("attention to blocks", d, out.at()[d], wanted[std::size_t(d)], double(width) / 2);
 }
 
-void cache(const DecodeKernels& kernels, int64_t positions, int64_t heads, int64_t width) {
-    const int64_t padded = round_up(positions, key_block), all = heads * width;
-    Floats query(all), keys(positions * all), values(positions * all), scores(heads * padded), out(all);
+// `group` heads of the query share each of `key_heads` heads of keys and values.
+void cache(const DecodeKernels& kernels, int64_t positions, int64_t key_heads, int64_t group, int64_t width) {
+    const int64_t padded = round_up(positions, key_block), heads = key_heads * group, all = key_heads * width;
+    Floats query(group * all), keys(positions * all), values(positions * all), scores(heads * padded), out(group * all);
     for (Floats* each : {&query, &keys, &values}) each->randomise();
     std::vector<int64_t> offsets;
     for (int64_t t = 0; t < positions; ++t) offsets.push_back((positions - 1 - t) * all);
@@ -214,6 +215,7 @@ void cache(const DecodeKernels& kernels, int64_t positions, int64_t heads, int64
     call.positions = positions;
     call.heads = heads;
     call.width = width;
+    call.group = group;
     call.scale = 0.3f;
     call.scores = scores.at();
     call.out = out.at();
@@ -224,9 +226,9 @@ void cache(const DecodeKernels& kernels, int64_t positions, int64_t heads, int64
         for (int64_t offset : offsets) {
             double score = 0;
             for (int64_t d = 0; d < width; ++d)
-                score += double(query.at()[head * width + d]) * keys.at()[offset + head * width + d];
+                score += double(query.at()[head * width + d]) * keys.at()[offset + head / group * width + d];
             wanted_scores.push_back(score * double(0.3f));
-            rows.push_back(values.at() + offset + head * width);
+            rows.push_back(values.at() + offset + head / group * width);
         }
         const std::vector<double> wanted = attended(wanted_scores, rows, width);
         for (int64_t d = 0; d < width; ++d)
@@ -294,7 +296,7 @@ int smoke_decode() {
         for (int64_t levels : {1, 3, 40}) selection(kernels, count, levels);
         for (int64_t width : {16, 32, 48, 64, 80}) {
             blocks(kernels, count, width, int(number % 4) - 1);
-            cache(kernels, count, 1 + number % 3, width);
+            cache(kernels, count, 1 + number % 3, 1 + number % 4, width);
             ++number;
         }
     }

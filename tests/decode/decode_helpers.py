@@ -37,6 +37,19 @@ class Case(NamedTuple):
             **options,
         )
 
+    def scores(self, models: list[Any], row: int, said: Tensor) -> list[float]:
+        """The scores of a row by other models that say the same."""
+        return [self.generate(each)[1][row].item() for each in models]
+
+    def is_edge(self, row: int, ours: Tensor, theirs: Tensor) -> bool:
+        """Whether fp64 sees no difference between the two tokens at which greedy searches part."""
+        at = int((ours != theirs).nonzero()[0])
+        exact = double(self.model)
+        before = torch.cat((torch.tensor([exact.bos_id]), theirs[:at]))[None]
+        mask = None if self.mask is None else self.mask[row : row + 1]
+        logp = exact(self.src[row : row + 1], before, mask)[0, -1].log_softmax(0)
+        return abs(logp[ours[at]] - logp[theirs[at]]).item() < CLOSE
+
 
 def sharpen(model: Any) -> None:
     """Make a random model say many different things, and end anywhere: one token over and over tests nothing."""
@@ -123,7 +136,7 @@ def draw(seed: int) -> Case:
     return Case(model.eval(), src, mask, r.choice((1, 2, 7, 12, 19)), beams, r.choice((0.0, 0.6, 1.0, 2.0)))
 
 
-def differences(case: Case, found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> list[str]:
+def differences(case: Any, found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> list[str]:
     """What differs between two results, leaving out sources where two tokens were too close to tell apart."""
     length = max(found[0].shape[1], wanted[0].shape[1])
     ours, theirs = (
@@ -135,10 +148,10 @@ def differences(case: Case, found: tuple[Tensor, Tensor], wanted: tuple[Tensor, 
         a, b = found[1][row].item(), wanted[1][row].item()
         same_tokens, same_score = torch.equal(ours[row], theirs[row]), abs(a - b) <= 1e-5 * max(1.0, abs(b))
         if same_tokens and not same_score:  # steep logits: as exact as PyTorch's float32, or as the weights are
-            exact, *others = (case.generate(each)[1][row].item() for each in (double(case.model), *rounded(case.model)))
+            exact, *others = case.scores([double(case.model), *rounded(case.model)], row, theirs[row])
             noise = max(3 * abs(b - exact), *(abs(other - exact) for other in others))
             same_score = abs(a - exact) <= noise + 1e-5 * max(1.0, abs(exact))
-        if not same_tokens and (same_score if case.beams > 1 else are_close(case, row, ours[row], theirs[row])):
+        if not same_tokens and (same_score if case.beams > 1 else case.is_edge(row, ours[row], theirs[row])):
             continue
         if not (same_tokens and same_score):
             wrong.append(f"source {row}: {ours[row].tolist()} {a}, wanted {theirs[row].tolist()} {b}")
@@ -161,17 +174,7 @@ def rounded(model: Any) -> list[Any]:
     return copies
 
 
-def are_close(case: Case, row: int, ours: Tensor, theirs: Tensor) -> bool:
-    """Whether fp64 sees no difference between the two tokens at which greedy searches part."""
-    at = int((ours != theirs).nonzero()[0])
-    exact = double(case.model)
-    before = torch.cat((torch.tensor([exact.bos_id]), theirs[:at]))[None]
-    mask = None if case.mask is None else case.mask[row : row + 1]
-    logp = exact(case.src[row : row + 1], before, mask)[0, -1].log_softmax(0)
-    return abs(logp[ours[at]] - logp[theirs[at]]).item() < CLOSE
-
-
-def compare(seeds: range) -> tuple[int, int]:
+def compare(seeds: range, draw: Any = draw) -> tuple[int, int]:
     """Compare the engine with the search in PyTorch; returns the numbers of sources and of different tokens."""
     sources = said = 0
     for seed in seeds:
@@ -182,6 +185,6 @@ def compare(seeds: range) -> tuple[int, int]:
             wanted = case.generate()
         wrong = differences(case, found, wanted)
         assert not wrong, f"seed {seed}, {case.beams} beams: {wrong}"
-        sources += len(case.src)
+        sources += len(found[0])
         said += len(wanted[0].unique())
     return sources, said

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from decode_helpers import Case, draw, sharpen
+from decode_helpers import draw, sharpen
 from helpers import needs_cpp
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from narrow_helpers import round_matrices, rounded, spread_of_rounded_inputs
+from torch import Tensor
 
 import depthlstm_fast as dl
 from depthlstm_fast.decode.engine import additive_mask, make_plan, operators, pack
@@ -72,7 +72,7 @@ def flipped(packed: Tensor, at: int) -> Tensor:
         (lambda b: b[:-64].clone(), "it was cut"),
         (lambda b: torch.cat((b, b)), "it was cut"),
         (lambda b: flipped(b, 0), "blob must be a packed model; found other bytes"),
-        (lambda b: flipped(b, 8), "blob must have format 1"),
+        (lambda b: flipped(b, 8), "blob must have format 2"),
         (lambda b: flipped(b, PLAN_BEGIN + 8), "blob is damaged: its head has another checksum"),
         (lambda b: flipped(b, 40), "blob is damaged"),
         (lambda b: flipped(b, 16), "blob is damaged"),
@@ -231,29 +231,6 @@ def test_narrow_weights_are_those_of_a_rounded_model(dtype: str) -> None:
         torch.testing.assert_close(found[1], wanted[1], rtol=1e-4, atol=1e-4 + 2 * spread)
 
 
-INPUTS = {nn.functional.linear: 0, torch.addmm: 1, Tensor.addmm_: 1}  # of products: their place
-
-
-class RoundedInputs(TorchFunctionMode):
-    """Rounds the inputs of products as csrc/decode/cpu_product_int8.h does, but up or down at random."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        place = INPUTS.get(function)
-        if place is not None:
-            x = args[place]
-            unit = x.abs().amax(-1, keepdim=True) / min(32767, 2**31 // (127 * x.shape[-1]) - 1)
-            rounded = torch.where(unit > 0, (x / unit + torch.rand_like(x)).floor() * unit, x)
-            args = (*args[:place], rounded, *args[place + 1 :])
-        return function(*args, **(kwargs or {}))
-
-
-def spread_of_rounded_inputs(case: Case, wanted: Tensor) -> float:
-    """The largest difference from the scores ``wanted`` that roundings of the inputs make."""
-    with RoundedInputs(), dl.use_backend("reference"):
-        scores = [case.generate()[1] for _ in range(4)]
-    return max((each - wanted).abs().max().item() for each in scores)
-
-
 def test_int8_sums_are_exact() -> None:
     """A source's tokens and scores are the same bits alone and beside others, and one at a time of its positions."""
     for seed in range(10):
@@ -317,14 +294,6 @@ def test_int8_rows_of_tiny_numbers_are_zero() -> None:
     assert torch.equal(found[0][1], found[1][1])
 
 
-def round_matrices(each: Any, dtype: str) -> None:
-    with torch.no_grad():
-        for module in each.modules():
-            if isinstance(module, nn.Linear) and module is not each.output:
-                module.weight.copy_(rounded(module.weight, dtype))
-        each.output.weight = nn.Parameter(rounded(each.output.weight, dtype))
-
-
 @pytest.mark.parametrize("output", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_the_output_layer_has_a_dtype_of_its_own(dtype: str, output: str) -> None:
@@ -342,14 +311,6 @@ def test_the_output_layer_has_a_dtype_of_its_own(dtype: str, output: str) -> Non
         spread = spread_of_rounded_inputs(case, wanted[1]) if "int8" in (dtype, output) else 0.0
         assert torch.equal(found[0], wanted[0]), seed
         torch.testing.assert_close(found[1], wanted[1], rtol=1e-4, atol=1e-4 + 2 * spread)
-
-
-def rounded(weight: Tensor, dtype: str) -> Tensor:
-    weight = weight.detach()
-    if dtype == "bfloat16":
-        return weight.bfloat16().float()
-    most = weight.abs().amax(1, keepdim=True)
-    return torch.where(most > 0, (weight / most * 127).round() * (most / 127), weight)
 
 
 def test_compile_decoder() -> None:
@@ -372,7 +333,9 @@ def test_compile_decoder() -> None:
         dl.compile_decoder(each, "int8", "float64")
     with pytest.raises(ValueError, match="dtype must be one of"):
         dl.compile_decoder(each, "float16")
-    with pytest.raises(TypeError, match="model must be a DepthLSTMTransformer or a Transformer; found Linear"):
+    with pytest.raises(
+        TypeError, match="model must be a DepthLSTMTransformer, a Transformer or a LanguageModel; found Linear"
+    ):
         dl.compile_decoder(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="a parameter is Tensor of float64 on cpu, and not float32"):
         dl.compile_decoder(model().double())

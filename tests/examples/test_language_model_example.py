@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -176,6 +177,21 @@ def test_killed_run_has_the_losses_of_a_whole_one(corpus: Path, whole: tuple[Pat
     longer = call("train", corpus, "--output", run, *STEPS, "--dropout", 0.1, "--steps", 7)
     assert longer.returncode == 0
     assert "going on from step 6" in longer.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_run_killed_ten_times_has_the_losses_of_a_whole_one(corpus: Path, tmp_path: Path, seed: int) -> None:
+    steps = ("--steps", "150", "--warmup-steps", "20", "--evaluate-every", "150", "--checkpoint-every", "7")
+    command = [sys.executable, str(Path(__file__).with_name("kill_runs.py")), str(FOLDER), str(seed)]
+    command += [str(tmp_path / "whole"), str(tmp_path / "killed"), str(corpus), *SMALL, *steps, "--dropout", "0.1"]
+    found = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout) == {"signals": [signal.SIGKILL] * 10, "last_status": 0}, found.stderr
+    starts = re.findall(r"going on from step (\d+)", (tmp_path / "killed.txt").read_text(encoding="utf-8"))
+    assert len(set(starts)) > 3  # kills came between checkpoints, and not before the first step alone
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "killed")) == 151
 
 
 def test_other_ways_to_train(corpus: Path, tmp_path: Path) -> None:
