@@ -39,6 +39,11 @@ for beams in (1, 4):
     tokens = plain.eval().generate(source, 9, beams)
     assert torch.equal(model.generate(source, 9, beams), tokens)
     assert torch.equal(engine.generate(source, 9, beams), tokens)
+language = dl.LanguageModel(19, d_model=32, nhead=4, num_layers=2).eval()
+plain_language = dl.reference.LanguageModel(19, d_model=32, nhead=4, num_layers=2).eval()
+plain_language.load_state_dict(language.state_dict())
+torch.testing.assert_close(language(target), plain_language(target))
+assert torch.equal(language.generate(target, 9), plain_language.generate(target, 9))
 
 optimizer = torch.optim.Adam(model.train().parameters(), lr=1e-3)
 losses = []
