@@ -95,6 +95,7 @@ class Stack(Layout, nn.Module):
         kv_heads: int | None = None,
         gated: bool = False,
         norm: str | None = None,
+        layer_class: type[StackLayer] = StackLayer,
     ) -> None:
         super().__init__()
         checks.check_placement(device, dtype)
@@ -140,7 +141,7 @@ class Stack(Layout, nn.Module):
         common |= {"gated": gated, "device": device, "dtype": dtype}
         self.layers = nn.ModuleList(
             [
-                StackLayer(d_model, nhead, attention, has_network, inner, cross_class=cross_class, **common)
+                layer_class(d_model, nhead, attention, has_network, inner, cross_class=cross_class, **common)
                 for cross_class in cross_classes
             ]
         )

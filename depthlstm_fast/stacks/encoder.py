@@ -12,6 +12,14 @@ from ..reference.attention import CrossAttention
 from ..reference.encoder import ENCODER_POSITIONS
 from ..reference.rotary import check_rotation, count_positions, make_rotation
 from .base import Factory, Stack
+from .layer import StackLayer
+
+
+class RotaryLayer(StackLayer):
+    """A layer whose attention is given a rotation.
+
+    What runs a StackLayer's parameters by itself, as the decode engine does, knows by the class that this is none.
+    """
 
 
 class Encoder(Stack):
@@ -67,6 +75,7 @@ class Encoder(Stack):
         super().__init__(
             d_model, nhead, num_layers, connection, feed_forward, dim_feedforward, dropout, activation, layer_norm_eps,
             batch_first, bias, init, device, dtype, None, [CrossAttention] * num_layers, kv_heads,
+            layer_class=RotaryLayer if positions == "rope" else StackLayer,
         )  # fmt: skip
         check_rotation(positions, d_model // nhead, rope_theta)
         self.positions, self.rope_theta = positions, rope_theta

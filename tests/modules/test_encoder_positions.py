@@ -173,6 +173,22 @@ def test_layouts_and_stacks_of_its_kind() -> None:
     assert grown(x).shape == x.shape
 
 
+@pytest.mark.parametrize("name", ["depth-lstm", "pre-norm"])
+def test_the_decode_engine_does_not_take_it_for_another_encoder(name: str) -> None:
+    sizes: dict[str, Any] = {"dropout": 0.0, "connection": name}
+    model = dl.Transformer(11, 13, C, HEADS, LAYERS, LAYERS, **sizes).eval()
+    model.encoder = dl.Encoder(C, HEADS, LAYERS, batch_first=True, positions="rope", **sizes).eval()
+    randomise(model)
+    src = torch.randint(3, 11, (3, 6))
+    found, scores = model.generate(src, 8, return_scores=True)
+    wanted, wanted_scores = model.generate(src, 8, use_cache=False, return_scores=True)
+    assert torch.equal(found, wanted)
+    torch.testing.assert_close(scores, wanted_scores, rtol=1e-4, atol=1e-4)
+    if dl.backends()["cpp"].available:
+        with pytest.raises(ValueError, match=r"model must be one that the decode engine runs: .*RotaryLayer"):
+            dl.compile_decoder(model)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_checkpointing_changes_no_gradient(name: str) -> None:
     classes = [dl.Encoder, *([dl.reference.Encoder] if name in ("depth-lstm", "pre-norm") else [])]
