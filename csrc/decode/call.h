@@ -54,7 +54,9 @@ struct NormCall {
 // Positions of a key or value block. Vectors of heads are padded with zeros to a multiple of it.
 constexpr int64_t key_block = 16;
 
-// One query of one head against keys [block][feature][16] and values [position][feature] of `positions` positions.
+constexpr int64_t most_queries_at_once = 8;
+
+// Queries of one head against keys [block][feature][16] and values [position][feature].
 struct BlockAttention {
     const float* query = nullptr;
     const float* keys = nullptr;
@@ -62,8 +64,10 @@ struct BlockAttention {
     const float* mask = nullptr;  // added to the scores, by position; or null
     int64_t positions = 0, width = 0;
     float scale = 1;
-    float* scores = nullptr;  // scratch: positions, rounded up to whole blocks
+    float* scores = nullptr;  // scratch: positions, rounded up to whole blocks; of several queries most_queries_at_once
     float* out = nullptr;     // (width)
+    // attend_queries alone; query i attends to `positions` + i * `later` of them
+    int64_t queries = 1, query_stride = 0, out_stride = 0, later = 0;
 };
 
 // One query of all heads against keys and values whose position t lies at offsets[t]. `group` heads of the query share

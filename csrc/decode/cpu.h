@@ -13,7 +13,8 @@ struct DecodeKernels {
     void (*multiply)(const ProductCall&);
     void (*normalise)(const NormCall&);
     void (*activate)(Activation, float* x, int64_t count);
-    void (*attend_blocks)(const BlockAttention&);
+    void (*attend_blocks)(const BlockAttention&);  // of one query
+    void (*attend_queries)(const BlockAttention&);
     void (*attend_cache)(const CacheAttention&);
     // the first of the largest values; -1 where one of them is NaN
     int64_t (*largest)(const float* values, int64_t count);

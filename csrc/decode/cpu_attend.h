@@ -93,6 +93,70 @@ void attend_blocks(const BlockAttention& call) {
     weigh(call.scores, call.positions, [=](int64_t t) { return values + t * features; }, features, factor, call.out);
 }
 
+// A block of keys, and a strip of values, is read once for several queries. A query's sums have one order, whatever is
+// beside it.
+inline void attend_group(const BlockAttention& call, int64_t first) {
+    constexpr int lanes = int(key_block / W), Q = W > 4 ? int(W / 2) : 2;
+    static_assert(Q <= most_queries_at_once);
+    const float* query[Q];
+    int64_t positions[Q];
+    for (int q = 0; q < Q; ++q) {
+        const int64_t i = std::min(first + q, call.queries - 1);
+        query[q] = call.query + i * call.query_stride;
+        positions[q] = call.positions + i * call.later;
+    }
+    const int64_t most = positions[Q - 1], padded = (most + key_block - 1) / key_block * key_block;
+    for (int64_t t = 0; t < padded; t += key_block) {
+        const float* key = call.keys + t * call.width;
+        V sum[Q][lanes];
+        for (int q = 0; q < Q; ++q)
+            for (int v = 0; v < lanes; ++v) sum[q][v] = V(0.0f);
+        for (int64_t d = 0; d < call.width; ++d) {
+            V k[lanes];
+            for (int v = 0; v < lanes; ++v) k[v] = V::load_unaligned(key + d * key_block + v * W);
+            for (int q = 0; q < Q; ++q) {
+                const V x(query[q][d]);
+                for (int v = 0; v < lanes; ++v) sum[q][v] = xsimd::fma(x, k[v], sum[q][v]);
+            }
+        }
+        for (int v = 0; v < lanes; ++v) {
+            const V added = call.mask == nullptr ? V(0.0f) : V::load_unaligned(call.mask + t + v * W);
+            for (int q = 0; q < Q; ++q) {
+                xsimd::fma(sum[q][v], V(call.scale), added).store_unaligned(call.scores + q * padded + t + v * W);
+            }
+        }
+    }
+    float factor[Q];
+    for (int q = 0; q < Q; ++q) {
+        float* scores = call.scores + q * padded;
+        for (int64_t t = positions[q]; t < padded; ++t) scores[t] = -infinity;
+        factor[q] = soften(scores, padded);
+        if (factor[q] == 0.0f) std::memset(scores, 0, std::size_t(padded) * 4);  // it may attend to nothing
+    }
+    for (int64_t d = 0; d < call.width; d += key_block) {
+        V sum[Q][lanes];
+        for (int q = 0; q < Q; ++q)
+            for (int v = 0; v < lanes; ++v) sum[q][v] = V(0.0f);
+        for (int64_t t = 0; t < most; ++t) {
+            V value[lanes];
+            for (int v = 0; v < lanes; ++v) value[v] = V::load_unaligned(call.values + t * call.width + d + v * W);
+            for (int q = 0; q < Q; ++q) {
+                const V p(call.scores[q * padded + t]);
+                for (int v = 0; v < lanes; ++v) sum[q][v] = xsimd::fma(p, value[v], sum[q][v]);
+            }
+        }
+        for (int q = 0; q < Q && first + q < call.queries; ++q) {
+            float* out = call.out + (first + q) * call.out_stride + d;
+            for (int v = 0; v < lanes; ++v) (sum[q][v] * V(factor[q])).store_unaligned(out + v * W);
+        }
+    }
+}
+
+void attend_queries(const BlockAttention& call) {
+    constexpr int64_t at_once = W > 4 ? W / 2 : 2;
+    for (int64_t first = 0; first < call.queries; first += at_once) attend_group(call, first);
+}
+
 void attend_cache(const CacheAttention& call) {
     const int64_t padded = (call.positions + key_block - 1) / key_block * key_block;
     for (int64_t t = 0; t < call.positions; ++t) {

@@ -178,7 +178,8 @@ Tensor decode_encode(const Tensor& blob, const Tensor& source, const OptionalTen
     return out;
 }
 
-// Encodes the sources, or reads the prompts, and returns the state of their search. Each of `threads` threads has sources of its own.
+// Encodes the sources, or reads the prompts, and returns the state of their search. Each of `threads` threads has
+// sources of its own.
 Tensor decode_start(const Tensor& blob, const Tensor& source, const OptionalTensor& mask, int64_t beams,
                     int64_t max_length, double length_penalty, bool scores, int64_t threads) {
     const Model model = open_blob(blob);
@@ -245,7 +246,8 @@ Tensor decode_advance(const Tensor& blob, const Tensor& state, int64_t steps) {
 }
 
 // The next token's logits (sources, V) in a search of one beam whose tokens the caller chooses: `tokens` (sources) is
-// None at the first step, and then what each source goes on with. A source that has been given eos has zeros from there.
+// None at the first step, and then what each source goes on with. A source that has been given eos has zeros from
+// there.
 Tensor decode_step(const Tensor& blob, const Tensor& state, const OptionalTensor& tokens) {
     const Model model = open_blob(blob);
     State found = open_state(state, model, blob);

@@ -75,11 +75,12 @@ private:
                 call.width = P;
                 call.scale = float(1 / std::sqrt(double(model.head_size)));
                 call.scores = b.scores;
-                for (int64_t t = 0; t < length; ++t) {
-                    call.query = first + t * 3 * all;
-                    call.out = b.context + (row + t) * all + head * P;
-                    rows.kernels.attend_blocks(call);
-                }
+                call.queries = length;
+                call.query = first;
+                call.query_stride = 3 * all;
+                call.out = b.context + row * all + head * P;
+                call.out_stride = all;
+                rows.kernels.attend_queries(call);
             }
             row += length;
         }

@@ -25,7 +25,7 @@ struct Buffers {
         inner = arena.take<float>(rows * model.most_inner);
         hidden = arena.take<float>(rows * D);
         z = arena.take<float>(rows * 4 * D);
-        scores = arena.take<float>(model.heads * round_up(positions, key_block));
+        scores = arena.take<float>(std::max(model.heads, most_queries_at_once) * round_up(positions, key_block));
         int64_t scratch = 0;
         for (const Cell& cell : model.cells) {
             scratch = std::max(scratch, Model::kernels_of_gates().scratch_bytes(model.gates_call(cell)));

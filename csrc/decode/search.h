@@ -194,7 +194,7 @@ private:
         }
     }
 
-    // Rows of one prompt lie side by side, in the order of their positions: a head's keys become blocks for all of them.
+    // Rows of one prompt lie side by side, in the order of their positions: a head's keys become blocks for all.
     void attend_prompts(const Branch& branch) {
         const int64_t P = model.width, all = model.heads * P, group = model.heads / model.key_heads;
         for (int64_t i = 0; i < rows.count; ++i) keep(branch, i);
@@ -204,24 +204,26 @@ private:
         call.width = P;
         call.scale = float(1 / std::sqrt(double(model.head_size)));
         call.scores = part.buffers.scores;
+        call.query_stride = model.self_floats();
+        call.out_stride = all;
+        call.later = 1;
         for (int64_t begin = 0, end = 0; begin < rows.count; begin = end) {
             while (end < rows.count && places[end].row == places[begin].row) ++end;
             const int64_t positions = places[end - 1].position + 1;
+            call.positions = places[begin].position + 1;
+            call.queries = end - begin;
             for (int64_t head = 0; head < model.key_heads; ++head) {
                 copy_to_blocks(keys_of(branch) + head * P, places[begin].row, positions);
-                for (int64_t i = begin; i < end; ++i) {
-                    call.positions = places[i].position + 1;
-                    for (int64_t h = head * group; h < (head + 1) * group; ++h) {
-                        call.query = part.buffers.projected + i * model.self_floats() + h * P;
-                        call.out = part.buffers.context + i * all + h * P;
-                        rows.kernels.attend_blocks(call);
-                    }
+                for (int64_t h = head * group; h < (head + 1) * group; ++h) {
+                    call.query = part.buffers.projected + begin * model.self_floats() + h * P;
+                    call.out = part.buffers.context + begin * all + h * P;
+                    rows.kernels.attend_queries(call);
                 }
             }
         }
     }
 
-    // A head's keys and values of a row of the cache, as attend_blocks reads them.
+    // A head's keys and values of a row of the cache, as attend_queries reads them.
     void copy_to_blocks(const float* keys, int64_t row, int64_t positions) {
         const int64_t P = model.width, stride = model.key_floats(), to_values = part.layer_floats(model);
         for (int64_t t = 0; t < positions; t += key_block) {

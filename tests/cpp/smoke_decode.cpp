@@ -200,6 +200,49 @@ void blocks(const DecodeKernels& kernels, int64_t positions, int64_t width, int 
         near("attention to blocks", d, out.at()[d], wanted[std::size_t(d)], double(width) / 2);
 }
 
+// Several queries, of which each attends to `later` positions more than the one before.
+void queries(const DecodeKernels& kernels, int64_t count, int64_t positions, int64_t width, int64_t later,
+             int forbidden) {
+    const int64_t most = positions + (count - 1) * later, padded = round_up(most, key_block), stride = width + 3;
+    Floats query((count - 1) * stride + width), keys(padded * width), values(most * width), mask(padded);
+    Floats scores(most_queries_at_once * padded), out((count - 1) * stride + width);
+    for (Floats* each : {&query, &keys, &values}) each->randomise();
+    for (int64_t t = 0; t < padded; ++t) {
+        const bool is_forbidden = forbidden == 2 || (forbidden == 1 && t % 3 == 1);
+        mask.at()[t] = is_forbidden ? -std::numeric_limits<float>::infinity() : float(random_value());
+    }
+    BlockAttention call;
+    call.query = query.at();
+    call.keys = keys.at();
+    call.values = values.at();
+    call.mask = forbidden < 0 ? nullptr : mask.at();
+    call.positions = positions;
+    call.width = width;
+    call.scale = 0.3f;
+    call.scores = scores.at();
+    call.out = out.at();
+    call.queries = count;
+    call.query_stride = call.out_stride = stride;
+    call.later = later;
+    kernels.attend_queries(call);
+    for (int64_t i = 0; i < count; ++i) {
+        std::vector<double> wanted_scores;
+        std::vector<const float*> rows;
+        for (int64_t t = 0; t < positions + i * later; ++t) {
+            double score = 0;
+            for (int64_t d = 0; d < width; ++d)
+                score += double(query.at()[i * stride + d]) *
+                         keys.at()[(t / key_block * width + d) * key_block + t % key_block];
+            wanted_scores.push_back(score * double(0.3f) + (forbidden < 0 ? 0 : double(mask.at()[t])));
+            rows.push_back(values.at() + t * width);
+        }
+        const std::vector<double> wanted = attended(wanted_scores, rows, width);
+        for (int64_t d = 0; d < width; ++d)
+            near("attention of several queries", d, out.at()[i * stride + d], wanted[std::size_t(d)],
+                 double(width) / 2);
+    }
+}
+
 // `group` heads of the query share each of `key_heads` heads of keys and values.
 void cache(const DecodeKernels& kernels, int64_t positions, int64_t key_heads, int64_t group, int64_t width) {
     const int64_t padded = round_up(positions, key_block), heads = key_heads * group, all = key_heads * width;
@@ -296,6 +339,7 @@ int smoke_decode() {
         for (int64_t levels : {1, 3, 40}) selection(kernels, count, levels);
         for (int64_t width : {16, 32, 48, 64, 80}) {
             blocks(kernels, count, width, int(number % 4) - 1);
+            for (int64_t later : {0, 1}) queries(kernels, 1 + number % 18, count, width, later, int(number % 4) - 1);
             cache(kernels, count, 1 + number % 3, 1 + number % 4, width);
             ++number;
         }
