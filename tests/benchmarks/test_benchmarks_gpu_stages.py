@@ -14,7 +14,7 @@ from helpers import needs_cpp
 import depthlstm_fast as dl
 
 ROOT = Path(__file__).resolve().parents[2]
-GPU_TESTS = ("tests/backends/gpu/test_gpu.py", "tests/backends/gpu/test_gpu_device.py")
+GPU_TESTS = tuple(f"tests/backends/gpu/{name}.py" for name in ("test_gpu", "test_gpu_decoding", "test_gpu_device"))
 CUDA_TESTS, TRITON_TESTS = "tests/backends/cuda/test_cuda.py", "tests/backends/triton/test_triton.py"
 sys.path.insert(0, str(ROOT))
 
