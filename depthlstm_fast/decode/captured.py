@@ -210,15 +210,26 @@ class CapturedDecoding:
 class CapturedDecoder:
     """A model on a GPU whose decoding steps are CUDA graphs; :func:`compile_decoder` makes it.
 
-    It keeps the model, and sees changes of its weights.
+    It keeps the model, and sees changes of its weights. A model on a CPU decodes by the same steps without a graph.
+
+    Raises:
+        TypeError: model is no translation model and no language model of this package.
+        ValueError: a step of this model cannot be captured.
     """
 
     def __init__(self, model: Any) -> None:
+        if not isinstance(model, (TranslationModel, reference.LanguageModel)):
+            raise TypeError(
+                f"model must be a DepthLSTMTransformer, a Transformer or a LanguageModel; found {type(model).__name__}"
+            )
         _check(model)
-        self.model = model
+        self.model: Any = model
         self._steps: OrderedDict[Any, Any] = OrderedDict()
         self._weights: list[Any] = []
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> Any:
+        return CapturedDecoder, (self.model,)  # a graph is captured anew
 
     def __repr__(self) -> str:
         return f"CapturedDecoder({type(self.model).__name__}, steps={len(self._steps)}, nbytes={self.nbytes})"
@@ -304,6 +315,8 @@ def _padded(length: int, to: int = SOURCE_POSITIONS) -> int:
 
 def _check(model: Any) -> None:
     """Raise ValueError unless a step of the model can be captured."""
+    if next(model.parameters()).is_meta:
+        raise ValueError("model must be on a GPU or a CPU; found meta")
     for name, module in model.named_modules():
         if getattr(module, "folds_output_projection", False):
             raise ValueError(

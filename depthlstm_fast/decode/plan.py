@@ -28,6 +28,8 @@ from ..reference.rotary import make_rotation
 
 VERSION = 2
 WEIGHTS = ("float32", "bfloat16", "int8")
+LONGEST = 1 << 24  # tokens of a sequence, as csrc/decode/model.h takes them
+ROTATION_BYTES = 1 << 28
 HEAD_BLOCK = 16  # key_block of csrc/decode/call.h
 KINDS = ("self", "cross", "added", "concatenated", "network")
 # one of each pair is the fused class, the other its twin
@@ -77,6 +79,8 @@ class Plan:
         _check_own(model)
         if not is_plain(model.input_dropout, nn.Dropout):
             raise CannotRun(f"input_dropout is {type(model.input_dropout).__name__}, and not a plain nn.Dropout")
+        if model.max_len > LONGEST:
+            raise CannotRun(f"its max_len is {model.max_len}, and not at most {LONGEST}")
         self.model, self.dtype = model, dtype
         self.matrices: list[tuple[int, int, int]] = []
         self.norms: list[tuple[int, int]] = []
@@ -92,6 +96,9 @@ class Plan:
         self.d_model = model.d_model
         self.vocab, self.eos_id = self._check_surroundings(model)
         self._stacks(model)
+        angles = 0 if self.rope_theta is None else 4 * model.max_len * (self.d_model // self.heads)
+        if angles > ROTATION_BYTES:
+            raise CannotRun(f"its rotary positions would take a table of {angles} bytes")
         self.output = self.matrix("output", model.output, self.vocab, self.d_model, dtype=output_dtype)
 
     def _check_surroundings(self, model: Any) -> tuple[int, int]:

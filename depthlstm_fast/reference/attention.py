@@ -63,6 +63,7 @@ def _check_mask(argument: str, mask: Tensor, shapes: tuple[tuple[int, ...], ...]
         raise TypeError(f"{argument} must be a torch.Tensor; found {type(mask).__name__}")
     if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
         raise TypeError(f"{argument} must be bool or floating point; found {mask.dtype}")
+    checks.check_dense(argument, mask)
     if tuple(mask.shape) not in shapes:
         raise ValueError(f"{argument} must have shape {' or '.join(map(str, shapes))}; found {tuple(mask.shape)}")
     if mask.device != device:

@@ -17,6 +17,8 @@ def check_rotation(positions: str, size: int, theta: float) -> None:
         raise ValueError(f'd_model / nhead must be even with positions="rope"; found {size}')
     if theta <= 0:
         raise ValueError(f"rope_theta must be above 0; found {theta}")
+    if theta < 1e-6:  # a power of it may overflow float32, and angles would be NaN
+        raise ValueError(f"rope_theta must be at least 1e-06; found {theta}")
 
 
 def count_positions(x: Tensor, padding: Tensor | None) -> Tensor:

@@ -6,6 +6,8 @@ that every step makes the same calls.
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from decode_helpers import sharpen
@@ -224,3 +226,21 @@ def test_compile_decoder_takes_it_on_a_gpu(monkeypatch):
     assert isinstance(dl.compile_decoder(translator()), CapturedDecoder)
     with pytest.raises(ValueError, match="dtype must be None for a model on a GPU, which keeps its own; found 'int8'"):
         dl.compile_decoder(translator(), "int8")
+
+
+def test_what_is_no_model_is_named():
+    wanted = "model must be a DepthLSTMTransformer, a Transformer or a LanguageModel; found"
+    for wrong in (None, 3, torch.nn.Linear(2, 2), dl.LanguageModel, dl.Encoder(8, 2, 1)):
+        with pytest.raises(TypeError, match=wanted):
+            CapturedDecoder(wrong)
+    with pytest.raises(ValueError, match="model must be on a GPU or a CPU; found meta"):
+        CapturedDecoder(dl.LanguageModel(V, 16, 2, 1, device="meta"))
+
+
+def test_a_copy_captures_anew():
+    served = CapturedDecoder(translator())
+    wanted = served.generate(sources(), max_length=20)
+    other = copy.deepcopy(served)
+    assert not other._steps
+    assert other.model is not served.model
+    assert torch.equal(other.generate(sources(), max_length=20), wanted)

@@ -383,3 +383,18 @@ def test_other_calls_run_in_pytorch(caplog: pytest.LogCaptureFixture) -> None:
         wanted = [] if taken else [f"generate() runs in PyTorch, not in the decode engine: {reason}"]
         assert [r.message for r in caplog.records if "decode engine" in r.message] == wanted
         caplog.clear()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"positions": "none", "max_len": (1 << 24) + 1}, "its max_len is 16777217, and not at most 16777216"),
+        ({"positions": "rope", "max_len": 1 << 24}, "its rotary positions would take a table of 536870912 bytes"),
+    ],
+)
+def test_lengths_beyond_the_engine_run_in_pytorch(options: dict[str, Any], reason: str) -> None:
+    model = dl.LanguageModel(20, 8, 1, 1, **options).eval()
+    ids = torch.randint(3, 20, (2, 4))
+    assert torch.equal(model.generate(ids, 3), model.generate(ids, 3, use_cache=False))
+    with pytest.raises(ValueError, match=f"model must be one that the decode engine runs: {reason}"):
+        dl.compile_decoder(model)

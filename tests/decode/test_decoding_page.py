@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "decoding.md"
 RESULTS = ROOT / "benchmarks" / "results" / "amd-epyc-2-cores" / "decode_engine" / "results.json"
+CAUSAL = RESULTS.parents[1] / "causal_engine" / "results.json"
 CONTESTANTS = ("eager", "against", "rival_int8", "fused", "bfloat16", "int8")
 
 pytestmark = pytest.mark.skipif(not PAGE.is_file(), reason="no checkout")
@@ -25,6 +26,24 @@ def measured() -> list[str]:
         cells += [f"{ratio:.2f}" for ratio in ratios]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def measured_of_language_models() -> list[str]:
+    lines = []
+    for row in json.loads(CAUSAL.read_text(encoding="utf-8"))["rows"]:
+        model = row["name"].removeprefix("language model, ")
+        speeds = [row["values"][name]["median"] for name in ("eager", "fused", "bfloat16", "int8")]
+        cells = [model, *(f"{speed:,.0f}" for speed in speeds), f"{speeds[1] / speeds[0]:.2f}"]
+        if "a prompt of" not in model:
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def test_speeds_of_language_models_are_those_measured() -> None:
+    part = PAGE.read_text(encoding="utf-8").partition("## What it gains")[2].partition("\n## ")[0]
+    found = [line for line in part.splitlines() if line.startswith(("| depth-lstm,", "| pre-norm,"))]
+    assert found == measured_of_language_models()
+    assert len(found) == 4
 
 
 def test_speeds_are_those_measured() -> None:

@@ -244,6 +244,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"positions": None}, ValueError, "positions must be one of 'none', 'rope'; found None"),
     ({"d_model": 12, "positions": "rope"}, ValueError, 'd_model / nhead must be even with positions="rope"; found 3'),
     ({"rope_theta": 0.0}, ValueError, "rope_theta must be above 0; found 0.0"),
+    ({"rope_theta": 1e-80}, ValueError, "rope_theta must be at least 1e-06; found 1e-80"),
     ({"rope_theta": float("inf")}, ValueError, "rope_theta must be finite"),
     ({"rope_theta": "long"}, TypeError, "rope_theta must be a float; found str"),
     ({"num_layers": 0}, ValueError, "num_layers must be at least 1; found 0"),

@@ -30,6 +30,7 @@ BUILDING: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"positions": "alibi"}, ValueError, "positions must be one of 'rope', .*; found 'alibi'"),
     ({"d_model": 12}, ValueError, 'd_model / nhead must be even with positions="rope"; found 3'),
     ({"rope_theta": 0.0}, ValueError, "rope_theta must be above 0; found 0.0"),
+    ({"rope_theta": 1e-80}, ValueError, "rope_theta must be at least 1e-06; found 1e-80"),
     ({"rope_theta": float("nan")}, ValueError, "rope_theta must be finite"),
     ({"connection": "residual"}, ValueError, "connection must be one of"),
     ({"connection": 3}, (TypeError, ValueError), "connection must be"),
