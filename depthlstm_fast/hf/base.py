@@ -31,6 +31,13 @@ def past_of(cache: Cache | None) -> int | Tensor:
     return int(past) if isinstance(past, Tensor) and can_look(past) else past
 
 
+def check_tensors(**found: Any) -> None:
+    """Raise TypeError where an argument is neither a tensor nor None."""
+    for argument, each in found.items():
+        if each is not None and not isinstance(each, Tensor):
+            raise TypeError(f"{argument} must be a torch.Tensor; found {type(each).__name__}")
+
+
 class DepthLSTMPreTrainedModel(PreTrainedModel):
     """A model of this package, which is ``model``, made from the configuration's ``model_arguments()``."""
 

@@ -18,7 +18,7 @@ from ..reference.causal import Places
 from ..reference.token_checks import can_look
 from ..reference.translation import check_ids
 from .attention import recorded, wants_weights
-from .base import DepthLSTMPreTrainedModel, LayerOfCache, past_of
+from .base import DepthLSTMPreTrainedModel, LayerOfCache, check_tensors, past_of
 from .configuration import DepthLSTMConfig
 
 
@@ -74,6 +74,11 @@ class DepthLSTMForCausalLM(DepthLSTMPreTrainedModel, GenerationMixin):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids must be given, or inputs_embeds in their place; found both or none")
+        check_tensors(attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds)
+        if position_ids is not None and position_ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"position_ids must be int64 or int32; found {position_ids.dtype}")
+        if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, (int, Tensor)):
+            raise TypeError(f"logits_to_keep must be an int or a tensor; found {type(logits_to_keep).__name__}")
         if input_ids is not None:
             self._check(input_ids, attention_mask, position_ids, cache, labels)
         embedded = self.model.embedding(input_ids) if inputs_embeds is None else inputs_embeds

@@ -19,7 +19,7 @@ from ..reference.attention import CrossAttention
 from ..reference.token_checks import can_look
 from ..reference.translation import check_ids
 from .attention import recorded, wants_weights
-from .base import DepthLSTMPreTrainedModel, LayerOfCache, past_of
+from .base import DepthLSTMPreTrainedModel, LayerOfCache, check_tensors, past_of
 from .configuration import DepthLSTMSeq2SeqConfig
 
 
@@ -121,7 +121,7 @@ class DepthLSTMForSeq2SeqLM(DepthLSTMPreTrainedModel, GenerationMixin):
             input_ids: sources (batch, S) int64, or ``encoder_outputs`` of :meth:`get_encoder` in their place.
             attention_mask: (batch, S), 1 for a real token; None for ``input_ids != pad_token_id``.
             decoder_input_ids: (batch, L) int64; made from ``labels`` where it is None.
-            decoder_attention_mask: (batch, past + L), 1 for a real token.
+            decoder_attention_mask: (batch, past + L), 1 for a real token; or (batch, 1, L, S), used as it is.
             cache: transformers' EncoderDecoderCache.
             labels: (batch, L), -100 is left out.
             use_cache: make a cache where none is given, and return it.
@@ -136,6 +136,11 @@ class DepthLSTMForSeq2SeqLM(DepthLSTMPreTrainedModel, GenerationMixin):
             TypeError, ValueError: sources or targets are missing; naming the argument, what was found and what was
                 wanted.
         """
+        masks = {"attention_mask": attention_mask, "decoder_attention_mask": decoder_attention_mask}
+        check_tensors(**masks, labels=labels)
+        for argument in ("inputs_embeds", "decoder_inputs_embeds"):
+            if kwargs.get(argument) is not None:
+                raise ValueError(f"{argument} must be None, because the encoder-decoder takes ids; found a tensor")
         if input_ids is None and encoder_outputs is None:
             raise ValueError("input_ids must be given, or encoder_outputs in their place; found neither")
         if decoder_input_ids is None:
@@ -149,6 +154,12 @@ class DepthLSTMForSeq2SeqLM(DepthLSTMPreTrainedModel, GenerationMixin):
             encoder_outputs = self.get_encoder()(input_ids, attention_mask, **kept)
         memories = self._memories(encoder_outputs)
         self._check_target(decoder_input_ids, attention_mask, memories[0], cache)
+        if labels is not None:
+            checks.check_shape("labels", labels, tuple(decoder_input_ids.shape))
+        past, own_mask = past_of(cache), decoder_attention_mask
+        if own_mask is not None and own_mask.dim() == 2 and isinstance(past, int):
+            rows, length = decoder_input_ids.shape
+            checks.check_shape("decoder_attention_mask", own_mask, (rows, past + length))
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and cache is None and not self.training:
             cache = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))

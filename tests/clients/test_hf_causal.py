@@ -378,6 +378,10 @@ def test_the_example_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         ({"position_ids": torch.ones(1, 3).long()}, r"position_ids must have shape \(1, 2\); found \(1, 3\)"),
         ({"labels": torch.full((1, 2), 50)}, "labels must hold ids from 0 to 49, or -100; found 50"),
         ({"cache": "a"}, "cache must be a Cache of transformers; found str"),
+        ({"attention_mask": [[1, 1]]}, r"attention_mask must be a torch\.Tensor; found list"),
+        ({"position_ids": [[0, 1]]}, r"position_ids must be a torch\.Tensor; found list"),
+        ({"position_ids": torch.ones(1, 2)}, r"position_ids must be int64 or int32; found torch\.float32"),
+        ({"logits_to_keep": "a"}, "logits_to_keep must be an int or a tensor; found str"),
     ],
 )
 def test_wrong_tensors_are_named(arguments: Any, message: str) -> None:

@@ -237,6 +237,15 @@ def test_what_is_missing_is_told() -> None:
         ({"decoder_input_ids": torch.ones(2, 2).long()}, "decoder_input_ids must have the batch of the sources, 1; fo"),
         ({"attention_mask": torch.ones(1, 3).long()}, r"attention_mask must have shape \(1, 2\); found \(1, 3\)"),
         ({"cache": "a"}, "cache must be an EncoderDecoderCache of transformers; found str"),
+        ({"attention_mask": [[1, 1]]}, r"attention_mask must be a torch\.Tensor; found list"),
+        ({"decoder_attention_mask": [[1, 1]]}, r"decoder_attention_mask must be a torch\.Tensor; found list"),
+        (
+            {"decoder_attention_mask": torch.ones(1, 3)},
+            r"decoder_attention_mask must have shape \(1, 2\); found \(1, 3\)",
+        ),
+        ({"labels": [[1, 2]]}, r"labels must be a torch\.Tensor; found list"),
+        ({"labels": torch.ones(1, 3).long()}, r"labels must have shape \(1, 2\); found \(1, 3\)"),
+        ({"decoder_inputs_embeds": torch.ones(1, 2, 16)}, "decoder_inputs_embeds must be None, because"),
         (
             {"encoder_outputs": torch.ones(1, 2, 16)},
             r"encoder_outputs must be outputs of get_encoder\(\), .*; found Te",
