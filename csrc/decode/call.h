@@ -22,6 +22,15 @@ struct Panels {
     float* scale = nullptr;  // int8 only
 };
 
+// Of one output.
+constexpr int64_t weight_bytes(const Panels& matrix) {
+    switch (matrix.type) {
+        case WeightType::float32: return matrix.inputs * 4;
+        case WeightType::bfloat16: return (matrix.inputs + 1) / 2 * 4;
+        default: return (matrix.inputs + 1) / 2 * 2;
+    }
+}
+
 // Scratch of a product with int8 weights, for each row: its numbers as int16 and what one of them stands for.
 constexpr int64_t rounded_row_bytes(int64_t inputs) { return ((inputs + 1) / 2 * 4 + 63) / 64 * 64 + 64; }
 
@@ -35,7 +44,7 @@ struct ProductCall {
     float* y = nullptr;
     int64_t y_stride = 0;
     int64_t rows = 0;
-    char* rounded = nullptr;  // int8 only: scratch of rounded_row_bytes(inputs) for each row
+    char* rounded = nullptr;  // int8 only: rounded_row_bytes(inputs) for each row, which round_rows fills
 };
 
 // LayerNorm or RMSNorm of each row.

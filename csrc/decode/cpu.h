@@ -10,6 +10,7 @@ struct DecodeKernels {
     const char* isa;
     // packs weight (outputs, inputs) and bias, which may be null, into the memory that `panels` names
     void (*pack)(const Panels& panels, const float* weight, const float* bias);
+    void (*round_rows)(const ProductCall&);  // int8 only, before multiply
     void (*multiply)(const ProductCall&);
     void (*normalise)(const NormCall&);
     void (*activate)(Activation, float* x, int64_t count);

@@ -76,6 +76,7 @@ int64_t top(const float* values, int64_t count, int64_t wanted, float* found, in
 #define DEPTHLSTM_NAME(x) DEPTHLSTM_STRING(x)
 const DecodeKernels decode_kernels{DEPTHLSTM_NAME(DEPTHLSTM_ISA),
                                    pack,
+                                   round_rows,
                                    multiply,
                                    normalise,
                                    activate,

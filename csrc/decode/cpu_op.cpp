@@ -1,5 +1,8 @@
 // The operators of the decode engine over libtorch's stable ABI. The headers have what they do.
 #include <algorithm>
+#include <deque>
+#include <memory>
+#include <mutex>
 
 #include "search.h"
 
@@ -154,20 +157,21 @@ Tensor decode_encode(const Tensor& blob, const Tensor& source, const OptionalTen
     const std::vector<int32_t> lengths = lengths_of(sources);
     const int64_t batch = source.size(0), length = source.size(1), D = model.features;
     Arena counted(nullptr);
-    (void)Part(counted, model, 0, batch, 1, 1, lengths.data());
+    (void)Part(counted, model, 0, batch, 1, 1, lengths.data(), 0);
     const int64_t scratch_sizes[] = {counted.used() + 64};
     const Tensor scratch = empty(scratch_sizes, 1, aoti_torch_dtype_uint8(), device_of(source));
     char* base = static_cast<char*>(scratch.mutable_data_ptr());
     base += (64 - reinterpret_cast<uintptr_t>(base) % 64) % 64;
     Arena arena(base);
-    Part part(arena, model, 0, batch, 1, 1, lengths.data());
+    Part part(arena, model, 0, batch, 1, 1, lengths.data(), 0);
     const int64_t sizes[] = {batch, length, D};
     Tensor out = empty(sizes, 3, aoti_torch_dtype_float32(), device_of(source));
     float* to = static_cast<float*>(out.mutable_data_ptr());
     int64_t kept = 0;
     for (int32_t each : lengths) kept += each;
     std::vector<float> dense(static_cast<std::size_t>(kept * D));
-    Encoder(model, part, sources).run(dense.data());
+    Team alone(0, 0, 0);
+    Encoder(model, part, sources, alone).run(dense.data());
     std::memset(to, 0, std::size_t(batch * length * D) * 4);
     int64_t row = 0;
     for (int64_t b = 0; b < batch; ++b) {
@@ -178,8 +182,68 @@ Tensor decode_encode(const Tensor& blob, const Tensor& source, const OptionalTen
     return out;
 }
 
-// Encodes the sources, or reads the prompts, and returns the state of their search. Each of `threads` threads has
-// sources of its own.
+// One call on a search. Helpers may read its parts when it is over: these are kept until they have left.
+class Running {
+public:
+    Running(const Tensor& blob, const Tensor& bytes, Model model, State state)
+        : call_(new Call{blob, bytes, std::move(model), std::move(state), {}}) {}
+    Running(const Tensor& blob, const Tensor& bytes) : Running(blob, bytes, open_blob(blob)) {}
+    Running(const Tensor& blob, const Tensor& bytes, const Model& model)
+        : Running(blob, bytes, model, open_state(bytes, model, blob)) {}
+    ~Running() {
+        for (Team& team : call_->teams) team.finish();
+        static std::mutex& mutex = *new std::mutex;
+        static std::vector<std::unique_ptr<Call>>& kept = *new std::vector<std::unique_ptr<Call>>;
+        const std::lock_guard<std::mutex> guard(mutex);
+        kept.push_back(std::move(call_));
+        std::erase_if(kept, [](const std::unique_ptr<Call>& call) {
+            return std::all_of(call->teams.begin(), call->teams.end(), [](const Team& team) { return team.has_left(); });
+        });
+    }
+    const Model& model() const { return call_->model; }
+    State& state() const { return call_->state; }
+
+    // lead(part, team) runs each part, in a thread of its own beside the part's helpers.
+    template <class Lead>
+    void run(Lead lead) {
+        State& own = state();
+        const int64_t all_helpers = own.head.threads - own.head.parts;
+        for (const Part& part : own.parts) call_->teams.emplace_back(part.helpers, all_helpers, part.scratch.floats);
+        torch::stable::parallel_for(0, own.head.parts, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) {
+                lead(own.parts[i], call_->teams[i]);
+                call_->teams[i].finish();
+            }
+        });
+    }
+
+private:
+    struct Call {
+        Tensor blob, bytes;
+        Model model;
+        State state;
+        std::deque<Team> teams;
+    };
+    std::unique_ptr<Call> call_;
+};
+
+// Sets how the threads are divided. Where large products are most of the work, up to four threads share those of one
+// part. Otherwise each thread takes sources of its own, for which it reads all weights again.
+void divide(const Model& model, int64_t threads, StateHead& head) {
+    constexpr int64_t most_of_team = 4;
+    head.parts = std::min((threads + most_of_team - 1) / most_of_team, head.sources);
+    head.threads = std::min(threads, head.parts * (Team::most_helpers + 1));
+    double shared = 0, all = 0;
+    for (const Panels& matrix : model.matrices) {
+        const int64_t rows = head.sources * head.beams / head.parts;
+        const double ns = panel_ns(matrix, rows) * double(matrix.outputs) / panel_outputs;
+        all += ns;
+        if (is_shared(matrix, rows)) shared += ns;
+    }
+    if (2 * shared < all) head.parts = head.threads = std::min(threads, head.sources);
+}
+
+// Encodes the sources, or reads the prompts, and returns the state of their search.
 Tensor decode_start(const Tensor& blob, const Tensor& source, const OptionalTensor& mask, int64_t beams,
                     int64_t max_length, double length_penalty, bool scores, int64_t threads) {
     const Model model = open_blob(blob);
@@ -201,7 +265,7 @@ Tensor decode_start(const Tensor& blob, const Tensor& source, const OptionalTens
     head.sources = source.size(0);
     head.beams = beams;
     head.max_length = max_length;
-    head.parts = std::min(threads, head.sources);
+    divide(model, threads, head);
     head.wants_scores = scores;
     head.alpha = length_penalty;
     head.bytes = State(model, head, lengths.data(), nullptr).bytes;
@@ -212,12 +276,10 @@ Tensor decode_start(const Tensor& blob, const Tensor& source, const OptionalTens
     std::memcpy(base + lengths_begin, lengths.data(), lengths.size() * 4);
     head.sum = state_sum(head, base);
     std::memcpy(base, &head, sizeof head);
-    State found(model, head, reinterpret_cast<const int32_t*>(base + lengths_begin), base);
-    torch::stable::parallel_for(0, head.parts, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t part = begin; part < end; ++part) {
-            if (model.has_encoder()) Encoder(model, found.parts[part], sources).run();
-            Search(model, head, found.parts[part]).start(sources);
-        }
+    Running call(blob, state, model, State(model, head, reinterpret_cast<const int32_t*>(base + lengths_begin), base));
+    call.run([&](Part& part, Team& team) {
+        if (model.has_encoder()) Encoder(call.model(), part, sources, team).run();
+        Search(call.model(), head, part, team).start(sources);
     });
     return state;
 }
@@ -225,12 +287,10 @@ Tensor decode_start(const Tensor& blob, const Tensor& source, const OptionalTens
 // At most `steps` more tokens. Returns three numbers: the sources that go on, and where a logit was NaN the source and
 // the token's place, else -1. The caller looks for signals between calls.
 Tensor decode_advance(const Tensor& blob, const Tensor& state, int64_t steps) {
-    const Model model = open_blob(blob);
     STD_TORCH_CHECK(steps >= 1, "steps must be at least 1; found ", steps);
-    State found = open_state(state, model, blob);
-    torch::stable::parallel_for(0, found.head.parts, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t part = begin; part < end; ++part) Search(model, found.head, found.parts[part]).advance(steps);
-    });
+    Running call(blob, state);
+    const State& found = call.state();
+    call.run([&](Part& part, Team& team) { Search(call.model(), found.head, part, team).advance(steps); });
     const int64_t sizes[] = {3};
     Tensor out = empty(sizes, 1, aoti_torch_dtype_int64(), device_of(state));
     int64_t* numbers = static_cast<int64_t*>(out.mutable_data_ptr());
@@ -249,8 +309,9 @@ Tensor decode_advance(const Tensor& blob, const Tensor& state, int64_t steps) {
 // None at the first step, and then what each source goes on with. A source that has been given eos has zeros from
 // there.
 Tensor decode_step(const Tensor& blob, const Tensor& state, const OptionalTensor& tokens) {
-    const Model model = open_blob(blob);
-    State found = open_state(state, model, blob);
+    Running call(blob, state);
+    const Model& model = call.model();
+    const State& found = call.state();
     const StateHead& head = found.head;
     STD_TORCH_CHECK(head.beams == 1, "state must have one beam; found ", head.beams);
     const int64_t V = model.decoder.vocabulary;
@@ -273,12 +334,9 @@ Tensor decode_step(const Tensor& blob, const Tensor& state, const OptionalTensor
     Tensor out = empty(sizes, 2, aoti_torch_dtype_float32(), device_of(state));
     float* logits = static_cast<float*>(out.mutable_data_ptr());
     std::memset(logits, 0, std::size_t(head.sources * V) * 4);
-    torch::stable::parallel_for(0, head.parts, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-            Part& part = found.parts[i];
-            const int64_t* own = ids == nullptr ? nullptr : ids + part.first;
-            Search(model, head, part).step_by_hand(own, logits + part.first * V);
-        }
+    call.run([&](Part& part, Team& team) {
+        const int64_t* own = ids == nullptr ? nullptr : ids + part.first;
+        Search(model, head, part, team).step_by_hand(own, logits + part.first * V);
     });
     return out;
 }

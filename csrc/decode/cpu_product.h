@@ -1,7 +1,7 @@
 // Products of few or many rows with a packed matrix.
 //
-// A strip is a part of a panel whose accumulators fit the registers with several rows'. int8 takes narrow strips for
-// two rows and more, because a weight that was widened then serves more of them. One row of floats has several
+// A strip is a part of a panel whose accumulators fit the registers with several rows'. bfloat16 and int8 take narrow
+// strips for several rows, because a weight that was widened then serves more of them. One row of floats has several
 // accumulators for each output, because one chain of additions would wait for its own latency.
 #pragma once
 
@@ -12,37 +12,33 @@ namespace {
 
 constexpr int least_accumulators = 8;
 
-// The weights of a strip for `inputs` inputs at once.
-template <WeightType type, int strip_vectors>
-struct StripWeights;
+// Vector v of the weights of input i, where `inputs` of them lie side by side.
+template <WeightType type>
+struct Weights;
 
-template <int strip_vectors>
-struct StripWeights<WeightType::float32, strip_vectors> {
-    static constexpr int64_t inputs = 1, element_bytes = 4;
-    V of_input[1][strip_vectors];
-    inline __attribute__((always_inline)) explicit StripWeights(const char* at) {
-        for (int v = 0; v < strip_vectors; ++v)
-            of_input[0][v] = V::load_unaligned(reinterpret_cast<const float*>(at) + v * W);
+template <>
+struct Weights<WeightType::float32> {
+    static constexpr int inputs = 1;
+    static constexpr int64_t element_bytes = 4;
+    static inline __attribute__((always_inline)) V read(const char* at, int v, int) {
+        return V::load_unaligned(reinterpret_cast<const float*>(at) + v * W);
     }
 };
 
-template <int strip_vectors>
-struct StripWeights<WeightType::bfloat16, strip_vectors> {
-    static constexpr int64_t inputs = 2, element_bytes = 2;
+template <>
+struct Weights<WeightType::bfloat16> {
+    static constexpr int inputs = 2;
+    static constexpr int64_t element_bytes = 2;
     using I = xsimd::batch<uint32_t, xsimd::default_arch>;
-    V of_input[2][strip_vectors];
-    inline __attribute__((always_inline)) explicit StripWeights(const char* at) {
-        for (int v = 0; v < strip_vectors; ++v) {
-            const I pair = I::load_unaligned(reinterpret_cast<const uint32_t*>(at) + v * W);
-            of_input[0][v] = xsimd::bitwise_cast<float>(pair << 16);
-            of_input[1][v] = xsimd::bitwise_cast<float>(pair & I(0xffff0000u));
-        }
+    static inline __attribute__((always_inline)) V read(const char* at, int v, int i) {
+        const I pair = I::load_unaligned(reinterpret_cast<const uint32_t*>(at) + v * W);
+        return xsimd::bitwise_cast<float>(i == 0 ? pair << 16 : pair & I(0xffff0000u));
     }
 };
 
 template <WeightType type, int strip_vectors, int rows>
 inline __attribute__((always_inline)) void strip_rows(const ProductCall& call, int64_t first, int64_t row) {
-    using Read = StripWeights<type, strip_vectors>;
+    using Read = Weights<type>;
     constexpr int chains = rows == 1 ? least_accumulators / strip_vectors : 1;
     constexpr int64_t step = Read::inputs;
     constexpr int64_t stride = panel_outputs * step * Read::element_bytes;
@@ -54,34 +50,56 @@ inline __attribute__((always_inline)) void strip_rows(const ProductCall& call, i
     const float* x[rows];
     for (int r = 0; r < rows; ++r) x[r] = call.x + (row + r) * call.x_stride;
     V sum[chains][rows][strip_vectors];
-    for (int u = 0; u < chains; ++u)
-        for (int r = 0; r < rows; ++r)
-            for (int v = 0; v < strip_vectors; ++v) sum[u][r][v] = V(0.0f);
-    const auto add = [&](int u, int64_t k, auto used) __attribute__((always_inline)) {
-        const Read read(w + k * stride);
-        for (int i = 0; i < int(decltype(used)::value); ++i) {
-            for (int r = 0; r < rows; ++r) {
-                const V factor(x[r][k * step + i]);
-                for (int v = 0; v < strip_vectors; ++v)
-                    sum[u][r][v] = xsimd::fma(factor, read.of_input[i][v], sum[u][r][v]);
-            }
-        }
+    const auto for_all = [](auto f) __attribute__((always_inline)) {
+        unrolled<chains>([&](auto u) __attribute__((always_inline)) {
+            unrolled<rows>([&](auto r) __attribute__((always_inline)) {
+                unrolled<strip_vectors>([&](auto v) __attribute__((always_inline)) { f(u, r, v); });
+            });
+        });
     };
-    using All = std::integral_constant<int, int(step)>;
+    for_all([&](auto u, auto r, auto v) __attribute__((always_inline)) { sum[u][r][v] = V(0.0f); });
+    // The sums and the fewer of weights and factors leave a register for one of the others.
+    const auto add = [&](auto u, int64_t k, auto used) __attribute__((always_inline)) {
+        const auto weight = [&](auto v, auto i)
+            __attribute__((always_inline)) { return Read::read(w + k * stride, v, i); };
+        const auto factor = [&](auto r, auto i) __attribute__((always_inline)) { return V(x[r][k * step + i]); };
+        const auto fma = [&](auto r, auto v, V f, V g) __attribute__((always_inline)) {
+            sum[u][r][v] = xsimd::fma(f, g, sum[u][r][v]);
+            settle(sum[u][r][v]);
+        };
+        unrolled<used>([&](auto i) __attribute__((always_inline)) {
+            V kept[strip_vectors < rows ? strip_vectors : rows];
+            if constexpr (strip_vectors < rows) {
+                unrolled<strip_vectors>([&](auto v) __attribute__((always_inline)) { kept[v] = weight(v, i); });
+                unrolled<rows>([&](auto r) __attribute__((always_inline)) {
+                    const V f = factor(r, i);
+                    unrolled<strip_vectors>([&](auto v) __attribute__((always_inline)) { fma(r, v, f, kept[v]); });
+                });
+            } else {
+                unrolled<rows>([&](auto r) __attribute__((always_inline)) { kept[r] = factor(r, i); });
+                unrolled<strip_vectors>([&](auto v) __attribute__((always_inline)) {
+                    const V g = weight(v, i);
+                    unrolled<rows>([&](auto r) __attribute__((always_inline)) { fma(r, v, kept[r], g); });
+                });
+            }
+        });
+    };
+    constexpr std::integral_constant<int, int(step)> all;
+    constexpr std::integral_constant<int, 0> one_chain;
     int64_t k = 0;
     for (; k + chains <= steps; k += chains)
-        for (int u = 0; u < chains; ++u) add(u, k + u, All());
-    for (; k < steps; ++k) add(0, k, All());
-    if (step > 1 && inputs % step != 0) add(0, k, std::integral_constant<int, 1>());
-    for (int r = 0; r < rows; ++r) {
+        unrolled<chains>([&](auto u) __attribute__((always_inline)) { add(u, k + u, all); });
+    for (; k < steps; ++k) add(one_chain, k, all);
+    if (step > 1 && inputs % step != 0) add(one_chain, k, std::integral_constant<int, 1>());
+    unrolled<rows>([&](auto r) __attribute__((always_inline)) {
         V out[strip_vectors];
-        for (int v = 0; v < strip_vectors; ++v) {
+        unrolled<strip_vectors>([&](auto v) __attribute__((always_inline)) {
             V total = sum[0][r][v];
             for (int u = 1; u < chains; ++u) total += sum[u][r][v];
             out[v] = total + V::load_unaligned(panels.bias + first + v * W);
-        }
+        });
         write_strip<strip_vectors>(call, out, first, row + r);
-    }
+    });
 }
 
 template <WeightType type, int strip_vectors, int rows>
@@ -93,40 +111,48 @@ inline __attribute__((always_inline)) void multiply_strip(const ProductCall& cal
     }
 }
 
-// The last rows of a product, of which there are at most `rows`.
+// A group of at most `rows` rows.
 template <WeightType type, int strip_vectors, int rows>
-inline __attribute__((always_inline)) void last_rows(const ProductCall& call, int64_t first, int64_t row,
-                                                     int64_t count) {
+inline __attribute__((always_inline)) void multiply_group(const ProductCall& call, int64_t first, int64_t row,
+                                                          int64_t count) {
     if constexpr (rows > 0) {
         if (count == rows) return multiply_strip<type, strip_vectors, rows>(call, first, row);
-        last_rows<type, strip_vectors, rows - 1>(call, first, row, count);
+        multiply_group<type, strip_vectors, rows - 1>(call, first, row, count);
     }
 }
 
-// Strips outside, groups of rows inside: a strip is read from memory once, and from a cache for further groups.
+// Strips outside, groups of rows inside: a strip is read from memory once, and from a cache for further groups. Groups
+// are alike, because few sums wait for each other: four and four rows take less time than six and two.
 template <WeightType type, int strip_vectors, int most_rows>
 __attribute__((noinline)) void multiply_by(const ProductCall& call) {
+    const int64_t groups = (call.rows + most_rows - 1) / most_rows;
     for (int64_t first = 0; first < call.panels.outputs; first += strip_vectors * W) {
-        int64_t row = 0;
-        for (; row + most_rows <= call.rows; row += most_rows)
-            multiply_strip<type, strip_vectors, most_rows>(call, first, row);
-        last_rows<type, strip_vectors, most_rows - 1>(call, first, row, call.rows - row);
+        for (int64_t group = 0, row = 0; group < groups; ++group) {
+            const int64_t end = call.rows * (group + 1) / groups;
+            multiply_group<type, strip_vectors, most_rows>(call, first, row, end - row);
+            row = end;
+        }
     }
 }
 
-void multiply_int8(const ProductCall& call) {
+void round_rows(const ProductCall& call) {
     const int64_t inputs = call.panels.inputs;
     for (int64_t row = 0; row < call.rows; ++row)
         round_row(call.x + row * call.x_stride, inputs, call.rounded + row * rounded_row_bytes(inputs));
-    if (call.rows == 1) return multiply_by<WeightType::int8, wide_vectors, 1>(call);
-    multiply_by<WeightType::int8, narrow_vectors, rows_of_narrow>(call);
+}
+
+// Few rows of narrow strips have too few sums.
+template <WeightType type, int rows_of_wide>
+void multiply_narrow(const ProductCall& call) {
+    if (call.rows <= rows_of_wide) return multiply_by<type, wide_vectors, rows_of_wide>(call);
+    multiply_by<type, narrow_vectors, rows_of_narrow>(call);
 }
 
 void multiply(const ProductCall& call) {
     switch (call.panels.type) {
         case WeightType::float32: return multiply_by<WeightType::float32, wide_vectors, rows_of_wide>(call);
-        case WeightType::bfloat16: return multiply_by<WeightType::bfloat16, wide_vectors, rows_of_wide>(call);
-        case WeightType::int8: return multiply_int8(call);
+        case WeightType::bfloat16: return multiply_narrow<WeightType::bfloat16, 2>(call);
+        case WeightType::int8: return multiply_narrow<WeightType::int8, 1>(call);
     }
 }
 

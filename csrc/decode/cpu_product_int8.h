@@ -95,27 +95,32 @@ inline __attribute__((always_inline)) void int8_strip_rows(const ProductCall& ca
         strip_vectors * W < panel_outputs && first % panel_outputs + strip_vectors * W == panel_outputs;
     const bool fetches = is_last && row == 0;
     Sums sum[rows][strip_vectors];
-    for (int r = 0; r < rows; ++r)
-        for (int v = 0; v < strip_vectors; ++v) sum[r][v] = Sums(0);
+    unrolled<rows>([&](auto r) __attribute__((always_inline)) {
+        unrolled<strip_vectors>([&](auto v) __attribute__((always_inline)) { sum[r][v] = Sums(0); });
+    });
     for (int64_t k = 0; k < pairs; ++k, w += 2 * panel_outputs) {
         if (fetches) __builtin_prefetch(w + pairs * 2 * panel_outputs, 0, 3);
         Pairs weights[strip_vectors];
-        for (int v = 0; v < strip_vectors; ++v) weights[v] = read_pairs(w + v * 2 * W);
-        for (int r = 0; r < rows; ++r) {
+        unrolled<strip_vectors>(
+            [&](auto v) __attribute__((always_inline)) { weights[v] = read_pairs(w + v * 2 * W); });
+        unrolled<rows>([&](auto r) __attribute__((always_inline)) {
             int32_t inputs;
             std::memcpy(&inputs, x[r] + 2 * k, sizeof inputs);
-            for (int v = 0; v < strip_vectors; ++v) sum[r][v] += multiply_pairs(weights[v], inputs);
-        }
+            unrolled<strip_vectors>([&](auto v) __attribute__((always_inline)) {
+                sum[r][v] += multiply_pairs(weights[v], inputs);
+                settle(sum[r][v]);
+            });
+        });
     }
-    for (int r = 0; r < rows; ++r) {
+    unrolled<rows>([&](auto r) __attribute__((always_inline)) {
         V out[strip_vectors];
         const V unit(unit_of(call.rounded + (row + r) * bytes, panels.inputs));
-        for (int v = 0; v < strip_vectors; ++v) {
+        unrolled<strip_vectors>([&](auto v) __attribute__((always_inline)) {
             const V scale = V::load_unaligned(panels.scale + first + v * W) * unit;
             out[v] = xsimd::fma(xsimd::to_float(sum[r][v]), scale, V::load_unaligned(panels.bias + first + v * W));
-        }
+        });
         write_strip<strip_vectors>(call, out, first, row + r);
-    }
+    });
 }
 
 }  // namespace

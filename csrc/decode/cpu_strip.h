@@ -1,6 +1,8 @@
 // Strips: the part of a panel that one group of rows is multiplied with.
 #pragma once
 
+#include <utility>
+
 #include "common/cpu/rows.h"
 #include "cpu.h"
 
@@ -12,6 +14,27 @@ constexpr int64_t W = width<float>;
 // Vectors of a strip and the most rows beside it. AVX-512 has 32 registers, others 16.
 constexpr int wide_vectors = W == 16 ? 2 : 4, narrow_vectors = 2;
 constexpr int rows_of_wide = W == 16 ? 8 : 3, rows_of_narrow = W == 16 ? 8 : 6;
+
+// f(0), ..., f(count - 1). What f indexes by its argument may lie in registers: GCC unrolls a loop too late for that, and
+// kept a product's sums in memory, at half the speed.
+template <int count, class Function>
+inline __attribute__((always_inline)) void unrolled(Function f) {
+    [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
+        (f(std::integral_constant<int, i>()), ...);
+    }(std::make_integer_sequence<int, count>());
+}
+
+// Has a sum in a register here: GCC 12 would make many products first and add them later, out of registers.
+template <class Batch>
+inline __attribute__((always_inline)) void settle(Batch& sum) {
+#if defined(__AVX512F__)
+    asm volatile("" : "+v"(sum.data));
+#elif defined(__x86_64__)
+    asm volatile("" : "+x"(sum.data));
+#elif defined(__aarch64__)
+    asm volatile("" : "+w"(sum.data));
+#endif
+}
 
 // Writes a strip of a row of which only `count` outputs exist.
 __attribute__((noinline)) void write_part(const V* sums, const float* base, float* y, int64_t count) {

@@ -1,7 +1,7 @@
 // The encoder, and the decoder's keys and values of its output.
 #pragma once
 
-#include "state.h"
+#include "attention_tasks.h"
 
 namespace depthlstm {
 namespace decode {
@@ -15,8 +15,8 @@ struct SourceTokens {
 
 class Encoder {
 public:
-    Encoder(const Model& model, Part& part, const std::vector<SourceTokens>& given)
-        : model(model), part(part), given(given), rows(model, kernels(), part.buffers) {}
+    Encoder(const Model& model, Part& part, const std::vector<SourceTokens>& given, Team& team)
+        : model(model), part(part), given(given), rows(model, kernels(), part.buffers, team) {}
 
     // Encodes every source of the part, in groups of some hundred positions. What `memory_out` names, with a row of D
     // for each kept position in their order, also gets the encoder's output.
@@ -56,33 +56,29 @@ private:
     }
 
     void attend(int64_t begin, int64_t end) {
-        const int64_t P = model.width, all = model.heads * P;
-        Buffers& b = part.buffers;
-        int64_t row = 0;
+        const int64_t all = model.heads * model.width;
+        const float* projected = part.buffers.projected;
+        float* out = part.buffers.context;
         for (int64_t source = begin; source < end; ++source) {
             const int64_t length = part.lengths[source];
-            for (int64_t head = 0; head < model.heads; ++head) {
-                const float* first = b.projected + row * 3 * all + head * P;
-                transpose_keys(first + all, 3 * all, length, P, part.block_keys);
-                for (int64_t t = 0; t < length; ++t) {
-                    std::memcpy(part.block_values + t * P, first + t * 3 * all + 2 * all, std::size_t(P) * 4);
-                }
-                BlockAttention call;
-                call.keys = part.block_keys;
-                call.values = part.block_values;
-                call.mask = mask_of(source);
-                call.positions = length;
-                call.width = P;
-                call.scale = float(1 / std::sqrt(double(model.head_size)));
-                call.scores = b.scores;
-                call.queries = length;
-                call.query = first;
-                call.query_stride = 3 * all;
-                call.out = b.context + row * all + head * P;
-                call.out_stride = all;
-                rows.kernels.attend_queries(call);
-            }
-            row += length;
+            HeadsTask task{};
+            task.attend = rows.kernels.attend_queries;
+            task.call.mask = mask_of(source);
+            task.call.positions = task.call.queries = task.positions = length;
+            task.call.width = model.width;
+            task.call.scale = model.attention_scale();
+            task.call.query = projected;
+            task.call.query_stride = task.stride = 3 * all;
+            task.call.out = out;
+            task.call.out_stride = all;
+            task.keys = projected + all;
+            task.to_values = all;
+            task.block_stride = key_block * task.stride;
+            task.group = 1;
+            task.scratch = &part.scratch;
+            share_heads(rows.team, task, model.heads);
+            projected += length * 3 * all;
+            out += length * all;
         }
     }
 

@@ -227,17 +227,11 @@ public:
         return *chosen;
     }
 
+    float attention_scale() const { return float(1 / std::sqrt(double(head_size))); }
+
     int64_t cell_input(const Cell& cell) const { return matrices[cell.gates].inputs - features; }
 
 private:
-    static int64_t weight_bytes(const Panels& matrix) {  // of one output
-        switch (matrix.type) {
-            case WeightType::float32: return matrix.inputs * 4;
-            case WeightType::bfloat16: return round_up(matrix.inputs, 2) * 2;
-            default: return round_up(matrix.inputs, 2);
-        }
-    }
-
     void check_matrix(int64_t index, int64_t outputs, int64_t inputs) const {
         const Panels& matrix = matrices[index];
         STD_TORCH_CHECK(matrix.outputs == outputs && matrix.inputs == inputs, "plan must have a matrix ", index,

@@ -1,7 +1,8 @@
-// Branches over rows: the buffers of one thread, and what encoder and decoder do alike.
+// Branches over rows: the buffers of one part, and what encoder and decoder do alike.
 #pragma once
 
 #include "model.h"
+#include "product_task.h"
 
 namespace depthlstm {
 namespace decode {
@@ -10,10 +11,10 @@ namespace decode {
 // branch writes right before it.
 struct Buffers {
     int64_t stride = 0;  // of xh
-    float *xh, *c, *read, *s, *projected, *context, *inner, *hidden, *z, *scores;
+    float *xh, *c, *read, *s, *projected, *context, *inner, *hidden, *z;
     char *gates_scratch, *rounded;
 
-    Buffers(Arena& arena, const Model& model, int64_t rows, int64_t positions) {
+    Buffers(Arena& arena, const Model& model, int64_t rows) {
         const int64_t D = model.features, heads_width = model.heads * model.width;
         stride = model.most_input + D;
         xh = arena.take<float>(rows * stride);
@@ -25,7 +26,6 @@ struct Buffers {
         inner = arena.take<float>(rows * model.most_inner);
         hidden = arena.take<float>(rows * D);
         z = arena.take<float>(rows * 4 * D);
-        scores = arena.take<float>(std::max(model.heads, most_queries_at_once) * round_up(positions, key_block));
         int64_t scratch = 0;
         for (const Cell& cell : model.cells) {
             scratch = std::max(scratch, Model::kernels_of_gates().scratch_bytes(model.gates_call(cell)));
@@ -43,12 +43,13 @@ struct Buffers {
 // Runs the branches of a stack for rows of a buffer.
 class Rows {
 public:
-    Rows(const Model& model, const DecodeKernels& kernels, Buffers& buffers)
-        : model(model), kernels(kernels), buffers(buffers), gates(Model::kernels_of_gates()) {}
+    Rows(const Model& model, const DecodeKernels& kernels, Buffers& buffers, Team& team)
+        : model(model), kernels(kernels), buffers(buffers), team(team), gates(Model::kernels_of_gates()) {}
 
     const Model& model;
     const DecodeKernels& kernels;
     Buffers& buffers;
+    Team& team;
     int64_t count = 0;
 
     float* h() const { return buffers.xh + model.most_input; }
@@ -74,7 +75,8 @@ public:
 
     void multiply(int64_t matrix, const float* x, int64_t x_stride, float* y, int64_t y_stride,
                   const float* base = nullptr, int64_t base_stride = 0) {
-        kernels.multiply({model.matrices[matrix], x, x_stride, base, base_stride, y, y_stride, count, buffers.rounded});
+        share_product(team, kernels, {model.matrices[matrix], x, x_stride, base, base_stride, y, y_stride, count,
+                                      buffers.rounded});
     }
 
     void normalise(int64_t norm, const float* x, int64_t x_stride, float* y, int64_t y_stride) {
@@ -193,19 +195,6 @@ private:
         gates.forward(call, cell.packed, buffers.gates_scratch, 0, count);
     }
 };
-
-// A head's vectors of positions [position][stride] as blocks of keys, [block][feature][key_block].
-inline void transpose_keys(const float* from, int64_t stride, int64_t positions, int64_t width, float* to) {
-    for (int64_t t = 0; t < positions; ++t) {
-        float* at = to + t / key_block * width * key_block + t % key_block;
-        for (int64_t d = 0; d < width; ++d) at[d * key_block] = from[t * stride + d];
-    }
-    // positions beyond the last must not be NaN: they are masked by their scores
-    for (int64_t t = positions; t < round_up(positions, key_block); ++t) {
-        float* at = to + t / key_block * width * key_block + t % key_block;
-        for (int64_t d = 0; d < width; ++d) at[d * key_block] = 0;
-    }
-}
 
 }  // namespace decode
 }  // namespace depthlstm

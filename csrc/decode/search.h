@@ -11,8 +11,8 @@ namespace decode {
 
 class Search {
 public:
-    Search(const Model& model, const StateHead& head, Part& part)
-        : model(model), head(head), part(part), rows(model, kernels(), part.buffers) {
+    Search(const Model& model, const StateHead& head, Part& part, Team& team)
+        : model(model), head(head), part(part), rows(model, kernels(), part.buffers, team) {
         const int64_t most = part.beams * std::min(2 * part.beams, model.decoder.vocabulary);
         if (part.beams > 1) candidates.reserve(std::size_t(most));  // the loop allocates nothing
         places.reserve(std::size_t(std::max(part.sources * part.beams, rows_at_once)));
@@ -133,12 +133,24 @@ private:
         for (int64_t i = 0; i < part.progress->active; ++i) {
             const int64_t source = part.active[i], position = part.first_position(source) + part.progress->step;
             for (int64_t row = source * part.beams; row < source * part.beams + each; ++row) {
+                keep_offsets(row, position);
                 put(part.tokens[row], row, position);
             }
         }
         run_branches([&](const Branch& branch) { attend_self(branch); });
         const float* out = rows.finish(model.decoder);
         rows.multiply(model.output, out, model.features, part.logits, model.decoder.vocabulary);
+    }
+
+    // Where the positions of the next row lie in every layer's caches.
+    void keep_offsets(int64_t row, int64_t position) {
+        const int64_t at = int64_t(places.size());
+        const int32_t* slots = part.beams > 1 ? part.slots + row * part.capacity : nullptr;
+        int64_t* offsets = part.offsets + at * part.capacity;
+        for (int64_t t = 0; t < position; ++t) offsets[t] = offset(t, slots == nullptr ? row : slots[t]);
+        offsets[position] = offset(position, row);
+        part.row_positions[at] = position + 1;
+        part.row_sources[at] = int32_t(row / part.beams);
     }
 
     int64_t offset(int64_t t, int64_t row) const {
@@ -160,102 +172,88 @@ private:
 
     float* keys_of(const Branch& branch) const { return part.cache + branch.self_place * 2 * part.layer_floats(model); }
 
-    // Puts keys and values of a row of `projected` into the cache; returns the row's queries.
-    const float* keep(const Branch& branch, int64_t i) {
+    // Puts keys and values of a row of `projected` into the cache.
+    void keep(const Branch& branch, int64_t i) {
         const int64_t all = model.heads * model.width, of_keys = model.key_floats();
         float* projected = part.buffers.projected + i * model.self_floats();
         if (model.has_rotation) rotate(projected, model.heads + model.key_heads, places[i].position);
         float* keys = keys_of(branch) + offset(places[i].position, places[i].row);
         std::memcpy(keys, projected + all, std::size_t(of_keys) * 4);
         std::memcpy(keys + part.layer_floats(model), projected + all + of_keys, std::size_t(of_keys) * 4);
-        return projected;
     }
 
     void attend_self(const Branch& branch) {
         const int64_t all = model.heads * model.width;
-        CacheAttention call;
-        call.keys = keys_of(branch);
-        call.values = call.keys + part.layer_floats(model);
-        call.offsets = part.offsets;
-        call.heads = model.heads;
-        call.width = model.width;
-        call.group = model.heads / model.key_heads;
-        call.scale = float(1 / std::sqrt(double(model.head_size)));
-        call.scores = part.buffers.scores;
+        int64_t most = 0;
         for (int64_t i = 0; i < rows.count; ++i) {
-            const auto [row, t] = places[i];
-            call.query = keep(branch, i);
-            const int32_t* slots = part.beams > 1 ? part.slots + row * part.capacity : nullptr;
-            for (int64_t j = 0; j < t; ++j) part.offsets[j] = offset(j, slots == nullptr ? row : slots[j]);
-            part.offsets[t] = offset(t, row);
-            call.positions = t + 1;
-            call.out = part.buffers.context + i * all;
-            rows.kernels.attend_cache(call);
+            keep(branch, i);
+            most = std::max(most, part.row_positions[i]);
         }
+        CacheTask task{};
+        task.attend = rows.kernels.attend_cache;
+        task.call.query = part.buffers.projected;
+        task.call.keys = keys_of(branch);
+        task.call.values = task.call.keys + part.layer_floats(model);
+        task.call.offsets = part.offsets;
+        task.call.heads = model.heads;
+        task.call.width = model.width;
+        task.call.group = model.heads / model.key_heads;
+        task.call.scale = model.attention_scale();
+        task.query_stride = model.self_floats();
+        task.offsets_stride = part.capacity;
+        task.positions = part.row_positions;
+        task.scratch = &part.scratch;
+        set_rows(task, all, most);
+        rows.team.share(task, task.chunks());
     }
 
-    // Rows of one prompt lie side by side, in the order of their positions: a head's keys become blocks for all.
+    void set_rows(ContextRows& task, int64_t floats, int64_t positions) const {
+        task.out = part.buffers.context;
+        task.rows = rows.count;
+        task.rows_each = rows_of_chunk(rows.count, positions, floats);
+        task.floats = floats;
+    }
+
+    // Rows of one prompt lie side by side, in the order of their positions.
     void attend_prompts(const Branch& branch) {
-        const int64_t P = model.width, all = model.heads * P, group = model.heads / model.key_heads;
+        const int64_t P = model.width, all = model.heads * P;
         for (int64_t i = 0; i < rows.count; ++i) keep(branch, i);
-        BlockAttention call;
-        call.keys = part.block_keys;
-        call.values = part.block_values;
-        call.width = P;
-        call.scale = float(1 / std::sqrt(double(model.head_size)));
-        call.scores = part.buffers.scores;
-        call.query_stride = model.self_floats();
-        call.out_stride = all;
-        call.later = 1;
         for (int64_t begin = 0, end = 0; begin < rows.count; begin = end) {
             while (end < rows.count && places[end].row == places[begin].row) ++end;
-            const int64_t positions = places[end - 1].position + 1;
-            call.positions = places[begin].position + 1;
-            call.queries = end - begin;
-            for (int64_t head = 0; head < model.key_heads; ++head) {
-                copy_to_blocks(keys_of(branch) + head * P, places[begin].row, positions);
-                for (int64_t h = head * group; h < (head + 1) * group; ++h) {
-                    call.query = part.buffers.projected + begin * model.self_floats() + h * P;
-                    call.out = part.buffers.context + begin * all + h * P;
-                    rows.kernels.attend_queries(call);
-                }
-            }
-        }
-    }
-
-    // A head's keys and values of a row of the cache, as attend_queries reads them.
-    void copy_to_blocks(const float* keys, int64_t row, int64_t positions) {
-        const int64_t P = model.width, stride = model.key_floats(), to_values = part.layer_floats(model);
-        for (int64_t t = 0; t < positions; t += key_block) {
-            const float* from = keys + offset(t, row);
-            const int64_t count = std::min(key_block, positions - t);
-            transpose_keys(from, stride, count, P, part.block_keys + t * P);
-            for (int64_t j = 0; j < count; ++j) {
-                std::memcpy(part.block_values + (t + j) * P, from + to_values + j * stride, std::size_t(P) * 4);
-            }
+            HeadsTask task{};
+            task.attend = rows.kernels.attend_queries;
+            task.call.positions = places[begin].position + 1;
+            task.call.queries = end - begin;
+            task.call.later = 1;
+            task.call.width = P;
+            task.call.scale = model.attention_scale();
+            task.call.query = part.buffers.projected + begin * model.self_floats();
+            task.call.query_stride = model.self_floats();
+            task.call.out = part.buffers.context + begin * all;
+            task.call.out_stride = all;
+            task.keys = keys_of(branch) + offset(0, places[begin].row);
+            task.to_values = part.layer_floats(model);
+            task.stride = model.key_floats();
+            task.block_stride = part.chunk_floats(model);
+            task.positions = places[end - 1].position + 1;
+            task.group = model.heads / model.key_heads;
+            task.scratch = &part.scratch;
+            share_heads(rows.team, task, model.key_heads);
         }
     }
 
     void attend_cross(const Branch& branch) {
-        const int64_t P = model.width, all = model.heads * P;
-        BlockAttention call;
-        call.width = P;
-        call.scale = float(1 / std::sqrt(double(model.head_size)));
-        call.scores = part.buffers.scores;
-        for (int64_t row = 0; row < rows.count; ++row) {
-            const int64_t source = places[row].row / part.beams, length = part.lengths[source];
-            const int64_t padded = round_up(length, key_block);
-            const float* keys = part.memory_of(model, source, branch.cross_place);
-            call.mask = part.mask + part.memory_begin[source];
-            call.positions = length;
-            for (int64_t h = 0; h < model.heads; ++h) {
-                call.query = part.buffers.projected + row * all + h * P;
-                call.keys = keys + h * padded * P;
-                call.values = keys + padded * all + h * padded * P;
-                call.out = part.buffers.context + row * all + h * P;
-                rows.kernels.attend_blocks(call);
-            }
-        }
+        const int64_t all = model.heads * model.width;
+        int64_t most = 1;
+        for (int64_t i = 0; i < rows.count; ++i) most = std::max<int64_t>(most, part.lengths[part.row_sources[i]]);
+        CrossTask task{};
+        task.attend = rows.kernels.attend_blocks;
+        task.model = &model;
+        task.part = &part;
+        task.cross_place = branch.cross_place;
+        task.query = part.buffers.projected;
+        set_rows(task, all, most);
+        rows.team.share(task, task.chunks());
     }
 
     float penalty(int64_t length) const { return float(std::pow((5.0 + double(length)) / 6.0, head.alpha)); }

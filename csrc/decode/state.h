@@ -1,5 +1,5 @@
 // The state of a search in one uint8 tensor: a head, the lengths of the sources or prompts, and an arena for each
-// thread. A language model's sources are its prompts: they have keys in the caches, and no memory.
+// part, which a team of threads runs. A language model's sources are its prompts: they have keys in the caches, and no memory.
 #pragma once
 
 #include "blob.h"
@@ -15,7 +15,7 @@ struct StateHead {
     char magic[8];
     int64_t bytes;
     uint64_t model;  // the blob's head_sum
-    int64_t sources, beams, max_length, parts, wants_scores;
+    int64_t sources, beams, max_length, parts, threads, wants_scores;
     double alpha;
     uint64_t sum;  // of the head up to here, and of the lengths
 };
@@ -27,9 +27,24 @@ struct Progress {
     int64_t active, step, bad_source, bad_step;
 };
 
-// The sources of one thread: their memories, caches, hypotheses and buffers.
+// Scratch of a worker's attention: scores, and a head's keys and values as blocks.
+struct AttentionScratch {
+    float* leader;
+    int64_t keys_at, values_at, floats;
+
+    AttentionScratch(Arena& arena, const Model& model, int64_t positions, int64_t longest)
+        : keys_at(std::max(model.heads, most_queries_at_once) * round_up(positions, key_block)),
+          values_at(keys_at + round_up(longest, key_block) * model.width),
+          floats(2 * values_at - keys_at) {
+        leader = arena.take<float>(floats);
+    }
+
+    float* of(const Team::Worker& worker) const { return worker.scratch == nullptr ? leader : worker.scratch; }
+};
+
+// Some sources: their memories, caches, hypotheses and buffers.
 struct Part {
-    int64_t first, sources, beams, max_length;
+    int64_t first, sources, beams, max_length, helpers;
     bool has_prompts;
     const int32_t* lengths;    // of each source, without padded positions
     int64_t capacity, chunks;  // positions of a row's cache, and blocks of them
@@ -45,17 +60,21 @@ struct Part {
     double* total;
     float *mask, *memory, *cache, *logits, *top_values;
     int32_t* top_tokens;
-    int64_t* offsets;
+    // Of each row of a step: its source, how many positions it attends to, and where they lie in the caches. Helpers
+    // read old values as well, so none may ever point outside.
+    int32_t* row_sources;
+    int64_t *row_positions, *offsets;
     Buffers buffers;
-    float *block_keys, *block_values;
+    AttentionScratch scratch;
 
     // Lays the part out in the arena. Zero-length arrays cost nothing; pages that no step reaches are never touched.
     Part(Arena& arena, const Model& model, int64_t first, int64_t sources, int64_t beams, int64_t max_length,
-         const int32_t* lengths)
+         const int32_t* lengths, int64_t helpers)
         : first(first),
           sources(sources),
           beams(beams),
           max_length(max_length),
+          helpers(helpers),
           has_prompts(!model.has_encoder()),
           lengths(lengths),
           capacity(max_length + (has_prompts ? longest() - 1 : 0)),
@@ -79,10 +98,11 @@ struct Part {
           logits(arena.take<float>(sources * beams * model.decoder.vocabulary)),
           top_values(arena.take<float>(beams > 1 ? 2 * beams : 0)),
           top_tokens(arena.take<int32_t>(beams > 1 ? 2 * beams : 0)),
-          offsets(arena.take<int64_t>(capacity)),
-          buffers(arena, model, std::max(sources * beams, input_rows()), std::max(capacity, longest())),
-          block_keys(arena.take<float>(round_up(longest(), key_block) * model.width)),
-          block_values(arena.take<float>(round_up(longest(), key_block) * model.width)) {}
+          row_sources(arena.take<int32_t>(sources * beams)),
+          row_positions(arena.take<int64_t>(sources * beams)),
+          offsets(arena.take<int64_t>(sources * beams * capacity)),
+          buffers(arena, model, std::max(sources * beams, input_rows())),
+          scratch(arena, model, std::max(capacity, longest()), longest()) {}
 
     int64_t longest() const {
         int64_t most = 0;
@@ -146,8 +166,9 @@ struct State {
         arena.take<int32_t>(head.sources);
         for (int64_t part = 0; part < head.parts; ++part) {
             const int64_t begin = head.sources * part / head.parts, end = head.sources * (part + 1) / head.parts;
+            const int64_t helpers = (head.threads - part + head.parts - 1) / head.parts - 1;  // as run_parts has them
             arena.take<char>(4096);  // two threads' memory apart
-            parts.emplace_back(arena, model, begin, end - begin, head.beams, head.max_length, lengths + begin);
+            parts.emplace_back(arena, model, begin, end - begin, head.beams, head.max_length, lengths + begin, helpers);
         }
         bytes = arena.used();
     }

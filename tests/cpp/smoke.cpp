@@ -8,6 +8,7 @@
 #include "depth_lstm/cpu.h"
 
 int smoke_decode();  // smoke_decode.cpp
+int smoke_team();    // smoke_team.cpp
 
 int main() {
     using namespace depthlstm;
@@ -23,5 +24,5 @@ int main() {
     smoke::smoke_layer_mix();
     smoke::smoke_layer_attend();
     std::printf("smoke: %s, %d outputs compared, %d wrong\n", kernels->isa, smoke::checks, smoke::failures);
-    return smoke::failures + smoke_decode() == 0 ? 0 : 1;
+    return smoke::failures + smoke_decode() + smoke_team() == 0 ? 0 : 1;
 }

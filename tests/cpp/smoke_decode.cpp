@@ -104,6 +104,7 @@ void product(const DecodeKernels& kernels, WeightType type, int64_t outputs, int
         call.base = y.at();
         call.base_stride = y_stride;
     }
+    if (call.panels.type == WeightType::int8) kernels.round_rows(call);
     kernels.multiply(call);
     for (int64_t row = 0; row < rows; ++row)
         for (int64_t o = 0; o < outputs; ++o)
