@@ -101,8 +101,8 @@ inline void transpose_keys(const float* from, int64_t stride, int64_t positions,
 // Many queries of one sequence. A chunk is some heads of queries that share a head of keys, which becomes blocks first.
 struct HeadsTask {
     void (*attend)(const BlockAttention&);
-    BlockAttention call;  // of the first head, without keys, values and scores
-    const float* keys;    // of the first head and position; values lie `to_values` behind
+    BlockAttention call;                      // of the first head, without keys, values and scores
+    const float* keys;                        // of the first head and position; values lie `to_values` behind
     int64_t to_values, stride, block_stride;  // of a position, and of key_block of them
     int64_t positions;                        // of the last query
     int64_t group, heads_each;                // heads of queries that share keys, and those of a chunk
@@ -115,7 +115,8 @@ struct HeadsTask {
 
     void run(int64_t chunk, const Team::Worker& worker) const {
         const int64_t P = call.width, first = first_head(chunk);
-        float *scores = scratch->of(worker), *own_keys = scores + scratch->keys_at, *own_values = scores + scratch->values_at;
+        float *scores = scratch->of(worker), *own_keys = scores + scratch->keys_at,
+              *own_values = scores + scratch->values_at;
         const float* from = keys + chunk / slices() * P;
         for (int64_t t = 0; t < positions; t += key_block, from += block_stride) {
             const int64_t count = std::min(key_block, positions - t);

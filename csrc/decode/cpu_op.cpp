@@ -197,7 +197,8 @@ public:
         const std::lock_guard<std::mutex> guard(mutex);
         kept.push_back(std::move(call_));
         std::erase_if(kept, [](const std::unique_ptr<Call>& call) {
-            return std::all_of(call->teams.begin(), call->teams.end(), [](const Team& team) { return team.has_left(); });
+            return std::all_of(call->teams.begin(), call->teams.end(),
+                               [](const Team& team) { return team.has_left(); });
         });
     }
     const Model& model() const { return call_->model; }

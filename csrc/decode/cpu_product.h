@@ -37,16 +37,22 @@ struct Weights<WeightType::bfloat16> {
 };
 
 template <WeightType type, int strip_vectors, int rows>
-inline __attribute__((always_inline)) void strip_rows(const ProductCall& call, int64_t first, int64_t row) {
+inline __attribute__((always_inline)) void strip_rows(const ProductCall& call, int64_t first, int64_t row,
+                                                      bool fetches_next) {
     using Read = Weights<type>;
     constexpr int chains = rows == 1 ? least_accumulators / strip_vectors : 1;
     constexpr int64_t step = Read::inputs;
     constexpr int64_t stride = panel_outputs * step * Read::element_bytes;
+    constexpr int64_t strip_bytes = strip_vectors * W * step * Read::element_bytes;
     const Panels& panels = call.panels;
     const int64_t inputs = panels.inputs, steps = inputs / step;
     const int64_t panel_bytes = (inputs + step - 1) / step * stride;
     const char* w = static_cast<const char*>(panels.weights) + first / panel_outputs * panel_bytes +
                     first % panel_outputs * step * Read::element_bytes;
+    // of float32 that took 1.1 times as long, and a row's weights are one stream anyway
+    const bool fetches = type == WeightType::bfloat16 && rows > 1 && fetches_next;
+    const bool is_last = first % panel_outputs + strip_vectors * W == panel_outputs;
+    const int64_t to_next = is_last ? panel_bytes - stride + strip_bytes : strip_bytes;
     const float* x[rows];
     for (int r = 0; r < rows; ++r) x[r] = call.x + (row + r) * call.x_stride;
     V sum[chains][rows][strip_vectors];
@@ -61,7 +67,7 @@ inline __attribute__((always_inline)) void strip_rows(const ProductCall& call, i
     // The sums and the fewer of weights and factors leave a register for one of the others.
     const auto add = [&](auto u, int64_t k, auto used) __attribute__((always_inline)) {
         const auto weight = [&](auto v, auto i)
-            __attribute__((always_inline)) { return Read::read(w + k * stride, v, i); };
+                                __attribute__((always_inline)) { return Read::read(w + k * stride, v, i); };
         const auto factor = [&](auto r, auto i) __attribute__((always_inline)) { return V(x[r][k * step + i]); };
         const auto fma = [&](auto r, auto v, V f, V g) __attribute__((always_inline)) {
             sum[u][r][v] = xsimd::fma(f, g, sum[u][r][v]);
@@ -87,8 +93,12 @@ inline __attribute__((always_inline)) void strip_rows(const ProductCall& call, i
     constexpr std::integral_constant<int, int(step)> all;
     constexpr std::integral_constant<int, 0> one_chain;
     int64_t k = 0;
-    for (; k + chains <= steps; k += chains)
+    for (; k + chains <= steps; k += chains) {
+        if (fetches) {
+            for (int64_t line = 0; line < strip_bytes; line += 64) __builtin_prefetch(w + k * stride + to_next + line);
+        }
         unrolled<chains>([&](auto u) __attribute__((always_inline)) { add(u, k + u, all); });
+    }
     for (; k < steps; ++k) add(one_chain, k, all);
     if (step > 1 && inputs % step != 0) add(one_chain, k, std::integral_constant<int, 1>());
     unrolled<rows>([&](auto r) __attribute__((always_inline)) {
@@ -103,33 +113,36 @@ inline __attribute__((always_inline)) void strip_rows(const ProductCall& call, i
 }
 
 template <WeightType type, int strip_vectors, int rows>
-inline __attribute__((always_inline)) void multiply_strip(const ProductCall& call, int64_t first, int64_t row) {
+inline __attribute__((always_inline)) void multiply_strip(const ProductCall& call, int64_t first, int64_t row,
+                                                          bool fetches_next) {
     if constexpr (type == WeightType::int8) {
-        int8_strip_rows<strip_vectors, rows>(call, first, row);
+        int8_strip_rows<strip_vectors, rows>(call, first, row, fetches_next);
     } else {
-        strip_rows<type, strip_vectors, rows>(call, first, row);
+        strip_rows<type, strip_vectors, rows>(call, first, row, fetches_next);
     }
 }
 
 // A group of at most `rows` rows.
 template <WeightType type, int strip_vectors, int rows>
 inline __attribute__((always_inline)) void multiply_group(const ProductCall& call, int64_t first, int64_t row,
-                                                          int64_t count) {
+                                                          int64_t count, bool fetches_next) {
     if constexpr (rows > 0) {
-        if (count == rows) return multiply_strip<type, strip_vectors, rows>(call, first, row);
-        multiply_group<type, strip_vectors, rows - 1>(call, first, row, count);
+        if (count == rows) return multiply_strip<type, strip_vectors, rows>(call, first, row, fetches_next);
+        multiply_group<type, strip_vectors, rows - 1>(call, first, row, count, fetches_next);
     }
 }
 
-// Strips outside, groups of rows inside: a strip is read from memory once, and from a cache for further groups. Groups
-// are alike, because few sums wait for each other: four and four rows take less time than six and two.
+// Strips outside, groups of rows inside: a strip is read from memory once, and from a cache for further groups. The first
+// group fetches the next strip meanwhile. Groups are alike, because few sums wait for each other: four and four rows take
+// less time than six and two.
 template <WeightType type, int strip_vectors, int most_rows>
 __attribute__((noinline)) void multiply_by(const ProductCall& call) {
     const int64_t groups = (call.rows + most_rows - 1) / most_rows;
     for (int64_t first = 0; first < call.panels.outputs; first += strip_vectors * W) {
         for (int64_t group = 0, row = 0; group < groups; ++group) {
             const int64_t end = call.rows * (group + 1) / groups;
-            multiply_group<type, strip_vectors, most_rows>(call, first, row, end - row);
+            const bool fetches_next = group == 0 && first + strip_vectors * W < call.panels.outputs;
+            multiply_group<type, strip_vectors, most_rows>(call, first, row, end - row, fetches_next);
             row = end;
         }
     }

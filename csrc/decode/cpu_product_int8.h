@@ -83,7 +83,8 @@ inline __attribute__((always_inline)) Sums multiply_pairs(Pairs weights, int32_t
 }
 
 template <int strip_vectors, int rows>
-inline __attribute__((always_inline)) void int8_strip_rows(const ProductCall& call, int64_t first, int64_t row) {
+inline __attribute__((always_inline)) void int8_strip_rows(const ProductCall& call, int64_t first, int64_t row,
+                                                           bool fetches_next) {
     const Panels& panels = call.panels;
     const int64_t pairs = (panels.inputs + 1) / 2, bytes = rounded_row_bytes(panels.inputs);
     const int8_t* w = static_cast<const int8_t*>(panels.weights) + first / panel_outputs * pairs * 2 * panel_outputs +
@@ -93,7 +94,7 @@ inline __attribute__((always_inline)) void int8_strip_rows(const ProductCall& ca
     // A panel's last strip lies in L1, where an earlier one has brought it: meanwhile the next panel is fetched.
     const bool is_last =
         strip_vectors * W < panel_outputs && first % panel_outputs + strip_vectors * W == panel_outputs;
-    const bool fetches = is_last && row == 0;
+    const bool fetches = fetches_next && is_last;
     Sums sum[rows][strip_vectors];
     unrolled<rows>([&](auto r) __attribute__((always_inline)) {
         unrolled<strip_vectors>([&](auto v) __attribute__((always_inline)) { sum[r][v] = Sums(0); });
@@ -101,8 +102,7 @@ inline __attribute__((always_inline)) void int8_strip_rows(const ProductCall& ca
     for (int64_t k = 0; k < pairs; ++k, w += 2 * panel_outputs) {
         if (fetches) __builtin_prefetch(w + pairs * 2 * panel_outputs, 0, 3);
         Pairs weights[strip_vectors];
-        unrolled<strip_vectors>(
-            [&](auto v) __attribute__((always_inline)) { weights[v] = read_pairs(w + v * 2 * W); });
+        unrolled<strip_vectors>([&](auto v) __attribute__((always_inline)) { weights[v] = read_pairs(w + v * 2 * W); });
         unrolled<rows>([&](auto r) __attribute__((always_inline)) {
             int32_t inputs;
             std::memcpy(&inputs, x[r] + 2 * k, sizeof inputs);

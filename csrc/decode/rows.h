@@ -75,8 +75,8 @@ public:
 
     void multiply(int64_t matrix, const float* x, int64_t x_stride, float* y, int64_t y_stride,
                   const float* base = nullptr, int64_t base_stride = 0) {
-        share_product(team, kernels, {model.matrices[matrix], x, x_stride, base, base_stride, y, y_stride, count,
-                                      buffers.rounded});
+        share_product(team, kernels,
+                      {model.matrices[matrix], x, x_stride, base, base_stride, y, y_stride, count, buffers.rounded});
     }
 
     void normalise(int64_t norm, const float* x, int64_t x_stride, float* y, int64_t y_stride) {

@@ -20,7 +20,8 @@ namespace decode {
 
 class Team final : public Helped {
 public:
-    static constexpr int64_t result_floats = int64_t(1) << 16;  // of a helper: the chunks that the leader has not copied
+    static constexpr int64_t result_floats = int64_t(1)
+                                             << 16;  // of a helper: the chunks that the leader has not copied
     static constexpr int64_t most_chunks = 255, most_helpers = 128;
 
     // Who runs a chunk. A helper has memory for the chunk's result and for scratch, the leader has neither.
@@ -127,7 +128,7 @@ private:
     alignas(64) std::atomic<uint64_t> word_{0};  // epoch | the first free chunk | behind the last
     alignas(64) std::atomic<uint64_t> payload_[words]{};
     alignas(64) std::atomic<uint64_t> chunks_[most_chunks]{};  // epoch | 0: nobody's result, 1: the leader's, or where
-    const std::vector<Helper*> helpers_;  // the last: they begin when it is made
+    const std::vector<Helper*> helpers_;                       // the last: they begin when it is made
 
     static void pause() {
 #if defined(__x86_64__)

@@ -38,9 +38,9 @@ struct Add {
     float* out;
     int64_t each;
     float salt;
-    int64_t wanted = 0;        // claimed chunks that the leader waits for in a chunk of its own
-    int64_t held = 0;          // helpers keep a chunk until so much is released
-    int64_t releases = 0;      // what the leader releases, and the late chunks that it waits for then
+    int64_t wanted = 0;    // claimed chunks that the leader waits for in a chunk of its own
+    int64_t held = 0;      // helpers keep a chunk until so much is released
+    int64_t releases = 0;  // what the leader releases, and the late chunks that it waits for then
     int64_t wanted_late = 0;
     bool is_too_late = false;  // helpers keep a chunk until the task is over
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from decode_helpers import sharpen
 from helpers import needs_cpp
-from torch import Tensor
 from test_robustness import run
+from torch import Tensor
 
 import depthlstm_fast as dl
 
