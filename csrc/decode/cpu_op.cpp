@@ -171,7 +171,12 @@ Tensor decode_encode(const Tensor& blob, const Tensor& source, const OptionalTen
     for (int32_t each : lengths) kept += each;
     std::vector<float> dense(static_cast<std::size_t>(kept * D));
     Team alone(0, 0, 0);
-    Encoder(model, part, sources, alone).run(dense.data());
+    Encoder encoder(model, part, sources, alone);
+    float* next = dense.data();
+    for (int64_t begin = 0, end = 0; begin < batch; begin = end) {
+        end = encoder.run(begin, next);
+        for (int64_t b = begin; b < end; ++b) next += lengths[b] * D;
+    }
     std::memset(to, 0, std::size_t(batch * length * D) * 4);
     int64_t row = 0;
     for (int64_t b = 0; b < batch; ++b) {
@@ -244,7 +249,19 @@ void divide(const Model& model, int64_t threads, StateHead& head) {
     if (2 * shared < all) head.parts = head.threads = std::min(threads, head.sources);
 }
 
-// Encodes the sources, or reads the prompts, and returns the state of their search.
+// Encodes some of the sources, or reads some positions of the prompts.
+void read_some(const Model& model, const StateHead& head, Part& part, Team& team,
+               const std::vector<SourceTokens>& sources) {
+    int64_t& read = part.progress->read_sources;
+    if (read == part.sources) return;
+    if (model.has_encoder()) {
+        read = Encoder(model, part, sources, team).run(read);
+    } else {
+        Search(model, head, part, team).read_prompts(sources);
+    }
+}
+
+// Returns the state of a search that has read some of the sources or prompts; decode_read reads the others.
 Tensor decode_start(const Tensor& blob, const Tensor& source, const OptionalTensor& mask, int64_t beams,
                     int64_t max_length, double length_penalty, bool scores, int64_t threads) {
     const Model model = open_blob(blob);
@@ -279,10 +296,38 @@ Tensor decode_start(const Tensor& blob, const Tensor& source, const OptionalTens
     std::memcpy(base, &head, sizeof head);
     Running call(blob, state, model, State(model, head, reinterpret_cast<const int32_t*>(base + lengths_begin), base));
     call.run([&](Part& part, Team& team) {
-        if (model.has_encoder()) Encoder(call.model(), part, sources, team).run();
         Search(call.model(), head, part, team).start(sources);
+        read_some(call.model(), head, part, team, sources);
     });
     return state;
+}
+
+// How many sources or prompts have not been read, or not to their end.
+int64_t waiting(const State& state) {
+    int64_t found = 0;
+    for (const Part& part : state.parts) found += part.sources - part.progress->read_sources;
+    return found;
+}
+
+// Reads some more of the sources or prompts that decode_start was given, with their mask. Returns how many wait.
+int64_t decode_read(const Tensor& blob, const Tensor& state, const Tensor& source, const OptionalTensor& mask) {
+    Running call(blob, state);
+    const StateHead& head = call.state().head;
+    const std::vector<SourceTokens> sources = read_sources(call.model(), source, mask);
+    const std::vector<int32_t> lengths = lengths_of(sources);
+    STD_TORCH_CHECK(int64_t(lengths.size()) == head.sources &&
+                        std::equal(lengths.begin(), lengths.end(), call.state().parts.front().lengths),
+                    "source and mask must be those of decode_start");
+    if (waiting(call.state()) > 0) {
+        call.run([&](Part& part, Team& team) { read_some(call.model(), head, part, team, sources); });
+    }
+    return waiting(call.state());
+}
+
+void check_read(const State& state) {
+    STD_TORCH_CHECK(waiting(state) == 0,
+                    "state must have read all sources: call decode_read until it returns 0; found ", waiting(state),
+                    " that wait");
 }
 
 // At most `steps` more tokens. Returns three numbers: the sources that go on, and where a logit was NaN the source and
@@ -291,6 +336,7 @@ Tensor decode_advance(const Tensor& blob, const Tensor& state, int64_t steps) {
     STD_TORCH_CHECK(steps >= 1, "steps must be at least 1; found ", steps);
     Running call(blob, state);
     const State& found = call.state();
+    check_read(found);
     call.run([&](Part& part, Team& team) { Search(call.model(), found.head, part, team).advance(steps); });
     const int64_t sizes[] = {3};
     Tensor out = empty(sizes, 1, aoti_torch_dtype_int64(), device_of(state));
@@ -314,6 +360,7 @@ Tensor decode_step(const Tensor& blob, const Tensor& state, const OptionalTensor
     const Model& model = call.model();
     const State& found = call.state();
     const StateHead& head = found.head;
+    check_read(found);
     STD_TORCH_CHECK(head.beams == 1, "state must have one beam; found ", head.beams);
     const int64_t V = model.decoder.vocabulary;
     const int64_t* ids = nullptr;
@@ -385,6 +432,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(DEPTHLSTM_NAMESPACE, m) {
     m.def(
         "decode_start(Tensor blob, Tensor source, Tensor? mask, int beams, int max_length, float length_penalty, bool "
         "scores, int threads) -> Tensor");
+    m.def("decode_read(Tensor blob, Tensor(a!) state, Tensor source, Tensor? mask) -> int");
     m.def("decode_advance(Tensor blob, Tensor(a!) state, int steps) -> Tensor");
     m.def("decode_step(Tensor blob, Tensor(a!) state, Tensor? tokens) -> Tensor");
     m.def("decode_finish(Tensor blob, Tensor state) -> (Tensor tokens, Tensor scores)");
@@ -396,6 +444,7 @@ STABLE_TORCH_LIBRARY_IMPL(DEPTHLSTM_NAMESPACE, CPU, m) {
     m.impl("decode_fingerprint", TORCH_BOX(&depthlstm::decode::decode_fingerprint));
     m.impl("decode_encode", TORCH_BOX(&depthlstm::decode::decode_encode));
     m.impl("decode_start", TORCH_BOX(&depthlstm::decode::decode_start));
+    m.impl("decode_read", TORCH_BOX(&depthlstm::decode::decode_read));
     m.impl("decode_advance", TORCH_BOX(&depthlstm::decode::decode_advance));
     m.impl("decode_step", TORCH_BOX(&depthlstm::decode::decode_step));
     m.impl("decode_finish", TORCH_BOX(&depthlstm::decode::decode_finish));

@@ -18,31 +18,28 @@ public:
     Encoder(const Model& model, Part& part, const std::vector<SourceTokens>& given, Team& team)
         : model(model), part(part), given(given), rows(model, kernels(), part.buffers, team) {}
 
-    // Encodes every source of the part, in groups of some hundred positions. What `memory_out` names, with a row of D
-    // for each kept position in their order, also gets the encoder's output.
-    void run(float* memory_out = nullptr) {
-        for (int64_t begin = 0, end = 0, count = 0; begin < part.sources; begin = end) {
-            end = part.group_end(begin, count);
-            rows.count = count;
-            int64_t row = 0;
-            for (int64_t source = begin; source < end; ++source) {
-                const SourceTokens& tokens = given[part.first + source];
-                for (int64_t t = 0; t < part.lengths[source]; ++t) {
-                    rows.embed(model.encoder, row++, tokens.ids[t], tokens.positions[t]);
-                    part.mask[part.memory_begin[source] + t] = tokens.added[t];
-                }
-            }
-            for (const Branch& branch : model.encoder.branches) {
-                rows.run(branch, [&](const Branch&) { attend(begin, end); }, [](const Branch&) {});
-            }
-            const float* out = rows.finish(model.encoder);
-            if (memory_out != nullptr) {
-                std::memcpy(memory_out, out, std::size_t(count * model.features) * 4);
-                memory_out += count * model.features;
-            } else {
-                keep(out, begin, end);
+    // Encodes some sources from `begin` on, of some hundred positions, and returns which one is next. What `memory_out`
+    // names, with a row of D for each kept position, gets the encoder's output in place of the memories.
+    int64_t run(int64_t begin, float* memory_out = nullptr) {
+        const int64_t end = part.group_end(begin, rows.count);
+        int64_t row = 0;
+        for (int64_t source = begin; source < end; ++source) {
+            const SourceTokens& tokens = given[part.first + source];
+            for (int64_t t = 0; t < part.lengths[source]; ++t) {
+                rows.embed(model.encoder, row++, tokens.ids[t], tokens.positions[t]);
+                part.mask[part.memory_begin[source] + t] = tokens.added[t];
             }
         }
+        for (const Branch& branch : model.encoder.branches) {
+            rows.run(branch, [&](const Branch&) { attend(begin, end); }, [](const Branch&) {});
+        }
+        const float* out = rows.finish(model.encoder);
+        if (memory_out != nullptr) {
+            std::memcpy(memory_out, out, std::size_t(rows.count * model.features) * 4);
+        } else {
+            keep(out, begin, end);
+        }
+        return end;
     }
 
 private:

@@ -10,7 +10,7 @@ namespace depthlstm {
 namespace decode {
 
 // A chunk takes about this long: much longer than to claim it, and much shorter than a time slice.
-constexpr double chunk_ns = 4000;
+constexpr double chunk_ns = 2000;
 
 struct ProductTask {
     void (*multiply)(const ProductCall&);
@@ -43,7 +43,7 @@ struct ProductTask {
 // How long a panel takes: its way from memory, or its multiplications.
 inline double panel_ns(const Panels& matrix, int64_t rows) {
     const double multiplications = double(rows * matrix.inputs * panel_outputs);
-    const double ns = multiplications * (matrix.type == WeightType::int8 ? 0.02 : 0.04);
+    const double ns = multiplications * (matrix.type == WeightType::int8 ? 0.015 : 0.03);
     return std::max(ns, double(weight_bytes(matrix) * panel_outputs) * 0.1);
 }
 

@@ -18,9 +18,9 @@ public:
         places.reserve(std::size_t(std::max(part.sources * part.beams, rows_at_once)));
     }
 
-    // Every source at its first token, or at the last one of its prompt.
+    // Every source at its first token, or at the last one of its prompt; none of them has been read.
     void start(const std::vector<SourceTokens>& given) {
-        *part.progress = {part.sources, 0, -1, -1};
+        *part.progress = {part.sources, 0, -1, -1, 0, 0};
         for (int64_t source = 0; source < part.sources; ++source) {
             const int64_t token = part.has_prompts ? given[part.first + source].ids.back() : model.bos;
             part.active[source] = int32_t(source);
@@ -38,7 +38,20 @@ public:
             int32_t* slots = part.slots + row * part.capacity;
             std::fill(slots, slots + part.first_position(source), int32_t(row));
         }
-        if (part.has_prompts) read_prompts(given);
+    }
+
+    // Keys and values of the prompts' next positions, up to their last tokens, which the first step reads.
+    void read_prompts(const std::vector<SourceTokens>& given) {
+        Progress& at = *part.progress;
+        places.clear();
+        for (; at.read_sources < part.sources; ++at.read_sources, at.read_positions = 0) {
+            const int64_t source = at.read_sources;
+            for (int64_t& t = at.read_positions; t < part.first_position(source); ++t) {
+                if (int64_t(places.size()) == rows_at_once) return read_places();
+                put(given[part.first + source].ids[t], source * part.beams, t);
+            }
+        }
+        if (!places.empty()) read_places();
     }
 
     // At most `steps` tokens for every source that goes on. It stops where a logit is NaN, and says so in `progress`.
@@ -111,19 +124,8 @@ private:
         }
     }
 
-    // Keys and values of the prompts but for their last tokens, which the first step reads.
-    void read_prompts(const std::vector<SourceTokens>& given) {
-        const auto attend = [&](const Branch& branch) { attend_prompts(branch); };
-        places.clear();
-        for (int64_t source = 0; source < part.sources; ++source) {
-            for (int64_t t = 0; t < part.first_position(source); ++t) {
-                put(given[part.first + source].ids[t], source * part.beams, t);
-                if (int64_t(places.size()) < rows_at_once) continue;
-                run_branches(attend);
-                places.clear();
-            }
-        }
-        if (!places.empty()) run_branches(attend);
+    void read_places() {
+        run_branches([&](const Branch& branch) { attend_prompts(branch); });
     }
 
     // The logits of the next token of every active row.

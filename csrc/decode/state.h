@@ -25,6 +25,7 @@ constexpr int64_t lengths_begin = 128;
 // What changes in a part from call to call besides its arrays.
 struct Progress {
     int64_t active, step, bad_source, bad_step;
+    int64_t read_sources, read_positions;  // of the sources or prompts: whole ones, and of the next prompt
 };
 
 // Scratch of a worker's attention: scores, and a head's keys and values as blocks.

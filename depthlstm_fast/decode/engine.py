@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 import weakref
 from typing import Any, NamedTuple
 
@@ -121,7 +122,11 @@ def run(packed: Packed, src: Tensor, mask: Tensor | None, settings: Settings, sc
 
 def _start(blob: Tensor, src: Tensor, mask: Tensor | None, settings: Settings, scores: bool) -> Tensor:
     options = (settings.beams, settings.max_length, float(settings.length_penalty), scores, torch.get_num_threads())
-    return operators().decode_start(blob, src.contiguous(), mask, *options)
+    src = src.contiguous()
+    state = operators().decode_start(blob, src, mask, *options)
+    while operators().decode_read(blob, state, src, mask):
+        pass  # Python looks for Ctrl-C between calls
+    return state
 
 
 def sample(
@@ -142,15 +147,21 @@ def sample(
     return token_search(next_logits, sampler.draw, settings)
 
 
+def next_steps(steps: int, seconds: float) -> int:
+    """How many steps a call takes some 0.05 s for, between which Python looks for Ctrl-C."""
+    return max(1, min(4 * steps, 4096, int(steps * 0.05 / max(seconds, 1e-6))))
+
+
 def _run_part(
     blob: Tensor, src: Tensor, mask: Tensor | None, settings: Settings, scores: bool, first: int
 ) -> tuple[Tensor, Tensor]:
     ops = operators()
     state = _start(blob, src, mask, settings, scores)
-    # Python looks for Ctrl-C between calls
-    steps = min(32, max(1, 512 // (src.shape[0] * settings.beams)))
+    steps = 1
     while True:
+        began = time.monotonic()
         left, bad_source, bad_token = ops.decode_advance(blob, state, steps).tolist()
+        steps = next_steps(steps, time.monotonic() - began)
         if bad_source >= 0:
             bad_source += first
             raise nan_error(bad_source, bad_token)
