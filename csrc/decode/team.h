@@ -155,8 +155,8 @@ private:
 
     template <class Task>
     void lead(const Task& task, int64_t chunks) {
-        // As long as a chunk takes the leader, it waits for a helper's; less than a time slice.
-        Clock::duration patience = std::chrono::microseconds(2);
+        // As long as a chunk takes the leader, it waits for a helper's: the shortest one, in which it was not preempted.
+        Clock::duration patience = Clock::duration::max();
         uint64_t found = word_.load(std::memory_order_relaxed);
         for (;;) {
             const uint64_t front = found >> 16 & 0xffff, back = found & 0xffff;
@@ -164,9 +164,10 @@ private:
             if (!word_.compare_exchange_weak(found, found + (1 << 16), std::memory_order_relaxed)) continue;
             const Clock::time_point began = Clock::now();
             task.run(int64_t(front), {});
-            patience = std::min<Clock::duration>(Clock::now() - began, std::chrono::milliseconds(1));
+            patience = std::min(patience, Clock::now() - began);
             found = word_.load(std::memory_order_relaxed);
         }
+        patience = std::min<Clock::duration>(patience, std::chrono::milliseconds(10));  // or it ran none
         for (int64_t chunk = chunks - 1; chunk >= int64_t(found & 0xffff); --chunk) {
             uint64_t state = chunks_[chunk].load(std::memory_order_acquire);
             if (state == epoch_ << 16) {

@@ -15,7 +15,7 @@ FLOORS = (
     ("__init__",),
     ("measure",),
     ("subjects", "report"),
-    ("gpu", "processes", "run"),
+    ("gpu", "processes", "run", "threads"),
     ("__main__", "conftest", "test_rows"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "decoding.md"
 RESULTS = ROOT / "benchmarks" / "results" / "amd-epyc-2-cores" / "decode_engine" / "results.json"
 CAUSAL = RESULTS.parents[1] / "causal_engine" / "results.json"
+THREADS = RESULTS.parents[1] / "decode_threads" / "results.json"
 CONTESTANTS = ("eager", "against", "rival_int8", "fused", "bfloat16", "int8")
 
 pytestmark = pytest.mark.skipif(not PAGE.is_file(), reason="no checkout")
@@ -37,6 +38,28 @@ def measured_of_language_models() -> list[str]:
         if "a prompt of" not in model:
             lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def measured_with_threads() -> list[str]:
+    rows, lines = json.loads(THREADS.read_text(encoding="utf-8"))["rows"], []
+    for first in range(0, len(rows), 3):
+        each = rows[first : first + 3]
+        assert [row["busy_programs"] for row in each] == [0, 1, 2]
+        assert len({(row["dtype"], row["batch"], row["beams"]) for row in each}) == 1
+        search = "greedy" if each[0]["beams"] == 1 else f"beam {each[0]['beams']}"
+        cells = [each[0]["dtype"], f"batch {each[0]['batch']}, {search}"]
+        cells += [f"{each[0][f'tokens_per_second_{threads}']['median']:,.0f}" for threads in (1, 2)]
+        ratios = [row["two_over_one"] for row in each]
+        cells += [f"{ratio['median']:.2f} ({ratio['p10']:.2f} to {ratio['p90']:.2f})" for ratio in ratios]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def test_speeds_with_threads_are_those_measured() -> None:
+    part = PAGE.read_text(encoding="utf-8").partition("## Threads")[2].partition("\n## ")[0]
+    found = [line for line in part.splitlines() if line.startswith(("| float32", "| bfloat16", "| int8"))]
+    assert found == measured_with_threads()
+    assert len(found) == 9
 
 
 def test_speeds_of_language_models_are_those_measured() -> None:
