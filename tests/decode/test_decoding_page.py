@@ -67,6 +67,15 @@ def test_speeds_of_language_models_are_those_measured() -> None:
     found = [line for line in part.splitlines() if line.startswith(("| depth-lstm,", "| pre-norm,"))]
     assert found == measured_of_language_models()
     assert len(found) == 4
+    times = {}
+    for row in json.loads(CAUSAL.read_text(encoding="utf-8"))["rows"]:
+        if "a prompt of" in row["name"]:
+            speeds = row["values"]
+            times[row["name"].split()[-1]] = speeds["eager"]["median"] / speeds["fused"]["median"]
+    told = (
+        f"A prompt of 512 tokens takes {times['512']:.2f} of PyTorch's time, one of 2,048 tokens {times['2048']:.2f}."
+    )
+    assert told in part
 
 
 def test_speeds_are_those_measured() -> None:
