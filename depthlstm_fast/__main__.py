@@ -22,7 +22,8 @@ LIBRARY = FOLDER / "_C.abi3.so"
 BUILD_FAILURE = FOLDER / "_C.build_failed.txt"  # written by setup.py
 STAMP = re.compile(rb"depthlstm_fast build: ([^\x00]+)\x00")
 AVX512_FLAGS = {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"}
-CPU_FLAGS = {"avx2": {"avx2", "fma", "f16c"}, "avx512": AVX512_FLAGS, "avx512_bf16": AVX512_FLAGS | {"avx512_bf16"}}
+AVX512_BF16_FLAGS = AVX512_FLAGS | {"avx512_bf16", "avx512_vnni"}
+CPU_FLAGS = {"avx2": {"avx2", "fma", "f16c"}, "avx512": AVX512_FLAGS, "avx512_bf16": AVX512_BF16_FLAGS}
 VARIABLES = re.compile(r"DEPTHLSTM_|OMP_|MKL_|KMP_|GOMP_|CUDA_VISIBLE_DEVICES$|TRITON_INTERPRET$|LD_PRELOAD$")
 
 

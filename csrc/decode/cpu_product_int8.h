@@ -4,6 +4,7 @@
 // row's result does not depend on the rows beside it. The largest number of a row becomes the largest integer of which
 // `inputs` products with a weight of 127 fit int32: 32767 up to 516 inputs, 4128 with 4,096. Pairs of inputs lie side
 // by side, because one instruction multiplies int16 and adds neighbours: with avx2 twice the products of a float fma.
+// VNNI's also adds the sum so far.
 #pragma once
 
 #include <cfloat>
@@ -64,12 +65,17 @@ inline __attribute__((always_inline)) Pairs read_pairs(const int8_t* weights) {
 #endif
 }
 
-// The sum of both products of each pair of weights with a pair of inputs.
-inline __attribute__((always_inline)) Sums multiply_pairs(Pairs weights, int32_t inputs) {
-#if defined(__AVX512F__)
-    return _mm512_madd_epi16(weights, _mm512_set1_epi32(inputs));
+// `sum` plus both products of each pair of weights with a pair of inputs.
+inline __attribute__((always_inline)) Sums add_pairs(Sums sum, Pairs weights, int32_t inputs) {
+#if defined(__AVX512VNNI__)
+    // gcc 12 copies each sum twice around _mm512_dpwssd_epi32, and runs out of registers
+    __m512i total = sum;
+    asm("vpdpwssd %2, %1, %0" : "+v"(total) : "v"(__m512i(weights)), "v"(_mm512_set1_epi32(inputs)));
+    return total;
+#elif defined(__AVX512F__)
+    return sum + Sums(_mm512_madd_epi16(weights, _mm512_set1_epi32(inputs)));
 #elif defined(__AVX2__)
-    return _mm256_madd_epi16(weights, _mm256_set1_epi32(inputs));
+    return sum + Sums(_mm256_madd_epi16(weights, _mm256_set1_epi32(inputs)));
 #else
     alignas(64) int16_t lanes[Pairs::size];
     alignas(64) int32_t found[Sums::size];
@@ -78,7 +84,7 @@ inline __attribute__((always_inline)) Sums multiply_pairs(Pairs weights, int32_t
     weights.store_aligned(lanes);
     for (int64_t i = 0; i < int64_t(Sums::size); ++i)
         found[i] = int32_t(lanes[2 * i]) * x[0] + int32_t(lanes[2 * i + 1]) * x[1];
-    return Sums::load_aligned(found);
+    return sum + Sums::load_aligned(found);
 #endif
 }
 
@@ -107,7 +113,7 @@ inline __attribute__((always_inline)) void int8_strip_rows(const ProductCall& ca
             int32_t inputs;
             std::memcpy(&inputs, x[r] + 2 * k, sizeof inputs);
             unrolled<strip_vectors>([&](auto v) __attribute__((always_inline)) {
-                sum[r][v] += multiply_pairs(weights[v], inputs);
+                sum[r][v] = add_pairs(sum[r][v], weights[v], inputs);
                 settle(sum[r][v]);
             });
         });

@@ -2,7 +2,7 @@
 //
 // Every buffer has exactly the size that the interface promises, and lies against a page that may not be touched. The
 // program also runs under an emulated old CPU, where Python and torch would take minutes. The exit status is 1 on any
-// wrong value. smoke_<op>.cpp has an op's cases.
+// wrong value. smoke_<op>.cpp has an op's cases. With the argument `reuse` buffers serve again, as guarded.h explains.
 #include "smoke.h"
 
 #include "depth_lstm/cpu.h"
@@ -10,8 +10,9 @@
 int smoke_decode();  // smoke_decode.cpp
 int smoke_team();    // smoke_team.cpp
 
-int main() {
+int main(int count, char** arguments) {
     using namespace depthlstm;
+    memory_serves_again = count > 1 && std::strcmp(arguments[1], "reuse") == 0;
     const GatesKernels* kernels = select_gates_kernels();
     if (kernels == nullptr) {
         std::printf("smoke: DEPTHLSTM_CPU_ISA names an instruction set that this CPU lacks\n");

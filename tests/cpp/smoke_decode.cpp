@@ -1,117 +1,15 @@
 // The decode engine's kernels without Python and torch: every kernel and type of weights at odd sizes, against plain
 // loops in double, each buffer against a page that may not be touched. Part of the program of smoke.cpp.
-#include <cmath>
-#include <cstdio>
+#include "smoke_decode.h"
+
 #include <initializer_list>
 #include <limits>
 #include <vector>
 
-#include "decode/cpu.h"
-#include "guarded.h"
-
 using namespace depthlstm;
+using namespace depthlstm::smoke_decoding;
 
 namespace {
-
-int failures = 0;
-int checks = 0;
-
-// Floats of an array that ends, or begins, at the forbidden page. They are NaN before they are written.
-struct Floats : Guarded {
-    int64_t count;
-    explicit Floats(int64_t count) : Guarded(count * 4, 4), count(count) {}
-    float* at() const { return reinterpret_cast<float*>(data); }
-    void randomise() {
-        for (int64_t i = 0; i < count; ++i) at()[i] = float(random_value());
-    }
-};
-
-void near(const char* name, int64_t i, double found, double wanted, double scale) {
-    ++checks;
-    if (std::fabs(found - wanted) <= 1e-5 * (1 + scale)) return;
-    if (++failures < 20) std::printf("wrong %s[%lld]: found %.9g, wanted %.9g\n", name, (long long)i, found, wanted);
-}
-
-void same(const char* name, int64_t found, int64_t wanted) {
-    ++checks;
-    if (found == wanted) return;
-    if (++failures < 20) std::printf("wrong %s: found %lld, wanted %lld\n", name, (long long)found, (long long)wanted);
-}
-
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-enum class Base { none, other, own };
-
-void product(const DecodeKernels& kernels, WeightType type, int64_t outputs, int64_t inputs, int64_t rows, Base base,
-             bool has_bias) {
-    // multiples of 1/32 that every type holds: each row of weights has 127/32, of which int8's scale is made
-    Floats weight(outputs * inputs), bias(outputs);
-    bias.randomise();
-    for (int64_t i = 0; i < weight.count; ++i) {
-        const double q = i % inputs == 0 ? 127 : std::round(std::fmin(std::fmax(40 * random_value(), -127), 127));
-        weight.at()[i] = float(q / 32);
-    }
-    const int64_t padded = round_up(outputs, panel_outputs);
-    const int64_t bytes = type == WeightType::float32    ? inputs * 4
-                          : type == WeightType::bfloat16 ? round_up(inputs, 2) * 2
-                                                         : round_up(inputs, 2);
-    Guarded weights(padded * bytes, type == WeightType::float32 ? 4 : type == WeightType::bfloat16 ? 2 : 1);
-    Floats packed_bias(padded), scale(padded);
-    Panels panels;
-    panels.outputs = outputs;
-    panels.inputs = inputs;
-    panels.type = type;
-    panels.weights = weights.data;
-    panels.bias = packed_bias.at();
-    panels.scale = type == WeightType::int8 ? scale.at() : nullptr;
-    kernels.pack(panels, weight.at(), has_bias ? bias.at() : nullptr);
-
-    const int64_t x_stride = inputs + 3, y_stride = outputs + 1, base_stride = outputs + 2;
-    Floats x((rows - 1) * x_stride + inputs), y((rows - 1) * y_stride + outputs);
-    Floats given((rows - 1) * base_stride + outputs);
-    x.randomise();
-    if (type == WeightType::int8) {  // which rounds rows to 16 bits of their largest number
-        for (int64_t i = 0; i < x.count; ++i) {
-            const double q = std::fmin(std::fmax(8000 * x.at()[i], -32767), 32767);
-            x.at()[i] = float((i % x_stride == 0 ? 32767 : std::round(q)) / 32768);
-        }
-    }
-    given.randomise();
-    Guarded rounded(type == WeightType::int8 ? rows * rounded_row_bytes(inputs) : 64, 64);
-    ProductCall call;
-    call.rounded = rounded.data;
-    call.panels = panels;
-    call.x = x.at();
-    call.x_stride = x_stride;
-    call.y = y.at();
-    call.y_stride = y_stride;
-    call.rows = rows;
-    std::vector<double> wanted(std::size_t(rows * outputs));
-    for (int64_t row = 0; row < rows; ++row) {
-        for (int64_t o = 0; o < outputs; ++o) {
-            double sum = has_bias ? bias.at()[o] : 0;
-            for (int64_t k = 0; k < inputs; ++k)
-                sum += double(weight.at()[o * inputs + k]) * x.at()[row * x_stride + k];
-            if (base != Base::none) sum += given.at()[row * base_stride + o];
-            if (base == Base::own) y.at()[row * y_stride + o] = given.at()[row * base_stride + o];
-            wanted[std::size_t(row * outputs + o)] = sum;
-        }
-    }
-    if (base == Base::other) {
-        call.base = given.at();
-        call.base_stride = base_stride;
-    } else if (base == Base::own) {
-        call.base = y.at();
-        call.base_stride = y_stride;
-    }
-    if (call.panels.type == WeightType::int8) kernels.round_rows(call);
-    kernels.multiply(call);
-    for (int64_t row = 0; row < rows; ++row)
-        for (int64_t o = 0; o < outputs; ++o)
-            near("product", o, y.at()[row * y_stride + o], wanted[std::size_t(row * outputs + o)], double(inputs));
-    for (int64_t row = 0; row + 1 < rows; ++row)  // what lies between the rows stays as it was
-        same("gap of a product", std::isnan(y.at()[row * y_stride + outputs]), 1);
-}
 
 void norm(const DecodeKernels& kernels, int64_t features, bool rms) {
     const int64_t rows = 3, x_stride = features + 2, y_stride = features + 1;
@@ -143,13 +41,23 @@ void norm(const DecodeKernels& kernels, int64_t features, bool rms) {
     }
 }
 
-void activation(const DecodeKernels& kernels, int64_t count) {
+double activated(Activation activation, double x) {
+    switch (activation) {
+        case Activation::gelu: return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0)));
+        case Activation::gelu_tanh: return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+        case Activation::relu: return x > 0 ? x : 0;
+        case Activation::tanh: return std::tanh(x);
+        case Activation::silu: return x / (1 + std::exp(-x));
+        default: return 1 / (1 + std::exp(-x));
+    }
+}
+
+void activation(const DecodeKernels& kernels, Activation activation, int64_t count) {
     Floats x(count), y(count);
     x.randomise();
     for (int64_t i = 0; i < count; ++i) y.at()[i] = x.at()[i];
-    kernels.activate(Activation::gelu, y.at(), count);
-    for (int64_t i = 0; i < count; ++i)
-        near("gelu", i, y.at()[i], 0.5 * x.at()[i] * (1 + std::erf(x.at()[i] / std::sqrt(2.0))), 1);
+    kernels.activate(activation, y.at(), count);
+    for (int64_t i = 0; i < count; ++i) near("activation", i, y.at()[i], activated(activation, x.at()[i]), 1);
 }
 
 // The weighted values of one head, whose scores are given.
@@ -322,21 +230,12 @@ void selection(const DecodeKernels& kernels, int64_t count, int64_t levels) {
 int smoke_decode() {
     const DecodeKernels& kernels = *select_decode_kernels();
     int64_t number = 0;
-    for (WeightType type : {WeightType::float32, WeightType::bfloat16, WeightType::int8}) {
-        for (int64_t outputs : {1, 3, 31, 32, 33, 64, 97}) {
-            for (int64_t inputs : {1, 2, 7, 16, 33, 130}) {
-                for (int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 9, 13}) {
-                    at_the_end = ++number % 4 != 0;
-                    product(kernels, type, outputs, inputs, rows, Base(number % 3), number % 5 != 0);
-                }
-            }
-        }
-    }
+    smoke_decode_products(kernels, number);
     for (int64_t count : {1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 130}) {
         at_the_end = ++number % 4 != 0;
         norm(kernels, count, count % 2 == 0);
         norm(kernels, count, count % 2 != 0);
-        activation(kernels, count);
+        for (int code = 0; code < int(Activation::given); ++code) activation(kernels, Activation(code), count);
         for (int64_t levels : {1, 3, 40}) selection(kernels, count, levels);
         for (int64_t width : {16, 32, 48, 64, 80}) {
             blocks(kernels, count, width, int(number % 4) - 1);

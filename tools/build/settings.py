@@ -39,7 +39,7 @@ ISA_FLAGS = {
     "generic": ["-march=x86-64"],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": AVX512_FLAGS,
-    "avx512_bf16": [*AVX512_FLAGS, "-mavx512bf16"],
+    "avx512_bf16": [*AVX512_FLAGS, "-mavx512bf16", "-mavx512vnni"],  # every CPU with BF16 has VNNI
 }
 CUDA_ARCHS = ["80", "90", "100", "100-ptx"]  # the PTX is for 12.0 and later; PTX of 10.0 costs no second pass
 CUDA_DTYPES = ["float", "bfloat16", "float16"]

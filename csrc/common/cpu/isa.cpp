@@ -13,7 +13,8 @@ bool has_isa(Isa isa) {
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512cd") &&
                             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                             __builtin_cpu_supports("avx512vl");
-    if (isa == Isa::avx512_bf16) return has_avx512 && __builtin_cpu_supports("avx512bf16");
+    if (isa == Isa::avx512_bf16)
+        return has_avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
     if (isa == Isa::avx512) return has_avx512;
     if (isa == Isa::avx2) return has_avx2;
 #endif
