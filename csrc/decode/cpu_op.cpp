@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <deque>
 #include <memory>
-#include <mutex>
 
 #include "search.h"
 
@@ -191,20 +190,13 @@ Tensor decode_encode(const Tensor& blob, const Tensor& source, const OptionalTen
 class Running {
 public:
     Running(const Tensor& blob, const Tensor& bytes, Model model, State state)
-        : call_(new Call{blob, bytes, std::move(model), std::move(state), {}}) {}
+        : call_(new Call(blob, bytes, std::move(model), std::move(state))) {}
     Running(const Tensor& blob, const Tensor& bytes) : Running(blob, bytes, open_blob(blob)) {}
     Running(const Tensor& blob, const Tensor& bytes, const Model& model)
         : Running(blob, bytes, model, open_state(bytes, model, blob)) {}
     ~Running() {
         for (Team& team : call_->teams) team.finish();
-        static std::mutex& mutex = *new std::mutex;
-        static std::vector<std::unique_ptr<Call>>& kept = *new std::vector<std::unique_ptr<Call>>;
-        const std::lock_guard<std::mutex> guard(mutex);
-        kept.push_back(std::move(call_));
-        std::erase_if(kept, [](const std::unique_ptr<Call>& call) {
-            return std::all_of(call->teams.begin(), call->teams.end(),
-                               [](const Team& team) { return team.has_left(); });
-        });
+        Helpers::keep(std::move(call_));
     }
     const Model& model() const { return call_->model; }
     State& state() const { return call_->state; }
@@ -224,11 +216,17 @@ public:
     }
 
 private:
-    struct Call {
+    struct Call final : Kept {
         Tensor blob, bytes;
         Model model;
         State state;
         std::deque<Team> teams;
+
+        Call(const Tensor& blob, const Tensor& bytes, Model model, State state)
+            : blob(blob), bytes(bytes), model(std::move(model)), state(std::move(state)) {}
+        bool has_left() const override {
+            return std::all_of(teams.begin(), teams.end(), [](const Team& team) { return team.has_left(); });
+        }
     };
     std::unique_ptr<Call> call_;
 };

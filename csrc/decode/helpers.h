@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -70,9 +71,24 @@ private:
     static Helped* reserved() { return reinterpret_cast<Helped*>(alignof(Helped)); }
 };
 
-// The helpers of this process. They stay until it ends.
+// What helpers read.
+class Kept {
+public:
+    virtual ~Kept() = default;
+    virtual bool has_left() const = 0;
+};
+
+// The helpers of this process, which stay until it ends, and what they have not left.
 class Helpers {
 public:
+    // Keeps it until no helper reads it, and lets go of what they have left since.
+    static void keep(std::unique_ptr<Kept> read) {
+        Helpers& own = *current();
+        const std::lock_guard<std::mutex> guard(own.mutex_);
+        if (!read->has_left()) own.kept_.push_back(std::move(read));
+        std::erase_if(own.kept_, [](const std::unique_ptr<Kept>& each) { return each->has_left(); });
+    }
+
     // At most `count` helpers that are free among the first `all_helpers`, each with `floats` floats.
     static std::vector<Helper*> reserve(int64_t count, int64_t all_helpers, int64_t floats) {
         std::vector<Helper*> found;
@@ -91,6 +107,7 @@ public:
 private:
     std::mutex mutex_;
     std::vector<Helper*> helpers_;
+    std::vector<std::unique_ptr<Kept>> kept_;
 
     // A forked child has none of its parent's threads: it begins anew, and never touches the old ones.
     static Helpers*& current() {

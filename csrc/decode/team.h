@@ -22,7 +22,7 @@ class Team final : public Helped {
 public:
     static constexpr int64_t result_floats = int64_t(1)
                                              << 16;  // of a helper: the chunks that the leader has not copied
-    static constexpr int64_t most_chunks = 255, most_helpers = 128;
+    static constexpr int64_t most_chunks = 255, most_helpers = 15;
 
     // Who runs a chunk. A helper has memory for the chunk's result and for scratch, the leader has neither.
     struct Worker {
