@@ -2,7 +2,8 @@
 //
 // Every buffer has exactly the size that the interface promises, and lies against a page that may not be touched. The
 // program also runs under an emulated old CPU, where Python and torch would take minutes. The exit status is 1 on any
-// wrong value. smoke_<op>.cpp has an op's cases. With the argument `reuse` buffers serve again, as guarded.h explains.
+// wrong value. smoke_<op>.cpp has an op's cases. With the argument `reuse`, for emulated machines,
+// buffers serve again, as guarded.h explains, and the team of threads is left out: there it waits for timers.
 #include "smoke.h"
 
 #include "depth_lstm/cpu.h"
@@ -25,5 +26,6 @@ int main(int count, char** arguments) {
     smoke::smoke_layer_mix();
     smoke::smoke_layer_attend();
     std::printf("smoke: %s, %d outputs compared, %d wrong\n", kernels->isa, smoke::checks, smoke::failures);
-    return smoke::failures + smoke_decode() + smoke_team() == 0 ? 0 : 1;
+    const int of_team = memory_serves_again ? 0 : smoke_team();
+    return smoke::failures + smoke_decode() + of_team == 0 ? 0 : 1;
 }
