@@ -64,19 +64,6 @@ def test_steps_by_hand_give_the_models_logits(kind: Any, threads: int) -> None:
     assert torch.equal(state, before)  # no room, no step
 
 
-def test_prompts_are_read_in_groups() -> None:
-    """Of 256 positions, in the middle of a prompt, too; the last token of each is the first step's."""
-    each = dl.LanguageModel(50, d_model=24, nhead=3, num_layers=2, max_len=600, eos_id=None).eval()
-    ids, ops, packed = torch.randint(3, 50, (3, 301)), operators(), blob(each)
-    state = start(packed, ids)
-    assert [ops.decode_read(packed, state, ids, None) for _ in range(4)] == [2, 1, 0, 0]
-    ops.decode_advance(packed, state, 5)
-    tokens, scores = ops.decode_finish(packed, state)
-    wanted = each.generate(ids, 5, return_scores=True)
-    assert torch.equal(tokens, wanted[0][:, -5:])
-    torch.testing.assert_close(scores, wanted[1])
-
-
 def test_steps_by_hand_serve_translation_too() -> None:
     each = dl.DepthLSTMTransformer(30, 33, d_model=24, nhead=3, num_encoder_layers=1, num_decoder_layers=2, max_len=16)
     src, ops, packed = torch.randint(3, 30, (2, 5)), operators(), blob(each.eval())

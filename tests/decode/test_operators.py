@@ -18,7 +18,7 @@ from narrow_helpers import round_matrices, rounded, spread_of_rounded_inputs
 from torch import Tensor
 
 import depthlstm_fast as dl
-from depthlstm_fast.decode.engine import additive_mask, make_plan, next_steps, operators, pack
+from depthlstm_fast.decode.engine import additive_mask, make_plan, operators, pack
 from depthlstm_fast.reference.generation import Settings, beam_search, greedy_search
 
 pytestmark = needs_cpp
@@ -196,39 +196,6 @@ def test_states_of_others_are_refused() -> None:
         ops.decode_advance(packed, state, 0)
     with pytest.raises(RuntimeError, match="state must be that of a search that has ended"):
         ops.decode_finish(packed, state)
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_sources_are_read_in_groups(threads: int) -> None:
-    """Of 256 positions at most, so that a program is never away for long."""
-    each, ops = model(), operators()
-    packed, src = blob(each), torch.randint(3, 30, (70, 15))
-    mask = torch.zeros(70, 15)
-    mask[::2, 11:] = -torch.inf
-    state, left = start(packed, src, mask, beams=1, threads=threads), []
-    with pytest.raises(RuntimeError, match=r"state must have read all sources: .* found \d+ that wait"):
-        ops.decode_advance(packed, state, 1)
-    with pytest.raises(RuntimeError, match="source and mask must be those of decode_start"):
-        ops.decode_read(packed, state, src, None)
-    with pytest.raises(RuntimeError, match="source and mask must be those of decode_start"):
-        ops.decode_read(packed, state, src[1:], mask[1:])
-    while not left or left[-1]:
-        left.append(ops.decode_read(packed, state.contiguous(), src, mask))
-        state = state.clone()  # it has no address in it
-    sizes = [15 if row % 2 else 11 for row in range(70)]
-    assert len(left) > sum(sizes) // (256 * threads) - 1
-    assert left == sorted(left, reverse=True)
-    ops.decode_advance(packed, state, 5)
-    tokens, scores = ops.decode_finish(packed, state)
-    wanted = each.generate(src, 5, return_scores=True, src_key_padding_mask=mask)
-    assert torch.equal(tokens, wanted[0])
-    torch.testing.assert_close(scores, wanted[1])
-
-
-def test_calls_take_as_many_steps_as_a_moment_has() -> None:
-    assert [next_steps(steps, 0.05) for steps in (1, 30)] == [1, 30]
-    assert [next_steps(8, seconds) for seconds in (0.1, 10.0, 0.025, 1e-9, 0.0)] == [4, 1, 16, 32, 32]
-    assert next_steps(4000, 0.001) == 4096
 
 
 def test_a_search_goes_on_from_any_step(monkeypatch: pytest.MonkeyPatch) -> None:
