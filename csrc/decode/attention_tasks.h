@@ -44,7 +44,7 @@ struct CacheTask : ContextRows {
         for (int64_t row = first(chunk); row < end(chunk); ++row, part.out += floats) {
             part.query = call.query + row * query_stride;
             part.offsets = call.offsets + row * offsets_stride;
-            part.positions = positions[row];
+            part.positions = __atomic_load_n(positions + row, __ATOMIC_RELAXED);
             if (!worker.is_current()) return;  // so many offsets may not have been written yet
             attend(part);
         }
@@ -68,7 +68,8 @@ struct CrossTask : ContextRows {
         call.out = begin(chunk, worker);
         call.query = query + first(chunk) * floats;
         for (int64_t row = first(chunk); row < end(chunk); ++row) {
-            const int64_t source = part->row_sources[row];  // whichever step wrote it, the source has a memory
+            // whichever step wrote it, the source has a memory
+            const int64_t source = __atomic_load_n(part->row_sources + row, __ATOMIC_RELAXED);
             const int64_t padded = round_up(part->lengths[source], key_block);
             call.mask = part->mask + part->memory_begin[source];
             call.positions = part->lengths[source];

@@ -147,6 +147,17 @@ std::vector<int32_t> lengths_of(const std::vector<SourceTokens>& sources) {
     return lengths;
 }
 
+uint64_t sum_of(const std::vector<SourceTokens>& sources) {
+    uint64_t sum = sources.size();
+    for (const SourceTokens& tokens : sources) {
+        const int64_t count = int64_t(tokens.ids.size());
+        sum = checksum(tokens.ids.data(), 4 * count, sum);
+        sum = checksum(tokens.positions.data(), 4 * count, sum);
+        sum = checksum(tokens.added.data(), 4 * count, sum);
+    }
+    return sum;
+}
+
 // The encoder's output (batch, length, D), with zeros where the mask forbids a position.
 Tensor decode_encode(const Tensor& blob, const Tensor& source, const OptionalTensor& mask) {
     const Model model = open_blob(blob);
@@ -220,6 +231,7 @@ Tensor decode_start(const Tensor& blob, const Tensor& source, const OptionalTens
     head.beams = beams;
     head.max_length = max_length;
     divide(model, threads, head);
+    head.given = sum_of(sources);
     head.wants_scores = scores;
     head.alpha = length_penalty;
     head.bytes = State(model, head, lengths.data(), nullptr).bytes;
@@ -250,10 +262,7 @@ int64_t decode_read(const Tensor& blob, const Tensor& state, const Tensor& sourc
     Running call(blob, state);
     const StateHead& head = call.state().head;
     const std::vector<SourceTokens> sources = read_sources(call.model(), source, mask);
-    const std::vector<int32_t> lengths = lengths_of(sources);
-    STD_TORCH_CHECK(int64_t(lengths.size()) == head.sources &&
-                        std::equal(lengths.begin(), lengths.end(), call.state().parts.front().lengths),
-                    "source and mask must be those of decode_start");
+    STD_TORCH_CHECK(sum_of(sources) == head.given, "source and mask must be those of decode_start");
     if (waiting(call.state()) > 0) {
         call.run([&](Part& part, Team& team) { read_some(call.model(), head, part, team, sources); });
     }
@@ -331,7 +340,8 @@ std::tuple<Tensor, Tensor> decode_finish(const Tensor& blob, const Tensor& state
     const State found = open_state(state, model, blob);
     int64_t longest = 0;
     for (const Part& part : found.parts) {
-        STD_TORCH_CHECK(part.progress->active == 0, "state must be that of a search that has ended");
+        STD_TORCH_CHECK(part.progress->active == 0 && part.progress->by_hand == 0,
+                        "state must be that of a search that has ended");
         for (int64_t source = 0; source < part.sources; ++source) {
             longest = std::max<int64_t>(longest, part.hypothesis_length[source * part.beams]);
         }

@@ -58,6 +58,7 @@ private:
         float* out = part.buffers.context;
         for (int64_t source = begin; source < end; ++source) {
             const int64_t length = part.lengths[source];
+            if (length == 0) continue;
             HeadsTask task{};
             task.attend = rows.kernels.attend_queries;
             task.call.mask = mask_of(source);

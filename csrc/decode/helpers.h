@@ -10,6 +10,7 @@
 #include <sched.h>
 #include <signal.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
@@ -49,7 +50,12 @@ public:
         work_.store(&work, std::memory_order_release);
         work_.notify_one();
     }
-    bool works_for(const Helped& work) const { return work_.load(std::memory_order_acquire) == &work; }
+    // Takes the work back if the helper has not begun with it, and returns whether it has nothing to do with it any more.
+    bool has_left(Helped& work) {
+        Helped* sent = &work;
+        if (work_.compare_exchange_strong(sent, nullptr, std::memory_order_acq_rel)) return true;
+        return sent != begun(work);
+    }
 
     void run() {
         for (;;) {
@@ -58,7 +64,9 @@ public:
                 work_.wait(work, std::memory_order_acquire);
                 continue;
             }
-            work->help(memory_);
+            Helped& own = *work;
+            if (!work_.compare_exchange_strong(work, begun(own), std::memory_order_acquire)) continue;
+            own.help(memory_);
             work_.store(nullptr, std::memory_order_release);
         }
     }
@@ -69,13 +77,14 @@ private:
     int64_t floats_ = 0;
 
     static Helped* reserved() { return reinterpret_cast<Helped*>(alignof(Helped)); }
+    static Helped* begun(Helped& work) { return reinterpret_cast<Helped*>(reinterpret_cast<uintptr_t>(&work) | 1); }
 };
 
 // What helpers read.
 class Kept {
 public:
     virtual ~Kept() = default;
-    virtual bool has_left() const = 0;
+    virtual bool has_left() = 0;
 };
 
 // The helpers of this process, which stay until it ends, and what they have not left.
@@ -93,11 +102,11 @@ public:
     static std::vector<Helper*> reserve(int64_t count, int64_t all_helpers, int64_t floats) {
         std::vector<Helper*> found;
         if (count <= 0) return found;
-        static const int at_fork = pthread_atfork(nullptr, nullptr, [] { current() = new Helpers; });
-        (void)at_fork;
         Helpers& own = *current();
         const std::lock_guard<std::mutex> guard(own.mutex_);
-        for (std::size_t i = 0; i < std::size_t(all_helpers) && found.size() < std::size_t(count); ++i) {
+        constexpr int64_t most = 64;
+        for (std::size_t i = 0; i < std::size_t(std::min(all_helpers, most)) && found.size() < std::size_t(count);
+             ++i) {
             if (i == own.helpers_.size() && !own.add()) break;
             if (own.helpers_[i]->reserve(floats)) found.push_back(own.helpers_[i]);
         }
@@ -111,7 +120,10 @@ private:
 
     // A forked child has none of its parent's threads: it begins anew, and never touches the old ones.
     static Helpers*& current() {
-        static Helpers* helpers = new Helpers;
+        static Helpers* helpers = [] {
+            (void)pthread_atfork(nullptr, nullptr, [] { current() = new Helpers; });
+            return new Helpers;
+        }();
         return helpers;
     }
 

@@ -77,15 +77,19 @@ inline void share_rows(Team& team, const DecodeKernels& kernels, const ProductCa
 inline void share_product(Team& team, const DecodeKernels& kernels, const ProductCall& call) {
     if (call.panels.type == WeightType::int8) kernels.round_rows(call);
     if (team.helpers() == 0 || !is_shared(call.panels, call.rows)) return kernels.multiply(call);
-    constexpr int64_t rows_at_once = 512;  // a chunk of more would not fit a helper's memory
-    for (int64_t row = 0; row < call.rows; row += rows_at_once) {
+    // A chunk of more than 512 rows would not fit a helper's memory. No slice has one row alone, whose sums have another
+    // order.
+    const int64_t slices = (call.rows + 511) / 512;
+    for (int64_t slice = 0, row = 0; slice < slices; ++slice) {
+        const int64_t end = call.rows * (slice + 1) / slices;
         ProductCall part = call;
-        part.rows = std::min(rows_at_once, call.rows - row);
+        part.rows = end - row;
         part.x += row * call.x_stride;
         if (part.base != nullptr) part.base += row * call.base_stride;
         part.y += row * call.y_stride;
         if (part.rounded != nullptr) part.rounded += row * rounded_row_bytes(call.panels.inputs);
         share_rows(team, kernels, part);
+        row = end;
     }
 }
 

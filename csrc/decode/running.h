@@ -19,6 +19,7 @@ public:
         : Running(blob, bytes, model, open_state(bytes, model, blob)) {}
     ~Running() {
         for (Team& team : call_->teams) team.finish();
+        for (Team& team : call_->teams) team.await_helpers();
         Helpers::keep(std::move(call_));
     }
     const Model& model() const { return call_->model; }
@@ -47,8 +48,8 @@ private:
 
         Call(const Tensor& blob, const Tensor& bytes, Model model, State state)
             : blob(blob), bytes(bytes), model(std::move(model)), state(std::move(state)) {}
-        bool has_left() const override {
-            return std::all_of(teams.begin(), teams.end(), [](const Team& team) { return team.has_left(); });
+        bool has_left() override {
+            return std::all_of(teams.begin(), teams.end(), [](Team& team) { return team.has_left(); });
         }
     };
     std::unique_ptr<Call> call_;
@@ -58,6 +59,7 @@ private:
 // part. Otherwise each thread takes sources of its own, for which it reads all weights again.
 inline void divide(const Model& model, int64_t threads, StateHead& head) {
     constexpr int64_t most_of_team = 4;
+    threads = std::min<int64_t>(threads, 1024);
     head.parts = std::min((threads + most_of_team - 1) / most_of_team, head.sources);
     head.threads = std::min(threads, head.parts * (Team::most_helpers + 1));
     double shared = 0, all = 0;

@@ -20,7 +20,7 @@ public:
 
     // Every source at its first token, or at the last one of its prompt; none of them has been read.
     void start(const std::vector<SourceTokens>& given) {
-        *part.progress = {part.sources, 0, -1, -1, 0, 0};
+        *part.progress = {part.sources, 0, -1, -1, 0, 0, 0};
         for (int64_t source = 0; source < part.sources; ++source) {
             const int64_t token = part.has_prompts ? given[part.first + source].ids.back() : model.bos;
             part.active[source] = int32_t(source);
@@ -72,6 +72,7 @@ public:
     // the next ones go to `logits` (sources, V); those of a source that has been given eos are left as they are.
     void step_by_hand(const int64_t* tokens, float* logits) {
         Progress& at = *part.progress;
+        at.by_hand = 1;
         int64_t kept = 0;
         for (int64_t i = 0; i < at.active && tokens != nullptr; ++i) {
             const int32_t source = part.active[i];

@@ -17,7 +17,8 @@ struct StateHead {
     uint64_t model;  // the blob's head_sum
     int64_t sources, beams, max_length, parts, threads, wants_scores;
     double alpha;
-    uint64_t sum;  // of the head up to here, and of the lengths
+    uint64_t given;  // a sum of the sources or prompts, and of their mask
+    uint64_t sum;    // of the head up to here, and of the lengths
 };
 static_assert(sizeof(StateHead) <= 128);
 constexpr int64_t lengths_begin = 128;
@@ -26,6 +27,7 @@ constexpr int64_t lengths_begin = 128;
 struct Progress {
     int64_t active, step, bad_source, bad_step;
     int64_t read_sources, read_positions;  // of the sources or prompts: whole ones, and of the next prompt
+    int64_t by_hand;                       // 1: the caller has chosen tokens
 };
 
 // Scratch of a worker's attention: scores, and a head's keys and values as blocks.

@@ -45,11 +45,12 @@ public:
 
     int64_t helpers() const { return int64_t(helpers_.size()); }
     void finish() { word_.store(over, std::memory_order_release); }
-    bool has_left() const {
-        for (const Helper* helper : helpers_) {
-            if (helper->works_for(*this)) return false;
-        }
-        return true;
+    bool has_left() {
+        return std::all_of(helpers_.begin(), helpers_.end(), [&](Helper* helper) { return helper->has_left(*this); });
+    }
+    // Most helpers leave within a microsecond.
+    void await_helpers() {
+        for (int i = 0; i < 200 && !has_left(); ++i) pause();
     }
 
     // Runs every chunk of a task, which has run(chunk, worker), place(chunk, result) and chunk_floats().

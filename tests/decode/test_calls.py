@@ -27,6 +27,8 @@ def test_sources_are_read_in_groups(threads: int) -> None:
         ops.decode_read(packed, state, src, None)
     with pytest.raises(RuntimeError, match="source and mask must be those of decode_start"):
         ops.decode_read(packed, state, src[1:], mask[1:])
+    with pytest.raises(RuntimeError, match="source and mask must be those of decode_start"):
+        ops.decode_read(packed, state, src.flip(0), mask)
     while not left or left[-1]:
         left.append(ops.decode_read(packed, state.contiguous(), src, mask))
         state = state.clone()  # it has no address in it
@@ -57,3 +59,22 @@ def test_prompts_are_read_in_groups() -> None:
     wanted = each.generate(ids, 5, return_scores=True)
     assert torch.equal(tokens, wanted[0][:, -5:])
     torch.testing.assert_close(scores, wanted[1])
+
+
+def test_steps_by_hand_leave_no_hypotheses() -> None:
+    packed, ops, src = blob(), operators(), torch.randint(3, 30, (2, 5))
+    state = start(packed, src, beams=1)
+    ops.decode_step(packed, state, None)
+    ops.decode_advance(packed, state, 5)
+    with pytest.raises(RuntimeError, match="state must be that of a search that has ended"):
+        ops.decode_finish(packed, state)
+
+
+def test_any_number_of_threads_is_taken() -> None:
+    packed, ops, src = blob(), operators(), torch.randint(3, 30, (3, 5))
+    for threads in (200, 10**6, 2**63 - 1):
+        state = start(packed, src, threads=threads)
+        assert ops.decode_read(packed, state, src, None) == 0
+        while ops.decode_advance(packed, state, 5).tolist()[0]:
+            pass
+        assert ops.decode_finish(packed, state)[0].shape[0] == 3

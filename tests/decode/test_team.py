@@ -80,6 +80,18 @@ for threads in (1, 3, 2, 3):
 """
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_no_row_is_left_alone(dtype: Any) -> None:
+    """A product of more rows than a helper has room for is cut: one row alone would have sums of another order."""
+    served, src = dl.compile_decoder(translation_model(), dtype), torch.randint(3, 300, (513, 3))
+    src[7] = 0  # of padding alone
+    torch.set_num_threads(1)
+    wanted = served.generate(src, 4, return_scores=True)
+    torch.set_num_threads(2)
+    for _ in range(3):
+        assert same(served.generate(src, 4, return_scores=True), wanted)
+
+
 @needs_tasks
 def test_helpers_have_the_lowest_priority_and_stay() -> None:
     """Whether they run is the system's affair, which tests/cpp/smoke_team.cpp waits for."""
