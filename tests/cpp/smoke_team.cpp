@@ -71,7 +71,9 @@ struct Add {
 void add(Team& team, int64_t chunks, int64_t each, Add task = {}) {
     static float salt = 0;
     salt = salt < 1000 ? salt + 0.25f : 0;
-    std::vector<float> out(std::size_t(chunks * each), 100);
+    // kept: a helper that comes back late still reads it
+    static std::vector<float>& out = *new std::vector<float>(std::size_t(4 * (Team::result_floats + 1)));
+    std::fill_n(out.begin(), chunks * each, 100.0f);
     task.out = out.data();
     task.each = each;
     task.salt = salt;
