@@ -132,9 +132,9 @@ inline __attribute__((always_inline)) void multiply_group(const ProductCall& cal
     }
 }
 
-// Strips outside, groups of rows inside: a strip is read from memory once, and from a cache for further groups. The first
-// group fetches the next strip meanwhile. Groups are alike, because few sums wait for each other: four and four rows take
-// less time than six and two.
+// Strips outside, groups of rows inside: a strip is read from memory once, and from a cache for further groups. The
+// first group fetches the next strip meanwhile. Groups are alike, because few sums wait for each other: four and four
+// rows take less time than six and two.
 template <WeightType type, int strip_vectors, int most_rows>
 __attribute__((noinline)) void multiply_by(const ProductCall& call) {
     const int64_t groups = (call.rows + most_rows - 1) / most_rows;

@@ -15,8 +15,8 @@ constexpr int64_t W = width<float>;
 constexpr int wide_vectors = W == 16 ? 2 : 4, narrow_vectors = 2;
 constexpr int rows_of_wide = W == 16 ? 8 : 3, rows_of_narrow = W == 16 ? 8 : 6;
 
-// f(0), ..., f(count - 1). What f indexes by its argument may lie in registers: GCC unrolls a loop too late for that, and
-// kept a product's sums in memory, at half the speed.
+// f(0), ..., f(count - 1). What f indexes by its argument may lie in registers: GCC unrolls a loop too late for that,
+// and kept a product's sums in memory, at half the speed.
 template <int count, class Function>
 inline __attribute__((always_inline)) void unrolled(Function f) {
     [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {

@@ -50,7 +50,7 @@ public:
         work_.store(&work, std::memory_order_release);
         work_.notify_one();
     }
-    // Takes the work back if the helper has not begun with it, and returns whether it has nothing to do with it any more.
+    // Takes the work back if the helper has not begun with it. Returns whether it has nothing to do with it any more.
     bool has_left(Helped& work) {
         Helped* sent = &work;
         if (work_.compare_exchange_strong(sent, nullptr, std::memory_order_acq_rel)) return true;

@@ -77,8 +77,8 @@ inline void share_rows(Team& team, const DecodeKernels& kernels, const ProductCa
 inline void share_product(Team& team, const DecodeKernels& kernels, const ProductCall& call) {
     if (call.panels.type == WeightType::int8) kernels.round_rows(call);
     if (team.helpers() == 0 || !is_shared(call.panels, call.rows)) return kernels.multiply(call);
-    // A chunk of more than 512 rows would not fit a helper's memory. No slice has one row alone, whose sums have another
-    // order.
+    // A chunk of more than 512 rows would not fit a helper's memory. No slice has one row alone, whose sums have
+    // another order.
     const int64_t slices = (call.rows + 511) / 512;
     for (int64_t slice = 0, row = 0; slice < slices; ++slice) {
         const int64_t end = call.rows * (slice + 1) / slices;

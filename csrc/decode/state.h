@@ -1,5 +1,6 @@
 // The state of a search in one uint8 tensor: a head, the lengths of the sources or prompts, and an arena for each
-// part, which a team of threads runs. A language model's sources are its prompts: they have keys in the caches, and no memory.
+// part, which a team of threads runs. A language model's sources are its prompts: they have keys in the caches, and no
+// memory.
 #pragma once
 
 #include "blob.h"

@@ -1,8 +1,8 @@
 // A leader that shares tasks of some chunks with helpers, and never waits for one.
 //
-// The leader takes chunks from the front, helpers take them from the back, by one atomic word. A helper writes to memory
-// of its own and reports by a compare-and-swap; the leader copies the result to its place. Where a helper has claimed a
-// chunk and does not run, the leader takes the chunk back and computes it: what the helper reports later is refused.
+// The leader takes chunks from the front, helpers take them from the back, by one atomic word. A helper writes to
+// memory of its own and reports by a compare-and-swap; the leader copies the result to its place. Where a helper has
+// claimed a chunk and does not run, the leader takes the chunk back and computes it: a later report is refused.
 //
 // So a helper may read what the leader changes meanwhile. Its numbers are thrown away then, but what it takes for an
 // address must have been checked by is_current() after it was read.
@@ -37,7 +37,7 @@ public:
         }
     };
 
-    // At most `helpers` of the first `all_helpers` come, each with `scratch` floats. The team must live until has_left().
+    // At most `helpers` of the first `all_helpers` come, each with `scratch` floats. The team lives until has_left().
     Team(int64_t helpers, int64_t all_helpers, int64_t scratch)
         : helpers_(Helpers::reserve(helpers, all_helpers, result_floats + scratch)) {
         for (Helper* helper : helpers_) helper->send(*this);
@@ -156,7 +156,7 @@ private:
 
     template <class Task>
     void lead(const Task& task, int64_t chunks) {
-        // As long as a chunk takes the leader, it waits for a helper's: the shortest one, in which it was not preempted.
+        // As long as a chunk takes the leader, it waits for a helper's: its shortest one, which nothing interrupted.
         Clock::duration patience = Clock::duration::max();
         uint64_t found = word_.load(std::memory_order_relaxed);
         for (;;) {

@@ -26,8 +26,8 @@ inline double random_value() {
 // access to one element too many crashes at the very instruction, in every instruction set and at full speed.
 inline bool at_the_end = true;
 
-// Whether freed memory serves again, by its size. Else it is given back, and an access to it crashes. An emulated machine
-// spends more time with the kernel's part in that than with all else.
+// Whether freed memory serves again, by its size. Else it is given back, and an access to it crashes. An emulated
+// machine spends more time with the kernel's part in that than with all else.
 inline bool memory_serves_again = false;
 inline std::map<size_t, std::vector<char*>> free_memory;
 

@@ -1,4 +1,4 @@
-// The decode engine's products without Python and torch: packing, every type of weights at odd sizes, the limits of int8.
+// The decode engine's products without Python and torch: packing, every type of weights at odd sizes, int8's limits.
 // Part of the program of smoke.cpp.
 #include <cstring>
 #include <limits>
@@ -70,6 +70,21 @@ void packing(const DecodeKernels& kernels, WeightType type, int64_t outputs, int
     }
 }
 
+// Rows side by side, without a base.
+void multiply(const DecodeKernels& kernels, const Panels& panels, const Floats& x, const Floats& y, int64_t rows) {
+    Guarded rounded(rows * rounded_row_bytes(panels.inputs), 64);
+    ProductCall call;
+    call.rounded = rounded.data;
+    call.panels = panels;
+    call.x = x.at();
+    call.x_stride = panels.inputs;
+    call.y = y.at();
+    call.y_stride = panels.outputs;
+    call.rows = rows;
+    if (panels.type == WeightType::int8) kernels.round_rows(call);
+    kernels.multiply(call);
+}
+
 // int8 where every sum of a row is as large as int32 must hold, with either sign, and a row of zeros.
 void largest_sums(const DecodeKernels& kernels, int64_t outputs, int64_t inputs, int64_t rows) {
     Floats weight(outputs * inputs), bias(outputs), x(rows * inputs), y(rows * outputs);
@@ -79,17 +94,7 @@ void largest_sums(const DecodeKernels& kernels, int64_t outputs, int64_t inputs,
     for (int64_t i = 0; i < x.count; ++i) x.at()[i] = float(of_row(i / inputs));
     bias.randomise();
     const Packed packed(kernels, WeightType::int8, outputs, inputs, weight.at(), bias.at());
-    Guarded rounded(rows * rounded_row_bytes(inputs), 64);
-    ProductCall call;
-    call.rounded = rounded.data;
-    call.panels = packed.panels;
-    call.x = x.at();
-    call.x_stride = inputs;
-    call.y = y.at();
-    call.y_stride = outputs;
-    call.rows = rows;
-    if (call.panels.type == WeightType::int8) kernels.round_rows(call);
-    kernels.multiply(call);
+    multiply(kernels, packed.panels, x, y, rows);
     for (int64_t row = 0; row < rows; ++row) {
         for (int64_t o = 0; o < outputs; ++o) {
             const double sum = of_output(o) * of_row(row) * double(inputs);
@@ -107,17 +112,7 @@ void no_number(const DecodeKernels& kernels, WeightType type, int64_t outputs, i
     weight.at()[weight.count - 1] = nan;
     x.at()[inputs / 2] = nan;
     const Packed packed(kernels, type, outputs, inputs, weight.at(), nullptr);
-    Guarded rounded(rows * rounded_row_bytes(inputs), 64);
-    ProductCall call;
-    call.rounded = rounded.data;
-    call.panels = packed.panels;
-    call.x = x.at();
-    call.x_stride = inputs;
-    call.y = y.at();
-    call.y_stride = outputs;
-    call.rows = rows;
-    if (call.panels.type == WeightType::int8) kernels.round_rows(call);
-    kernels.multiply(call);
+    multiply(kernels, packed.panels, x, y, rows);
     for (int64_t row = 0; row < rows; ++row)
         for (int64_t o = 0; o < outputs; ++o)
             same("NaN of a product", std::isnan(y.at()[row * outputs + o]), row == 0 || o == outputs - 1);
